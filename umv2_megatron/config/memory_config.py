@@ -1,0 +1,208 @@
+"""What one memory layer is: the sizes and switches of UltraMemV2 and its family.
+
+Letters (the same in the whole package): H hidden, N keys per side, R Tucker rank, C cores, K values kept per head,
+Dk key dim, Dp pre-value dim, Dv value dim, e key expansion, E virtual blocks that keep a projection of their own,
+V rows one layer sees, A rows of a whole table, L memory layers, g layers' worth of rows one layer sees.
+
+Each memory layer brings N*N rows to its table. A layer that sees g layers' worth of rows scores
+e * floor(sqrt(g * N * N)) keys per side, so with the defaults (e = 1, no sharing) it scores exactly N.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+def option(default: Any, help: str, *, choices: tuple | None = None, letter: str | None = None) -> Any:
+    """A dataclass field that also carries what a command-line flag needs: its help text and allowed values."""
+    metadata = {"help": help, "choices": choices, "letter": letter}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class MemoryConfig:
+    """Sizes and switches of the memory layers of one model (arXiv 2508.18756 and 2411.12364).
+
+    Every field is also the flag ``--memory-<name>``. Errors are raised as ``ValueError`` with one sentence that
+    names the flag, its value and what was expected.
+    """
+
+    num_keys: int = option(128, "N: keys per side; every memory layer brings N*N rows to its value table", letter="N")
+    key_dim: int = option(64, "Dk: dimension of queries and keys", letter="Dk")
+    value_dim: int = option(64, "Dv: dimension of a value row", letter="Dv")
+    pre_value_dim: int = option(64, "Dp: dimension of a pre-value row (PEER); 0 leaves pre-values out", letter="Dp")
+    topk: int = option(16, "K: values kept per head", letter="K")
+    key_topk_cap: int = option(128, "largest number of keys kept per side before the K x K grid is scored")
+    num_heads: int = option(1, "h: retrieval heads that share the value table")
+    tucker_rank: int = option(2, "R: Tucker rank of the score", letter="R")
+    num_cores: int = option(2, "C: Tucker cores; core c scales the c-th slice of the value dimension", letter="C")
+    query_mode: str = option(
+        "per_rank", "one query per side and rank (the paper), or one per side", choices=("per_rank", "shared")
+    )
+    key_expansion: int = option(1, "e: virtual expansion of the keys (UltraMem v1 uses 2)")
+    value_expansion: str = option(
+        "single",
+        "one projection of the summed values, one per virtual block, or none (then Dv must equal the hidden size)",
+        choices=("single", "per-block", "none"),
+    )
+    pre_value_activation: str = option(
+        "none", "activation of the pre-value score (the paper removed it)", choices=("none", "gelu")
+    )
+    norm_epsilon: float = option(1e-5, "epsilon of the query and key RMS norms")
+    layer_freq: str = option(
+        "1",
+        "which blocks have a memory layer: an integer n (every n-th block, starting with the first) or a 0/1 list "
+        "such as '[1,0]*4'",
+    )
+    sharing: str = option(
+        "none",
+        "how layers share value tables: none, block (groups of g consecutive layers), ring (g tables ahead, "
+        "wrapping round), noring (g nearest tables, clipped at the ends)",
+        choices=("none", "block", "ring", "noring"),
+    )
+    sharing_size: int = option(1, "g: layers' worth of rows that one layer sees")
+    value_lr_mult: float = option(4.0, "value tables learn at this multiple of the learning rate at step 0")
+    value_lr_decay_iters: Optional[int] = option(
+        None, "iterations over which the multiple decays linearly to 1 (default: the run's length; 0 keeps it constant)"
+    )
+    balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
+    tucker_penalty_coeff: float = option(0.0, "alpha: weight of the penalty on the cores' singular values after the first")
+    tucker_penalty_margin: float = option(0.15, "tau: singular values below this are not penalised")
+    init: str = option(
+        "paper", "initialisation: equal output variance of memory and FFN, or the released code's", choices=("paper", "fixed")
+    )
+    backend: str = option(
+        "auto", "implementation of the table lookup; auto picks by device", choices=("auto", "reference", "cpu")
+    )
+    parallel_size: int = option(1, "M: ranks over which a value table is sharded")
+    parallel_mode: str = option("dim", "how a table is sharded: by dimension or by row", choices=("dim", "row"))
+    seed: int = option(1234, "seed of the row shuffle and of the initialisation's simulation")
+
+    # -- derived sizes ------------------------------------------------------------------------------------------
+
+    @property
+    def rows_per_layer(self) -> int:
+        """Rows that one memory layer brings to its table: N * N."""
+        return self.num_keys * self.num_keys
+
+    def window_side(self, layers_seen: float | None = None) -> int:
+        """floor(sqrt(g * N * N)), the side of the square of rows that one layer sees."""
+        seen = self.effective_sharing_size if layers_seen is None else layers_seen
+        return math.isqrt(math.floor(seen * self.rows_per_layer))
+
+    @property
+    def effective_sharing_size(self) -> int:
+        """g, which is 1 without sharing."""
+        return 1 if self.sharing == "none" else self.sharing_size
+
+    @property
+    def window_rows(self) -> int:
+        """V: rows that one layer sees."""
+        return self.window_side() ** 2
+
+    @property
+    def scored_keys(self) -> int:
+        """Keys per side that one layer scores: e * floor(sqrt(V))."""
+        return self.key_expansion * self.window_side()
+
+    @property
+    def key_topk(self) -> int:
+        """Keys kept per side by the first stage: min(K, cap), see ultramemv2.md step 3."""
+        return min(self.topk, self.key_topk_cap)
+
+    @property
+    def num_blocks(self) -> int:
+        """E: blocks with a projection of their own (e*e with per-block projections, else 1)."""
+        return self.key_expansion**2 if self.value_expansion == "per-block" else 1
+
+    @property
+    def query_rows(self) -> int:
+        """Output rows of the query projection."""
+        ranks = self.tucker_rank if self.query_mode == "per_rank" else 1
+        return 2 * ranks * self.key_dim
+
+    @property
+    def has_pre_values(self) -> bool:
+        """Whether the table has pre-value rows (PEER)."""
+        return self.pre_value_dim > 0
+
+    def memory_layers(self, num_layers: int) -> list[bool]:
+        """For each of the ``num_layers`` blocks, whether it has a memory layer."""
+        return parse_layer_freq(self.layer_freq, num_layers)
+
+    # -- checks -------------------------------------------------------------------------------------------------
+
+    def validate(self, hidden_size: int, num_layers: int) -> None:
+        """Raise ``ValueError`` naming the flag when the sizes cannot work for a model of this shape."""
+
+        def refuse(flag: str, expected: str) -> None:
+            value = getattr(self, flag)
+            raise ValueError(f"--memory-{flag.replace('_', '-')} is {value}; expected {expected}")
+
+        for name in ("num_keys", "key_dim", "value_dim", "topk", "key_topk_cap", "num_heads", "tucker_rank",
+                     "num_cores", "key_expansion", "sharing_size", "parallel_size"):
+            if getattr(self, name) < 1:
+                refuse(name, "an integer of at least 1")
+        for name in ("pre_value_dim", "balance_loss_coeff", "tucker_penalty_coeff", "tucker_penalty_margin"):
+            if getattr(self, name) < 0:
+                refuse(name, "0 or more")
+        for name in ("query_mode", "value_expansion", "pre_value_activation", "sharing", "init", "backend", "parallel_mode"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                refuse(name, f"one of {', '.join(choices)}")
+        if self.value_dim % self.num_cores:
+            refuse("value_dim", f"a multiple of --memory-num-cores ({self.num_cores})")
+        if self.key_topk > self.scored_keys:
+            refuse("topk", f"at most the {self.scored_keys} keys that a layer scores per side, or a smaller "
+                           "--memory-key-topk-cap")
+        if self.topk > self.key_topk**2:
+            refuse("topk", f"at most the square of --memory-key-topk-cap ({self.key_topk_cap})")
+        if self.value_expansion == "none" and self.value_dim != hidden_size:
+            refuse("value_dim", f"the hidden size {hidden_size} when --memory-value-expansion is none")
+        if self.value_lr_mult <= 0:
+            refuse("value_lr_mult", "a number above 0")
+        if self.value_lr_decay_iters is not None and self.value_lr_decay_iters < 0:
+            refuse("value_lr_decay_iters", "0 or more")
+        layers = sum(self.memory_layers(num_layers))
+        if layers == 0:
+            refuse("layer_freq", f"a pattern with at least one memory layer among {num_layers} blocks")
+        if self.sharing == "none" and self.sharing_size != 1:
+            refuse("sharing_size", "1 when --memory-sharing is none")
+        if self.sharing_size > layers:
+            refuse("sharing_size", f"at most the {layers} memory layers of the model")
+        if self.sharing == "block" and layers % self.sharing_size:
+            refuse("sharing_size", f"a divisor of the {layers} memory layers when --memory-sharing is block")
+
+
+def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
+    """Read ``--memory-layer-freq``: an integer n, or a list of 0 and 1 in Python's notation with ``+`` and ``*``.
+
+    Returns one bool per block. Raises ``ValueError`` naming the flag when the pattern cannot be read or has another
+    length than ``num_layers``.
+    """
+    text = str(pattern).strip()
+    if text.isdigit() and int(text) > 0:
+        return [layer % int(text) == 0 for layer in range(num_layers)]
+    try:
+        flags = _evaluate_list(text)
+    except ValueError:
+        flags = []
+    if len(flags) != num_layers or any(flag not in (0, 1) for flag in flags):
+        raise ValueError(
+            f"--memory-layer-freq is {pattern!r}; expected a positive integer or a list of {num_layers} zeros and "
+            "ones such as '[1,0]*2'"
+        )
+    return [bool(flag) for flag in flags]
+
+
+def _evaluate_list(text: str) -> list[int]:
+    """Evaluate ``[1,0]*2+[1]`` without eval: terms joined by +, each a literal list with an optional repeat."""
+    flags: list[int] = []
+    for term in text.replace(" ", "").split("+"):
+        body, _, repeat = term.partition("]")
+        if not body.startswith("[") or (repeat and not (repeat[0] == "*" and repeat[1:].isdigit())):
+            raise ValueError(text)
+        flags += [int(item) for item in body[1:].split(",")] * (int(repeat[1:]) if repeat else 1)
+    return flags
