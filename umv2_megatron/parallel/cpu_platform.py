@@ -1,0 +1,354 @@
+"""Megatron-Core on a machine without a CUDA device.
+
+mcore 0.16.1 is written for CUDA: it names the device in literals (``device="cuda"``), passes
+``torch.cuda.current_device()`` as a device, compares ``Tensor.type()`` with ``"torch.cuda.FloatTensor"``, and so on.
+``install()`` bridges that when there is no CUDA device; where there is one it changes nothing.
+
+How: the modules of mcore, and only they, see another ``torch``. ``install()`` gives every ``megatron.core.*`` module
+(those loaded already, and by an import hook those loaded later) a view of torch in which device "cuda" means "cpu" and
+``torch.cuda`` answers for the CPU. The real ``torch`` stays as it is: ``torch.cuda.is_available()`` says False to
+everybody. What a view cannot reach is patched one by one below, each with the line of mcore 0.16.1 that needs it. The
+one global change is ``torch.Tensor.cuda``, which returns the tensor instead of raising.
+
+The functions after ``install`` (``device``, ``backend``, ``synchronize``, ``memory_allocated`` ...) are what the rest
+of the package calls, so that nothing else branches on CPU or GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.abc
+import importlib.machinery
+import logging
+import os
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import psutil
+import torch
+
+_CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the rest of the package calls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def install() -> None:
+    """Make mcore 0.16.1 work without a CUDA device. Does nothing where there is one; safe to call again.
+
+    Call it before the first process group or model is made; before or after ``import megatron.core``. Before is
+    quicker (about 1.5 s), because mcore then does not load torch's compiler.
+    """
+    if torch.cuda.is_available() or any(isinstance(finder, _BridgingFinder) for finder in sys.meta_path):
+        return
+    # Without CUDA there is neither Apex nor Transformer Engine; saying so once per module and rank helps nobody.
+    for message in ("Apex is not installed", "Transformer Engine and Apex are not installed"):
+        warnings.filterwarnings("ignore", message=message)
+    # tensor_parallel/data.py:84, language_module.py:244, exchange_utils.py:336: `tensor.cuda()`.
+    torch.Tensor.cuda = _stay_here  # type: ignore[assignment, method-assign]
+    sys.meta_path.insert(0, _BridgingFinder())
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core"):
+            _bridge(module)
+
+
+def device() -> torch.device:
+    """The device of this rank: its current CUDA device, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return _CPU
+
+
+def backend() -> str:
+    """The torch.distributed backend of this platform: "nccl" or "gloo"."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def set_device(local_rank: int) -> None:
+    """Choose this process's CUDA device by its rank on the host; nothing to do on CPU.
+
+    Raises:
+        ValueError: more ranks on this host than CUDA devices.
+    """
+    if not torch.cuda.is_available():
+        return
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"local rank {local_rank} has no CUDA device: this host has {count}; start at most {count} ranks per host."
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def synchronize() -> None:
+    """Wait until the device has done all the work given to it (the CPU always has)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def memory_allocated() -> int:
+    """Bytes in use now: allocated on the CUDA device, or resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def max_memory_allocated() -> int:
+    """Largest number of bytes in use so far: on the CUDA device, or resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def empty_cache() -> None:
+    """Give cached device memory back; nothing to do on CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def get_device_rng_state() -> torch.Tensor:
+    """State (uint8) of the generator that dropout on ``device()`` draws from; on CPU torch's default generator."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state()
+
+
+def set_device_rng_state(state: torch.Tensor) -> None:
+    """Set the generator that dropout on ``device()`` draws from to ``state`` (from ``get_device_rng_state``)."""
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state.cpu())
+    else:
+        torch.set_rng_state(state.cpu())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The torch that mcore sees
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Functions that mcore calls with device="cuda", e.g. schedules.py:596, optimizer.py:473, clip_grads.py:103,
+# transformer/utils.py:35, exchange_utils.py:104.
+_FACTORIES = (
+    *("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye"),
+    *("rand", "randn", "randint", "randperm"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+)
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """``factory`` with a CUDA ``device`` read as the CPU, and no pinned memory."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)  # utils.py:2117: pinning needs CUDA
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _stay_here(tensor: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    """``Tensor.cuda()`` without CUDA: the tensor is already where the work is done."""
+    return tensor
+
+
+class _Stream:
+    """Stands for ``torch.cuda.Stream`` and ``torch.cuda.Event``: CPU work is done when the call returns."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_exc: Any) -> None:
+        pass
+
+    def record_event(self, _event: Any = None) -> _Stream:
+        return self
+
+    def query(self) -> bool:
+        return True
+
+    def _nothing(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    wait = wait_stream = wait_event = synchronize = record = _nothing
+
+
+def _view_of(module: ModuleType, **changes: Any) -> ModuleType:
+    """A module with all names of ``module`` (also those it gains later), except for ``changes``."""
+    view = ModuleType(module.__name__, module.__doc__)
+    view.__dict__.update(vars(module))
+    view.__dict__.update(changes, __getattr__=functools.partial(getattr, module))
+    return view
+
+
+def _nothing(*_args: Any, **_kwargs: Any) -> None:
+    """For calls that mean nothing on CPU."""
+
+
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> torch.autocast:
+    """schedules.py:418: ``torch.autocast("cuda", ...)``."""
+    return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+@functools.cache
+def _torch_for_mcore() -> ModuleType:
+    """The view of torch that mcore modules get under the name ``torch``."""
+    cuda = _view_of(
+        torch.cuda,
+        # p2p_communication.py:313, param_and_grad_buffer.py:783, layers.py:261, mappings.py:91: used as `device=`.
+        current_device=lambda: _CPU,
+        # async_utils.py:488: `rank % torch.cuda.device_count()`.
+        device_count=lambda: 1,
+        set_device=_nothing,
+        # timers.py:152, p2p_communication.py:242, fully_parallel.py:272, filesystem_async.py:230.
+        synchronize=_nothing,
+        # optimizer.py:362, transformer/mlp.py:346.
+        empty_cache=_nothing,
+        # tensor_parallel/random.py:235 and 422, rerun_state_machine.py:957: dropout on CPU draws from the CPU state.
+        get_rng_state=lambda *_args, **_kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *_args, **_kwargs: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        # distributed_data_parallel.py:230, param_and_grad_buffer.py:417, shared_experts.py:123.
+        Stream=_Stream,
+        Event=_Stream,
+        current_stream=_Stream,
+        default_stream=_Stream,
+        set_stream=_nothing,
+        stream=lambda _stream: contextlib.nullcontext(),
+        # utils.py:2186, pipeline_parallel/utils.py:212.
+        nvtx=_view_of(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing),
+    )
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    return _view_of(torch, cuda=cuda, autocast=_autocast, **factories)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patches of single mcore modules: what a view of torch cannot reach
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _bridge_jit(module: ModuleType) -> None:
+    """jit.py:21: torch.compile of small fusions costs more (a C++ compiler, seconds per process) than it gives."""
+    module.disable_jit_fuser()
+
+
+def _bridge_random(module: ModuleType) -> None:
+    """tensor_parallel/random.py:55 and 74: the CUDA generator's state is read and set below the level of torch.cuda."""
+    module._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
+    module._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    # random.py:277 warns that the CPU state changed inside fork(); here that is the state fork() is about.
+    logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+
+
+def _bridge_norm(module: ModuleType) -> None:
+    """torch_norm.py:31: the local spec's norm refuses sequence parallelism.
+
+    Each rank normalises its own tokens, which torch's norms do as they are; the weights only have to be marked, so
+    that finalize_model_grads sums their gradients over the tensor-parallel ranks.
+    """
+    make = module.WrappedTorchNorm.__new__
+
+    def make_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        without = copy.copy(config)
+        without.sequence_parallel = False
+        norm = make(cls, without, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    module.WrappedTorchNorm.__new__ = staticmethod(make_norm)
+
+
+def _bridge_moe(module: ModuleType) -> None:
+    """moe_utils.py:1192: reads a name whose import (line 34) fails as a whole without Transformer Engine."""
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+def _bridge_optimizer(module: ModuleType) -> None:
+    """optimizer.py:671 and 690."""
+    _accept_cpu_types(module.Float16OptimizerWithFloat16Params.__init__)
+
+
+def _bridge_distributed_optimizer(module: ModuleType) -> None:
+    """distrib_optimizer.py:361, 420 and 582."""
+    _accept_cpu_types(module.DistributedOptimizer.__init__)
+    _accept_cpu_types(module.DistributedOptimizer._build_model_and_main_param_groups.__func__)
+
+
+def _bridge_clip(module: ModuleType) -> None:
+    """clip_grads.py:167."""
+    _accept_cpu_types(module.clip_grad_by_total_norm_fp32)
+
+
+def _accept_cpu_types(function: FunctionType) -> None:
+    """Let ``function`` compare ``Tensor.type()`` with "torch.FloatTensor" where it says "torch.cuda.FloatTensor"."""
+
+    def translate(constant: Any) -> Any:
+        if isinstance(constant, str):
+            return constant.replace("torch.cuda.", "torch.")
+        if isinstance(constant, tuple):
+            return tuple(translate(item) for item in constant)
+        if isinstance(constant, CodeType):
+            return constant.replace(co_consts=translate(constant.co_consts))
+        return constant
+
+    function.__code__ = translate(function.__code__)
+
+
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "megatron.core.jit": _bridge_jit,
+    "megatron.core.tensor_parallel.random": _bridge_random,
+    "megatron.core.transformer.torch_norm": _bridge_norm,
+    "megatron.core.transformer.moe.moe_utils": _bridge_moe,
+    "megatron.core.optimizer.optimizer": _bridge_optimizer,
+    "megatron.core.optimizer.distrib_optimizer": _bridge_distributed_optimizer,
+    "megatron.core.optimizer.clip_grads": _bridge_clip,
+}
+
+
+def _bridge(module: ModuleType) -> None:
+    """Give one loaded mcore module its view of torch and its patches."""
+    names = vars(module)
+    if names.get("torch") is torch:
+        names["torch"] = _torch_for_mcore()
+    for holder in [module, *(item for item in names.values() if isinstance(item, type))]:
+        if getattr(holder, "__module__", module.__name__) != module.__name__:
+            continue
+        for name, item in list(vars(holder).items()):
+            # Only where mcore was loaded before install(): take torch.compile off again, see _bridge_jit.
+            if hasattr(item, "_torchdynamo_orig_callable"):
+                setattr(holder, name, item._torchdynamo_orig_callable)
+    if module.__name__ in _PATCHES:
+        _PATCHES[module.__name__](module)
+
+
+class _BridgingLoader(importlib.machinery.SourceFileLoader):
+    """Loads a module from its file and bridges it."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _bridge(module)
+
+
+class _BridgingFinder(importlib.abc.MetaPathFinder):
+    """Finds the modules of mcore as Python does and has them bridged once they are loaded."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _BridgingLoader(spec.loader.name, os.fspath(spec.loader.path))
+        return spec
