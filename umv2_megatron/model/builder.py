@@ -1,0 +1,93 @@
+"""From a run's configuration to mcore's GPTModel, one per virtual pipeline stage, and to DDP around it."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import Float16Module
+
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.model.ffn_with_memory import memory_layers
+from umv2_megatron.model.layer_specs import umv2_layer_spec
+from umv2_megatron.parallel import cpu_platform
+
+
+def build_model(run: RunConfig, vocab_size: int, vp_stage: int | None = None) -> GPTModel:
+    """The part of the model that belongs to this rank (and virtual stage).
+
+    Args:
+        run: the resolved configuration; process groups must exist.
+        vocab_size: entries of the tokenizer; padded as --make-vocab-size-divisible-by says.
+        vp_stage: index of the virtual pipeline stage, None without the interleaved schedule.
+    """
+    config = run.transformer_config()
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=umv2_layer_spec(config, run.memory, with_memory=run.has_memory),
+        vocab_size=run.padded_vocab_size(vocab_size),
+        max_sequence_length=run.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=not run.model.untie_embeddings_and_output_weights,
+        position_embedding_type=run.model.position_embedding_type,
+        rotary_percent=run.model.rotary_percent,
+        rotary_base=run.model.rotary_base,
+        vp_stage=vp_stage,
+    )
+    return model
+
+
+def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool = True) -> list[torch.nn.Module]:
+    """All virtual stages of this rank, on its device, in the run's precision, wrapped by mcore's DDP."""
+    stages = run.virtual_pipeline_size
+    chunks: list[torch.nn.Module] = [
+        build_model(run, vocab_size, stage) for stage in (range(stages) if stages else [None])
+    ]
+    config = run.transformer_config()
+    for index, chunk in enumerate(chunks):
+        for parameter in chunk.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunk.to(cpu_platform.device())
+        if run.bf16:
+            chunks[index] = Float16Module(config, chunk)
+        for _, layer in memory_layers(chunk):
+            layer.refresh_singular_vectors()
+    if not wrap_with_ddp:
+        return chunks
+    ddp_config = run.ddp_config()
+    wrapped: list[torch.nn.Module] = []
+    for index, chunk in enumerate(chunks):
+        wrapped.append(DistributedDataParallel(
+            config=config, ddp_config=ddp_config, module=chunk,
+            # as in mcore's own trainer: with several chunks only the first may split its gradients into buckets
+            disable_bucketing=index > 0 or (run.overlap_param_gather and len(chunks) > 1),
+        ))
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside DDP and Float16Module."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+@contextlib.contextmanager
+def evaluation_mode(chunks: list[torch.nn.Module]):
+    """Dropout off and no autograd inside."""
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk in chunks:
+            chunk.train()

@@ -1,0 +1,169 @@
+"""The module in a transformer layer's ``mlp`` slot: a dense FFN with a memory layer beside it.
+
+    y = FFN(x) + Memory(x),   x = norm(s),   s' = s + y       (ultramemv2, step "Forward")
+
+mcore builds the slot first and tells it its layer number afterwards (``set_layer_number``), so the memory layer is
+made at that moment: only then is it known whether this block has one, which rows it sees and which table it shares.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.layer import MemoryLayer
+from umv2_megatron.memory.sharing import plan_tables
+from umv2_megatron.memory.value_table import ValueTable
+from umv2_megatron.parallel import cpu_platform
+
+
+@dataclass
+class FFNWithMemorySubmodules:
+    """The dense FFN's spec, and the class of the memory layer (None leaves the FFN alone in the slot)."""
+
+    ffn: Union[ModuleSpec, type]
+    memory: Optional[type] = MemoryLayer
+
+
+class SharedTables:
+    """The value tables that layers of one pipeline stage share, by owner; holds them weakly.
+
+    One object travels in the layer spec's params. Layers are built in order, so an owner always comes before the
+    layers that refer to it, and a second model built from the same spec replaces the entries as it goes.
+    """
+
+    def __init__(self) -> None:
+        self._tables: weakref.WeakValueDictionary[int, ValueTable] = weakref.WeakValueDictionary()
+
+    def put(self, owner: int, table: ValueTable) -> None:
+        """Remember the table of memory layer ``owner`` (0-based among memory layers)."""
+        self._tables[owner] = table
+
+    def get(self, owner: int) -> ValueTable:
+        """The table that memory layer ``owner`` owns; it must have been built on this pipeline stage."""
+        table = self._tables.get(owner)
+        assert table is not None, f"the table of memory layer {owner} is not on this pipeline stage"
+        return table
+
+    def __deepcopy__(self, memo: dict) -> SharedTables:
+        return SharedTables()
+
+
+class FFNWithMemory(MegatronModule):
+    """``ffn(x) + memory(x)`` for ``x`` of shape [s, b, H]; the blocks without a memory layer give ``ffn(x)``.
+
+    Args:
+        config: the TransformerConfig of the model.
+        submodules: specs of the two parts.
+        memory_config: sizes and switches of the memory layer.
+        tables: where layers of this stage find tables that they share; needed when ``memory_config.sharing`` is not
+            "none".
+        standalone: True when no training program of ours is there to refresh u, t and to scale the auxiliary losses;
+            the module then does both in its training forward (used by stock Megatron-LM, see docs/megatron-lm.md).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: FFNWithMemorySubmodules,
+        memory_config: MemoryConfig,
+        tables: SharedTables | None = None,
+        standalone: bool = False,
+    ):
+        super().__init__(config=config)
+        self.memory_config = memory_config
+        self.tables = tables if tables is not None else SharedTables()
+        self.standalone = standalone
+        self._memory_class = submodules.memory
+        self.ffn = build_module(
+            submodules.ffn,
+            config=_ffn_config(config, memory_config),
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        self.memory: MemoryLayer | None = None
+        self.layer_number: int | None = None
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Build the memory layer of block ``layer_number`` (1-based over the whole model), if it has one."""
+        self.layer_number = layer_number
+        blocks = self.memory_config.memory_layers(self.config.num_layers)
+        if self._memory_class is None or not blocks[layer_number - 1]:
+            return
+        index = sum(blocks[: layer_number - 1])
+        window = plan_tables(self.memory_config, sum(blocks))[index]
+        owns = window.owner == index
+        self.memory = self._memory_class(
+            self.memory_config,
+            hidden_size=self.config.hidden_size,
+            layer_index=index,
+            num_memory_layers=sum(blocks),
+            ffn_hidden_size=self.config.ffn_hidden_size,
+            num_layers=self.config.num_layers,
+            window=window,
+            table=None if owns else self.tables.get(window.owner),
+            params_dtype=self.config.params_dtype,
+            device=None if self.config.use_cpu_initialization else cpu_platform.parameter_device(),
+            sequence_parallel=self.config.sequence_parallel,
+            perform_initialization=self.config.perform_initialization,
+        )
+        if owns:
+            self.tables.put(index, self.memory.table)
+
+    def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **_: Any):
+        """Normalised FFN input [s, b, H] -> (output [s, b, H], bias [H] or None).
+
+        ``padding_mask`` is what mcore passes to experts; a memory layer treats every token alike.
+        """
+        output, bias = self.ffn(hidden_states)
+        if self.memory is None:
+            return output, bias
+        if self.standalone and self.training and torch.is_grad_enabled():
+            # cores stay as they are between two optimizer steps, so refreshing in every forward is the same as once
+            self.memory.refresh_singular_vectors()
+            MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / get_num_microbatches()))
+        return output + self.memory(hidden_states), bias
+
+    @property
+    def linear_fc1(self) -> torch.nn.Module:
+        """The FFN's first linear layer, where mcore looks for it."""
+        return self.ffn.linear_fc1
+
+    def backward_dw(self) -> None:
+        """Weight gradients that the FFN's linear layers put off (mcore's delayed weight gradients)."""
+        self.ffn.backward_dw()
+
+
+def _ffn_config(config: TransformerConfig, memory_config: MemoryConfig) -> TransformerConfig:
+    """The FFN's own view of the configuration: with "paper" initialisation its last linear layer starts with standard
+    deviation sqrt(2/(5H)) / sqrt(2L), whatever the attention's output projection starts with."""
+    if memory_config.init != "paper":
+        return config
+    ffn_config = copy.copy(config)
+    base = math.sqrt(2.0 / (5.0 * config.hidden_size))
+    ffn_config.init_method = init_method_normal(base)
+    ffn_config.output_layer_init_method = init_method_normal(base / math.sqrt(2.0 * config.num_layers))
+    return ffn_config
+
+
+def memory_layers(model: torch.nn.Module) -> list[tuple[int, MemoryLayer]]:
+    """``(block number from 0, memory layer)`` of every memory layer below ``model``, in order."""
+    found = [
+        (module.layer_number - 1, module.memory)
+        for module in model.modules()
+        if isinstance(module, FFNWithMemory) and module.memory is not None and module.layer_number is not None
+    ]
+    return sorted(found, key=lambda pair: pair[0])

@@ -1,0 +1,25 @@
+"""What a model costs, by arithmetic alone: parameters, floating-point operations, bytes read per token.
+
+Nothing here needs torch, so the answers come at once and on any machine. ``model_fields`` is everywhere a mapping of
+Megatron's flag names (with underscores) to values, as in ``config/presets.py``; ``memory_config`` is None for a model
+without memory layers.
+"""
+
+from umv2_megatron.planning.flops import FlopsPerToken, flops_per_token, training_flops
+from umv2_megatron.planning.memory_access import BytesTouched, bytes_touched_per_token
+from umv2_megatron.planning.model_shape import ModelShape, layers_seen, padded_vocab_size
+from umv2_megatron.planning.parameters import BlockCount, ParameterCount, count_parameters
+
+__all__ = [
+    "BlockCount",
+    "BytesTouched",
+    "FlopsPerToken",
+    "ModelShape",
+    "ParameterCount",
+    "bytes_touched_per_token",
+    "count_parameters",
+    "flops_per_token",
+    "layers_seen",
+    "padded_vocab_size",
+    "training_flops",
+]
