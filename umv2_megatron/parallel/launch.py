@@ -1,0 +1,206 @@
+"""Which rank of how many this process is, whoever started it.
+
+Four ways to start a run are told apart by the environment, in this order:
+
+- torchrun: ``RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT``;
+- ``mpirun -n N python -m mpi4py pretrain_umv2.py``: a rank variable of an MPI launcher; MPI itself (mpi4py) then says
+  who we are, and rank 0 tells the others where to meet;
+- ``srun``: ``SLURM_PROCID SLURM_NTASKS SLURM_LOCALID``; ranks meet on the first host of the node list. Under
+  ``srun --mpi=pmi2`` both sets are there and agree, and MPI is not needed;
+- none of these: a world of one process.
+
+``MASTER_ADDR`` and ``MASTER_PORT``, where set, decide the meeting place for MPI and SLURM too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import socket
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from umv2_megatron.parallel import cpu_platform
+
+# Rank and size as MPICH (and Intel MPI), Open MPI and MVAPICH tell them to each process they start.
+_MPI_VARIABLES = (
+    ("PMI_RANK", "PMI_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
+
+
+class Launch(NamedTuple):
+    """This process among all of the run: ranks count from 0, ``local`` means on this host."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+
+def discover(environ: Mapping[str, str] | None = None) -> Launch:
+    """Rank, world and meeting place of this process, from ``environ`` (default: the process environment).
+
+    Under an MPI launcher this is a collective call: all ranks must make it.
+
+    Raises:
+        ValueError: a variable of the launcher is missing, not a number, or contradicts another one.
+    """
+    environ = os.environ if environ is None else environ
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return _from_torchrun(environ)
+    mpi = next((names for names in _MPI_VARIABLES if names[0] in environ), None)
+    slurm = "SLURM_PROCID" in environ
+    if mpi is not None:
+        rank, world_size = (_integer(environ, name) for name in mpi)
+        if not slurm or (rank, world_size) != _slurm_rank(environ):
+            return _from_mpi(environ, rank, world_size)
+    if slurm:
+        return _from_slurm(environ)
+    return Launch(0, 1, 0, 1, "127.0.0.1", _port(environ, _free_port()))
+
+
+def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
+    """Install the platform, choose this rank's device and join the process group of the whole run.
+
+    Args:
+        timeout_minutes: how long a collective, or the meeting of the ranks, may take (minutes).
+
+    Raises:
+        ValueError: see ``discover``; or fewer CUDA devices than ranks on this host.
+    """
+    if timeout_minutes <= 0:
+        raise ValueError(f"--distributed-timeout-minutes is {timeout_minutes}, expected more than 0; try 10.")
+    cpu_platform.install()
+    launch = discover()
+    cpu_platform.set_device(launch.local_rank)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        # torchrun's agent may hold the store already, which only env:// knows.
+        where = {"init_method": "env://"}
+    elif launch.world_size == 1:
+        where = {"store": torch.distributed.HashStore()}
+    else:
+        where = {"init_method": f"tcp://{launch.master_addr}:{launch.master_port}"}
+    torch.distributed.init_process_group(
+        cpu_platform.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, **where
+    )
+    return launch
+
+
+def _from_torchrun(environ: Mapping[str, str]) -> Launch:
+    rank, world_size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+    if "MASTER_ADDR" not in environ:
+        raise ValueError("RANK is set but MASTER_ADDR is not: start the run with torchrun, or unset RANK.")
+    return _checked(
+        Launch(
+            rank,
+            world_size,
+            _integer(environ, "LOCAL_RANK", 0),
+            _integer(environ, "LOCAL_WORLD_SIZE", 1),
+            environ["MASTER_ADDR"],
+            _integer(environ, "MASTER_PORT"),
+        ),
+        "RANK",
+        "WORLD_SIZE",
+    )
+
+
+def _slurm_rank(environ: Mapping[str, str]) -> tuple[int, int]:
+    return _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_NTASKS", 1)
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Launch:
+    rank, world_size = _slurm_rank(environ)
+    # "2(x3),1": tasks per node, run-length coded; this task's node is SLURM_NODEID.
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size)
+    counts: list[int] = []
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
+        counts += [int(count)] * int(repeats or 1)
+    node = _integer(environ, "SLURM_NODEID", 0)
+    # Ranks of one job agree on a port without talking: it follows from the number of the job and step.
+    ticket = 31 * _integer(environ, "SLURM_JOB_ID", 0) + _integer(environ, "SLURM_STEP_ID", 0)
+    launch = Launch(
+        rank,
+        world_size,
+        _integer(environ, "SLURM_LOCALID", 0),
+        counts[node] if node < len(counts) else 1,
+        environ.get("MASTER_ADDR") or _slurm_first_host(environ),
+        _port(environ, 15000 + ticket % 15000),
+    )
+    return _checked(launch, "SLURM_PROCID", "SLURM_NTASKS")
+
+
+def _slurm_first_host(environ: Mapping[str, str]) -> str:
+    """First host of "gpu[003-007,9],login1"; the launching host's address where that name cannot be resolved."""
+    hosts = next((environ[name] for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST") if environ.get(name)), "")
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", hosts)
+    if match is not None:
+        first = "".join(part or "" for part in match.groups())
+        try:
+            socket.getaddrinfo(first, None)
+            return first
+        except OSError:
+            pass
+    return environ.get("SLURM_LAUNCH_NODE_IPADDR") or "127.0.0.1"
+
+
+def _from_mpi(environ: Mapping[str, str], rank: int, world_size: int) -> Launch:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"this process was started by an MPI launcher but mpi4py does not work here ({error}); "
+            "pip install mpi4py mpich, or start the run with torchrun."
+        ) from error
+    world = MPI.COMM_WORLD
+    if (world.rank, world.size) != (rank, world_size):
+        raise ValueError(
+            f"the MPI launcher says rank {rank} of {world_size}, mpi4py says rank {world.rank} of {world.size}: "
+            "they belong to different MPI installations; use the mpirun that was installed together with mpi4py."
+        )
+    host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_host = world.allreduce(int(host.size == world.size), op=MPI.MIN) == 1
+    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname()))
+    address, port = world.bcast((address, _port(environ, _free_port())))
+    return Launch(world.rank, world.size, host.rank, host.size, address, port)
+
+
+def _checked(launch: Launch, rank_name: str, size_name: str) -> Launch:
+    if not 0 <= launch.rank < launch.world_size:
+        raise ValueError(
+            f"{rank_name} is {launch.rank} and {size_name} is {launch.world_size}, expected a rank from 0 to "
+            f"{launch.world_size - 1}; start the run with torchrun, srun or mpirun."
+        )
+    return launch
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None:
+        if default is None:
+            raise ValueError(f"{name} is not set in the environment: start the run with torchrun, srun or mpirun.")
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r} in the environment, expected an integer; unset or correct it.") from None
+
+
+def _port(environ: Mapping[str, str], default: int) -> int:
+    port = _integer(environ, "MASTER_PORT", default)
+    if not 0 < port < 65536:
+        raise ValueError(f"MASTER_PORT is {port} in the environment, expected 1 to 65535; unset or correct it.")
+    return port
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
