@@ -1,0 +1,163 @@
+"""What a run reads: corpora, how they are split and blended, and the tokenizer that made them.
+
+Every field is also a flag of the same name (``data_path`` is ``--data-path``), named as in Megatron-LM. Paths of
+corpora are written without extension: ``p_text_document`` stands for ``p_text_document.bin`` and ``.idx``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+from umv2_megatron.config.memory_config import option
+
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteLevelTokenizer", "NullTokenizer")
+
+# The prefixes of a blend and, when the user gave them, their weights.
+Blend = tuple[list[str], Optional[list[float]]]
+
+
+@dataclass
+class DataConfig:
+    """Where the training, validation and test tokens come from.
+
+    Errors are raised by ``validate`` as ``ValueError`` with one sentence that names the flag.
+    """
+
+    data_path: Optional[list[str]] = option(
+        None,
+        "corpora to split into train, validation and test by --split: one path without extension, several paths "
+        "(drawn in proportion to their tokens), or 'weight path weight path ...'",
+    )
+    train_data_path: Optional[list[str]] = option(None, "corpora of the training set, in the form of --data-path")
+    valid_data_path: Optional[list[str]] = option(None, "corpora of the validation set, in the form of --data-path")
+    test_data_path: Optional[list[str]] = option(None, "corpora of the test set, in the form of --data-path")
+    split: str = option(
+        "969,30,1", "shares of the documents of --data-path that become train, validation and test, in this order"
+    )
+    data_cache_path: Optional[str] = option(
+        None, "directory of the sample indices (default: '<first path>.cache' beside the corpus)"
+    )
+    mock_data: bool = option(False, "train on generated tokens instead of a corpus")
+    num_workers: int = option(2, "processes per rank that load samples; 0 loads them in the training process")
+    num_dataset_builder_threads: int = option(1, "threads per rank that build the sample indices of a blend")
+    tokenizer_type: Optional[str] = option(None, "kind of tokenizer", choices=TOKENIZER_TYPES)
+    tokenizer_model: Optional[str] = option(
+        None,
+        "SentencePieceTokenizer: the .model file; HuggingFaceTokenizer: a tokenizer.json file or the local directory "
+        "that holds it",
+    )
+    vocab_size: Optional[int] = option(
+        None,
+        "NullTokenizer: number of token ids before the end-of-document token; other tokenizers: the size of a larger "
+        "vocabulary to report (default: the tokenizer's own)",
+    )
+    eod_mask_loss: bool = option(False, "leave the loss of positions that hold an end-of-document token out")
+    reset_position_ids: bool = option(False, "restart position ids after each end-of-document token")
+    reset_attention_mask: bool = option(
+        False, "stop attention at end-of-document tokens (needs --create-attention-mask-in-dataloader)"
+    )
+    create_attention_mask_in_dataloader: bool = option(
+        False, "let the data loader build attention masks; without it attention is causal and no mask is passed"
+    )
+
+    @property
+    def has_split_paths(self) -> bool:
+        """Whether train, validation and test come from corpora of their own."""
+        return any(paths is not None for paths in self.split_paths)
+
+    @property
+    def split_paths(self) -> tuple[Optional[list[str]], Optional[list[str]], Optional[list[str]]]:
+        """The values of --train-data-path, --valid-data-path and --test-data-path."""
+        return self.train_data_path, self.valid_data_path, self.test_data_path
+
+    def blend(self) -> Optional[Blend]:
+        """The corpora of --data-path, or None without it."""
+        return None if self.data_path is None else parse_blend("--data-path", self.data_path)
+
+    def split_blends(self) -> list[Optional[Blend]]:
+        """The corpora of train, validation and test when each has its own flag."""
+        flags = ("--train-data-path", "--valid-data-path", "--test-data-path")
+        return [None if paths is None else parse_blend(flag, paths) for flag, paths in zip(flags, self.split_paths)]
+
+    def split_shares(self) -> list[float]:
+        """Train, validation and test shares of --split, summing to 1."""
+        return parse_split(self.split)
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the flag when the options contradict each other; opens no file."""
+        sources = {
+            "--data-path": self.data_path is not None,
+            "--train-data-path, --valid-data-path or --test-data-path": self.has_split_paths,
+            "--mock-data": self.mock_data,
+        }
+        given = [flag for flag, present in sources.items() if present]
+        if not given:
+            raise ValueError("no data is given: pass --data-path, --train-data-path or --mock-data")
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} exclude each other: keep one of them")
+        if self.has_split_paths and self.train_data_path is None:
+            raise ValueError("--train-data-path is missing: it is needed beside --valid-data-path or --test-data-path")
+        self.blend(), self.split_blends(), self.split_shares()
+        self._validate_tokenizer()
+        if self.num_workers < 0:
+            raise ValueError(f"--num-workers is {self.num_workers}: expected 0 or more")
+        if self.num_dataset_builder_threads < 1:
+            raise ValueError(
+                f"--num-dataset-builder-threads is {self.num_dataset_builder_threads}: expected 1 or more"
+            )
+        if self.reset_attention_mask and not self.create_attention_mask_in_dataloader:
+            raise ValueError("--reset-attention-mask needs the mask of --create-attention-mask-in-dataloader: add that flag")
+
+    def _validate_tokenizer(self) -> None:
+        if self.tokenizer_type is None:
+            raise ValueError(f"--tokenizer-type is missing: expected one of {', '.join(TOKENIZER_TYPES)}")
+        if self.tokenizer_type not in TOKENIZER_TYPES:
+            raise ValueError(
+                f"--tokenizer-type is {self.tokenizer_type!r}: expected one of {', '.join(TOKENIZER_TYPES)}"
+            )
+        if self.tokenizer_type in TOKENIZER_TYPES[:2] and self.tokenizer_model is None:
+            raise ValueError(f"--tokenizer-model is missing: {self.tokenizer_type} needs the file it loads")
+        if self.tokenizer_type == "NullTokenizer" and self.vocab_size is None:
+            raise ValueError("--vocab-size is missing: NullTokenizer needs the number of token ids")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"--vocab-size is {self.vocab_size}: expected 1 or more")
+
+
+def parse_blend(flag: str, values: list[str]) -> Blend:
+    """Read ``path``, ``path path ...`` or ``weight path weight path ...`` into prefixes and weights.
+
+    Weights are None when none are given. Raises ``ValueError`` naming ``flag`` for an empty list, a weight without a
+    path, a mixture of the forms, and a weight that is not a positive number.
+    """
+    values = [value.strip() for value in values]
+    if not values or "" in values:
+        raise ValueError(f"{flag} is empty: expected 'path' or 'weight path weight path ...'")
+    numeric = [_as_number(value) is not None for value in values]
+    if not any(numeric):
+        return values, None
+    if len(values) % 2 or not all(numeric[0::2]) or any(numeric[1::2]):
+        raise ValueError(f"{flag} is '{' '.join(values)}': expected 'path' or 'weight path weight path ...'")
+    weights = [float(value) for value in values[0::2]]
+    for weight in weights:
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"{flag} has the weight {weight:g}: expected a number above 0")
+    return values[1::2], weights
+
+
+def parse_split(split: str) -> list[float]:
+    """Read ``"969,30,1"`` into the three shares of train, validation and test, which sum to 1."""
+    shares = [_as_number(part) for part in split.split(",")]
+    numbers = [share for share in shares if share is not None and math.isfinite(share) and share >= 0]
+    if len(numbers) != len(shares) or len(numbers) > 3 or sum(numbers) <= 0:
+        raise ValueError(f"--split is {split!r}: expected up to three numbers, such as '969,30,1'")
+    numbers += [0.0] * (3 - len(numbers))
+    return [share / sum(numbers) for share in numbers]
+
+
+def _as_number(value: str) -> Optional[float]:
+    try:
+        return float(value)
+    except ValueError:
+        return None
