@@ -1,0 +1,11 @@
+"""Imported once by harness.py's fork server: what every rank would spend seconds on."""
+
+from umv2_megatron.parallel import cpu_platform
+
+cpu_platform.install()
+
+import megatron.core.distributed  # noqa: E402
+import megatron.core.models.gpt.gpt_layer_specs  # noqa: E402
+import megatron.core.models.gpt.gpt_model  # noqa: E402
+import megatron.core.optimizer  # noqa: E402
+import megatron.core.pipeline_parallel  # noqa: E402, F401
