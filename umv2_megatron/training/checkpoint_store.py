@@ -1,0 +1,447 @@
+"""The directory of checkpoints as files: publish one so that a crash at any moment loses nothing, and find a good one.
+
+The worst checkpoint is the one that looks saved. So a checkpoint becomes visible only as a whole and only with the
+hashes that prove it:
+
+    <root>/.lock                               owner of the directory while a job saves into it
+    <root>/.tmp_iter_0001000/                  being written; removed when the next owner starts
+    <root>/iter_0001000/manifest.json          size and SHA-256 of every file, number of keys, tensor bytes
+    <root>/iter_0001000/manifest.sha256        SHA-256 of manifest.json itself
+    <root>/latest_checkpointed_iteration.txt   plain number, as Megatron-LM writes it
+
+Order of a save: write -> fsync files -> manifest -> fsync -> rename -> fsync root -> tracker -> prune. Killed anywhere,
+the directory still holds the old or the new checkpoint. Loading verifies every byte before anyone reads it, and falls
+back, loudly, to the older valid checkpoint.
+
+Only files here: no torch, no process group. `checkpointing.py` decides which rank calls what.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umv2_megatron.training.durable_files import (
+    CheckpointError,
+    check_relative_path,
+    files_below,
+    fsync_path,
+    remove_path,
+    sha256_of,
+    write_synced,
+)
+from umv2_megatron.training.save_lock import SaveLock
+
+__all__ = ["CheckpointError", "CheckpointStore", "Manifest", "NoCheckpointError"]
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+_FORMAT = 1
+_ITER_DIR = re.compile(r"iter_(\d{7,})")
+
+
+class NoCheckpointError(CheckpointError):
+    """The directory holds no checkpoint at all: nothing was ever published there."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a published checkpoint consists of.
+
+    files: relative POSIX path -> (size in bytes, SHA-256 in hex); num_keys: tensors and objects; tensor_bytes: bytes
+    of tensor data, both as the model counted them when it saved.
+    """
+
+    iteration: int
+    num_keys: int
+    tensor_bytes: int
+    files: dict[str, tuple[int, str]]
+
+
+def _print_warning(message: str) -> None:
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)
+
+
+def _no_stage(name: str) -> None:
+    del name
+
+
+class CheckpointStore:
+    """Publishes checkpoints under `root` and finds the newest valid one.
+
+    keep: how many of the newest valid checkpoints survive pruning (at least 1; 2 by default, so that one bad disk
+    block never costs the run). retain_interval: iterations that are a multiple of it are never pruned
+    (`--save-retain-interval`). warn: receives each warning line. stages: called with the name of every step of a
+    save just after the step is done; the tests kill the process there.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        retain_interval: int | None = None,
+        warn: Callable[[str], None] = _print_warning,
+        stages: Callable[[str], None] = _no_stage,
+        hash_threads: int = 4,
+    ) -> None:
+        assert keep >= 1 and hash_threads >= 1
+        assert retain_interval is None or retain_interval > 0
+        self.root = Path(root)
+        self.keep = keep
+        self.retain_interval = retain_interval
+        self.warn = warn
+        self._stage = stages
+        self._hash_threads = hash_threads
+
+    # ------------------------------------------------------------------ names
+
+    def path(self, iteration: int) -> Path:
+        """Directory of a published checkpoint."""
+        return self.root / f"iter_{iteration:07d}"
+
+    def temporary_path(self, iteration: int) -> Path:
+        """Directory in which a checkpoint is written before it is published."""
+        return self.root / f".tmp_iter_{iteration:07d}"
+
+    def iterations(self) -> list[int]:
+        """Iterations with a published directory, valid or not, in rising order."""
+        if not self.root.is_dir():
+            return []
+        matches = (_ITER_DIR.fullmatch(entry.name) for entry in self.root.iterdir() if entry.is_dir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    # ------------------------------------------------------------------ owning
+
+    def lock(self, timeout_s: float = 5.0) -> SaveLock:
+        """Become the only job that saves here, and clear what a killed owner left behind.
+
+        Returns the lock; keep it until the job ends (`release()` or as a context manager). The kernel frees it when
+        the process dies. Raises CheckpointError naming the owner after `timeout_s` seconds.
+        """
+        with self._named_errors("create", self.root, None):
+            self.root.mkdir(parents=True, exist_ok=True)
+        lock = SaveLock(self.root / ".lock", timeout_s)
+        try:
+            with self._named_errors("clean up", self.root, None):
+                self._clean_up()
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    def _clean_up(self) -> None:
+        for entry in sorted(self.root.iterdir()):
+            if entry.name.startswith(".old_iter_"):
+                # Killed between the two renames that replace a checkpoint of the same iteration: the old one returns.
+                target = self.root / entry.name.removeprefix(".old_")
+                if not target.exists():
+                    os.rename(entry, target)
+                    fsync_path(self.root)
+                    self.warn(f"{target} was being replaced when its job was killed: the old content is back")
+                    continue
+            if entry.name.startswith((".tmp_", ".old_iter_")):
+                remove_path(entry)
+
+    # ------------------------------------------------------------------ saving
+
+    def begin(self, iteration: int, bytes_needed: int | None = None) -> Path:
+        """Make an empty temporary directory for `iteration` and return it.
+
+        bytes_needed: about how much will be written; when the disk has less free, fails before a byte is written.
+        Raises CheckpointError (disk full, read-only, no permission).
+        """
+        assert iteration >= 0
+        tmp = self.temporary_path(iteration)
+        with self._named_errors("start", tmp, bytes_needed):
+            self.root.mkdir(parents=True, exist_ok=True)
+            remove_path(tmp)
+            free = shutil.disk_usage(self.root).free
+            if bytes_needed is not None and free < bytes_needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            tmp.mkdir()
+        self._stage("begun")
+        return tmp
+
+    def discard(self, iteration: int) -> None:
+        """Remove the temporary directory of a save that failed; published checkpoints stay as they are."""
+        with contextlib.suppress(OSError):
+            remove_path(self.temporary_path(iteration))
+
+    def publish(
+        self,
+        iteration: int,
+        *,
+        num_keys: int,
+        tensor_bytes: int,
+        count: Callable[[Path], tuple[int, int]] | None = None,
+    ) -> Path:
+        """Turn the temporary directory of `iteration` into a published checkpoint; prune old ones last.
+
+        num_keys, tensor_bytes: what the model meant to save. count: reads the written directory and returns the
+        number of keys and tensor bytes actually there; a difference refuses publication. Without it only a total
+        smaller than `tensor_bytes` is refused. Returns the published directory. Raises CheckpointError; whatever was
+        published before is then untouched and the temporary directory is gone.
+        """
+        tmp = self.temporary_path(iteration)
+        final = self.path(iteration)
+        try:
+            with self._named_errors("publish", final, tensor_bytes):
+                self._check_counts(tmp, num_keys, tensor_bytes, count)
+                self._write_manifest(tmp, iteration, num_keys, tensor_bytes)
+                self._rename_into_place(tmp, final)
+                self._write_tracker(iteration)
+        except BaseException:
+            self.discard(iteration)
+            raise
+        # The checkpoint is safe from here on: a failure to delete old ones must not fail the save.
+        try:
+            self._prune(iteration)
+        except OSError as error:
+            self.warn(f"old checkpoints in {self.root} could not be removed: {error}")
+        return final
+
+    def _check_counts(
+        self, tmp: Path, num_keys: int, tensor_bytes: int, count: Callable[[Path], tuple[int, int]] | None
+    ) -> None:
+        files = list(files_below(tmp))
+        if count is not None:
+            found_keys, found_bytes = count(tmp)
+            if (found_keys, found_bytes) != (num_keys, tensor_bytes):
+                raise CheckpointError(
+                    f"{tmp} was not published: the model has {num_keys} keys and {tensor_bytes} tensor bytes, "
+                    f"but {found_keys} keys and {found_bytes} bytes were written; save again"
+                )
+        on_disk = sum((tmp / name).stat().st_size for name in files)
+        if on_disk < tensor_bytes:
+            raise CheckpointError(
+                f"{tmp} was not published: the model has {tensor_bytes} tensor bytes, but its {len(files)} files hold "
+                f"only {on_disk} bytes; save again"
+            )
+
+    def _write_manifest(self, tmp: Path, iteration: int, num_keys: int, tensor_bytes: int) -> None:
+        names = sorted(files_below(tmp))
+        assert MANIFEST not in names and MANIFEST_HASH not in names, "temporary directory was published before"
+
+        def seal(name: str) -> dict[str, Any]:
+            path = tmp / name
+            fsync_path(path)
+            return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+        with ThreadPoolExecutor(self._hash_threads) as pool:
+            files = dict(zip(names, pool.map(seal, names)))
+        for directory in {(tmp / name).parent for name in names} - {tmp}:
+            fsync_path(directory)
+        self._stage("files-synced")
+        manifest = {
+            "format": _FORMAT,
+            "iteration": iteration,
+            "num_keys": num_keys,
+            "tensor_bytes": tensor_bytes,
+            "files": files,
+        }
+        data = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+        write_synced(tmp / MANIFEST, data)
+        self._stage("manifest-written")
+        write_synced(tmp / MANIFEST_HASH, _manifest_hash_line(data))
+        fsync_path(tmp)
+        self._stage("manifest-synced")
+
+    def _rename_into_place(self, tmp: Path, final: Path) -> None:
+        old = self.root / f".old_{final.name}"
+        remove_path(old)
+        replaced = final.exists()
+        if replaced:
+            # Training went back to an older checkpoint and reached this iteration again. rename() cannot replace a
+            # directory that has content; `_clean_up` undoes this step when the next one never happens.
+            os.rename(final, old)
+            self._stage("old-set-aside")
+        os.rename(tmp, final)
+        self._stage("renamed")
+        fsync_path(self.root)
+        self._stage("rename-synced")
+        if replaced:
+            remove_path(old)
+            self._stage("old-removed")
+
+    def _write_tracker(self, iteration: int) -> None:
+        tmp = self.root / f".tmp_{TRACKER}"
+        write_synced(tmp, str(iteration).encode())
+        self._stage("tracker-written")
+        os.replace(tmp, self.root / TRACKER)
+        self._stage("tracker-replaced")
+        fsync_path(self.root)
+        self._stage("tracker-synced")
+
+    def _prune(self, published: int) -> None:
+        """Remove what is older than the newest `keep` valid checkpoints up to `published`.
+
+        Iterations after `published` belong to a run that was rewound; they are only named, never removed.
+        Validity here means sizes, not hashes: re-reading terabytes at every save would cost more than it protects.
+        """
+        newer = [i for i in self.iterations() if i > published]
+        if newer:
+            self.warn(f"{self.root} also holds checkpoints newer than the one just saved ({published}): {newer}")
+        kept = 0
+        for iteration in sorted((i for i in self.iterations() if i <= published), reverse=True):
+            if kept < self.keep:
+                try:
+                    self.verify(iteration, hashes=False)
+                    kept += 1
+                except CheckpointError as error:
+                    self.warn(str(error))
+                continue
+            if self.retain_interval and iteration % self.retain_interval == 0:
+                continue
+            # Renamed first: a half-removed directory must not carry a checkpoint's name.
+            doomed = self.root / f".tmp_prune_iter_{iteration:07d}"
+            os.rename(self.path(iteration), doomed)
+            self._stage("prune-renamed")
+            remove_path(doomed)
+            self._stage("pruned")
+
+    # ------------------------------------------------------------------ loading
+
+    def read_tracker(self) -> int | None:
+        """The iteration in the tracker file; None when the file is missing, empty or not a plain number."""
+        try:
+            with open(self.root / TRACKER, "rb") as stream:
+                text = stream.read(64).decode("ascii").strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+    def verify(self, iteration: int, *, hashes: bool = True) -> Manifest:
+        """Check a published checkpoint file by file against its manifest and return the manifest.
+
+        hashes=False compares names and sizes only. Raises CheckpointError naming the bad file with expected and
+        actual size or SHA-256; also for a missing or extra file, a symlink, or a path that leaves the directory.
+        """
+        directory = self.path(iteration)
+        try:
+            manifest = self._read_manifest(directory, iteration)
+            present = set(files_below(directory)) - {MANIFEST, MANIFEST_HASH}
+            for name in sorted(manifest.files.keys() - present):
+                raise CheckpointError(f"{directory / name} is missing: the manifest lists it")
+            for name in sorted(present - manifest.files.keys()):
+                raise CheckpointError(f"{directory / name} is not in the manifest")
+            for name, (size, _) in sorted(manifest.files.items()):
+                actual = (directory / name).stat().st_size
+                if actual != size:
+                    raise CheckpointError(f"{directory / name} has {actual} bytes: the manifest says {size}")
+            if hashes:
+                self._verify_hashes(directory, manifest)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
+        return manifest
+
+    def _verify_hashes(self, directory: Path, manifest: Manifest) -> None:
+        names = sorted(manifest.files)
+        with ThreadPoolExecutor(self._hash_threads) as pool:
+            actual = dict(zip(names, pool.map(lambda name: sha256_of(directory / name), names)))
+        bad = [name for name in names if actual[name] != manifest.files[name][1]]
+        if bad:
+            others = f" ({len(bad) - 1} more files differ: {', '.join(bad[1:4])})" if len(bad) > 1 else ""
+            raise CheckpointError(
+                f"{directory / bad[0]} has SHA-256 {actual[bad[0]]}: the manifest says "
+                f"{manifest.files[bad[0]][1]}{others}"
+            )
+
+    def _read_manifest(self, directory: Path, iteration: int) -> Manifest:
+        path = directory / MANIFEST
+        if directory.is_symlink() or path.is_symlink() or (directory / MANIFEST_HASH).is_symlink():
+            raise CheckpointError(f"{directory} or its manifest is a symlink: checkpoints must be plain files")
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} does not exist")
+        if not path.is_file() or not (directory / MANIFEST_HASH).is_file():
+            raise CheckpointError(f"{directory} has no {MANIFEST} and {MANIFEST_HASH}: it was never published")
+        data = path.read_bytes()
+        expected = (directory / MANIFEST_HASH).read_bytes()
+        if expected != _manifest_hash_line(data):
+            raise CheckpointError(
+                f"{path} has SHA-256 {hashlib.sha256(data).hexdigest()}: {MANIFEST_HASH} says "
+                f"{expected[:64].decode('ascii', 'replace') or 'nothing'}"
+            )
+        try:
+            content = json.loads(data)
+            if content["format"] != _FORMAT or content["iteration"] != iteration:
+                raise CheckpointError(
+                    f"{path} is format {content['format']} of iteration {content['iteration']}: expected format "
+                    f"{_FORMAT} of iteration {iteration}"
+                )
+            files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in content["files"].items()}
+            manifest = Manifest(iteration, int(content["num_keys"]), int(content["tensor_bytes"]), files)
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} is not a checkpoint manifest: {error!r}") from error
+        for name in files:
+            check_relative_path(name, path)
+        return manifest
+
+    def resolve(self, ckpt_step: int | None = None) -> int:
+        """The iteration to load, every byte of it verified.
+
+        With `ckpt_step` exactly that one. Otherwise the tracker's, else the newest older valid one, else any valid
+        one, with a warning line that names the bad file. Raises NoCheckpointError when nothing was ever published,
+        CheckpointError when there is nothing valid.
+        """
+        if ckpt_step is not None:
+            self.verify(ckpt_step)
+            return ckpt_step
+        tracked = self.read_tracker()
+        candidates = sorted(self.iterations(), reverse=True)
+        tracker = self.root / TRACKER
+        if tracked is None:
+            if not candidates and not tracker.exists():
+                raise NoCheckpointError(f"{self.root} holds no checkpoint: check --load, or give --allow-fresh")
+            state = "is not a plain iteration number" if tracker.exists() else "is missing"
+            self.warn(f"{tracker} {state}: looking for the newest valid checkpoint among {candidates}")
+        else:
+            older = [i for i in candidates if i < tracked]
+            candidates = [tracked, *older, *(i for i in candidates if i > tracked)]
+        problems = []
+        for iteration in candidates:
+            try:
+                self.verify(iteration)
+            except CheckpointError as error:
+                problems.append(str(error))
+                self.warn(f"checkpoint {iteration} cannot be used: {error}")
+                continue
+            if problems or tracked is None:
+                self.warn(f"falling back to checkpoint {iteration}")
+            return iteration
+        detail = problems[0] if problems else f"{tracker} is unreadable and there are no iter_* directories"
+        raise CheckpointError(f"{self.root} has no valid checkpoint to load: {detail}")
+
+    @contextlib.contextmanager
+    def _named_errors(self, action: str, path: Path, bytes_needed: int | None) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self.explain(error, f"could not {action} {path}", bytes_needed) from error
+
+    def explain(self, error: OSError, what: str, bytes_needed: int | None = None) -> CheckpointError:
+        """A one-sentence CheckpointError for a failed write, with the bytes needed and free on the disk."""
+        where = f" ({error.filename})" if error.filename else ""
+        space = ""
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.root if self.root.exists() else self.root.parent).free
+            needed = "unknown" if bytes_needed is None else bytes_needed
+            space = f", bytes needed: {needed}, bytes free: {free}"
+        return CheckpointError(
+            f"{what}: {error.strerror or error}{where}{space}; published checkpoints in {self.root} are untouched"
+        )
+
+
+def _manifest_hash_line(data: bytes) -> bytes:
+    """In the format of `sha256sum`, so that `sha256sum -c manifest.sha256` checks it by hand."""
+    return f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode()

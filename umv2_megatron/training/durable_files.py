@@ -1,0 +1,66 @@
+"""Small file operations whose result must still be there after a power cut, and the error they end in."""
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+_READ_BYTES = 4 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint, or the directory that holds it, cannot be used; the message is one sentence for the user.
+
+    A ValueError, because it ends a command the same way as any other wrong input: one line, no traceback.
+    """
+
+
+def check_relative_path(name: str, listed_in: Path) -> None:
+    """Refuse a file name that would leave its directory. Raises CheckpointError naming the list it came from."""
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{listed_in} lists the path {name!r}: paths must stay inside the checkpoint's directory")
+
+
+def files_below(directory: Path) -> Iterator[str]:
+    """Relative POSIX paths of all files below `directory`; symlinks and special files are refused."""
+    for entry in sorted(directory.rglob("*")):
+        mode = entry.lstat().st_mode
+        if stat.S_ISLNK(mode) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise CheckpointError(f"{entry} is a symlink or special file: checkpoints must be plain files")
+        if stat.S_ISREG(mode):
+            yield entry.relative_to(directory).as_posix()
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = bytearray(_READ_BYTES)
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+
+def remove_path(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
