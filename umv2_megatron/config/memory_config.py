@@ -68,10 +68,15 @@ class MemoryConfig:
         None, "iterations over which the multiple decays linearly to 1 (default: the run's length; 0 keeps it constant)"
     )
     balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
-    tucker_penalty_coeff: float = option(0.0, "alpha: weight of the penalty on the cores' singular values after the first")
+    tucker_penalty_coeff: float = option(0.0, "alpha: weight of the penalty on the cores' later singular values")
     tucker_penalty_margin: float = option(0.15, "tau: singular values below this are not penalised")
     init: str = option(
-        "paper", "initialisation: equal output variance of memory and FFN, or the released code's", choices=("paper", "fixed")
+        "paper",
+        "initialisation: equal output variance of memory and FFN, or the released code's",
+        choices=("paper", "fixed"),
+    )
+    norm_gain_exponent: float = option(
+        0.4, "x: the fixed initialisation starts the gains of query and key norms at Dk**-x (UltraMem v1: 0.33)"
     )
     backend: str = option(
         "auto", "implementation of the table lookup; auto picks by device", choices=("auto", "reference", "cpu")
@@ -148,7 +153,8 @@ class MemoryConfig:
         for name in ("pre_value_dim", "balance_loss_coeff", "tucker_penalty_coeff", "tucker_penalty_margin"):
             if getattr(self, name) < 0:
                 refuse(name, "0 or more")
-        for name in ("query_mode", "value_expansion", "pre_value_activation", "sharing", "init", "backend", "parallel_mode"):
+        for name in ("query_mode", "value_expansion", "pre_value_activation", "sharing", "init", "backend",
+                     "parallel_mode"):
             choices = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 refuse(name, f"one of {', '.join(choices)}")

@@ -1,0 +1,1 @@
+"""The memory layer of UltraMemV2 and its family: retrieval, tables, sharing, initialisation, losses, statistics."""

@@ -1,0 +1,101 @@
+"""Golden files and the real modules: reading a pair, building layers of its hyperparameters, comparing tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.layer import MemoryLayer
+from umv2_megatron.memory.sharing import from_share_ratio
+
+GOLDEN_DIR = Path(os.environ.get("UMV2_GOLDEN_DIR", Path(__file__).parent.parent / "golden"))
+
+# Names of the golden files' tensors and of our parameters.
+PARAMETERS = {
+    "query": "retrieval.query.weight",
+    "query_norm": "retrieval.query_norm",
+    "keys": "retrieval.keys",
+    "key_norm": "retrieval.key_norm",
+    "core": "retrieval.cores",
+    "pre_proj": "pre_proj.weight",
+    "value_proj": "value_proj.weight",
+}
+
+
+def golden_pairs() -> list[str]:
+    """Stems of all safetensors files in the folder that have a JSON file beside them."""
+    return sorted(path.stem for path in GOLDEN_DIR.glob("*.safetensors") if path.with_suffix(".json").exists())
+
+
+def read_pair(stem: str) -> tuple[dict, dict[str, Tensor]]:
+    """The JSON's contents and the tensors."""
+    text = (GOLDEN_DIR / f"{stem}.json").read_text()
+    return json.loads(text), load_file(GOLDEN_DIR / f"{stem}.safetensors")
+
+
+def config_of(hyper: dict, backend: str) -> MemoryConfig:
+    """The ``MemoryConfig`` that describes a golden file's hyperparameters."""
+    expansion = hyper.get("value_expand", 1)
+    assert expansion in (1, hyper["key_expand"] ** 2), f"value_expand {expansion} is neither 1 nor key_expand^2"
+    return MemoryConfig(
+        num_keys=hyper["knum"],
+        key_dim=hyper["kdim"],
+        value_dim=hyper["vdim"],
+        pre_value_dim=hyper.get("pre_vdim") or 0,
+        topk=hyper["knn"],
+        num_heads=hyper["head"],
+        tucker_rank=hyper["tucker_rank"],
+        num_cores=hyper["tucker_cores"],
+        query_mode=hyper["query_mode"],
+        key_expansion=hyper["key_expand"],
+        value_expansion="single" if expansion == 1 else "per-block",
+        pre_value_activation="gelu" if hyper.get("glu_act") else "none",
+        norm_epsilon=hyper["norm_eps"],
+        balance_loss_coeff=hyper.get("balance_coef") or 0.0,
+        backend=backend,
+    )
+
+
+def build_layers(hyper: dict, tensors: dict[str, Tensor], backend: str, dtype: torch.dtype) -> list[MemoryLayer]:
+    """The layers of a golden file with its weights; the first owns the table that all of them use."""
+    config = config_of(hyper, backend)
+    windows = from_share_ratio(hyper["knum"], hyper["layers"], hyper["share_ratio"])
+    layers: list[MemoryLayer] = []
+    for index, window in enumerate(windows):
+        layer = MemoryLayer(
+            config,
+            hyper["hidden"],
+            layer_index=index,
+            num_memory_layers=len(windows),
+            ffn_hidden_size=4 * hyper["hidden"],
+            num_layers=len(windows),
+            window=window,
+            table=layers[0].table if layers else None,
+            params_dtype=dtype,
+            perform_initialization=False,
+        )
+        state = {ours: tensors[f"layer{index}.w.{name}"] for name, ours in PARAMETERS.items()
+                 if f"layer{index}.w.{name}" in tensors}
+        for name in ("values", "pre_values"):
+            if index == 0 and f"shared.w.{name}" in tensors:
+                state[f"table.{name}"] = tensors[f"shared.w.{name}"]
+        state["perm"] = tensors[f"layer{index}.b.perm"]
+        for name in ("u", "t"):
+            state[f"retrieval.{name}"] = tensors[f"layer{index}.b.{name}"]
+        layer.load_state_dict(state, strict=True)
+        layers.append(layer.to(dtype))
+    return layers
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    """Assert |actual - expected| <= tolerance * max |expected|, with equal shapes."""
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    error = (actual.detach().to(torch.float64) - expected.to(torch.float64)).abs().max().item()
+    assert error <= tolerance * max(scale, 1e-30), f"{name}: error {error:.3e} against a maximum of {scale:.3e}"

@@ -1,0 +1,146 @@
+"""The paper authors' layer, number by number: every golden pair through the real modules, on every backend.
+
+Discovers all ``*.safetensors`` with a ``*.json`` in ``UMV2_GOLDEN_DIR`` (default tests/golden). ``value_lr.json`` has
+no tensors and belongs to the optimizer's tests.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_support import PARAMETERS, assert_near, build_layers, config_of, golden_pairs, read_pair
+
+from umv2_megatron.memory.layer import MemoryLayer
+from umv2_megatron.memory.retrieval import Retrieval
+from umv2_megatron.ops import pre_value_scores
+
+PRECISIONS = {"float64": (torch.float64, "64", 1e-10), "float32": (torch.float32, "", 1e-5)}
+
+
+def test_there_are_golden_pairs() -> None:
+    assert golden_pairs(), "no golden pair found; check UMV2_GOLDEN_DIR"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("stem", golden_pairs())
+def test_golden_pair(stem: str, backend: str, precision: str) -> None:
+    meta, tensors = read_pair(stem)
+    if "hyperparameters" not in meta:
+        if "step0.core" not in tensors:
+            pytest.skip(f"{stem} has no hyperparameters of a layer")
+        if (backend, precision) != ("cpu", "float32"):
+            pytest.skip("singular vectors are float32 and have no backend")
+        check_singular_vectors(meta, tensors)
+        return
+    hyper = meta["hyperparameters"]
+    if hyper["kind"] not in ("ultramem_v2", "ultramem_v1"):
+        pytest.skip(f"{hyper['kind']} layers are not built yet; they come with the baselines")
+    dtype, suffix, tolerance = PRECISIONS[precision]
+    check_layers(hyper, tensors, backend, dtype, suffix, tolerance, balance_only=False)
+    if any(f".grad_balance_only{suffix}." in name for name in tensors):
+        check_layers(hyper, tensors, backend, dtype, suffix, tolerance, balance_only=True)
+
+
+def check_layers(hyper, tensors, backend, dtype, suffix, tolerance, balance_only) -> None:
+    """Forward and backward of all layers of one golden file, against every number it holds."""
+    layers = build_layers(hyper, tensors, backend, dtype)
+    inputs, outputs, captured = [], [], []
+    for index, layer in enumerate(layers):
+        seen: dict = {}
+        capture(layer, seen)
+        x = tensors[f"layer{index}.in.x"].to(dtype, copy=True).requires_grad_()
+        inputs.append(x)
+        outputs.append(layer(x))
+        captured.append(seen)
+    upstream = [tensors[f"layer{index}.in.g"].to(dtype) for index in range(len(layers))]
+    if balance_only:
+        upstream = [torch.zeros_like(g) for g in upstream]
+    torch.autograd.backward(outputs, upstream)
+
+    # Every expected tensor must be met by a number of ours, so that nothing in a file goes unchecked.
+    group = f"grad_balance_only{suffix}" if balance_only else f"grad{suffix}"
+    met = 0
+    for name, expected in tensors.items():
+        owner, kind, rest = name.split(".", 2)
+        if kind == group:
+            actual = gradient(layers, inputs, owner, rest)
+            assert_near(actual, expected, tolerance, name)
+            met += 1
+        elif kind == f"out{suffix}" and not balance_only:
+            check_output(layers, captured, outputs, owner, rest, expected, tolerance)
+            met += 1
+        elif kind == "sel":
+            index = int(owner.removeprefix("layer"))
+            actual = selection(layers[index], captured[index])[rest]
+            assert torch.equal(actual, expected), f"{name} differs"
+            met += 1
+    assert met > 4 * len(layers)
+    windows = [layer.window for layer in layers]
+    assert [window.offset for window in windows] == hyper["offset"]
+    assert {window.window for window in windows} == {hyper["window"]}
+    assert {window.rows for window in windows} == {hyper["table_rows"]}
+    assert {layer.retrieval.num_keys for layer in layers} == {hyper["n_keys"]}
+
+
+def capture(layer: MemoryLayer, seen: dict) -> None:
+    """Keep what passes between the parts of ``layer``."""
+    layer.retrieval.register_forward_hook(lambda module, args, picks: seen.update(picks=picks))
+    layer.table.register_forward_pre_hook(lambda module, args: seen.update(lookup_args=seen.get("lookup_args", args)))
+    assert layer.value_proj is not None
+    layer.value_proj.register_forward_pre_hook(lambda module, args: seen.update(lookup=args[0]))
+
+
+def selection(layer: MemoryLayer, seen: dict) -> dict[str, torch.Tensor]:
+    rows, block = seen["lookup_args"][:2]
+    grid = seen["picks"].grid
+    return {"grid": grid, "virtual": layer.perm[grid].long(), "block": block, "phys": rows}
+
+
+def check_output(layers, captured, outputs, owner, rest, expected, tolerance) -> None:
+    index = int(owner.removeprefix("layer"))
+    layer, seen = layers[index], captured[index]
+    rows, _, _, projected = seen["lookup_args"]
+    if rest == "y":
+        actual = outputs[index]
+    elif rest == "lookup":
+        actual = seen["lookup"]
+    elif rest == "best_scores":
+        actual = seen["picks"].scores
+    elif rest == "pre_scores":
+        actual = pre_value_scores(rows, projected, layer.table.pre_values)
+    else:
+        assert rest == "balance_loss", f"unknown output {rest}"
+        actual = layer.last_losses["balance"] / layer.config.balance_loss_coeff
+    assert_near(actual, expected, tolerance, f"{owner}.{rest}")
+
+
+def gradient(layers, inputs, owner: str, rest: str) -> torch.Tensor:
+    """Our gradient of what a golden file calls ``owner``.grad.``rest``; zeros where autograd left None."""
+    if owner == "shared":
+        parameter = getattr(layers[0].table, rest)
+    else:
+        index = int(owner.removeprefix("layer"))
+        parameter = inputs[index] if rest == "x" else layers[index].get_parameter(PARAMETERS[rest])
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def check_singular_vectors(meta: dict, tensors: dict) -> None:
+    """A sequence of cores: each refresh must give the stored u and t (the first up to a common sign per head)."""
+    hyper = {"knum": 4, "kdim": 4, "vdim": 4 * meta["tucker_cores"], "knn": 2, "key_expand": 1,
+             "query_mode": "shared", "norm_eps": 1e-5, **meta}
+    retrieval = Retrieval(config_of(hyper, "cpu"), hidden_size=8, num_keys=4)
+    for step in range(meta["steps"]):
+        core, u, t = (tensors[f"step{step}.{name}"] for name in ("core", "u", "t"))
+        if step > 0:
+            # After the first step, whose sign is the SVD library's choice, go on from the stored pair.
+            retrieval.u.copy_(tensors[f"step{step}.prev_u"])
+            retrieval.t.copy_(tensors[f"step{step}.prev_t"])
+        with torch.no_grad():
+            retrieval.cores.copy_(core)
+        retrieval.refresh_singular_vectors()
+        if step == 0:
+            sign = torch.sign((retrieval.u * u).sum(-1, keepdim=True))
+            u, t = u * sign, t * sign
+        assert_near(retrieval.u, u, 1e-5, f"step{step}.u")
+        assert_near(retrieval.t, t, 1e-5, f"step{step}.t")

@@ -1,0 +1,232 @@
+"""Initial values of a memory layer, the same numbers whatever the parallel layout.
+
+"paper" (arXiv 2508.18756, section 3.3): linear maps get the standard deviation sqrt(2 / (5 H)); the gains of the query
+and key norms are set so that the picked cells' scores, summed over the cores, average 1; the table's standard
+deviation is set so that memory and FFN start with the same output variance. The paper has closed forms for
+that; we measure instead. Scores come from running the layer's own retrieval, with its own weights, on random
+normalised inputs, and the FFN's inner variance from quadrature of its real nonlinearity.
+
+Why measuring is exact here: table rows are independent of everything else and have mean zero, so the output variance
+given the picks is a sum of squares,
+
+    Var(y) = sigma^2 * E[rho^2] / H * sum_c |Wv slice c|^2 * E[ sum over picks p, p' of the same row of s_pc s_p'c ],
+
+with E[rho^2] = sigma^2 * E|Wp x|^2 for linear pre-values. Scores grow with the fourth power of a common gain.
+
+"fixed": what the released code does (see ``_initialize_fixed``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from umv2_megatron.memory.layer import MemoryLayer
+
+SIMULATED_TOKENS = 512
+# A block of a table is drawn from a generator of its own, so that a rank draws its own rows and columns only.
+BLOCK_ROWS = 4096
+BLOCK_COLUMNS = 64
+
+
+def linear_std(hidden_size: int) -> float:
+    """Standard deviation of linear maps under the "paper" initialisation: sqrt(2 / (5 H))."""
+    return math.sqrt(2 / (5 * hidden_size))
+
+
+def ffn_output_variance(
+    hidden_size: int, ffn_hidden_size: int, num_layers: int, gated: bool = True, activation: str = "silu"
+) -> float:
+    """Output variance, per element, of an FFN at initialisation on inputs of root mean square 1.
+
+    Weights have std sqrt(2 / (5 H)), those of the last map further divided by sqrt(2 * num_layers). ``gated``:
+    activation(gate) * up; otherwise activation(x W1). ``activation`` is "silu", "gelu" or "relu".
+    """
+    preactivation = hidden_size * linear_std(hidden_size) ** 2
+    function: Callable[[Tensor], Tensor] = getattr(functional, activation)
+    inner = _gaussian_mean_square(function, math.sqrt(preactivation))
+    if gated:
+        inner *= preactivation
+    return ffn_hidden_size * inner * linear_std(hidden_size) ** 2 / (2 * num_layers)
+
+
+def _gaussian_mean_square(function: Callable[[Tensor], Tensor], std: float) -> float:
+    """E[function(z)^2] for z ~ N(0, std^2), by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(96)
+    squares = function(torch.from_numpy(nodes) * std).square().numpy()
+    return float((weights * squares).sum() / weights.sum())
+
+
+def initialize_layer(layer: MemoryLayer, ffn_hidden_size: int, num_layers: int) -> None:
+    """Fill every parameter of ``layer``, its table if it owns one, and its singular vectors."""
+    if layer.config.init == "fixed":
+        _initialize_fixed(layer)
+    else:
+        _initialize_paper(layer, ffn_output_variance(layer.hidden_size, ffn_hidden_size, num_layers))
+
+
+@torch.no_grad()
+def _initialize_fixed(layer: MemoryLayer) -> None:
+    """The released code's values: norm gains Dk^-x, Wq and keys 1/sqrt(Dk), Wv and Wp 1/sqrt(fan-in), tables 0.02."""
+    config = layer.config
+    _draw_projections(layer, query=config.key_dim**-0.5, linear=None)
+    for gain in (layer.retrieval.query_norm, layer.retrieval.key_norm):
+        gain.fill_(config.key_dim**-config.norm_gain_exponent)
+    if layer.owns_table:
+        _draw_table(layer, 0.02)
+
+
+@torch.no_grad()
+def _initialize_paper(layer: MemoryLayer, target_variance: float) -> None:
+    """Gains for a mean summed score of 1 and a table for the FFN's output variance (see the top).
+
+    A layer that uses the table of another takes its rows as they are and reaches the variance by its gains; its
+    mean score is then only about 1.
+    """
+    retrieval = layer.retrieval
+    gains = (retrieval.query_norm, retrieval.key_norm)
+    _draw_projections(layer, query=linear_std(layer.hidden_size), linear=linear_std(layer.hidden_size))
+    for gain in gains:
+        gain.fill_(1.0)
+    mean_score, output_power, projected_square = _measure(layer)
+    if layer.owns_table:
+        score_scale = 1 / mean_score
+        power = output_power * score_scale**2
+        layer.table.initial_std = _rounded(_table_std(layer, target_variance, power, projected_square))
+        _draw_table(layer, layer.table.initial_std)
+    else:
+        std = layer.table.initial_std
+        assert std is not None, "the layer that owns the table must be initialised before those that share it"
+        variance = output_power * std**2 * _rho_square(layer, std, projected_square)
+        score_scale = math.sqrt(target_variance / variance)
+    for gain in gains:
+        gain.fill_(_rounded(score_scale**0.25))
+
+
+def _table_std(layer: MemoryLayer, target: float, power: float, projected_square: Optional[float]) -> float:
+    """sigma that solves sigma^2 * E[rho^2](sigma) * power = target; both factors grow with sigma, so by bisection."""
+    low, high = 1e-9, 1e6
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        variance = middle**2 * _rho_square(layer, middle, projected_square) * power
+        low, high = (middle, high) if variance < target else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _rho_square(layer: MemoryLayer, std: float, projected_square: Optional[float]) -> float:
+    """E[rho^2], 1 without pre-values, where rho before its activation is N(0, std^2 * |Wp x|^2)."""
+    if projected_square is None:
+        return 1.0
+    variance = std**2 * projected_square
+    if layer.config.pre_value_activation == "gelu":
+        return _gaussian_mean_square(functional.gelu, math.sqrt(variance))
+    return variance
+
+
+def _measure(layer: MemoryLayer) -> tuple[float, float, Optional[float]]:
+    """Run the layer's retrieval on random normalised inputs.
+
+    Returns the mean over picks of the score summed over cores; the output variance for rho = 1 and a table of unit
+    variance; and E|Wp x|^2, None without pre-values.
+    """
+    weight = layer.retrieval.query.weight
+    generator = seeded_generator(layer.config.seed, "simulation", layer.layer_index)
+    x = torch.randn(SIMULATED_TOKENS, layer.hidden_size, generator=generator)
+    x = (x * x.square().mean(-1, keepdim=True).rsqrt()).to(weight)
+    picks = layer.retrieval(x)
+    virtual = layer.perm[picks.grid].long()
+    rows, block = layer.window.locate(virtual)
+    # Picks of one row and one projection add up before they are squared.
+    place = rows * layer.config.num_blocks + (block if layer.config.num_blocks > 1 else 0)
+    power = torch.zeros(layer.config.num_cores, dtype=torch.float64)
+    for token in range(0, SIMULATED_TOKENS, 64):
+        part = slice(token, token + 64)
+        same = (place[part].unsqueeze(2) == place[part].unsqueeze(1)).float()
+        scores = picks.scores[part].float()
+        power += (torch.bmm(same, scores) * scores).sum((0, 1)).double().cpu()
+    power /= SIMULATED_TOKENS
+    projected_square = None
+    if layer.pre_proj is not None:
+        projected_square = float(layer.pre_proj(x).float().square().sum(-1).mean())
+    output_power = float((power * _projection_power(layer)).sum()) / layer.hidden_size
+    return float(picks.scores.float().sum(-1).mean()), output_power, projected_square
+
+
+def _projection_power(layer: MemoryLayer) -> Tensor:
+    """Squared Frobenius norm of the value projection's columns for each core, [C], averaged over virtual blocks."""
+    cores, blocks = layer.config.num_cores, layer.config.num_blocks
+    if layer.value_proj is None:
+        return torch.full((cores,), layer.config.value_dim / cores, dtype=torch.float64)
+    weight = layer.value_proj.weight.double().view(layer.hidden_size, blocks, cores, -1)
+    return weight.square().sum((0, 3)).mean(0).cpu()
+
+
+def _draw_projections(layer: MemoryLayer, query: float, linear: Optional[float]) -> None:
+    """Draw queries, keys, cores and projections; ``linear`` is the projections' std, None for 1/sqrt(fan-in)."""
+    seed, index = layer.config.seed, layer.layer_index
+    normal_(layer.retrieval.query.weight, query, seed, "query", index)
+    normal_(layer.retrieval.keys, layer.config.key_dim**-0.5, seed, "keys", index)
+    cores = torch.rand(layer.retrieval.cores.shape, generator=seeded_generator(seed, "cores", index))
+    layer.retrieval.cores.copy_(cores)
+    for name, projection in (("pre_proj", layer.pre_proj), ("value_proj", layer.value_proj)):
+        if projection is not None:
+            normal_(projection.weight, linear or projection.weight.shape[1] ** -0.5, seed, name, index)
+    layer.retrieval.refresh_singular_vectors()
+
+
+def _draw_table(layer: MemoryLayer, std: float) -> None:
+    """Draw the tables that ``layer`` owns."""
+    for name, table in layer.table.named_parameters():
+        seed = derived_seed(layer.config.seed, name, layer.layer_index)
+        init_table_(table, 0, 0, table.shape[1], std, seed)
+
+
+@torch.no_grad()
+def init_table_(tensor: Tensor, row_start: int, col_start: int, full_cols: int, std: float, seed: int) -> None:
+    """Fill ``tensor`` [rows, columns] with its part of a large table of N(0, std^2) numbers.
+
+    ``tensor`` holds rows from ``row_start`` and columns from ``col_start`` of a table ``full_cols`` wide. The numbers
+    depend on their place in the whole table and on ``seed`` only, not on how it is cut.
+    """
+    rows, columns = tensor.shape
+    assert col_start + columns <= full_cols
+    for row in range(row_start - row_start % BLOCK_ROWS, row_start + rows, BLOCK_ROWS):
+        for column in range(col_start - col_start % BLOCK_COLUMNS, col_start + columns, BLOCK_COLUMNS):
+            block = torch.empty(BLOCK_ROWS, min(BLOCK_COLUMNS, full_cols - column))
+            block.normal_(0.0, std, generator=seeded_generator(seed, row, column))
+            top, left = max(row, row_start), max(column, col_start)
+            bottom = min(row + BLOCK_ROWS, row_start + rows)
+            right = min(column + block.shape[1], col_start + columns)
+            tensor[top - row_start : bottom - row_start, left - col_start : right - col_start] = block[
+                top - row : bottom - row, left - column : right - column
+            ].to(tensor)
+
+
+@torch.no_grad()
+def normal_(tensor: Tensor, std: float, seed: int, *names: str | int) -> None:
+    """Fill ``tensor`` with N(0, std^2) numbers of the generator that belongs to ``seed`` and ``names``."""
+    tensor.copy_(torch.randn(tensor.shape, generator=seeded_generator(seed, *names)) * std)
+
+
+def seeded_generator(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU generator of its own for each combination of ``seed`` and ``names``."""
+    return torch.Generator().manual_seed(derived_seed(seed, *names))
+
+
+def derived_seed(seed: int, *names: str | int) -> int:
+    """A 63-bit seed that depends on all arguments; stable over machines and versions, unlike hash()."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits: ranks whose products round differently still get the same number."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,152 @@
+"""The memory layer: y = Wv( sum over picked rows of score * <pre_row, Wp x> * row ).
+
+``MemoryLayer`` joins the parts: ``Retrieval`` picks cells, the shuffle and the window turn cells into rows of a value
+table, a lookup of ``ops/`` adds the rows up, and the value projection returns to the hidden size. Its input is the
+normalised input of the block's FFN, its output is added to the FFN's. docs/memory-layer.md has the equations.
+
+Letters: T tokens, H hidden, h heads, K values kept per head, C cores, E virtual blocks with a projection of their own,
+V rows of the window, A rows of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.initialization import initialize_layer, seeded_generator
+from umv2_megatron.memory.losses import attach_loss, microbatch_scale, tucker_penalty
+from umv2_megatron.memory.retrieval import Picks, Projection, Retrieval
+from umv2_megatron.memory.sharing import TableWindow, table_windows
+from umv2_megatron.memory.statistics import UsageStatistics
+from umv2_megatron.memory.value_table import ValueTable
+
+
+class MemoryLayer(nn.Module):
+    """One memory layer of UltraMemV2 or UltraMem v1.
+
+    Parameters (all replicated, but for the table): those of ``retrieval``, ``pre_proj.weight`` [Dp, H] (with
+    pre-values), ``value_proj.weight`` [H, E * Dv] (unless value_expansion is none), and, in the layer that owns it,
+    ``table.values`` [A, Dv] and ``table.pre_values`` [A, Dp].
+    Buffers: ``perm`` [N^2], the shuffle; ``retrieval.u`` and ``retrieval.t``.
+
+    Args:
+        config: sizes and switches, validated.
+        hidden_size: H.
+        layer_index: 0-based among the memory layers of the whole model; seeds the shuffle and the initialisation.
+        num_memory_layers: memory layers of the whole model.
+        ffn_hidden_size: inner size of the (gated) FFN beside it, whose output variance the layer starts with.
+        num_layers: blocks of the whole model, for the same purpose.
+        window: the rows this layer sees; None computes it from ``config``.
+        table: the table of the layer that owns it, when another one does; None creates it here.
+        params_dtype: dtype of all parameters.
+        device: where to build; "meta" builds shapes only.
+        sequence_parallel: whether each tensor-parallel rank sees its own part of the sequence; the replicated
+            parameters are then marked so that mcore sums their gradients over those ranks.
+        perform_initialization: False leaves parameters unset (they will be loaded).
+    """
+
+    perm: Tensor
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        hidden_size: int,
+        layer_index: int,
+        num_memory_layers: int,
+        ffn_hidden_size: int,
+        num_layers: int,
+        window: Optional[TableWindow] = None,
+        table: Optional[ValueTable] = None,
+        params_dtype: torch.dtype = torch.float32,
+        device: Optional[torch.device | str] = None,
+        sequence_parallel: bool = False,
+        perform_initialization: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        self.layer_index = layer_index
+        self.window = window or table_windows(config, num_memory_layers)[layer_index]
+        self.sequence_parallel = sequence_parallel
+        self.loss_scale: Callable[[], float] = lambda: microbatch_scale(self.sequence_parallel)
+        """Called in the backward: what the auxiliary losses are multiplied by. Replace it in other schedules."""
+        self.last_losses: dict[str, Tensor] = {}
+        """Detached "balance" and "tucker" of the last training forward, with their coefficients; for the log."""
+        self.statistics: Optional[UsageStatistics] = None
+
+        options: dict[str, Any] = {"dtype": params_dtype, "device": device}
+        num_keys = config.key_expansion * self.window.side
+        self.retrieval = Retrieval(config, hidden_size, num_keys, params_dtype, device)
+        self.pre_proj = Projection(hidden_size, config.pre_value_dim, **options) if config.has_pre_values else None
+        self.value_proj = None
+        if config.value_expansion != "none":
+            self.value_proj = Projection(config.num_blocks * config.value_dim, hidden_size, **options)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        self.register_buffer("perm", torch.empty(num_keys**2, dtype=index_dtype(num_keys**2), device=device))
+
+        self.owns_table = table is None
+        if table is None:
+            self.table = ValueTable(config, self.window.rows, params_dtype, device)
+        else:
+            assert table.rows == self.window.rows, f"a table of {table.rows} rows for {self.window}"
+            # Past nn.Module's registration, so that state_dict and named_parameters hold the table once.
+            object.__setattr__(self, "table", table)
+
+        if not self.perm.is_meta:
+            self.shuffle()
+            if perform_initialization:
+                initialize_layer(self, ffn_hidden_size, num_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., H], the normalised FFN input, to [..., H], to be added to the FFN's output."""
+        flat = x.reshape(-1, self.hidden_size)
+        picks: Picks = self.retrieval(flat)
+        virtual = self.perm[picks.grid].long()
+        rows, block = self.window.locate(virtual)
+        projected = self.pre_proj(flat) if self.pre_proj is not None else None
+        summed = self.table(rows, block, picks.scores, projected)
+        output = self.value_proj(summed) if self.value_proj is not None else summed
+        if self.training and torch.is_grad_enabled():
+            # Under activation recompute the first forward has no gradients, so each token is counted once.
+            output = self._with_losses(output, picks.balance)
+            if self.statistics is not None:
+                self.statistics.record(virtual % self.window.window, picks.scores, output)
+        return output.view(x.shape)
+
+    def _with_losses(self, output: Tensor, balance: Optional[Tensor]) -> Tensor:
+        """Hang the auxiliary losses on ``output`` and keep their values for the log."""
+        losses: dict[str, Tensor] = {}
+        if balance is not None:
+            losses["balance"] = self.config.balance_loss_coeff * balance
+        if self.config.tucker_penalty_coeff > 0:
+            penalty = tucker_penalty(self.retrieval.cores, self.config.tucker_penalty_margin)
+            losses["tucker"] = self.config.tucker_penalty_coeff * penalty
+        for loss in losses.values():
+            output = attach_loss(output, loss, self.loss_scale)
+        self.last_losses = {name: loss.detach() for name, loss in losses.items()}
+        return output
+
+    def refresh_singular_vectors(self) -> Tensor:
+        """See ``Retrieval.refresh_singular_vectors``: once per optimizer step, at build and after load."""
+        return self.retrieval.refresh_singular_vectors()
+
+    def collect_statistics(self, enabled: bool) -> None:
+        """Start counting afresh with the next training forward, or stop; off costs nothing."""
+        window = self.window.window
+        self.statistics = UsageStatistics(window, self.config.num_heads, self.perm.device) if enabled else None
+
+    @torch.no_grad()
+    def shuffle(self) -> None:
+        """Fill ``perm`` with the permutation that belongs to the seed and this layer; equal on all ranks."""
+        generator = seeded_generator(self.config.seed, "perm", self.layer_index)
+        self.perm.copy_(torch.randperm(self.perm.numel(), generator=generator))
+
+
+def index_dtype(cells: int) -> torch.dtype:
+    """int32 where it can number ``cells`` cells: the shuffles of all layers then take half the memory."""
+    return torch.int32 if cells <= 2**31 else torch.int64

@@ -1,0 +1,190 @@
+"""From a token to the cells it picks: Tucker-decomposed query-key retrieval (arXiv 2411.12364, section 3.2).
+
+A cell (i, j) of the N x N grid is addressed by a row key i and a column key j. Its score under core c is the bilinear
+form Srow[i]^T Cc[c] Scol[j] of the R-dimensional scores of its two keys. Scoring all N^2 cells is out of
+question, so the search has two stages: the leading singular vectors u, t of the summed cores turn the two sides into
+plain scores a and b, whose best K' = min(K, cap) keys span a small grid that is scored exactly.
+
+Letters: T tokens, H hidden, h heads, N keys per side, R rank, C cores, K values kept per head, K' keys kept per side,
+Dk key dim. "Side" 0 is the row, 1 the column.
+
+Precision: the projection and the scoring product run in the dtype of the parameters; the norms, both stages of the
+selection and the scores that are returned are float32 (float64 in a float64 model), because neighbours in the ranking
+are close and bfloat16 would tie them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.losses import balance_loss
+
+# Cells of the second-stage grids held at once: 64 MB in float32.
+GRID_CHUNK_CELLS = 1 << 24
+
+
+@dataclass
+class Picks:
+    """What retrieval found for T tokens. Each head's K picks lie together, in descending order of summed score."""
+
+    grid: Tensor
+    """[T, h * K] int64: i * N + j."""
+    scores: Tensor
+    """[T, h * K, C]: the score of each pick under each core; differentiable."""
+    balance: Optional[Tensor]
+    """The balance loss of both sides, a scalar; None when its coefficient is 0."""
+
+
+class Projection(nn.Module):
+    """y = x W^T without bias; ``weight`` [rows, columns] is left uninitialised (see initialization.py)."""
+
+    def __init__(self, columns: int, rows: int, **tensor_options: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, **tensor_options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., columns] to [..., rows]."""
+        return functional.linear(x, self.weight)
+
+
+class Retrieval(nn.Module):
+    """Queries, keys, cores, and the two-stage search.
+
+    Parameters: ``query.weight`` [2 * R' * Dk, H] (side-major, then rank; R' is R with per-rank queries, else 1),
+    ``keys`` [h, 2, N, Dk, R], ``query_norm`` and ``key_norm`` [Dk], ``cores`` [C, h, R, R].
+    Buffers: ``u`` and ``t`` [h, R], float32 whatever the parameters' dtype, zero until ``refresh_singular_vectors``.
+    """
+
+    u: Tensor
+    t: Tensor
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        hidden_size: int,
+        num_keys: int,
+        params_dtype: torch.dtype = torch.float32,
+        device: Optional[torch.device | str] = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_keys = num_keys
+        options: dict[str, Any] = {"dtype": params_dtype, "device": device}
+        heads, rank, dim = config.num_heads, config.tucker_rank, config.key_dim
+        self.query = Projection(hidden_size, config.query_rows, **options)
+        self.keys = nn.Parameter(torch.empty(heads, 2, num_keys, dim, rank, **options))
+        self.query_norm = nn.Parameter(torch.empty(dim, **options))
+        self.key_norm = nn.Parameter(torch.empty(dim, **options))
+        self.cores = nn.Parameter(torch.empty(config.num_cores, heads, rank, rank, **options))
+        self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32, device=device))
+        self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Picks:
+        """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
+        key_scores = self.key_scores(x)
+        wants_balance = self.config.balance_loss_coeff > 0 and torch.is_grad_enabled()
+        with torch.set_grad_enabled(wants_balance):
+            ranked = [
+                torch.einsum("hr,rthn->thn", vector.to(key_scores.dtype), scores)
+                for vector, scores in zip((self.u, self.t), key_scores)
+            ]
+        with torch.no_grad():
+            chosen = [scores.topk(self.config.key_topk, dim=-1).indices for scores in ranked]
+            row, column = self._best_cells(key_scores, chosen)
+        balance = None
+        if wants_balance:
+            balance = balance_loss(ranked[0], chosen[0]) + balance_loss(ranked[1], chosen[1])
+        return Picks(
+            grid=(row * self.num_keys + column).flatten(1),
+            scores=torch.einsum(
+                "rthk,chrs,sthk->thkc",
+                gather_keys(key_scores[0], row),
+                self.cores.to(key_scores.dtype),
+                gather_keys(key_scores[1], column),
+            ).flatten(1, 2),
+            balance=balance,
+        )
+
+    def key_scores(self, x: Tensor) -> Tensor:
+        """Scores of every key, [2, R, T, h, N], of ``x`` [T, H]: step 1 and 2 of docs/memory-layer.md."""
+        config = self.config
+        tokens, rank = x.shape[0], config.tucker_rank
+        query = self.query(x).view(tokens, 2, -1, config.key_dim)
+        query = rms_norm(query, self.query_norm, config.norm_epsilon, dim=-1)
+        # [2, R, T, Dk]; a shared query serves every rank.
+        query = query.permute(1, 2, 0, 3).expand(-1, rank, -1, -1)
+        keys = rms_norm(self.keys, self.key_norm, config.norm_epsilon, dim=-2)
+        keys = keys.permute(1, 4, 3, 0, 2).flatten(3)
+        scores = query @ keys
+        return at_least_float32(scores).view(2, rank, tokens, config.num_heads, self.num_keys)
+
+    def _best_cells(self, key_scores: Tensor, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Row and column keys, [T, h, K] each, of the K best cells of every head's K' x K' grid."""
+        kept = self.config.key_topk
+        cores = self.cores.sum(0, dtype=key_scores.dtype)
+        chunk = max(1, GRID_CHUNK_CELLS // (self.config.num_heads * kept * kept))
+        rows, columns = [], []
+        for start in range(0, key_scores.shape[2], chunk):
+            part = slice(start, start + chunk)
+            row_keys, column_keys = chosen[0][part], chosen[1][part]
+            left = torch.einsum("rthi,hrs->this", gather_keys(key_scores[0, :, part], row_keys), cores)
+            grid = left @ gather_keys(key_scores[1, :, part], column_keys).permute(1, 2, 0, 3)
+            cell = grid.flatten(2).topk(self.config.topk, dim=-1).indices
+            rows.append(row_keys.gather(-1, cell // kept))
+            columns.append(column_keys.gather(-1, cell % kept))
+        return torch.cat(rows), torch.cat(columns)
+
+    @torch.no_grad()
+    def refresh_singular_vectors(self) -> Tensor:
+        """Set u and t to the leading singular pair of the summed cores; call once per optimizer step, and after load.
+
+        The pair's common sign is chosen so that it stays near the previous pair (smaller L1 distance; a tie keeps
+        the sign that the SVD returned). Runs on the CPU in float32, so that every rank and device gets the same bits.
+        Returns all singular values, [h, R], float32 on the CPU, in descending order.
+        """
+        total = self.cores.detach().sum(0, dtype=torch.float32).cpu()
+        left, sigma, right = torch.linalg.svd(total)
+        u, t = left[:, :, 0], right[:, 0, :]
+        old_u, old_t = self.u.float().cpu(), self.t.float().cpu()
+        kept = (u - old_u).abs().sum(-1) + (t - old_t).abs().sum(-1)
+        flipped = (u + old_u).abs().sum(-1) + (t + old_t).abs().sum(-1)
+        sign = torch.where(flipped < kept, -1.0, 1.0).unsqueeze(-1)
+        self.u.copy_(u * sign)
+        self.t.copy_(t * sign)
+        return sigma
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Retrieval:
+        # mcore turns whole models to bfloat16 by module.bfloat16(); u and t must not lose bits by that.
+        exact = {"u": self.u, "t": self.t}
+        super()._apply(fn, recurse)
+        for name, vector in exact.items():
+            converted = getattr(self, name)
+            if converted.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, vector.to(converted.device))
+        return self
+
+
+def gather_keys(key_scores: Tensor, index: Tensor) -> Tensor:
+    """Scores [R, T, h, K] of the keys ``index`` [T, h, K] among ``key_scores`` [R, T, h, N]."""
+    return key_scores.gather(-1, index.expand(key_scores.shape[0], -1, -1, -1))
+
+
+def rms_norm(x: Tensor, gain: Tensor, epsilon: float, dim: int) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * gain along ``dim``; computed in float32 or better, returned in x's dtype."""
+    exact = at_least_float32(x)
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    inverse = (exact.square().mean(dim, keepdim=True) + epsilon).rsqrt()
+    return (exact * inverse * at_least_float32(gain).view(shape)).to(x.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``, in float32 when its dtype is a half one."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,188 @@
+"""The lookup for CPUs: embedding_bag forward, and a backward that adds straight into the tables' ``main_grad``.
+
+Why not autograd: a table has hundreds of megabytes, a micro-batch touches a small part of it, and the page faults of a
+fresh dense gradient cost several times the arithmetic. So the backward walks over the tokens in chunks that fit the
+cache and adds each picked row's gradient where mcore keeps gradients: ``main_grad``, a view of the DDP buffer.
+
+How mcore learns of it: DDP hangs a hook on the parameter's gradient accumulator. Autograd runs the accumulator once
+per backward, after every use of the parameter in the graph has contributed (a table shared by several layers has
+several), even when the contributions are None. The hook wants ``param.grad`` to be set when reduction overlaps
+the backward, skips adding it when ``grad_added_to_main_grad`` is True, and then drops it. So we return None and set
+``param.grad`` to a zero-stride tensor of the right shape that owns one element. Returning that tensor instead would
+not do: the accumulator clones gradients with unusual strides into a dense tensor, and the engine adds those of shared
+tables densely.
+
+Letters as in ``interface.py``; Dc = Dv / C. All sums run in a fixed order, so results are repeatable bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from umv2_megatron.ops.interface import activate, pre_value_scores
+
+# Tokens per chunk of the backward: 128 tokens of 32 picks and 192 float32 columns are 3 MB, which stays in cache.
+CHUNK_ELEMENTS = 128 * 32 * 192
+
+
+def lookup(
+    rows: Tensor,
+    blocks: Optional[Tensor],
+    scores: Tensor,
+    projected: Optional[Tensor],
+    pre_values: Optional[Tensor],
+    values: Tensor,
+    num_blocks: int,
+    activation: str,
+) -> Tensor:
+    """See ``interface.TableLookup``."""
+    assert num_blocks == 1 or blocks is not None, "several blocks need the block of each pick"
+    assert (pre_values is None) == (projected is None), "pre-values and the projected input come together"
+    return _Lookup.apply(rows, blocks, scores, projected, pre_values, values, num_blocks, activation)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        blocks: Optional[Tensor],
+        scores: Tensor,
+        projected: Optional[Tensor],
+        pre_values: Optional[Tensor],
+        values: Tensor,
+        num_blocks: int,
+        activation: str,
+    ) -> Tensor:
+        rho: Optional[Tensor] = None
+        weights = scores
+        if pre_values is not None and projected is not None:
+            rho = pre_value_scores(rows, projected, pre_values).to(scores.dtype)
+            weights = scores * activate(rho, activation).unsqueeze(-1)
+        out = _sum_rows(rows, blocks, weights, values, num_blocks)
+        # The tables are saved as attributes: they are parameters, and their main_grad must be found again.
+        ctx.save_for_backward(rows, blocks, scores, projected, rho)
+        ctx.pre_values, ctx.values = pre_values, values
+        ctx.num_blocks, ctx.activation = num_blocks, activation
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
+        rows, blocks, scores, projected, rho = ctx.saved_tensors
+        values, pre_values = ctx.values, ctx.pre_values
+        needs = ctx.needs_input_grad
+        value_sum = _gradient_sum(values) if needs[5] else None
+        pre_value_sum = _gradient_sum(pre_values) if pre_values is not None and needs[4] else None
+        score_grad = torch.empty_like(scores)
+        projected_grad = torch.empty_like(projected) if projected is not None else None
+        grad_out = grads[0].reshape(rows.shape[0], ctx.num_blocks, values.shape[1])
+
+        chunk = max(1, CHUNK_ELEMENTS // (rows.shape[1] * values.shape[1]))
+        for start in range(0, rows.shape[0], chunk):
+            part = slice(start, start + chunk)
+            picked = rows[part]
+            upstream = _upstream_of_picks(grad_out[part], blocks[part] if blocks is not None else None, scores.dtype)
+            active = activate(rho[part], ctx.activation).unsqueeze(-1) if rho is not None else None
+            weights = scores[part] * active if active is not None else scores[part]
+            weight_grad = _weight_gradient(picked, upstream, values, scores)
+            score_grad[part] = weight_grad * active if active is not None else weight_grad
+            if value_sum is not None:
+                _add_value_gradient(value_sum, picked, upstream, weights)
+            if rho is not None and projected_grad is not None:
+                rho_grad = (weight_grad * scores[part]).sum(-1)
+                if ctx.activation == "gelu":
+                    rho_grad = torch.ops.aten.gelu_backward(rho_grad, rho[part])
+                rows_of_pre = functional.embedding(picked, pre_values)
+                projected_grad[part] = torch.bmm(rho_grad.to(rows_of_pre.dtype).unsqueeze(1), rows_of_pre).squeeze(1)
+                if pre_value_sum is not None:
+                    rows_grad = rho_grad.unsqueeze(-1) * projected[part].to(rho_grad.dtype).unsqueeze(1)
+                    pre_value_sum.index_add_(0, picked.flatten(), rows_grad.flatten(0, 1).to(pre_value_sum.dtype))
+
+        return (
+            None,
+            None,
+            score_grad if needs[2] else None,
+            projected_grad if needs[3] else None,
+            _hand_over(pre_values, pre_value_sum),
+            _hand_over(values, value_sum),
+            None,
+            None,
+        )
+
+
+def _sum_rows(rows: Tensor, blocks: Optional[Tensor], weights: Tensor, values: Tensor, num_blocks: int) -> Tensor:
+    """The weighted sum of ``interface.TableLookup`` given the final ``weights`` [T, P, C]."""
+    tokens, picks = rows.shape
+    cores = weights.shape[-1]
+    weights = weights.to(values.dtype)
+    if num_blocks == 1:
+        # One bag per token and core, over the table seen as [A * C, Dc]: core c of row a is row a * C + c.
+        bags = rows.unsqueeze(1) * cores + torch.arange(cores, device=rows.device).view(1, cores, 1)
+        return functional.embedding_bag(
+            bags.reshape(tokens * cores, picks),
+            values.detach().view(values.shape[0] * cores, -1),
+            per_sample_weights=weights.transpose(1, 2).reshape(tokens * cores, picks),
+            mode="sum",
+        ).view(tokens, values.shape[1])
+    assert blocks is not None
+    # [T * C, E, P] @ [T * C, P, Dc]: each block sees the weights of its own picks and zeros elsewhere.
+    own = functional.one_hot(blocks, num_blocks).to(weights.dtype)
+    by_block = torch.einsum("tpc,tpe->tcep", weights, own).flatten(0, 1)
+    slices = functional.embedding(rows, values).view(tokens, picks, cores, -1).transpose(1, 2).flatten(0, 1)
+    summed = torch.bmm(by_block, slices).view(tokens, cores, num_blocks, -1)
+    return summed.transpose(1, 2).reshape(tokens, num_blocks * values.shape[1])
+
+
+def _upstream_of_picks(grad_out: Tensor, blocks: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    """The output gradient that each pick sees: [t, 1 or P, Dv], from ``grad_out`` [t, E, Dv]."""
+    if grad_out.shape[1] > 1:
+        assert blocks is not None
+        index = blocks.unsqueeze(-1).expand(-1, -1, grad_out.shape[2])
+        grad_out = grad_out.gather(1, index)
+    return grad_out.to(dtype)
+
+
+def _weight_gradient(rows: Tensor, upstream: Tensor, values: Tensor, scores: Tensor) -> Tensor:
+    """Gradient of the weights, [t, P, C]: the dot product of each row's slices with the output gradient."""
+    tokens, picks = rows.shape
+    cores = scores.shape[-1]
+    slices = functional.embedding(rows, values).to(upstream.dtype).view(tokens, picks, cores, -1)
+    if upstream.shape[1] > 1:
+        return (slices * upstream.view(slices.shape)).sum(-1)
+    column = upstream.view(tokens * cores, -1, 1)
+    return torch.bmm(slices.transpose(1, 2).reshape(tokens * cores, picks, -1), column).view(
+        tokens, cores, picks
+    ).transpose(1, 2)
+
+
+def _add_value_gradient(value_sum: Tensor, rows: Tensor, upstream: Tensor, weights: Tensor) -> None:
+    """Add weights[t, p, c] * upstream[t, p, slice c] to row rows[t, p] of ``value_sum``."""
+    tokens, picks = rows.shape
+    cores = weights.shape[-1]
+    split = upstream.view(tokens, -1, cores, upstream.shape[-1] // cores)
+    rows_grad = (weights.unsqueeze(-1) * split).view(tokens * picks, -1)
+    value_sum.index_add_(0, rows.flatten(), rows_grad.to(value_sum.dtype))
+
+
+def _gradient_sum(table: Tensor) -> Tensor:
+    """Where the gradient of ``table`` is added up: its main_grad, or a new dense tensor without one."""
+    main_grad = getattr(table, "main_grad", None)
+    return main_grad if main_grad is not None else torch.zeros_like(table)
+
+
+def _hand_over(table: Optional[Tensor], gradient_sum: Optional[Tensor]) -> Optional[Tensor]:
+    """What autograd gets for ``table``: the gradient itself, or None once it is in main_grad (see the top)."""
+    if table is None or gradient_sum is None:
+        return None
+    if getattr(table, "main_grad", None) is None:
+        return gradient_sum
+    table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if table.grad is None:
+        table.grad = torch.zeros((), dtype=table.dtype, device=table.device).expand(table.shape)
+    return None
