@@ -7,7 +7,7 @@ without memory layers.
 
 from umv2_megatron.planning.flops import FlopsPerToken, flops_per_token, training_flops
 from umv2_megatron.planning.memory_access import BytesTouched, bytes_touched_per_token
-from umv2_megatron.planning.model_shape import ModelShape, layers_seen, padded_vocab_size
+from umv2_megatron.planning.model_shape import ModelShape, padded_vocab_size
 from umv2_megatron.planning.parameters import BlockCount, ParameterCount, count_parameters
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "bytes_touched_per_token",
     "count_parameters",
     "flops_per_token",
-    "layers_seen",
     "padded_vocab_size",
     "training_flops",
 ]

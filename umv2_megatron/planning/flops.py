@@ -1,0 +1,98 @@
+"""Floating-point operations per token, by part of the block.
+
+Counted as Megatron-LM counts: a multiply-add is 2 operations, only sums of products count (no norms, activations,
+softmax or top-k comparisons), causal attention sees half the sequence on average, training costs 3 forward passes, and
+recomputation does not count. The log's TFLOP/s come from ``training_flops``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.planning.model_shape import ModelShape
+from umv2_megatron.planning.parameters import memory_in_use
+
+
+@dataclass(frozen=True)
+class FlopsPerToken:
+    """Forward operations per token, summed over all blocks; ``logits`` is the output matrix.
+
+    ``memory_projections``: Wq, Wp, Wv. ``memory_scoring``: queries against all keys, and the first stage's sums over
+    ranks. ``memory_grid``: the K x K grid. ``memory_lookup``: pre-value products and the weighted sum of rows.
+    """
+
+    attention_projections: int
+    attention_scores: int
+    ffn: int
+    memory_projections: int
+    memory_scoring: int
+    memory_grid: int
+    memory_lookup: int
+    logits: int
+
+    @property
+    def memory(self) -> int:
+        """All operations of the memory layers."""
+        return self.memory_projections + self.memory_scoring + self.memory_grid + self.memory_lookup
+
+    @property
+    def blocks(self) -> int:
+        """All operations of the blocks; everything but the logits."""
+        return self.attention_projections + self.attention_scores + self.ffn + self.memory
+
+    @property
+    def memory_share(self) -> float:
+        """Share of the blocks' operations that the memory layers take, 0 to 1 (the paper aims at 0.17)."""
+        return self.memory / self.blocks
+
+    @property
+    def forward(self) -> int:
+        """One forward pass."""
+        return self.blocks + self.logits
+
+    @property
+    def training(self) -> int:
+        """Forward and backward: 3 forward passes."""
+        return 3 * self.forward
+
+
+def flops_per_token(model_fields: Mapping[str, Any], memory_config: MemoryConfig | None) -> FlopsPerToken:
+    """Operations per token in sequences of --seq-length tokens; arguments and errors as ``count_parameters``."""
+    shape = ModelShape.from_fields(model_fields)
+    memory_config = memory_in_use(model_fields, memory_config)
+    layers, hidden = shape.num_layers, shape.hidden_size
+    projections = hidden * (shape.query_size + 2 * shape.key_value_size) + shape.query_size * hidden
+    memory = _memory_layer(memory_config, hidden) if memory_config else (0, 0, 0, 0)
+    memory_layers = sum(memory_config.memory_layers(layers)) if memory_config else 0
+    return FlopsPerToken(
+        attention_projections=layers * 2 * projections,
+        # two products (scores, weighted values) of 2 * S/2 operations per channel
+        attention_scores=layers * 2 * shape.seq_length * shape.query_size,
+        ffn=layers * 2 * hidden * shape.ffn_hidden_size * (3 if shape.gated else 2),
+        memory_projections=memory_layers * memory[0],
+        memory_scoring=memory_layers * memory[1],
+        memory_grid=memory_layers * memory[2],
+        memory_lookup=memory_layers * memory[3],
+        logits=2 * hidden * shape.vocab_size,
+    )
+
+
+def training_flops(model_fields: Mapping[str, Any], memory_config: MemoryConfig | None, tokens: int) -> int:
+    """Operations that training on ``tokens`` tokens takes, forward and backward, over all ranks together."""
+    return flops_per_token(model_fields, memory_config).training * tokens
+
+
+def _memory_layer(m: MemoryConfig, hidden: int) -> tuple[int, int, int, int]:
+    """One layer's projections, scoring, grid and lookup (steps 1-7 of docs/memory-layer.md)."""
+    heads, ranks, cores, kept = m.num_heads, m.tucker_rank, m.num_cores, m.key_topk
+    value_rows = 0 if m.value_expansion == "none" else m.value_dim * m.num_blocks
+    projections = 2 * hidden * (m.query_rows + m.pre_value_dim + value_rows)
+    # <q, key> per head, side, key and rank, then the sums over ranks with u and t
+    scoring = heads * 2 * m.scored_keys * ranks * (2 * m.key_dim + 2)
+    # Srow C: [kept, R] x [R, R]; times Scol^T: [kept, R] x [R, kept]; for each core
+    grid = heads * cores * (2 * kept * ranks**2 + 2 * kept**2 * ranks)
+    lookup = heads * m.topk * 2 * (m.pre_value_dim + m.value_dim)
+    return projections, scoring, grid, lookup

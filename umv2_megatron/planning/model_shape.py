@@ -1,0 +1,106 @@
+"""The sizes of the decoder around the memory layers, read from flag values with Megatron's defaults filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FFN_VARIANTS = ("umv2", "dense")
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int = 1) -> int:
+    """The vocabulary after padding: the next multiple of ``divisible_by * tensor_parallel_size``, as in Megatron-LM."""
+    step = divisible_by * tensor_parallel_size
+    return -(-vocab_size // step) * step
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only model without its memory layers. ``vocab_size`` is the padded one.
+
+    ``query_size`` is heads * head dim, ``key_value_size`` groups * head dim; all sizes are counts of elements.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    seq_length: int
+    vocab_size: int
+    learned_positions: int
+    untied: bool
+    gated: bool
+    linear_bias: bool
+    qkv_bias: bool
+    norm_bias: bool
+    qk_norm: bool
+    has_memory: bool
+
+    @property
+    def query_size(self) -> int:
+        """Output size of the query projection."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_value_size(self) -> int:
+        """Output size of the key projection, and of the value projection."""
+        return self.num_query_groups * self.kv_channels
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ModelShape:
+        """Read Megatron's flag names (or megatron-core's: ``add_bias_linear``); missing ones take Megatron's defaults.
+
+        Raises ``ValueError`` naming the flag when a size is missing, not a positive integer or does not fit another.
+        """
+        hidden = _size(fields, "hidden_size")
+        heads = _size(fields, "num_attention_heads")
+        if not fields.get("kv_channels") and hidden % heads:
+            raise ValueError(f"--hidden-size is {hidden}; expected a multiple of --num-attention-heads ({heads}), "
+                             "or give --kv-channels")
+        grouped = fields.get("group_query_attention", fields.get("num_query_groups") is not None)
+        groups = _size(fields, "num_query_groups", heads) if grouped else heads
+        if heads % groups:
+            raise ValueError(f"--num-query-groups is {groups}; expected a divisor of --num-attention-heads ({heads})")
+        gated = bool(fields.get("swiglu", fields.get("gated_linear_unit", False)))
+        # Megatron-LM's default: 4H, or the multiple of 64 below 8/3 H that gives SwiGLU about as many weights.
+        ffn_default = int(hidden * 4 * 2 / 3) // 64 * 64 if gated else 4 * hidden
+        variant = fields.get("ffn_variant", "umv2")
+        if variant not in FFN_VARIANTS:
+            raise ValueError(f"--ffn-variant is {variant!r}; planning knows {' and '.join(FFN_VARIANTS)} only")
+        seq_length = _size(fields, "seq_length")
+        positions = _size(fields, "max_position_embeddings", seq_length)
+        linear_bias = not fields.get("disable_bias_linear", not fields.get("add_bias_linear", True))
+        return cls(
+            num_layers=_size(fields, "num_layers"),
+            hidden_size=hidden,
+            ffn_hidden_size=_size(fields, "ffn_hidden_size", ffn_default),
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=_size(fields, "kv_channels", hidden // heads),
+            seq_length=seq_length,
+            vocab_size=padded_vocab_size(
+                _size(fields, "vocab_size"), _size(fields, "make_vocab_size_divisible_by", 128),
+                _size(fields, "tensor_model_parallel_size", 1),
+            ),
+            learned_positions=positions if fields.get("position_embedding_type") == "learned_absolute" else 0,
+            untied=bool(fields.get("untie_embeddings_and_output_weights", False)),
+            gated=gated,
+            linear_bias=linear_bias,
+            qkv_bias=linear_bias or bool(fields.get("add_qkv_bias", False)),
+            norm_bias=fields.get("normalization", "LayerNorm") == "LayerNorm",
+            qk_norm=bool(fields.get("qk_layernorm", False)),
+            has_memory=variant == "umv2",
+        )
+
+
+def _size(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A positive integer from ``fields``; None counts as missing."""
+    value = fields.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        flag = name.replace("_", "-")
+        raise ValueError(f"--{flag} is {'missing' if value is None else repr(value)}; expected a positive integer")
+    return value

@@ -1,0 +1,195 @@
+"""How many parameters a model has, by kind and by block.
+
+Counts follow the modules one to one, so they are equal to what the built model holds: megatron-core's embedding,
+attention, FFN and norms, and of each memory layer the parts listed in docs/planning.md (arXiv 2508.18756, section 3).
+Buffers (the row shuffle, the singular vectors) are no parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.planning.model_shape import ModelShape
+
+
+@dataclass(frozen=True)
+class MemoryCount:
+    """Parameters of one memory layer outside its table, by part, and the sizes of the table it brings."""
+
+    query_projection: int
+    keys: int
+    gains: int
+    cores: int
+    pre_value_projection: int
+    value_projection: int
+    table: int
+    picked: int
+
+    @property
+    def dense(self) -> int:
+        """All parts outside the table; every token uses all of them."""
+        return (self.query_projection + self.keys + self.gains + self.cores + self.pre_value_projection
+                + self.value_projection)
+
+    @classmethod
+    def of(cls, memory_config: MemoryConfig, hidden_size: int) -> MemoryCount:
+        """Wq [2*R*Dk or 2*Dk, H], keys [h, 2, N, Dk, R], gains 2 x [Dk], cores [C, h, R, R], Wp [Dp, H], Wv [H, Dv*E].
+
+        ``table``: the N*N rows of Dp + Dv that a layer brings, whichever layers share them. ``picked``: values in the
+        h*K rows that one token reads.
+        """
+        m = memory_config
+        row = m.pre_value_dim + m.value_dim
+        return cls(
+            query_projection=m.query_rows * hidden_size,
+            keys=m.num_heads * 2 * m.scored_keys * m.key_dim * m.tucker_rank,
+            gains=2 * m.key_dim,
+            cores=m.num_cores * m.num_heads * m.tucker_rank**2,
+            pre_value_projection=m.pre_value_dim * hidden_size,
+            value_projection=0 if m.value_expansion == "none" else hidden_size * m.value_dim * m.num_blocks,
+            table=m.rows_per_layer * row,
+            picked=m.num_heads * m.topk * row,
+        )
+
+
+@dataclass(frozen=True)
+class BlockCount:
+    """Parameters of one block. ``memory`` is None in a block without a memory layer."""
+
+    attention: int
+    ffn: int
+    norms: int
+    memory: MemoryCount | None
+
+    @property
+    def dense(self) -> int:
+        """Everything outside the value table."""
+        return self.attention + self.ffn + self.norms + (self.memory.dense if self.memory else 0)
+
+    @property
+    def table(self) -> int:
+        """Value-table parameters that this block brings."""
+        return self.memory.table if self.memory else 0
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a whole model by kind; all figures are numbers of parameters.
+
+    ``output`` is 0 when input and output embedding are one matrix; ``positions`` counts learned position embeddings;
+    ``final_norm`` is the norm after the last block. ``stored`` is what a checkpoint holds.
+    """
+
+    embedding: int
+    positions: int
+    output: int
+    final_norm: int
+    blocks: tuple[BlockCount, ...]
+
+    @property
+    def attention(self) -> int:
+        """Attention of all blocks, query and key norms included."""
+        return sum(block.attention for block in self.blocks)
+
+    @property
+    def ffn(self) -> int:
+        """FFNs of all blocks."""
+        return sum(block.ffn for block in self.blocks)
+
+    @property
+    def norms(self) -> int:
+        """Norms before attention and FFN, and the final one."""
+        return sum(block.norms for block in self.blocks) + self.final_norm
+
+    @property
+    def memory_layers(self) -> tuple[MemoryCount, ...]:
+        """The memory layers in the order of their blocks."""
+        return tuple(block.memory for block in self.blocks if block.memory)
+
+    @property
+    def memory(self) -> int:
+        """Memory layers outside their tables."""
+        return sum(layer.dense for layer in self.memory_layers)
+
+    @property
+    def tables(self) -> int:
+        """Value and pre-value tables, each once."""
+        return sum(layer.table for layer in self.memory_layers)
+
+    @property
+    def picked(self) -> int:
+        """Table parameters that one token reads."""
+        return sum(layer.picked for layer in self.memory_layers)
+
+    @property
+    def activated_without_embeddings(self) -> int:
+        """What one token uses: all dense parameters of the blocks and the final norm, and the rows it picks."""
+        return self.attention + self.ffn + self.norms + self.memory + self.picked
+
+    @property
+    def activated(self) -> int:
+        """As above with the vocabulary matrix once (tied or not: the input side of a token is a single row)."""
+        return self.activated_without_embeddings + self.embedding
+
+    @property
+    def total(self) -> int:
+        """Everything but embeddings and output matrix, as the paper counts."""
+        return self.attention + self.ffn + self.norms + self.memory + self.tables
+
+    @property
+    def stored(self) -> int:
+        """Everything."""
+        return self.total + self.embedding + self.positions + self.output
+
+
+def memory_in_use(model_fields: Mapping[str, Any], memory_config: MemoryConfig | None) -> MemoryConfig | None:
+    """``memory_config`` checked against the model, or None where --ffn-variant leaves memory layers out."""
+    shape = ModelShape.from_fields(model_fields)
+    if memory_config is None or not shape.has_memory:
+        return None
+    memory_config.validate(shape.hidden_size, shape.num_layers)
+    return memory_config
+
+
+def count_parameters(model_fields: Mapping[str, Any], memory_config: MemoryConfig | None) -> ParameterCount:
+    """Parameters of the model that these flags describe.
+
+    Args:
+        model_fields: Megatron's flag names with underscores -> values; ``ffn_variant`` umv2 (default) or dense.
+        memory_config: the memory layers; None for none.
+
+    Raises:
+        ValueError: one sentence naming the flag whose value cannot work.
+    """
+    shape = ModelShape.from_fields(model_fields)
+    memory_config = memory_in_use(model_fields, memory_config)
+    layer = MemoryCount.of(memory_config, shape.hidden_size) if memory_config else None
+    present = memory_config.memory_layers(shape.num_layers) if memory_config else [False] * shape.num_layers
+    norm = shape.hidden_size * (2 if shape.norm_bias else 1)
+    attention, ffn = _attention(shape), _ffn(shape)
+    return ParameterCount(
+        embedding=shape.vocab_size * shape.hidden_size,
+        positions=shape.learned_positions * shape.hidden_size,
+        output=shape.vocab_size * shape.hidden_size if shape.untied else 0,
+        final_norm=norm,
+        blocks=tuple(BlockCount(attention, ffn, 2 * norm, layer if here else None) for here in present),
+    )
+
+
+def _attention(shape: ModelShape) -> int:
+    """Projections of query, key and value, output projection, and the norms of query and key over the head dim."""
+    qkv = shape.query_size + 2 * shape.key_value_size
+    weights = shape.hidden_size * qkv + shape.query_size * shape.hidden_size
+    biases = (qkv if shape.qkv_bias else 0) + (shape.hidden_size if shape.linear_bias else 0)
+    qk_norms = 2 * shape.kv_channels * (2 if shape.norm_bias else 1) if shape.qk_norm else 0
+    return weights + biases + qk_norms
+
+
+def _ffn(shape: ModelShape) -> int:
+    """Up (and gate) and down projection."""
+    inner = shape.ffn_hidden_size * (2 if shape.gated else 1)
+    weights = shape.hidden_size * (inner + shape.ffn_hidden_size)
+    return weights + (inner + shape.hidden_size if shape.linear_bias else 0)
