@@ -15,11 +15,13 @@ is found by file and name, so it must be at the top level of its file; arguments
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.util
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -47,10 +49,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         where = (function.__code__.co_filename, function.__qualname__)
         context = _fork_server()
         jobs = [(rank, world_size, folder, where, args, kwargs, timeout) for rank in range(world_size)]
-        processes = [context.Process(target=_rank_main, args=job, daemon=True) for job in jobs]
-        for process in processes:
-            process.start()
-        complaint = _wait(processes, timeout)
+        # Not daemons: mcore's checkpoint writer starts processes of its own, which daemons may not.
+        processes = [context.Process(target=_rank_main, args=job, daemon=False) for job in jobs]
+        try:
+            for process in processes:
+                process.start()
+            complaint = _wait(processes, timeout)
+        finally:
+            _end(processes)
         outputs = [_read(Path(folder, f"output_{rank}")) for rank in range(world_size)]
         if complaint:
             told = "\n".join(f"--- rank {rank} ---\n{text[-6000:]}" for rank, text in enumerate(outputs))
@@ -89,14 +95,22 @@ def _wait(processes: list, timeout: float) -> str:
             deadline = min(deadline, time.monotonic() + 3.0)  # the others now wait for it in vain
         if time.monotonic() > deadline:
             complaint = complaint or f"still running after {timeout:.0f} s"
-            for process in processes:
-                process.kill()
+            _end(processes)
         time.sleep(0.01)
     for rank, process in enumerate(processes):
         process.join()
         if process.exitcode != 0 and not complaint:
             complaint = f"rank {rank} failed (exit code {process.exitcode})"
     return complaint
+
+
+def _end(processes: list) -> None:
+    """Kill the ranks that still run, each with the processes that it started."""
+    for process in processes:
+        if process.pid is not None and process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(path: Path) -> str:
@@ -107,6 +121,7 @@ def _rank_main(
     rank: int, world_size: int, folder: str, where: tuple[str, str], args: tuple, kwargs: dict, timeout: float
 ) -> None:
     """What a rank does, from the fork to its result file."""
+    os.setsid()
     output = os.open(os.path.join(folder, f"output_{rank}"), os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)

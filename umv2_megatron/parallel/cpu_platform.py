@@ -245,6 +245,8 @@ def _bridge_random(module: ModuleType) -> None:
     """tensor_parallel/random.py:55 and 74: the CUDA generator's state is read and set below the level of torch.cuda."""
     module._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
     module._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    # random.py:631: fp8 defaults to False, which its `is not None` takes for yes, and needs Transformer Engine.
+    module.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     # random.py:277 warns that the CPU state changed inside fork(); here that is the state fork() is about.
     logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
 
