@@ -108,7 +108,7 @@ class DataConfig:
                 f"--num-dataset-builder-threads is {self.num_dataset_builder_threads}: expected 1 or more"
             )
         if self.reset_attention_mask and not self.create_attention_mask_in_dataloader:
-            raise ValueError("--reset-attention-mask needs the mask of --create-attention-mask-in-dataloader: add that flag")
+            raise ValueError("--reset-attention-mask needs --create-attention-mask-in-dataloader: add that flag")
 
     def _validate_tokenizer(self) -> None:
         if self.tokenizer_type is None:

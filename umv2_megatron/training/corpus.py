@@ -217,7 +217,8 @@ def _without_ending(data: bytes) -> bytes:
 
 def _paragraphs(lines: Iterator[Record], limit: int) -> Iterator[Record]:
     """Runs of lines between blank ones, joined by newlines; the line number is the first line's."""
-    first, parts, size, fault = 0, [], 0, ""  # type: Tuple[int, List[bytes], int, str]
+    parts: list[bytes] = []
+    first, size, fault = 0, 0, ""
     for record in lines:
         if record.data.strip() or record.fault:
             if not parts:

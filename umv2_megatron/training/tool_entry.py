@@ -1,0 +1,33 @@
+"""How the command-line tools end: a user's mistake is one line on stderr, never a traceback.
+
+Exit codes: 0 done, 1 the data or the machine is at fault, 2 the command is, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from umv2_megatron.training.corpus import CorpusError
+
+
+def run_tool(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> NoReturn:
+    """Parse the command line, run ``work`` on it and exit. Adds --debug, which shows the traceback of an error."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args()
+    # As an exception, so that temporary files are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    try:
+        work(arguments)
+    except (ValueError, CorpusError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
