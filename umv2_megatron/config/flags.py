@@ -53,7 +53,7 @@ class Option:
 # Fields of mcore's dataclasses that are no flags here, with the reason.
 NOT_FLAGS = {
     # derived from other flags
-    "virtual_pipeline_model_parallel_size", "gated_linear_unit", "expert_tensor_parallel_size",
+    "virtual_pipeline_model_parallel_size", "gated_linear_unit", "expert_tensor_parallel_size", "fp8_param",
     # mcore's deprecated spellings of other fields
     "moe_extended_tp", "enable_cuda_graph", "external_cuda_graph", "moe_router_padding_for_fp8", "moe_layer_recompute",
     "use_custom_fsdp", "moe_enable_deepep", "tp_comm_split_ag", "tp_comm_atomic_ag", "tp_comm_split_rs",
@@ -82,7 +82,7 @@ DEFAULTS: dict[str, Any] = {
 }
 # Megatron-LM's names where they differ from the field's.
 ALIASES = {
-    "fp8_param": ("fp8-param-gather",), "num_moe_experts": ("num-experts",), "bucket_size": ("ddp-bucket-size",),
+    "num_moe_experts": ("num-experts",), "bucket_size": ("ddp-bucket-size",),
     "grad_reduce_in_fp32": ("accumulate-allreduce-grads-in-fp32",),
 }
 EXTRA_CHOICES = {"transformer_impl": ("auto", "local", "transformer_engine"), "optimizer": ("adam", "sgd")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.config.data_config import DataConfig
-from umv2_megatron.config.flags import UsageError, option_table, parse_flags, read_mapping
+from umv2_megatron.config.flags import SECTIONS, UsageError, option_table, parse_flags, read_mapping
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
@@ -107,6 +108,8 @@ class RunConfig:
         arguments["expert_model_parallel_size"] = 1  # the memory groups use mcore's expert groups; mcore has no experts
         arguments["num_query_groups"] = self.num_query_groups if self.model.group_query_attention else None
         arguments["virtual_pipeline_model_parallel_size"] = self.virtual_pipeline_size
+        arguments["fp8_param"] = self.fp8_param_gather
+        arguments["cuda_graph_scope"] = []  # mcore's own default is deprecated; with cuda_graph_impl it means "all"
         if self.model.swiglu:
             arguments.update(gated_linear_unit=True, activation_func=F.silu)
         arguments["batch_p2p_comm"] = not self.overlap_p2p_comm
@@ -160,10 +163,19 @@ def _build(cls: type, arguments: dict[str, Any]) -> Any:
 
 
 def resolve(argv: list[str], world_size: int = 1, *, program: str = "pretrain_umv2.py", description: str = "",
-            for_training: bool = True) -> RunConfig:
-    """Read a command line and check it. Raises ``UsageError``; starts nothing and writes nothing."""
+            for_training: bool = True,
+            checkpoint_values: Callable[[str, int | None], dict[str, Any]] | None = None) -> RunConfig:
+    """Read a command line and check it. Raises ``UsageError``; starts nothing and writes nothing.
+
+    ``checkpoint_values(directory, step)`` gives the settings of a checkpoint; with --use-checkpoint-args its model and
+    memory sizes take the place of a preset.
+    """
     flags, preset, config_file = parse_flags(argv, program, description)
     layers: list[tuple[str, dict[str, Any]]] = []
+    directory = flags.get("load") or flags.get("save")
+    if flags.get("use_checkpoint_args") and directory and checkpoint_values is not None:
+        saved = checkpoint_values(directory, flags.get("ckpt_step"))
+        layers.append((f"checkpoint in {directory}", model_values(saved)))
     if preset is not None:
         if preset not in PRESETS:
             raise UsageError(f"--model-preset is {preset!r}; expected one of {', '.join(PRESETS)}")
@@ -172,6 +184,20 @@ def resolve(argv: list[str], world_size: int = 1, *, program: str = "pretrain_um
         layers.append((config_file, read_mapping(_read_yaml(config_file), config_file)))
     layers.append(("flag", flags))
     return from_layers(layers, world_size, for_training=for_training)
+
+
+def model_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Of settings by key, those that say what the model is (not how it is split, trained or logged)."""
+    sections = {SECTIONS[ModelConfig], SECTIONS[MemoryConfig], SECTIONS[TransformerConfig]}
+    own = {key for key, made in option_table().items() if made.section in sections}
+    return {key: value for key, value in values.items() if key in own and not _is_layout(key)}
+
+
+def _is_layout(key: str) -> bool:
+    """Whether a setting belongs to one run's machines or precision rather than to the model."""
+    parts = ("parallel", "pipeline", "recompute", "fusion", "overlap", "comm", "fp8", "bf16", "backend", "impl",
+             "initialization", "deterministic", "virtual")
+    return any(part in key for part in parts)
 
 
 def from_layers(layers: list[tuple[str, dict[str, Any]]], world_size: int, *, for_training: bool = True) -> RunConfig:

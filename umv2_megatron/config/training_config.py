@@ -61,6 +61,9 @@ class TrainingConfig:
     lr_warmup_iters: int = option(0, "iterations of linear warm-up")
     lr_warmup_fraction: Optional[float] = option(None, "warm-up as a fraction of the decay iterations")
     lr_warmup_init: float = option(0.0, "learning rate at the start of the warm-up")
+    lr_warmup_init_fraction: Optional[float] = option(
+        None, "start the warm-up at this fraction of the peak instead (the released code: 0.1)"
+    )
     lr_wsd_decay_style: str = option(
         "cosine", "shape of WSD's last part", choices=("linear", "cosine", "exponential", "minus_sqrt")
     )

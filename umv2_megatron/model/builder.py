@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.ffn_with_memory import memory_layers
@@ -17,16 +18,19 @@ from umv2_megatron.model.layer_specs import umv2_layer_spec
 from umv2_megatron.parallel import cpu_platform
 
 
-def build_model(run: RunConfig, vocab_size: int, vp_stage: int | None = None) -> GPTModel:
+def build_model(
+    run: RunConfig, vocab_size: int, config: TransformerConfig | None = None, vp_stage: int | None = None
+) -> GPTModel:
     """The part of the model that belongs to this rank (and virtual stage).
 
     Args:
         run: the resolved configuration; process groups must exist.
         vocab_size: entries of the tokenizer; padded as --make-vocab-size-divisible-by says.
+        config: mcore's configuration, when several stages are to share one object; made from ``run`` otherwise.
         vp_stage: index of the virtual pipeline stage, None without the interleaved schedule.
     """
-    config = run.transformer_config()
-    model = GPTModel(
+    config = config or run.transformer_config()
+    return GPTModel(
         config=config,
         transformer_layer_spec=umv2_layer_spec(config, run.memory, with_memory=run.has_memory),
         vocab_size=run.padded_vocab_size(vocab_size),
@@ -40,16 +44,15 @@ def build_model(run: RunConfig, vocab_size: int, vp_stage: int | None = None) ->
         rotary_base=run.model.rotary_base,
         vp_stage=vp_stage,
     )
-    return model
 
 
 def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool = True) -> list[torch.nn.Module]:
     """All virtual stages of this rank, on its device, in the run's precision, wrapped by mcore's DDP."""
     stages = run.virtual_pipeline_size
-    chunks: list[torch.nn.Module] = [
-        build_model(run, vocab_size, stage) for stage in (range(stages) if stages else [None])
-    ]
     config = run.transformer_config()
+    chunks: list[torch.nn.Module] = [
+        build_model(run, vocab_size, config, stage) for stage in (range(stages) if stages else [None])
+    ]
     for index, chunk in enumerate(chunks):
         for parameter in chunk.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

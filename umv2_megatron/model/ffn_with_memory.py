@@ -16,16 +16,14 @@ from typing import Any, Optional, Union
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
-from umv2_megatron.memory.sharing import plan_tables
+from umv2_megatron.memory.sharing import table_windows
 from umv2_megatron.memory.value_table import ValueTable
 from umv2_megatron.parallel import cpu_platform
 
@@ -71,8 +69,8 @@ class FFNWithMemory(MegatronModule):
         memory_config: sizes and switches of the memory layer.
         tables: where layers of this stage find tables that they share; needed when ``memory_config.sharing`` is not
             "none".
-        standalone: True when no training program of ours is there to refresh u, t and to scale the auxiliary losses;
-            the module then does both in its training forward (used by stock Megatron-LM, see docs/megatron-lm.md).
+        standalone: True when no training program of ours is there to refresh u, t; the module then does it in its
+            training forward (used by stock Megatron-LM, see docs/megatron-lm.md).
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class FFNWithMemory(MegatronModule):
         if self._memory_class is None or not blocks[layer_number - 1]:
             return
         index = sum(blocks[: layer_number - 1])
-        window = plan_tables(self.memory_config, sum(blocks))[index]
+        window = table_windows(self.memory_config, sum(blocks))[index]
         owns = window.owner == index
         self.memory = self._memory_class(
             self.memory_config,
@@ -116,7 +114,7 @@ class FFNWithMemory(MegatronModule):
             window=window,
             table=None if owns else self.tables.get(window.owner),
             params_dtype=self.config.params_dtype,
-            device=None if self.config.use_cpu_initialization else cpu_platform.parameter_device(),
+            device=None if self.config.use_cpu_initialization else cpu_platform.device(),
             sequence_parallel=self.config.sequence_parallel,
             perform_initialization=self.config.perform_initialization,
         )
@@ -134,7 +132,6 @@ class FFNWithMemory(MegatronModule):
         if self.standalone and self.training and torch.is_grad_enabled():
             # cores stay as they are between two optimizer steps, so refreshing in every forward is the same as once
             self.memory.refresh_singular_vectors()
-            MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / get_num_microbatches()))
         return output + self.memory(hidden_states), bias
 
     @property

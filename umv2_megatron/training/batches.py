@@ -1,0 +1,87 @@
+"""From mcore's datasets to the batches of one rank: which samples, in which order, and what the model gets of them.
+
+Order of samples: an optimizer step takes the next ``global_batch_size`` samples of the (already shuffled) dataset. They
+are cut into micro-batches of ``micro_batch_size x data-parallel size``, and each rank takes its slice. So a step sees
+the same samples on any number of ranks, and ``consumed_samples`` alone says where a run stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch.utils.data import DataLoader, Dataset
+
+from umv2_megatron.parallel import cpu_platform
+
+KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+class RankSampler:
+    """Yields the sample indices of each micro-batch of this data-parallel rank, from ``consumed_samples`` on.
+
+    Args:
+        total_samples: samples of the dataset; the last ones that fill no whole micro-batch over all ranks are left out.
+        consumed_samples: samples that all ranks together have used so far.
+        micro_batch_size: samples per rank and forward pass.
+        rank, world_size: of the data-parallel group.
+    """
+
+    def __init__(self, total_samples: int, consumed_samples: int, micro_batch_size: int, rank: int, world_size: int):
+        self.total_samples = total_samples
+        self.consumed_samples = consumed_samples
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return max(0, self.total_samples - self.consumed_samples) // (self.micro_batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.micro_batch_size * self.world_size
+        first = self.consumed_samples + self.rank * self.micro_batch_size
+        for start in range(first, first + len(self) * step, step):
+            yield list(range(start, start + self.micro_batch_size))
+
+
+def batch_iterator(
+    dataset: Dataset | None, consumed_samples: int, micro_batch_size: int, num_workers: int, stages: int | None = None
+) -> Any:
+    """An iterator over this rank's micro-batches (a list of them, one per virtual stage, with ``stages``).
+
+    Returns None on a pipeline stage that needs no data. Ranks of one tensor- or context-parallel group read the same
+    samples.
+    """
+    if dataset is None:
+        return [None] * stages if stages else None
+    sampler = RankSampler(
+        len(dataset),  # type: ignore[arg-type]
+        consumed_samples,
+        micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+    def one() -> Iterator[dict[str, torch.Tensor]]:
+        loader = DataLoader(
+            dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
+            # a generator of its own, so that making a loader does not move the training's random state
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    return [one() for _ in range(stages)] if stages else one()
+
+
+def next_batch(iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | None]:
+    """The next micro-batch on this rank's device: tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32,
+    attention_mask (None: causal). Under context parallelism each rank keeps its part of the sequence."""
+    loaded = next(iterator)
+    batch: dict[str, torch.Tensor | None] = {
+        key: loaded[key].to(cpu_platform.device(), non_blocking=True) for key in KEYS if key in loaded
+    }
+    batch.setdefault("attention_mask", None)
+    return get_batch_on_this_cp_rank(batch)

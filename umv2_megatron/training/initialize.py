@@ -1,0 +1,97 @@
+"""Start of a run: process groups, seeds, tokenizer, model, optimizer, and the checkpoint it resumes from."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import (
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
+from megatron.core.optimizer import MegatronOptimizer
+
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.model.builder import build_model_chunks
+from umv2_megatron.parallel import cpu_platform, groups, launch
+from umv2_megatron.training.optimizer import ParamScheduler, build_optimizer, build_scheduler
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint. Counts are totals since the run's first step."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_iterations: int = 0
+    nan_iterations: int = 0
+    skipped_in_a_row: int = 0
+    interval_loss_sum: float = 0.0
+    interval_steps: int = 0
+
+
+@dataclass
+class TrainingState:
+    """Everything that training changes."""
+
+    chunks: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: ParamScheduler
+    progress: Progress = field(default_factory=Progress)
+
+
+def start_processes(run: RunConfig) -> launch.Launch:
+    """Join the process group, make mcore's groups and seed all generators."""
+    started = launch.initialize_process_group(run.training.distributed_timeout_minutes)
+    groups.initialize_groups(
+        tp=run.tensor_model_parallel_size,
+        pp=run.pipeline_model_parallel_size,
+        vpp=run.virtual_pipeline_size,
+        cp=run.context_parallel_size,
+        memory_parallel_size=run.memory.parallel_size,
+        num_distributed_optimizer_instances=run.num_distributed_optimizer_instances,
+        timeout_minutes=run.training.distributed_timeout_minutes,
+    )
+    unset_num_microbatches_calculator()
+    init_num_microbatches_calculator(
+        started.rank, None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size
+    )
+    seed_everything(run.training.seed)
+    if run.deterministic_mode:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return started
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy, torch and mcore's tensor-parallel generators; pipeline stages differ, replicas do not."""
+    staged = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(staged)
+    np.random.seed(staged % 2**32)
+    torch.manual_seed(staged)
+    tensor_parallel.model_parallel_cuda_manual_seed(staged)
+
+
+def build_training_state(run: RunConfig, vocab_size: int) -> TrainingState:
+    """Model, optimizer and schedule at step 0."""
+    chunks = build_model_chunks(run, vocab_size)
+    optimizer = build_optimizer(run, chunks)
+    return TrainingState(chunks, optimizer, build_scheduler(run, optimizer))
+
+
+def print_rank_0(text: str) -> None:
+    """Print on the first rank only."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(text, flush=True)
+
+
+def is_last_rank() -> bool:
+    """Whether this is the rank that reports: the last one, which sits on the last pipeline stage."""
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def device_memory_gib() -> float:
+    """Largest amount of memory used so far on this rank's device, in GiB."""
+    return cpu_platform.max_memory_allocated() / 2**30

@@ -1,0 +1,199 @@
+"""The training loop: step, look, report, evaluate, save, stop.
+
+Everything that decides what the next step will be is in ``TrainingState`` and goes into every checkpoint; the loop
+itself keeps only clocks. So a run that was killed and started again does the same steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.planning.flops import flops_per_token
+from umv2_megatron.training import memory_health
+from umv2_megatron.training.initialize import TrainingState, device_memory_gib
+from umv2_megatron.training.profiling import StepProfiler
+from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
+from umv2_megatron.training.signals import StopRequests
+from umv2_megatron.training.step import TrainStep, evaluate, non_finite_parameters, train_step
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on: a loss or gradient is not finite and the policy says stop."""
+
+
+class Trainer:
+    """Runs a ``TrainingState`` from where it stands to the last iteration.
+
+    Args:
+        run: the resolved configuration.
+        state: model, optimizer, schedule, progress.
+        train_iterator: this rank's micro-batches from ``progress.consumed_samples`` on.
+        make_eval_iterator: makes a fresh iterator over the first validation batches, None without validation data.
+        reporter: where numbers go.
+        save: publishes a checkpoint of the present state.
+    """
+
+    def __init__(self, run: RunConfig, state: TrainingState, train_iterator: Any,
+                 make_eval_iterator: Callable[[], Any] | None, reporter: Reporter, save: Callable[[], None] | None):
+        self.run = run
+        self.state = state
+        self.train_iterator = train_iterator
+        self.make_eval_iterator = make_eval_iterator
+        self.reporter = reporter
+        self.save = save
+        self.stop_requests = StopRequests(run.training.exit_signal_handler, run.training.exit_duration_in_mins)
+        self.flops_per_token = flops_per_token(run.values, run.memory).training
+        self._last_saved = state.progress.iteration
+
+    def train(self) -> bool:
+        """Train to the end or to a request to stop. Returns whether all iterations are done.
+
+        Raises ``TrainingStopped`` on a NaN or Inf (see --nan-policy); the failed step is neither applied nor saved.
+        """
+        run, progress = self.run, self.state.progress
+        interval_start, interval_first = time.perf_counter(), progress.iteration
+        if run.training.memory_log_interval and run.has_memory:
+            memory_health.start_counting(self.state.chunks)
+        with StepProfiler(run, progress.iteration) as profiler:
+            while progress.iteration < run.train_iters:
+                step = train_step(run, self.state.chunks, self.state.optimizer, self.state.scheduler,
+                                  self.train_iterator)
+                self._count(step)
+                profiler.step(progress.iteration)
+                if progress.iteration % run.training.log_interval == 0 or progress.iteration == run.train_iters:
+                    cpu_platform.synchronize()
+                    elapsed = (time.perf_counter() - interval_start) / (progress.iteration - interval_first)
+                    self._report(step, elapsed)
+                    interval_start, interval_first = time.perf_counter(), progress.iteration
+                self._report_memory_health()
+                pause = time.perf_counter()
+                if self._between_steps():
+                    return progress.iteration >= run.train_iters
+                interval_start += time.perf_counter() - pause
+        return True
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _count(self, step: TrainStep) -> None:
+        """Advance the progress, or apply the NaN policy to a step that was not applied."""
+        progress = self.state.progress
+        if not step.result.updated:
+            self._handle_skipped(step)
+        else:
+            progress.skipped_in_a_row = 0
+            progress.interval_loss_sum += step.loss
+            progress.interval_steps += 1
+        progress.iteration += 1
+        progress.consumed_samples += self.run.global_batch_size
+
+    def _handle_skipped(self, step: TrainStep) -> None:
+        progress, training = self.state.progress, self.run.training
+        found = non_finite_parameters(self.state.chunks)
+        rank = torch.distributed.get_rank()
+        where = f"; rank {rank}: {', '.join(found[:4])}" + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        message = (f"iteration {progress.iteration + 1}: loss {step.loss}, gradient norm {step.result.grad_norm} is not "
+                   f"finite{where if found else ''}")
+        if found:
+            print(f"WARNING: {message}", flush=True)
+        progress.skipped_iterations += 1
+        progress.nan_iterations += 1
+        progress.skipped_in_a_row += 1
+        if training.nan_policy == "stop":
+            raise TrainingStopped(f"{message}; stopped before the update by --nan-policy stop (the checkpoints are "
+                                  "from before this step); --nan-policy skip leaves such steps out")
+        if progress.skipped_in_a_row > training.max_skipped_iterations:
+            raise TrainingStopped(f"{message}; more than --max-skipped-iterations {training.max_skipped_iterations} "
+                                  "steps in a row were skipped")
+
+    def _report(self, step: TrainStep, seconds: float) -> None:
+        """The console line and the numbers of an interval; its losses are averaged."""
+        run, progress, scheduler = self.run, self.state.progress, self.state.scheduler
+        loss = progress.interval_loss_sum / progress.interval_steps if progress.interval_steps else None
+        progress.interval_loss_sum, progress.interval_steps = 0.0, 0
+        tokens_per_second = run.global_batch_size * run.model.seq_length / seconds / run.world_size
+        tflops = tokens_per_second * self.flops_per_token / 1e12
+        norm = memory_health.params_norm(self.state.chunks) if run.training.log_params_norm else None
+        loss_scale = float(self.state.optimizer.get_loss_scale().item())
+        self.reporter.line(iteration_line({
+            "iteration": progress.iteration, "train_iters": run.train_iters,
+            "consumed_samples": progress.consumed_samples, "elapsed_ms": seconds * 1000,
+            "tflops": tflops if run.training.log_throughput else None, "learning_rate": scheduler.dense_lr,
+            "batch_size": run.global_batch_size, "loss": loss, "loss_scale": loss_scale,
+            "grad_norm": step.result.grad_norm, "num_zeros": step.result.num_zeros, "params_norm": norm,
+            "skipped": progress.skipped_iterations, "nan": progress.nan_iterations,
+            "tokens_per_second_per_rank": tokens_per_second, "value_learning_rate": scheduler.value_lr,
+            "eta_seconds": (run.train_iters - progress.iteration) * seconds,
+        }))
+        self.reporter.numbers(progress.iteration, {
+            "lm loss": loss, "learning-rate": scheduler.dense_lr, "value-learning-rate": scheduler.value_lr,
+            "batch-size": run.global_batch_size, "grad-norm": step.result.grad_norm, "params-norm": norm,
+            "throughput": tflops, "iteration-time": seconds, "consumed-samples": progress.consumed_samples,
+            "num-zeros": step.result.num_zeros,
+            "memory-gib": device_memory_gib() if run.training.log_memory_to_tensorboard else None,
+        })
+
+    def _report_memory_health(self) -> None:
+        run, iteration = self.run, self.state.progress.iteration
+        if run.has_memory and run.training.memory_log_interval and iteration % run.training.memory_log_interval == 0:
+            self.reporter.numbers(iteration, {**memory_health.summarize(self.state.chunks)})
+            memory_health.start_counting(self.state.chunks)
+
+    # -- between steps ---------------------------------------------------------------------------------------------
+
+    def _between_steps(self) -> bool:
+        """Evaluate, save, and say whether to leave the loop."""
+        run, training, iteration = self.run, self.run.training, self.state.progress.iteration
+        last = iteration >= run.train_iters
+        stopping = self.stop_requests.agreed()
+        leaving = last or stopping or bool(training.exit_interval and iteration % training.exit_interval == 0)
+        due = bool(training.eval_interval and iteration % training.eval_interval == 0)
+        if due or last:
+            self.evaluate()
+        if leaving or (training.save_interval and iteration % training.save_interval == 0):
+            self.save_now()
+        if stopping and not last:
+            self.reporter.line(f" stopping after iteration {iteration} as asked by a signal or --exit-duration-in-mins")
+        return leaving
+
+    def save_now(self) -> None:
+        """Publish a checkpoint, once per iteration."""
+        if self.save is not None and self._last_saved != self.state.progress.iteration:
+            self.save()
+            self._last_saved = self.state.progress.iteration
+
+    def evaluate(self, what: str = "validation") -> float | None:
+        """Report the loss on the first --eval-iters batches of the validation data."""
+        if self.make_eval_iterator is None or not self.run.training.eval_iters:
+            return None
+        with self._gathered_parameters():
+            loss = evaluate(self.run, self.state.chunks, self.make_eval_iterator(), self.run.training.eval_iters)
+        iteration = self.state.progress.iteration
+        self.reporter.line(validation_line(iteration, loss, what))
+        self.reporter.numbers(iteration, {f"lm loss {what}": loss, f"lm loss {what} ppl": perplexity(loss)})
+        return loss
+
+    def _gathered_parameters(self) -> _GatheredParameters:
+        return _GatheredParameters(self.state.chunks, self.run.overlap_param_gather)
+
+
+class _GatheredParameters:
+    """Inside, all parameters are whole: with --overlap-param-gather mcore gathers them in forward hooks, which an
+    evaluation must not set off."""
+
+    def __init__(self, chunks: list[torch.nn.Module], overlapping: bool):
+        self.chunks = [chunk for chunk in chunks if overlapping and isinstance(chunk, DistributedDataParallel)]
+
+    def __enter__(self) -> None:
+        for chunk in self.chunks:
+            chunk.disable_forward_pre_hook()
+
+    def __exit__(self, *_: object) -> None:
+        for chunk in self.chunks:
+            chunk.enable_forward_pre_hook()

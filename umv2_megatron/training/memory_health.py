@@ -1,0 +1,58 @@
+"""Statistics of the memory layers during training: switched on per interval, summed over ranks, named for the log."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+
+from umv2_megatron.model.builder import unwrap
+from umv2_megatron.model.ffn_with_memory import memory_layers
+from umv2_megatron.parallel import groups
+
+
+def start_counting(chunks: list[torch.nn.Module]) -> None:
+    """Count row usage afresh from the next training forward on."""
+    for chunk in chunks:
+        for _, layer in memory_layers(unwrap(chunk)):
+            layer.collect_statistics(True)
+
+
+def summarize(chunks: list[torch.nn.Module]) -> dict[str, float]:
+    """Statistics of every memory layer since ``start_counting``, as ``memory/<name>/layer_000``; a collective.
+
+    Rows are counted over all tokens of the interval: summed over the ranks that hold the same table shard, and
+    collected from all pipeline stages.
+    """
+    here: dict[str, float] = {}
+    for chunk in chunks:
+        for block, layer in memory_layers(unwrap(chunk)):
+            statistics = layer.statistics
+            assert statistics is not None, "start_counting was not called"
+            for tensor in statistics.tensors():
+                torch.distributed.all_reduce(tensor, group=groups.get_memory_data_parallel_group())
+            for name, value in statistics.summary(layer.refresh_singular_vectors()).items():
+                here[f"memory/{name}/layer_{block:03d}"] = value
+    stages: list[dict[str, float]] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
+    torch.distributed.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())
+    return {name: value for stage in stages for name, value in stage.items()}
+
+
+def params_norm(chunks: list[torch.nn.Module]) -> float:
+    """L2 norm of all parameters of the model, each counted once; a collective."""
+    dense = torch.zeros((), dtype=torch.float64)
+    tables = torch.zeros((), dtype=torch.float64)
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            square = parameter.detach().double().square().sum().cpu()
+            if not getattr(parameter, "allreduce", True):
+                tables += square
+            elif (getattr(parameter, "tensor_model_parallel", False) or tp_rank == 0) and not getattr(
+                parameter, "shared", False
+            ):
+                dense += square
+    device = next(chunks[0].parameters()).device
+    dense, tables = dense.to(device), tables.to(device)
+    torch.distributed.all_reduce(dense, group=parallel_state.get_model_parallel_group())
+    torch.distributed.all_reduce(tables, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+    return float((dense + tables).sqrt())

@@ -1,0 +1,159 @@
+"""mcore's optimizer and learning-rate schedule, with the value tables as a parameter group of their own.
+
+The tables learn at a multiple of the dense learning rate. At step t the multiple is
+
+    factor(t) = 1 + (mult - 1) * max(0, 1 - t / decay_steps)            (ultramemv2, "Training")
+
+and it scales the peak and the floor *before* warm-up and decay are applied; decay_steps = 0 means a constant multiple.
+Steps are counted in samples, as mcore's scheduler does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from umv2_megatron.config.run_config import RunConfig
+
+TABLE_ATTRIBUTE = "is_memory_table"
+VALUE_GROUP = "value_lr_mult"  # key of a parameter group that holds value tables
+
+
+@dataclass(frozen=True)
+class ValueFactor:
+    """The multiple of the learning rate at which value tables learn: from ``mult`` to 1 over ``decay_steps`` samples."""
+
+    mult: float
+    decay_steps: int
+
+    def __call__(self, step: int) -> float:
+        """The multiple at ``step`` (samples)."""
+        if self.decay_steps == 0:
+            return self.mult
+        return 1.0 + (self.mult - 1.0) * max(0.0, 1.0 - step / self.decay_steps)
+
+
+class ParamScheduler(OptimizerParamScheduler):
+    """mcore's schedule of learning rate and weight decay, plus the value tables' factor.
+
+    ``warmup_init_fraction`` starts the warm-up at that fraction of the (scaled) peak instead of at ``init_lr``. The
+    factor's horizon is part of the state: a resumed run keeps it, whatever --train-iters says now.
+    """
+
+    def __init__(self, *args: Any, value_factor: ValueFactor, warmup_init_fraction: float | None = None, **kwargs: Any):
+        self.value_factor = value_factor
+        self.warmup_init_fraction = warmup_init_fraction
+        super().__init__(*args, **kwargs)
+
+    def get_lr(self, param_group: dict) -> float:
+        """Learning rate of ``param_group`` at the current step."""
+        factor = self.value_factor(self.num_steps) if VALUE_GROUP in param_group else 1.0
+        peak = param_group.get("max_lr", self.max_lr) * factor
+        scaled = {**param_group, "max_lr": peak, "min_lr": param_group.get("min_lr", self.min_lr) * factor}
+        dense_init = self.init_lr
+        if self.warmup_init_fraction is not None:
+            self.init_lr = self.warmup_init_fraction * peak
+        try:
+            return super().get_lr(scaled)
+        finally:
+            self.init_lr = dense_init
+
+    def state_dict(self) -> dict:
+        """mcore's state and the value factor."""
+        return {**super().state_dict(), "value_lr_mult": self.value_factor.mult,
+                "value_lr_decay_steps": self.value_factor.decay_steps}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore; ``override_opt_param_scheduler`` keeps this object's own values."""
+        if "value_lr_mult" in state_dict and not self.override_opt_param_scheduler:
+            self.value_factor = ValueFactor(state_dict["value_lr_mult"], state_dict["value_lr_decay_steps"])
+        self.num_steps = 0  # mcore adds the saved number of steps to the present one
+        super().load_state_dict(state_dict)
+        self.step(0)  # mcore sets the rates before it has read the saved weight decay
+
+    @property
+    def value_lr(self) -> float | None:
+        """Current learning rate of the value tables, None where no group holds any."""
+        return next((group["lr"] for group in self.optimizer.param_groups if VALUE_GROUP in group), None)
+
+    @property
+    def dense_lr(self) -> float:
+        """Current learning rate of everything else."""
+        return next(group["lr"] for group in self.optimizer.param_groups if VALUE_GROUP not in group)
+
+
+def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module]) -> MegatronOptimizer:
+    """mcore's optimizer over ``chunks`` (wrapped by DDP): dense groups, and the value tables with weight decay on."""
+    config = run.optimizer_config()
+    overrides = dict(get_standard_config_overrides(config))
+    overrides[ParamKey(attr=TABLE_ATTRIBUTE)] = {VALUE_GROUP: run.memory.value_lr_mult}  # type: ignore[typeddict-unknown-key]
+    return get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=True)
+
+
+def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamScheduler:
+    """The schedule of ``run`` in samples."""
+    training, batch = run.training, run.global_batch_size
+    horizon = (training.lr_decay_iters or max(run.train_iters, 1)) * batch
+    value_iters = run.memory.value_lr_decay_iters
+    value_steps = max(run.train_iters, 1) * batch if value_iters is None else value_iters * batch
+    return ParamScheduler(
+        optimizer,
+        init_lr=training.lr_warmup_init,
+        max_lr=run.lr,
+        min_lr=run.min_lr,
+        lr_warmup_steps=training.lr_warmup_iters * batch,
+        lr_decay_steps=horizon,
+        lr_decay_style=training.lr_decay_style,
+        start_wd=run.weight_decay,
+        end_wd=run.weight_decay,
+        wd_incr_steps=horizon,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=not training.override_opt_param_scheduler,
+        override_opt_param_scheduler=training.override_opt_param_scheduler,
+        wsd_decay_steps=training.lr_wsd_decay_iters * batch if training.lr_wsd_decay_iters else None,
+        lr_wsd_decay_style=training.lr_wsd_decay_style,
+        value_factor=ValueFactor(run.memory.value_lr_mult, value_steps),
+        warmup_init_fraction=training.lr_warmup_init_fraction,
+    )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    updated: bool
+    grad_norm: float
+    num_zeros: int | None
+
+
+@torch.no_grad()
+def guarded_step(optimizer: MegatronOptimizer, loss_is_finite: bool) -> StepResult:
+    """One optimizer step that looks before it leaps: nothing is updated when a loss or gradient is not finite.
+
+    Does what mcore's ``ChainedOptimizer.step`` does (unscale, global norm, clip, update), with the check between the
+    norm and the update. All ranks come to the same decision.
+    """
+    found_inf = optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    finite = loss_is_finite and not found_inf and math.isfinite(grad_norm)
+    # as a number on the optimizer's device, for nccl too
+    agreed = optimizer.get_loss_scale().new_full((1,), float(finite))
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
+    if not agreed.item():
+        return StepResult(False, grad_norm, None)
+    for part in optimizer.chained_optimizers:
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    num_zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
+    return StepResult(optimizer.step_with_ready_grads(), grad_norm, None if num_zeros is None else int(num_zeros))

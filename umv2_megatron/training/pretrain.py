@@ -1,0 +1,172 @@
+"""A pretraining run from a resolved configuration to its last checkpoint.
+
+    processes -> lock on --save -> tokenizer -> model, optimizer -> resume -> datasets -> Trainer -> exit code
+
+Exit codes: 0 done, or saved and stopped on request; 1 training or a checkpoint failed; 2 usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from umv2_megatron import __version__
+from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.model.builder import unwrap
+from umv2_megatron.planning.parameters import count_parameters
+from umv2_megatron.training import checkpointing
+from umv2_megatron.training.batches import batch_iterator
+from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.training.datasets import build_datasets, data_identity
+from umv2_megatron.training.initialize import (
+    Progress,
+    TrainingState,
+    build_training_state,
+    is_last_rank,
+    print_rank_0,
+    start_processes,
+)
+from umv2_megatron.training.loop import Trainer
+from umv2_megatron.training.reporting import Reporter
+from umv2_megatron.training.resume import check_same_run, find_checkpoint_directory
+from umv2_megatron.training.step import connect, refresh_singular_vectors
+from umv2_megatron.training.tokenizers import build_tokenizer
+
+
+def pretrain(run: RunConfig) -> int:
+    """Train as ``run`` says and return the exit code. Raises ``ValueError`` for what the user can mend."""
+    start_processes(run)
+    print_rank_0(f"umv2_megatron {__version__}: {run.world_size} ranks, configuration:\n{run.describe()}")
+    with contextlib.ExitStack() as stack:
+        store = _own_save_directory(run, stack)
+        tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
+        state = build_training_state(run, tokenizer.vocab_size)
+        connect(run, state.chunks, state.optimizer)
+        _describe_model(run, tokenizer.vocab_size, state)
+        identity = data_identity(run.data, tokenizer, run.model.seq_length, run.training.seed)
+        _resume(run, state, identity)
+        train_set, valid_set, test_set = build_datasets(
+            run.data, tokenizer, run.model.seq_length, run.training.seed, _samples(run)
+        )
+
+        reporter = Reporter(run, is_last_rank(), state.progress.iteration)
+        stack.callback(reporter.close)
+        save = _saver(run, store, state, tokenizer, identity) if store is not None else None
+        trainer = Trainer(run, state, _iterator(run, train_set, state.progress.consumed_samples),
+                          _eval_iterator(run, valid_set), reporter, save)
+        if run.training.skip_train:
+            trainer.evaluate()
+        elif trainer.train():
+            trainer.make_eval_iterator = _eval_iterator(run, test_set)
+            trainer.evaluate("test")
+        print_rank_0(f"weights of rank 0: sha256 {checkpointing.weights_digest(state.chunks)}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def _samples(run: RunConfig) -> tuple[int, int, int]:
+    """Samples needed of the training, validation and test sets."""
+    evaluated = run.training.eval_iters * run.global_batch_size
+    return run.train_iters * run.global_batch_size, evaluated, evaluated
+
+
+def _iterator(run: RunConfig, dataset: Any, consumed: int) -> Any:
+    return batch_iterator(dataset, consumed, run.training.micro_batch_size, run.data.num_workers,
+                          run.virtual_pipeline_size)
+
+
+def _eval_iterator(run: RunConfig, dataset: Any) -> Any:
+    """Evaluations always read the same first batches, so that their losses compare and a resume needs no state."""
+    return None if dataset is None else lambda: _iterator(run, dataset, 0)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _own_save_directory(run: RunConfig, stack: contextlib.ExitStack) -> CheckpointStore | None:
+    """Lock --save for this job (rank 0) and write ``config.yaml`` into it."""
+    if not run.training.save:
+        return None
+    store = CheckpointStore(run.training.save, retain_interval=run.training.save_retain_interval)
+
+    def take() -> None:
+        if torch.distributed.get_rank() == 0:
+            stack.enter_context(store.lock())
+            Path(run.training.save, "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+
+    checkpointing.attempt("owning the save directory", take)
+    return store
+
+
+def _saver(
+    run: RunConfig, store: CheckpointStore, state: TrainingState, tokenizer: Any, identity: dict[str, Any]
+) -> Callable[[], None]:
+    """A function that publishes the present state."""
+    config = {"format": 1, "version": __version__, "values": yaml.safe_load(run.to_yaml()),
+              "data": identity, "world_size": run.world_size, "tokenizer_vocab_size": tokenizer.vocab_size,
+              "padded_vocab_size": run.padded_vocab_size(tokenizer.vocab_size)}
+
+    def save() -> None:
+        iteration = state.progress.iteration
+        checkpointing.save_checkpoint(store, iteration, state.chunks, state.optimizer, state.scheduler,
+                                      dataclasses.asdict(state.progress), config)
+        print_rank_0(f" saved checkpoint of iteration {iteration} to {store.path(iteration)}")
+
+    return save
+
+
+def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> None:
+    """Load the checkpoint that --load (or --save) names, if any, into ``state``."""
+    directory = find_checkpoint_directory(run)
+    if directory is None:
+        return
+    training = run.training
+    store = CheckpointStore(directory)
+    if not training.finetune:
+        checkpointing.attempt("comparing the run with its checkpoint", 
+                              lambda: check_same_run(run, store, identity))
+    load_optim = not (training.no_load_optim or training.finetune)
+    loaded = checkpointing.load_checkpoint(
+        store, state.chunks, state.optimizer, state.scheduler, ckpt_step=training.ckpt_step,
+        load_optim=load_optim, load_rng=not (training.no_load_rng or training.finetune),
+    )
+    refresh_singular_vectors(state.chunks)
+    if training.override_opt_param_scheduler:
+        for group in state.optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = run.lr, run.min_lr
+        state.scheduler.step(0)
+    if not training.finetune:
+        known = {field.name for field in dataclasses.fields(Progress)}
+        state.progress = Progress(**{key: value for key, value in loaded.extra_state.items() if key in known})
+    print_rank_0(f" loaded checkpoint of iteration {loaded.iteration} from {loaded.path}; "
+                 f"continuing at iteration {state.progress.iteration}")
+
+
+# -- description -----------------------------------------------------------------------------------------------------
+
+
+def _describe_model(run: RunConfig, vocab_size: int, state: TrainingState) -> None:
+    """Print the parameter counts: of the whole model, and on each rank."""
+    counts = count_parameters({**run.values, "vocab_size": vocab_size}, run.memory)
+    here = sum(parameter.numel() for chunk in state.chunks for parameter in unwrap(chunk).parameters())
+    print_rank_0(f" parameters: {counts.activated:,} activated, {counts.total:,} in all without embeddings; "
+                 f"{here:,} on rank 0")
+
+
+def check_data(run: RunConfig) -> None:
+    """Raise ``UsageError`` when the data flags contradict each other; opens no file."""
+    try:
+        run.data.validate()
+    except ValueError as error:
+        raise UsageError(str(error)) from error

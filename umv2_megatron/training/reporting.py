@@ -1,0 +1,168 @@
+"""What a run tells: the console lines people grep, TensorBoard, Weights & Biases, and ``metrics.jsonl``.
+
+Only one rank reports, the last one: it sits on the last pipeline stage, where the loss is. ``metrics.jsonl`` holds one
+JSON object per line with an ``iteration`` and the names that TensorBoard uses. A restarted run drops the lines past
+the checkpoint it resumes from, so a step never appears twice.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from umv2_megatron.config.run_config import RunConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def iteration_line(values: dict[str, Any], now: datetime.datetime | None = None) -> str:
+    """The console line of an iteration: Megatron-LM's fields in its order, then ours.
+
+    ``values``: iteration, train_iters, consumed_samples, elapsed_ms, tflops (or None), learning_rate, batch_size,
+    loss (None where every step of the interval was skipped), loss_scale, grad_norm, num_zeros, params_norm (the last
+    two or None), skipped, nan, tokens_per_second_per_rank, value_learning_rate (or None), eta_seconds.
+    """
+    now = now or datetime.datetime.now()
+    parts = [
+        f" [{now.strftime('%Y-%m-%d %H:%M:%S.%f')}] iteration {values['iteration']:8d}/{values['train_iters']:8d}",
+        f"consumed samples: {values['consumed_samples']:12d}",
+        f"elapsed time per iteration (ms): {values['elapsed_ms']:.1f}",
+    ]
+    if values.get("tflops") is not None:
+        parts.append(f"throughput per GPU (TFLOP/s/GPU): {values['tflops']:.1f}")
+    parts += [f"learning rate: {values['learning_rate']:.6E}", f"global batch size: {values['batch_size']:5d}"]
+    if values.get("loss") is not None:
+        parts.append(f"lm loss: {values['loss']:.6E}")
+    parts.append(f"loss scale: {values['loss_scale']:.1f}")
+    if values.get("grad_norm") is not None:
+        parts.append(f"grad norm: {values['grad_norm']:.3f}")
+    if values.get("num_zeros") is not None:
+        parts.append(f"num zeros: {values['num_zeros']}")
+    if values.get("params_norm") is not None:
+        parts.append(f"params norm: {values['params_norm']:.3f}")
+    parts += [
+        f"number of skipped iterations: {values['skipped']:3d}",
+        f"number of nan iterations: {values['nan']:3d}",
+        f"tokens/s/rank: {values['tokens_per_second_per_rank']:.1f}",
+    ]
+    if values.get("value_learning_rate") is not None:
+        parts.append(f"value learning rate: {values['value_learning_rate']:.6E}")
+    parts.append(f"ETA: {format_duration(values['eta_seconds'])}")
+    return " | ".join(parts) + " |"
+
+
+def validation_line(iteration: int, loss: float, what: str = "validation") -> str:
+    """The console line of an evaluation; PPL is exp(loss), capped as Megatron-LM does."""
+    return f" {what} loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity(loss):.6E} | "
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), with the loss capped at 20 nats per token."""
+    return math.exp(min(20.0, loss))
+
+
+def format_duration(seconds: float) -> str:
+    """``seconds`` as [d-]hh:mm:ss."""
+    total = int(max(0.0, seconds))
+    days, rest = divmod(total, 86400)
+    clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+class MetricsFile:
+    """``metrics.jsonl``: append-only while a run goes on, cut back to its checkpoint when it resumes."""
+
+    def __init__(self, directory: Path, resumed_at: int):
+        self.path = directory / METRICS_FILE
+        if self.path.exists():
+            self._cut(resumed_at)
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
+
+    def _cut(self, iteration: int) -> None:
+        """Drop records past ``iteration``, and a last line that a kill left half-written; atomic."""
+        kept = [json.dumps(record) for record in read_metrics(self.path.parent) if record["iteration"] <= iteration]
+        temporary = self.path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def write(self, iteration: int, numbers: dict[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of ``<directory>/metrics.jsonl``; a half-written last line is left out."""
+    records = []
+    for line in Path(directory, METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Reporter:
+    """Sends numbers to the console, TensorBoard, W&B and ``metrics.jsonl``; silent on every rank but the last."""
+
+    def __init__(self, run: RunConfig, is_last_rank: bool, resumed_at: int):
+        self.active = is_last_rank
+        self._tensorboard = self._wandb = self._metrics = None
+        if not self.active:
+            return
+        training = run.training
+        if training.save:
+            Path(training.save).mkdir(parents=True, exist_ok=True)
+            self._metrics = MetricsFile(Path(training.save), resumed_at)
+        if training.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides what an interrupted run wrote past its checkpoint
+            self._tensorboard = SummaryWriter(training.tensorboard_dir, purge_step=resumed_at + 1, max_queue=5)
+        if training.wandb_project:
+            self._wandb = _start_wandb(run)
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        if self.active:
+            print(text, flush=True)
+
+    def numbers(self, iteration: int, numbers: dict[str, float | None]) -> None:
+        """Record named numbers of ``iteration``; None values are left out."""
+        if not self.active:
+            return
+        given = {name: value for name, value in numbers.items() if value is not None}
+        if self._metrics is not None:
+            self._metrics.write(iteration, given)
+        if self._tensorboard is not None:
+            for name, value in given.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(given, step=iteration)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(run: RunConfig) -> Any:
+    """A Weights & Biases run. Raises ``ValueError`` naming the flag where the package is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--wandb-project is set, but the package wandb is not installed; install it or drop the flag"
+                         ) from error
+    return wandb.init(project=run.training.wandb_project, name=run.training.wandb_exp_name,
+                      dir=run.training.wandb_save_dir or run.training.save, config=run.values)

@@ -1,0 +1,89 @@
+"""Which checkpoint a run continues from, and whether it is the same run.
+
+A resume from other data, another seed or another schedule gives a normal-looking loss and wrong results. So what
+decides a run's numbers is compared with the checkpoint's own configuration, and a difference is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.training import checkpointing
+from umv2_megatron.training.checkpoint_store import CheckpointStore
+
+# What a step computes from its samples; --allow-config-change lets it differ.
+SAME_RUN = ("global_batch_size", "eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+# The schedule; --override-opt-param-scheduler takes the new values.
+SAME_SCHEDULE = (
+    "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_init", "lr_warmup_init_fraction", "weight_decay",
+    "memory_value_lr_mult",
+)
+
+
+def find_checkpoint_directory(run: RunConfig) -> str | None:
+    """The directory to load from: --load, or --save when it already holds a checkpoint; None for a fresh start.
+
+    Raises ``UsageError`` when --load holds no checkpoint and --allow-fresh is not given.
+    """
+    training = run.training
+    directory = training.load or training.save
+    if directory is None:
+        return None
+    if CheckpointStore(directory).iterations():
+        return directory
+    if training.load and not training.allow_fresh:
+        raise UsageError(f"--load is {training.load!r}; no checkpoint is there. Correct the path, or give --allow-fresh "
+                         "to start from scratch")
+    return None
+
+
+def checkpoint_values(directory: str, ckpt_step: int | None = None) -> dict[str, Any]:
+    """The settings by key that the newest valid checkpoint in ``directory`` was trained with."""
+    store = CheckpointStore(directory)
+    return checkpointing.read_config(store, store.resolve(ckpt_step))["values"]
+
+
+def check_same_run(run: RunConfig, store: CheckpointStore, data_identity: dict[str, Any]) -> None:
+    """Raise ``UsageError`` naming what differs, old and new, where ``run`` is not the newest checkpoint's run.
+
+    ``data_identity`` is that of the data that ``run`` would read (``datasets.data_identity``).
+    """
+    config = checkpointing.read_config(store, store.resolve(run.training.ckpt_step))
+    saved = config["values"]
+    if not run.training.allow_config_change:
+        _compare(run, saved, SAME_RUN, "--allow-config-change to go on regardless")
+        for name, old in config.get("data", {}).items():
+            new = data_identity.get(name)
+            if old != new:
+                raise UsageError(f"{name} is {_short(new)}, but the checkpoint was trained with {_short(old)}; give the "
+                                 "old data, or --allow-config-change to go on regardless")
+    if not (run.training.override_opt_param_scheduler or run.training.no_load_optim):
+        _compare(run, saved, SAME_SCHEDULE, "--override-opt-param-scheduler to take the new value")
+        old, new = _horizon(saved), _horizon(run.values)
+        if old != new:
+            raise UsageError(f"the checkpoint's schedule decays over {old} iterations, the flags say {new} "
+                             "(--lr-decay-iters, or --train-iters without it); give --lr-decay-iters "
+                             f"{old} to keep it, or --override-opt-param-scheduler to take the new one")
+
+
+def _compare(run: RunConfig, saved: dict[str, Any], keys: tuple[str, ...], remedy: str) -> None:
+    for key in keys:
+        if key not in saved:
+            continue
+        old, new = saved[key], run.values[key]
+        if key == "global_batch_size":
+            new = run.global_batch_size if old is not None else None
+        if old != new:
+            raise UsageError(f"--{key.replace('_', '-')} is {new}, but the checkpoint was trained with {old}; give the "
+                             f"old value, or {remedy}")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _horizon(values: dict[str, Any]) -> Any:
+    return values["lr_decay_iters"] or values["train_iters"] or values["train_samples"]

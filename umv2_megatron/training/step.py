@@ -1,0 +1,137 @@
+"""One training step and one evaluation, through mcore's pipeline schedules (also with a single stage)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.model.builder import evaluation_mode, unwrap
+from umv2_megatron.model.ffn_with_memory import memory_layers
+from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.training.batches import next_batch
+from umv2_megatron.training.optimizer import ParamScheduler, StepResult, guarded_step
+
+LOSS = "lm loss"
+
+
+def loss_of_microbatch(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """What mcore's schedule wants of the last stage: sum of the masked token losses, token count, and both to report.
+
+    ``losses`` and ``loss_mask`` are [b, s]; the sum is over this rank's part of the sequence.
+    """
+    mask = loss_mask.reshape(-1).float()
+    total = (losses.reshape(-1).float() * mask).sum()
+    tokens = mask.sum()
+    return total, tokens.to(torch.int), {LOSS: torch.stack([total.detach(), tokens])}
+
+
+def forward_step(iterator: Iterator, model: torch.nn.Module):
+    """mcore's ``forward_step_func``: one micro-batch through this stage."""
+    batch = next_batch(iterator)
+    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    return output, functools.partial(loss_of_microbatch, batch["loss_mask"])
+
+
+def connect(run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+    """Tell mcore's schedules how this model's gradients are scaled, held back, reduced and finished."""
+    config = get_model_config(chunks[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if run.overlap_grad_reduce:
+        syncs = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        starts = [chunk.start_grad_sync for chunk in chunks]
+        config.grad_sync_func = starts if len(starts) > 1 else starts[0]
+    if run.overlap_param_gather and run.align_param_gather:
+        gathers = [chunk.start_param_sync for chunk in chunks]
+        config.param_sync_func = gathers if len(gathers) > 1 else gathers[0]
+
+
+def refresh_singular_vectors(chunks: list[torch.nn.Module]) -> None:
+    """u, t of every memory layer from its present cores; once per optimizer step, before its micro-batches.
+
+    Every rank computes them from equal cores with the same routine, so they stay equal on all ranks.
+    """
+    for chunk in chunks:
+        for _, layer in memory_layers(unwrap(chunk)):
+            layer.refresh_singular_vectors()
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Outcome of a training step. ``loss``: nats per token, mean over the global batch, the same on every rank."""
+
+    loss: float
+    result: StepResult
+
+
+def train_step(
+    run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, scheduler: ParamScheduler,
+    iterator: Any,
+) -> TrainStep:
+    """Gradients of one global batch, the check, and the update."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    refresh_singular_vectors(chunks)
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=iterator, model=chunks,
+        num_microbatches=run.num_microbatches, seq_length=run.model.seq_length,
+        micro_batch_size=run.training.micro_batch_size, decoder_seq_length=run.model.seq_length, forward_only=False,
+    )
+    loss = _mean_loss(reports)
+    result = guarded_step(optimizer, loss_is_finite=math.isfinite(loss))
+    if result.updated:
+        scheduler.step(increment=run.global_batch_size)
+    return TrainStep(loss, result)
+
+
+def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
+    """Mean loss per token over all micro-batches and data-parallel ranks; told to every pipeline stage."""
+    total = torch.zeros(2, device=cpu_platform.device())
+    if reports:
+        total = torch.stack([report[LOSS] for report in reports]).sum(0)
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(),
+                                    group=parallel_state.get_pipeline_model_parallel_group())
+    return (total[0] / total[1]).item()
+
+
+def evaluate(run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, batches: int) -> float:
+    """Mean loss per token over ``batches`` global batches, the same on every rank."""
+    refresh_singular_vectors(chunks)
+    reports: list[dict[str, torch.Tensor]] = []
+    with evaluation_mode(chunks):
+        for _ in range(batches):
+            reports += get_forward_backward_func()(
+                forward_step_func=forward_step, data_iterator=iterator, model=chunks,
+                num_microbatches=run.num_microbatches, seq_length=run.model.seq_length,
+                micro_batch_size=run.training.micro_batch_size, decoder_seq_length=run.model.seq_length,
+                forward_only=True,
+            )
+    return _mean_loss(reports)
+
+
+def non_finite_parameters(chunks: list[torch.nn.Module]) -> list[str]:
+    """Names of the parameters whose gradient, or whose value, is not finite on this rank."""
+    found = []
+    for chunk in chunks:
+        for name, parameter in unwrap(chunk).named_parameters():
+            gradient = getattr(parameter, "main_grad", parameter.grad)
+            if gradient is not None and not torch.isfinite(gradient).all():
+                found.append(f"gradient of {name}")
+            if not torch.isfinite(parameter).all():
+                found.append(f"value of {name}")
+    return found
