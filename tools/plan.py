@@ -2,16 +2,18 @@
 
     python tools/plan.py --model-preset umv2-227m-1.2b
     python tools/plan.py --model-preset umv2-8m --memory-num-keys 128 --json
+    python tools/plan.py --config runs/mine/config.yaml
     python tools/plan.py --list
 
-Flags are those of pretrain_umv2.py that set sizes; they override the preset. Arithmetic only: it needs neither torch
-nor memory for the model. Exit code 2, with one line, for a usage error.
+Flags are those of pretrain_umv2.py that set sizes; they override the file, which overrides the preset. Arithmetic
+only: it needs neither torch nor memory for the model. Exit code 2, with one line, for a usage error.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.config.presets import PRESETS, Preset, find_preset  # noqa: E402
 from umv2_megatron.planning import (  # noqa: E402
+    FFN_VARIANTS,
     FlopsPerToken,
     ParameterCount,
     bytes_touched_per_token,
@@ -29,87 +32,140 @@ from umv2_megatron.planning import (  # noqa: E402
     flops_per_token,
 )
 
-# Sizes that a preset does not give but that change the counts.
-EXTRA_MODEL_FLAGS: dict[str, Any] = {"ffn_variant": "umv2", "add_qkv_bias": False, "tensor_model_parallel_size": 1}
 DECODE_BATCHES = (1, 16, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One flag that sets a size or switch of the model: its type, allowed values and help."""
+
+    name: str
+    kind: type
+    choices: tuple | None = None
+    help: str = "Megatron-LM's flag of this name"
+
+    @property
+    def flag(self) -> str:
+        """The flag as typed."""
+        return "--" + self.name.replace("_", "-")
+
+    def read(self, value: Any) -> Any:
+        """``value``, a text or a YAML value, in this size's type. Raises ``ValueError`` naming the flag."""
+        if self.kind is bool:
+            result = value if isinstance(value, bool) else None
+        else:
+            try:
+                result = self.kind(str(value))
+            except ValueError:
+                result = None
+        if result is None or (self.choices and result not in self.choices):
+            kinds = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+            expected = f"one of {', '.join(self.choices)}" if self.choices else kinds[self.kind]
+            raise ValueError(f"{self.flag} is {value!r}; expected {expected}")
+        return result
+
+
+def _memory_sizes() -> dict[str, Size]:
+    hints, sizes = get_type_hints(MemoryConfig), {}
+    for field in dataclasses.fields(MemoryConfig):
+        kind = hints[field.name] if hints[field.name] in (int, float, str, bool) else int
+        name = f"memory_{field.name}"
+        sizes[name] = Size(name, kind, field.metadata["choices"], field.metadata["help"])
+    return sizes
+
+
+# The flags that presets give, and others that change the counts.
+MODEL_SIZES = {name: Size(name, type(value)) for name, value in PRESETS["umv2-tiny"].model.items()}
+MODEL_SIZES.update(
+    ffn_variant=Size("ffn_variant", str, FFN_VARIANTS),
+    add_qkv_bias=Size("add_qkv_bias", bool),
+    tensor_model_parallel_size=Size("tensor_model_parallel_size", int),
+)
+SIZES = {**MODEL_SIZES, **_memory_sizes()}
 
 
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"plan.py: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        raise ValueError(message)
 
 
 @dataclasses.dataclass
 class Request:
-    """What the command line asks for."""
+    """What the command line asks for: a list of presets, or the figures of one model."""
 
     preset: Preset | None
     model: dict[str, Any]
     memory: MemoryConfig | None
     as_json: bool
+    list_presets: bool = False
 
 
-def read_command_line(argv: list[str]) -> Request:
-    """Preset, then flags over it. Raises ``ValueError`` for an unknown preset, exits with code 2 for a bad flag."""
+def build_parser() -> OneLineParser:
+    """A parser in whose result only the flags that were given appear, as text or true/false."""
     parser = OneLineParser(prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("--model-preset", metavar="NAME", help=f"sizes of a known model: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with flag names as keys; only sizes are read")
     parser.add_argument("--list", action="store_true", help="list the presets and stop")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    model_group = parser.add_argument_group("model")
-    for name, example in {**PRESETS["umv2-tiny"].model, **EXTRA_MODEL_FLAGS}.items():
-        _add_flag(model_group, name, name, type(example), None, "Megatron-LM's flag of this name")
-    memory_group = parser.add_argument_group("memory layers")
-    hints = get_type_hints(MemoryConfig)
-    for field in dataclasses.fields(MemoryConfig):
-        kind = hints[field.name] if hints[field.name] in (int, float, str, bool) else int
-        _add_flag(memory_group, f"memory_{field.name}", f"memory.{field.name}", kind, field.metadata["choices"],
-                  field.metadata["help"].replace("%", "%%"))
-    readers = {action.dest: action.reader for action in parser._actions if hasattr(action, "reader")}
-    given = {key: readers[key](value) if key in readers else value for key, value in vars(parser.parse_args(argv)).items()}
-    if given.pop("list", False):
-        print("\n".join(f"{preset.name:<22} {preset.description} ({preset.source})" for preset in PRESETS.values()))
-        raise SystemExit(0)
-    as_json, name = given.pop("json", False), given.pop("model_preset", None)
-    preset = find_preset(name) if name is not None else None
-    memory = dict(preset.memory) if preset else {}
-    memory.update({key[7:]: value for key, value in given.items() if key.startswith("memory.")})
-    overrides = {key: value for key, value in given.items() if not key.startswith("memory.")}
-    if preset is None and not overrides:
+    groups = [parser.add_argument_group("model"), parser.add_argument_group("memory layers")]
+    for size in SIZES.values():
+        group, text = groups[size.name.startswith("memory_")], size.help.replace("%", "%%")
+        if size.kind is bool:
+            group.add_argument(size.flag, dest=size.name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(size.flag, dest=size.name, metavar=size.name.split("_")[-1].upper(), help=text)
+    return parser
+
+
+def read_command_line(argv: list[str]) -> Request:
+    """Flags over file over preset. Raises ``ValueError`` with one sentence for a flag or value that cannot be."""
+    parsed, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(flag, [size.flag for size in SIZES.values()], n=1)
+        raise ValueError(f"{flag} is no flag of plan.py; " + (f"did you mean {close[0]}?" if close else "see --help"))
+    given = vars(parsed)
+    if "list" in given:
+        return Request(None, {}, None, False, list_presets=True)
+    preset = find_preset(given["model_preset"]) if "model_preset" in given else None
+    sizes = _read_file(given["config"]) if "config" in given else {}
+    sizes.update({name: SIZES[name].read(value) for name, value in given.items() if name in SIZES})
+    if preset is None and not sizes:
         raise ValueError(f"--model-preset is missing; expected one of {', '.join(PRESETS)}, or sizes by flags")
-    model = {**(preset.model if preset else {}), **overrides}
-    _drop_derived(model, overrides)
-    return Request(preset, model, None if model.get("ffn_variant") == "dense" else MemoryConfig(**memory), as_json)
+    changed = {name: value for name, value in sizes.items() if name in MODEL_SIZES}
+    memory = {name.removeprefix("memory_"): value for name, value in sizes.items() if name not in MODEL_SIZES}
+    model = {**(preset.model if preset else {}), **changed}
+    _drop_derived(model, changed)
+    config = MemoryConfig(**{**(preset.memory if preset else {}), **memory})
+    return Request(preset, model, None if model.get("ffn_variant") == "dense" else config, "json" in given)
 
 
-def _add_flag(group: Any, name: str, dest: str, kind: type, choices: tuple | None, text: str) -> None:
-    flag = "--" + name.replace("_", "-")
-    if kind is bool:
-        group.add_argument(flag, dest=dest, action=argparse.BooleanOptionalAction, help=text)
-        return
-    expected = f"one of {', '.join(choices)}" if choices else {int: "an integer", float: "a number"}.get(kind, "a text")
+def _read_file(path: str) -> dict[str, Any]:
+    """The sizes in a YAML file; a run's config.yaml holds much else, which is passed over."""
+    import yaml  # only here, so that the rest needs nothing but Python
 
-    def read(value: str) -> Any:
-        try:
-            result = kind(value)
-        except ValueError:
-            result = None
-        if result is None or (choices and result not in choices):
-            raise ValueError(f"{flag} is {value!r}; expected {expected}")
-        return result
-
-    # read after parsing: argparse would replace the sentence by its own
-    group.add_argument(flag, dest=dest, metavar=name.split("_")[-1].upper(), help=text).reader = read
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config is {path!r}; expected a readable YAML file ({error.strerror})") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config is {path!r}; not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config is {path!r}; expected a mapping of flag names to values")
+    values = {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
+    if "add_bias_linear" in values:  # megatron-core's name for the opposite
+        values["disable_bias_linear"] = not values["add_bias_linear"]
+    return {name: SIZES[name].read(value) for name, value in values.items() if name in SIZES}
 
 
-def _drop_derived(model: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Forget preset values that followed from a size the flags changed, so that they are derived anew."""
-    if {"hidden_size", "num_attention_heads"} & overrides.keys() and "kv_channels" not in overrides:
+def _drop_derived(model: dict[str, Any], changed: dict[str, Any]) -> None:
+    """Forget preset values that followed from a size that was changed, so that they are derived anew."""
+    if {"hidden_size", "num_attention_heads"} & changed.keys() and "kv_channels" not in changed:
         model.pop("kv_channels", None)
-    if "seq_length" in overrides and "max_position_embeddings" not in overrides:
+    if "seq_length" in changed and "max_position_embeddings" not in changed:
         model.pop("max_position_embeddings", None)
 
 
@@ -217,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     try:
         request = read_command_line(sys.argv[1:] if argv is None else argv)
+        if request.list_presets:
+            print("\n".join(f"{each.name:<22} {each.description} ({each.source})" for each in PRESETS.values()))
+            return 0
         figures = report(request)
     except ValueError as error:
         print(f"plan.py: {error}", file=sys.stderr)

@@ -7,10 +7,11 @@ without memory layers.
 
 from umv2_megatron.planning.flops import FlopsPerToken, flops_per_token, training_flops
 from umv2_megatron.planning.memory_access import BytesTouched, bytes_touched_per_token
-from umv2_megatron.planning.model_shape import ModelShape, padded_vocab_size
+from umv2_megatron.planning.model_shape import FFN_VARIANTS, ModelShape, padded_vocab_size
 from umv2_megatron.planning.parameters import BlockCount, ParameterCount, count_parameters
 
 __all__ = [
+    "FFN_VARIANTS",
     "BlockCount",
     "BytesTouched",
     "FlopsPerToken",
