@@ -17,6 +17,7 @@ Letters as in ``interface.py``; Dc = Dv / C. All sums run in a fixed order, so r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -26,7 +27,7 @@ from torch.nn import functional
 
 from umv2_megatron.ops.interface import activate, pre_value_scores
 
-# Tokens per chunk of the backward: 128 tokens of 32 picks and 192 float32 columns are 3 MB, which stays in cache.
+# Elements picked per chunk of tokens: 128 tokens of 32 picks and 192 float32 columns are 3 MB, which stays in cache.
 CHUNK_ELEMENTS = 128 * 32 * 192
 
 
@@ -62,7 +63,9 @@ class _Lookup(torch.autograd.Function):
         rho: Optional[Tensor] = None
         weights = scores
         if pre_values is not None and projected is not None:
-            rho = pre_value_scores(rows, projected, pre_values).to(scores.dtype)
+            rho = torch.empty(rows.shape, dtype=scores.dtype, device=scores.device)
+            for part in _chunks(rows, pre_values):
+                rho[part] = pre_value_scores(rows[part], projected[part], pre_values)
             weights = scores * activate(rho, activation).unsqueeze(-1)
         out = _sum_rows(rows, blocks, weights, values, num_blocks)
         # The tables are saved as attributes: they are parameters, and their main_grad must be found again.
@@ -83,9 +86,7 @@ class _Lookup(torch.autograd.Function):
         projected_grad = torch.empty_like(projected) if projected is not None else None
         grad_out = grads[0].reshape(rows.shape[0], ctx.num_blocks, values.shape[1])
 
-        chunk = max(1, CHUNK_ELEMENTS // (rows.shape[1] * values.shape[1]))
-        for start in range(0, rows.shape[0], chunk):
-            part = slice(start, start + chunk)
+        for part in _chunks(rows, values):
             picked = rows[part]
             upstream = _upstream_of_picks(grad_out[part], blocks[part] if blocks is not None else None, scores.dtype)
             active = activate(rho[part], ctx.activation).unsqueeze(-1) if rho is not None else None
@@ -114,6 +115,13 @@ class _Lookup(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _chunks(rows: Tensor, table: Tensor) -> Iterator[slice]:
+    """Slices of the tokens of ``rows`` [T, P], each with CHUNK_ELEMENTS elements of ``table`` picked at most."""
+    size = max(1, CHUNK_ELEMENTS // (rows.shape[1] * table.shape[1]))
+    for start in range(0, rows.shape[0], size):
+        yield slice(start, start + size)
 
 
 def _sum_rows(rows: Tensor, blocks: Optional[Tensor], weights: Tensor, values: Tensor, num_blocks: int) -> Tensor:
@@ -152,13 +160,12 @@ def _weight_gradient(rows: Tensor, upstream: Tensor, values: Tensor, scores: Ten
     """Gradient of the weights, [t, P, C]: the dot product of each row's slices with the output gradient."""
     tokens, picks = rows.shape
     cores = scores.shape[-1]
-    slices = functional.embedding(rows, values).to(upstream.dtype).view(tokens, picks, cores, -1)
+    picked = functional.embedding(rows, values).to(upstream.dtype)
     if upstream.shape[1] > 1:
-        return (slices * upstream.view(slices.shape)).sum(-1)
-    column = upstream.view(tokens * cores, -1, 1)
-    return torch.bmm(slices.transpose(1, 2).reshape(tokens * cores, picks, -1), column).view(
-        tokens, cores, picks
-    ).transpose(1, 2)
+        return (picked * upstream).view(tokens, picks, cores, -1).sum(-1)
+    # One product per token, [P, Dv] @ [Dv, C] with zeros outside each core's slice: cheaper than cutting the rows up.
+    own = torch.eye(cores, dtype=upstream.dtype, device=upstream.device).view(1, cores, 1, cores)
+    return torch.bmm(picked, (upstream.view(tokens, cores, -1, 1) * own).view(tokens, -1, cores))
 
 
 def _add_value_gradient(value_sum: Tensor, rows: Tensor, upstream: Tensor, weights: Tensor) -> None:

@@ -1,0 +1,153 @@
+"""The lookups against loops: values, gradients by autograd and in main_grad, blocks, duplicates, bfloat16."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import pytest
+import torch
+from torch import Tensor
+
+from umv2_megatron.ops import cpu, get_backend, reference
+
+T, P, A, C, DP, DV = 37, 6, 11, 2, 5, 8
+
+
+def make(blocks: int, pre_values: bool, dtype: torch.dtype = torch.float64) -> dict:
+    """Arguments of a lookup; 37 * 6 picks of 11 rows, so every row is picked several times."""
+    g = torch.Generator().manual_seed(blocks + 10 * pre_values)
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    return {
+        "rows": torch.randint(0, A, (T, P), generator=g),
+        "blocks": torch.randint(0, blocks, (T, P), generator=g) if blocks > 1 else None,
+        "scores": rand(T, P, C).to(torch.float32 if dtype == torch.bfloat16 else dtype).requires_grad_(),
+        "projected": rand(T, DP).requires_grad_() if pre_values else None,
+        "pre_values": torch.nn.Parameter(rand(A, DP)) if pre_values else None,
+        "values": torch.nn.Parameter(rand(A, DV)),
+        "num_blocks": blocks,
+    }
+
+
+def loops(rows: Tensor, blocks: Optional[Tensor], scores: Tensor, projected: Optional[Tensor],
+          pre_values: Optional[Tensor], values: Tensor, num_blocks: int, activation: str) -> Tensor:
+    """The definition, written out."""
+    out = []
+    for t in range(T):
+        sums = [torch.zeros(DV, dtype=values.dtype) for _ in range(num_blocks)]
+        for p in range(P):
+            row = int(rows[t, p])
+            block = int(blocks[t, p]) if blocks is not None else 0
+            rho = torch.ones((), dtype=values.dtype)
+            if pre_values is not None and projected is not None:
+                rho = pre_values[row] @ projected[t]
+                rho = torch.nn.functional.gelu(rho) if activation == "gelu" else rho
+            parts = [scores[t, p, c] * rho * values[row, c * DV // C : (c + 1) * DV // C] for c in range(C)]
+            sums[block] = sums[block] + torch.cat(parts)
+        out.append(torch.cat(sums))
+    return torch.stack(out)
+
+
+def gradients(arguments: dict) -> dict[str, Tensor]:
+    return {name: value.grad for name, value in arguments.items()
+            if isinstance(value, Tensor) and value.requires_grad}
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("pre_values", [True, False])
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_lookup_equals_loops(backend: str, blocks: int, pre_values: bool, activation: str,
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 10 * P * DV)  # several chunks, the last one short
+    upstream = torch.randn(T, blocks * DV, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for function in (get_backend(backend, "cpu"), loops):
+        arguments = make(blocks, pre_values)
+        out = function(**arguments, activation=activation)
+        out.backward(upstream)
+        results.append((out, gradients(arguments)))
+    (out, grads), (expected, expected_grads) = results
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert grads.keys() == expected_grads.keys() and len(grads) == (4 if pre_values else 2)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_main_grad_gets_what_autograd_would(blocks: int, dtype: torch.dtype) -> None:
+    """Two uses of the tables in one graph and two micro-batches: main_grad holds the sum, autograd sees no tensor."""
+    plain, direct = make(blocks, True, dtype), make(blocks, True, dtype)
+    tables = [direct["pre_values"], direct["values"]]
+    for table in tables:
+        table.main_grad = torch.full(table.shape, 0.25)  # what is there must be kept
+    before = [table.main_grad for table in tables]
+    upstream = torch.randn(T, blocks * DV, generator=torch.Generator().manual_seed(2)).to(dtype)
+    calls: list[bool] = []
+    for table in tables:
+        watch(table, calls)
+    for _ in range(2):
+        for arguments in (plain, direct):
+            first = cpu.lookup(**arguments, activation="gelu")
+            second = cpu.lookup(**{**arguments, "rows": arguments["rows"].flip(0)}, activation="none")
+            (first + second).backward(upstream)
+    assert calls == [True] * 4, "the accumulator's hook must run once per backward and table, with param.grad set"
+    for name, table, buffer in zip(("pre_values", "values"), tables, before):
+        assert table.main_grad is buffer and table.grad_added_to_main_grad and table.grad is None
+        expected = plain[name].grad.float()
+        scale = expected.abs().max().item()
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (table.main_grad - 0.25 - expected).abs().max() <= tolerance * scale, name
+    torch.testing.assert_close(direct["scores"].grad, plain["scores"].grad, rtol=0, atol=0)
+
+
+def watch(table: torch.nn.Parameter, calls: list[bool]) -> None:
+    """Stand in for mcore's DDP hook: note whether param.grad was set (without a dense tensor), and drop it."""
+    accumulator = table.expand_as(table).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    def hook(*unused: object) -> None:
+        calls.append(table.grad is not None and table.grad.untyped_storage().nbytes() <= 8)
+        table.grad = None
+
+    accumulator.register_hook(hook)
+    table.accumulator = accumulator  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_bfloat16_backends_agree_with_float64(blocks: int) -> None:
+    arguments = make(blocks, True, torch.bfloat16)
+    exact = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+             for name, value in arguments.items()}
+    expected = reference.lookup(**exact, activation="none")
+    for function in (cpu.lookup, reference.lookup):
+        out = function(**arguments, activation="none")
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+def test_gradients_are_repeatable_bit_by_bit() -> None:
+    results = []
+    for _ in range(2):
+        arguments = make(1, True, torch.float32)
+        cpu.lookup(**arguments, activation="none").square().sum().backward()
+        results.append(gradients(arguments))
+    for name, grad in results[0].items():
+        assert torch.equal(grad, results[1][name]), name
+
+
+def test_frozen_tables_get_no_gradient() -> None:
+    arguments = make(1, True)
+    arguments["values"].requires_grad_(False)
+    cpu.lookup(**arguments, activation="none").sum().backward()
+    assert arguments["values"].grad is None and arguments["pre_values"].grad is not None
+
+
+def test_backend_names() -> None:
+    assert get_backend("auto", "cpu") is cpu.lookup
+    assert get_backend("auto", "cuda") is reference.lookup
+    assert get_backend("reference", "cpu") is reference.lookup
+    with pytest.raises(ValueError, match="--memory-backend is fast"):
+        get_backend("fast", "cpu")
+    with pytest.raises(ValueError, match="--memory-backend is cpu"):
+        get_backend("cpu", "cuda")
