@@ -73,6 +73,18 @@ class FFNWithTable(MegatronModule):
 
 def run(layout: Layout) -> dict[str, list[float]]:
     """Train ``layout.steps`` steps; returns losses (mean over the global batch) and gradient norms, all ranks alike."""
+    model, optimizer = build(layout)
+    return train(layout, model, optimizer, range(layout.steps))
+
+
+def train(layout: Layout, model: list, optimizer: Any, steps: range) -> dict[str, list[float]]:
+    """Train the numbered steps; returns losses and gradient norms."""
+    pairs = [train_step(layout, model, optimizer, step) for step in steps]
+    return {"losses": [loss for loss, _ in pairs], "norms": [norm for _, norm in pairs]}
+
+
+def build(layout: Layout) -> tuple[list, Any]:
+    """Groups, model chunks in DDP, and optimizer: all that a step needs."""
     groups.initialize_groups(tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
     tensor_parallel.model_parallel_cuda_manual_seed(123)
     config = make_config(layout)
@@ -108,48 +120,43 @@ def run(layout: Layout) -> dict[str, list[float]]:
         config.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
         if len(model) > 1:
             config.grad_sync_func = [chunk.start_grad_sync for chunk in model]
-    told: dict[str, list[float]] = {"losses": [], "norms": []}
-    for step in range(layout.steps):
-        loss, norm = train_step(layout, model, optimizer, step)
-        told["losses"].append(loss)
-        told["norms"].append(norm)
-    return told
+    return model, optimizer
 
 
 def make_config(layout: Layout) -> TransformerConfig:
     """RMSNorm, SwiGLU, grouped-query attention, RoPE, no biases: the family's block, small."""
-    kwargs: dict[str, Any] = dict(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        ffn_hidden_size=64,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        qk_layernorm=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        sequence_parallel=layout.tp > 1,
-        # Interleaved chunks: with two stages, next and previous stage are the same rank, and only unbatched p2p keeps its
-        # two conversations apart.
-        overlap_p2p_comm=layout.vpp is not None,
-        batch_p2p_comm=layout.vpp is None,
-        pipeline_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
-        params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
-        bf16=layout.bf16,
-        use_cpu_initialization=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-    )
+    kwargs: dict[str, Any] = {
+        "num_layers": LAYERS,
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        "sequence_parallel": layout.tp > 1,
+        # Interleaved chunks on two stages: next and previous stage are the same rank, and only unbatched p2p keeps the
+        # two conversations apart (batched, activations and gradients get swapped without an error).
+        "overlap_p2p_comm": layout.vpp is not None,
+        "batch_p2p_comm": layout.vpp is None,
+        "pipeline_dtype": torch.bfloat16 if layout.bf16 else torch.float32,
+        "params_dtype": torch.bfloat16 if layout.bf16 else torch.float32,
+        "bf16": layout.bf16,
+        "use_cpu_initialization": False,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "apply_rope_fusion": False,
+    }
     return TransformerConfig(**(kwargs | layout.model))
 
 
