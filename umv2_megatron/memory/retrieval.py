@@ -116,7 +116,7 @@ class Retrieval(nn.Module):
         """Scores of every key, [2, R, T, h, N], of ``x`` [T, H]: step 1 and 2 of docs/memory-layer.md."""
         config = self.config
         tokens, rank = x.shape[0], config.tucker_rank
-        query = self.query(x).view(tokens, 2, -1, config.key_dim)
+        query = self.query(x).view(tokens, 2, config.query_rows // (2 * config.key_dim), config.key_dim)
         query = rms_norm(query, self.query_norm, config.norm_epsilon, dim=-1)
         # [2, R, T, Dk]; a shared query serves every rank.
         query = query.permute(1, 2, 0, 3).expand(-1, rank, -1, -1)
@@ -131,7 +131,7 @@ class Retrieval(nn.Module):
         cores = self.cores.sum(0, dtype=key_scores.dtype)
         chunk = max(1, GRID_CHUNK_CELLS // (self.config.num_heads * kept * kept))
         rows, columns = [], []
-        for start in range(0, key_scores.shape[2], chunk):
+        for start in range(0, max(1, key_scores.shape[2]), chunk):
             part = slice(start, start + chunk)
             row_keys, column_keys = chosen[0][part], chosen[1][part]
             left = torch.einsum("rthi,hrs->this", gather_keys(key_scores[0, :, part], row_keys), cores)
