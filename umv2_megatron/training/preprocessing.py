@@ -222,6 +222,9 @@ def preprocess(job: Job, log: TextIO = sys.stderr) -> Summary:
 
 
 def _refuse_impossible(job: Job, paths: list[str]) -> None:
+    quarantined = job.output_prefix + "_quarantine.jsonl"
+    if any(os.path.abspath(path) == os.path.abspath(quarantined) for path in paths):
+        raise ValueError(f"--input names {quarantined}, the bad lines of an earlier run: narrow the glob or remove it")
     if len(set(job.json_keys)) < len(job.json_keys):
         raise ValueError(f"--json-keys {' '.join(job.json_keys)} names a key twice: list every key once")
     for key in job.json_keys:
