@@ -65,6 +65,7 @@ def test_layouts_agree(ranks: int, layout: dict[str, Any], one_rank: Any) -> Non
     [
         pytest.param(2, {}, id="dp2"),
         pytest.param(2, {"tp": 2}, id="tp2-sp"),
+        pytest.param(2, {"tp": 2, "model": {"sequence_parallel": False}}, id="tp2-without-sp"),
         pytest.param(4, {"tp": 2, "distributed_optimizer": True}, id="tp2-sp-dp2-distopt"),
         pytest.param(2, {"pp": 2, "distributed_optimizer": True}, id="pp2-distopt"),
     ],

@@ -64,6 +64,9 @@ class FFNWithTable(MegatronModule):
         self.table = torch.nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
         tensor_parallel.set_tensor_model_parallel_attributes(self.table, is_parallel=True, dim=1, stride=1)
         self.table.allreduce = False
+        if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+            # Every TP rank sees all tokens, but mcore sums this gradient over TP x DP ranks as if each saw its own.
+            self.table.register_hook(lambda gradient: gradient / config.tensor_model_parallel_size)
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         out, bias = self.ffn(x, **kwargs)

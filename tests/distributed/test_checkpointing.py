@@ -1,0 +1,312 @@
+"""A run that is saved, loaded into fresh processes and continued equals the run that went on: bit for bit.
+
+tiny_gpt.py's model (with a table marked as value tables are, so that the optimizer is chained) on spawned gloo ranks.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_gpt
+import torch
+from harness import run_ranks
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from tiny_gpt import Layout
+
+from umv2_megatron.training import checkpoint_store, torch_dist_io
+from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.training.checkpointing import load_checkpoint, read_config, save_checkpoint, weights_digest
+from umv2_megatron.training.durable_files import CheckpointError
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+
+def make(layout: Layout) -> tuple[list, Any, OptimizerParamScheduler]:
+    model, optimizer = tiny_gpt.build(layout)
+    scheduler = OptimizerParamScheduler(
+        optimizer, 0.0, 1e-3, 1e-4, 2, 20, "cosine", 0.1, 0.1, 20, "constant", use_checkpoint_opt_param_scheduler=True
+    )
+    return model, optimizer, scheduler
+
+
+def train(layout: Layout, run: tuple, steps: range) -> list[float]:
+    model, optimizer, scheduler = run
+    losses = []
+    for step in steps:
+        losses.append(tiny_gpt.train_step(layout, model, optimizer, step)[0])
+        scheduler.step(increment=1)
+    return losses
+
+
+def optimizer_digest(optimizer: Any) -> str:
+    """SHA-256 of this rank's main parameters, moments, step counts and group settings."""
+    digest = hashlib.sha256()
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            digest.update(repr([group[k] for k in ("lr", "weight_decay", "betas", "is_expert_parallel")]).encode())
+            for param in group["params"]:
+                state = {"param": param} | part.optimizer.state[param]
+                for name in sorted(state):
+                    digest.update(f"{name} {state[name].dtype}".encode())
+                    digest.update(state[name].detach().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def saved_and_continued(root: str, layout: Layout, sharding: str) -> dict[str, Any]:
+    run = make(layout)
+    train(layout, run, range(3))
+    here = {"weights": weights_digest(run[0]), "optimizer": optimizer_digest(run[1])}
+    save_checkpoint(
+        CheckpointStore(root), 3, *run, {"consumed_samples": 12}, {"model": {"tiny": 1}}, optim_sharding=sharding
+    )
+    assert here == {"weights": weights_digest(run[0]), "optimizer": optimizer_digest(run[1])}, "saving changed the run"
+    losses = train(layout, run, range(3, 6))
+    return {"saved": here, "losses": losses, "weights": weights_digest(run[0]), "optimizer": optimizer_digest(run[1])}
+
+
+def resumed(root: str, layout: Layout, used: bool = False) -> dict[str, Any]:
+    run = make(layout)
+    if used:  # nothing of what a run did before the load may shine through
+        train(layout, run, range(50, 51))
+    loaded = load_checkpoint(CheckpointStore(root), *run)
+    assert loaded.iteration == 3 and loaded.extra_state == {"consumed_samples": 12}
+    here = {"weights": weights_digest(run[0]), "optimizer": optimizer_digest(run[1])}
+    losses = train(layout, run, range(3, 6))
+    return {
+        "saved": here,
+        "losses": losses,
+        "weights": weights_digest(run[0]),
+        "optimizer": optimizer_digest(run[1]),
+        "rng": loaded.rng_restored,
+    }
+
+
+CASES = {
+    "1 rank, plain": (1, Layout(), "dp_reshardable"),
+    "1 rank, distributed": (1, Layout(distributed_optimizer=True), "dp_reshardable"),
+    "2 ranks, plain": (2, Layout(), "dp_reshardable"),
+    "2 ranks, distributed": (2, Layout(distributed_optimizer=True), "dp_reshardable"),
+    "2 ranks, distributed, full": (2, Layout(distributed_optimizer=True), "fully_reshardable"),
+    "2 ranks, distributed, overlap": (2, Layout(distributed_optimizer=True, overlap=True), "dp_reshardable"),
+    "2 ranks, bf16, distributed": (2, Layout(distributed_optimizer=True, bf16=True), "dp_reshardable"),
+    "2 ranks, bf16, plain": (2, Layout(bf16=True), "dp_reshardable"),
+    "TP 2, distributed": (2, Layout(tp=2, distributed_optimizer=True), "fully_reshardable"),
+    "PP 2, two chunks each": (2, Layout(pp=2, vpp=2, distributed_optimizer=True, untied=True), "dp_reshardable"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_bitwise(tmp_path, case):
+    world, layout, sharding = CASES[case]
+    layout.table, layout.model = True, DROPOUT
+    whole = run_ranks(world, saved_and_continued, str(tmp_path), layout, sharding)
+    again = run_ranks(world, resumed, str(tmp_path), layout, used="full" in case or "plain" in case)
+    assert all(result.pop("rng") for result in again)
+    assert again == whole
+    assert read_config(CheckpointStore(tmp_path), 3) == {"model": {"tiny": 1}}
+
+
+@pytest.mark.parametrize("sharding", ["dp_reshardable", "fully_reshardable"])
+@pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
+def test_the_number_of_ranks_may_change(tmp_path, sharding, before, after):
+    layout = Layout(table=True, distributed_optimizer=True)
+    whole = run_ranks(before, saved_and_continued, str(tmp_path), layout, sharding)
+    again = run_ranks(after, resumed, str(tmp_path), layout)
+    assert again[0]["saved"]["weights"] == whole[0]["saved"]["weights"]
+    assert again[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-6)
+    assert not again[0]["rng"]
+
+
+def test_tensor_parallel_may_change_when_fully_reshardable(tmp_path):
+    layout = Layout(tp=2, table=True, distributed_optimizer=True)
+    whole = run_ranks(2, saved_and_continued, str(tmp_path), layout, "fully_reshardable")
+    again = run_ranks(1, resumed, str(tmp_path), Layout(table=True, distributed_optimizer=True))
+    assert again[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-5)
+
+
+def refused(root: str, layout: Layout, **kwargs: Any) -> str:
+    run = make(layout)
+    try:
+        load_checkpoint(CheckpointStore(root), *run, **kwargs)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_another_model_is_refused_by_name_on_every_rank(tmp_path):
+    layout = Layout(distributed_optimizer=True)
+    run_ranks(2, saved_and_continued, str(tmp_path), layout, "fully_reshardable")
+    larger = Layout(distributed_optimizer=True, model={"ffn_hidden_size": 96, "num_layers": 5})
+    for message in run_ranks(2, refused, str(tmp_path), larger):
+        assert "only in the model: " in message and "decoder.layers.4." in message
+        assert "other shape: " in message and "decoder.layers.0.mlp.linear_fc1" in message
+        assert "only in the checkpoint" not in message
+    smaller = Layout(distributed_optimizer=True, model={"num_layers": 3})
+    for message in run_ranks(2, refused, str(tmp_path), smaller):
+        assert "only in the checkpoint: " in message and "decoder.layers.3." in message
+    for message in run_ranks(2, refused, str(tmp_path), layout, load_optim=False, load_rng=False):
+        assert message == "loaded"
+    for rank, message in enumerate(run_ranks(2, refused, str(tmp_path), layout, ckpt_step=7)):
+        assert "iter_0000007 does not exist" in message, rank
+
+
+# ---------------------------------------------------------------------- forged checkpoints
+
+
+class Canary:
+    """Unpickling it runs code: it makes the file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (os.mkdir, (self.path,))
+
+
+def seal_again(store: CheckpointStore, iteration: int) -> None:
+    """What a forger would do: publish the changed files under correct hashes."""
+    directory = store.path(iteration)
+    for name in (checkpoint_store.MANIFEST, checkpoint_store.MANIFEST_HASH):
+        (directory / name).unlink()
+    os.rename(directory, store.temporary_path(iteration))
+    store.publish(iteration, num_keys=0, tensor_bytes=0)
+
+
+def forge(root: str, what: str) -> str:
+    layout = Layout()
+    run = make(layout)
+    store = CheckpointStore(root)
+    canary = Canary(os.path.join(root, "ran"))
+    if what == "object in a shard":
+        torch_save = torch.save
+
+        def with_canary(data: Any, stream: Any, *args: Any, **kwargs: Any) -> None:
+            torch_save([canary] if isinstance(data, list) else data, stream, *args, **kwargs)
+
+        torch.save = with_canary  # type: ignore[assignment]
+        save_checkpoint(store, 3, *run)
+        torch.save = torch_save
+    else:
+        save_checkpoint(store, 3, *run)
+    directory = store.path(3)
+    if what == "metadata":
+        (directory / ".metadata").write_bytes(pickle.dumps(canary))
+    elif what == "metadata with a bad path":
+        with open(directory / ".metadata", "rb") as stream:
+            metadata = pickle.load(stream)
+        for info in metadata.storage_data.values():
+            info.relative_path = "../" + info.relative_path
+        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    elif what == "common.pt":
+        torch.save({"iteration": 3, "payload": canary}, directory / "common.pt")
+    if what != "object in a shard":
+        seal_again(store, 3)
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        load_checkpoint(store, *run)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize(
+    "what, told",
+    [
+        ("metadata", "posix.mkdir does not belong there"),
+        ("metadata with a bad path", "must stay inside"),
+        ("common.pt", "posix.mkdir"),
+        ("object in a shard", "posix.mkdir"),
+    ],
+)
+def test_no_payload_runs(tmp_path, what, told):
+    message = run_ranks(1, forge, str(tmp_path), what)[0]
+    assert not (tmp_path / "ran").exists()
+    assert told in message
+
+
+def test_the_canary_would_run(tmp_path):
+    pickle.loads(pickle.dumps(Canary(str(tmp_path / "ran"))))
+    assert (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------- failing saves
+
+
+def save_with_full_disk(root: str, stage: str) -> str:
+    layout = Layout(distributed_optimizer=True)
+    run = make(layout)
+    store = CheckpointStore(root)
+    save_checkpoint(store, 3, *run, {"consumed_samples": 12})
+    train(layout, run, range(1))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    rank = torch.distributed.get_rank()
+    if stage == "shards" and rank == 1:
+        torch.distributed.checkpoint.filesystem.os.fsync = full  # type: ignore[attr-defined]
+    elif stage == "common" and rank == 0:
+        torch.save = full  # type: ignore[assignment]
+    elif stage == "missing shard" and rank == 0:
+        count = torch_dist_io.count_written
+
+        def lose(directory: Path) -> tuple[int, int]:
+            (directory / "__1_0.distcp").unlink()
+            return count(directory)
+
+        from umv2_megatron.training import checkpointing
+
+        checkpointing.count_written = lose  # type: ignore[assignment]
+    try:
+        save_checkpoint(store, 4, *run)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("stage", ["common", "shards", "missing shard"])
+def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path, stage):
+    for message in run_ranks(2, save_with_full_disk, str(tmp_path), stage):
+        if stage == "missing shard":
+            assert "__1_0.distcp has 0 bytes" in message
+        else:
+            assert "No space left on device" in message and "bytes needed: " in message and "bytes free: " in message
+        assert "\n" not in message
+    store = CheckpointStore(tmp_path)
+    assert store.iterations() == [3] and store.resolve() == 3
+    assert not store.temporary_path(4).exists()
+
+
+def save_and_kill(root: str, victim: int, stage: str) -> None:
+    layout = Layout(distributed_optimizer=True)
+    run = make(layout)
+    save_checkpoint(CheckpointStore(root), 3, *run, {"consumed_samples": 12})
+    train(layout, run, range(1))
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def at_stage(name: str) -> None:
+        if name == stage:
+            die()
+
+    if torch.distributed.get_rank() == victim and stage == "fsync":
+        torch.distributed.checkpoint.filesystem.os.fsync = die  # type: ignore[attr-defined]
+    save_checkpoint(CheckpointStore(root, stages=at_stage), 4, *run, {"consumed_samples": 16})
+
+
+@pytest.mark.parametrize("victim, stage, expected", [(1, "fsync", 3), (0, "fsync", 3), (0, "manifest-synced", 3)])
+def test_a_rank_killed_while_saving(tmp_path, victim, stage, expected):
+    with pytest.raises(AssertionError, match="failed"):
+        run_ranks(2, save_and_kill, str(tmp_path), victim, stage, timeout=60)
+    store = CheckpointStore(tmp_path)
+    with store.lock():
+        assert store.resolve() == expected
+        assert not list(tmp_path.glob(".tmp_*"))

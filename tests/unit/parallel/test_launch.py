@@ -1,0 +1,139 @@
+"""Every launcher's variables lead to the right rank; wrong ones to one sentence; real launchers to a working group."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from umv2_megatron.parallel.launch import Launch, discover
+
+ROOT = Path(__file__).resolve().parents[3]
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "6",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_TASKS_PER_NODE": "2(x3)",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_NODELIST": "localhost,other[1-2]",
+}
+
+
+def test_torchrun() -> None:
+    assert discover(TORCHRUN) == Launch(3, 4, 1, 2, "10.0.0.1", 29500)
+
+
+def test_torchrun_wins_over_slurm() -> None:
+    assert discover(SLURM | TORCHRUN) == discover(TORCHRUN)
+
+
+def test_slurm() -> None:
+    launch = discover(SLURM)
+    assert launch[:5] == (5, 6, 1, 2, "localhost")
+    assert launch.master_port == discover(SLURM | {"SLURM_PROCID": "0"}).master_port
+    assert launch.master_port != discover(SLURM | {"SLURM_JOB_ID": "4712"}).master_port
+    assert discover(SLURM | {"MASTER_ADDR": "h", "MASTER_PORT": "7"})[4:] == ("h", 7)
+
+
+def test_slurm_first_host_of_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, port: [host])
+    for nodes, first in {"gpu[003-007,9],x": "gpu003", "n1,n2": "n1", "a[1,3]-ib": "a1-ib", "solo": "solo"}.items():
+        assert discover(SLURM | {"SLURM_NODELIST": nodes}).master_addr == first
+
+
+def test_slurm_host_without_a_name() -> None:
+    environ = SLURM | {"SLURM_NODELIST": "no-such-host.invalid", "SLURM_LAUNCH_NODE_IPADDR": "10.1.2.3"}
+    assert discover(environ).master_addr == "10.1.2.3"
+
+
+def test_srun_with_pmi2_needs_no_mpi() -> None:
+    assert discover(SLURM | {"PMI_RANK": "5", "PMI_SIZE": "6"}) == discover(SLURM)
+
+
+def test_single_process() -> None:
+    launch = discover({})
+    assert launch[:5] == (0, 1, 0, 1, "127.0.0.1")
+    assert 1024 <= launch.master_port < 65536
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        (TORCHRUN | {"RANK": "x"}, "RANK is 'x'"),
+        (TORCHRUN | {"RANK": "4"}, "RANK is 4 and WORLD_SIZE is 4"),
+        ({k: v for k, v in TORCHRUN.items() if k != "MASTER_ADDR"}, "MASTER_ADDR"),
+        ({k: v for k, v in TORCHRUN.items() if k != "WORLD_SIZE"}, "WORLD_SIZE is not set"),
+        (TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+        (SLURM | {"SLURM_NTASKS": "5"}, "SLURM_PROCID is 5"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+    ],
+)
+def test_one_sentence_for_a_wrong_environment(environ: dict[str, str], names: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(names)) as error:
+        discover(environ)
+    assert "\n" not in str(error.value)
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import torch
+    from umv2_megatron.parallel.launch import initialize_process_group
+
+    launch = initialize_process_group(timeout_minutes=1)
+    total = torch.tensor([launch.rank + 1])
+    torch.distributed.all_reduce(total)
+    print(f"[{' '.join(map(str, launch[:4]))} {total.item()}]", flush=True)
+    torch.distributed.destroy_process_group()
+    """
+)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun", "srun", "none"])
+def test_real_processes_meet(launcher: str, tmp_path: Path) -> None:
+    """Two processes (one without a launcher) find each other and sum over their ranks."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    clean = {k: v for k, v in os.environ.items() if not re.match(r"SLURM_|PMI_|OMPI_|RANK$|WORLD_SIZE$|MASTER_", k)}
+    clean |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    scripts = Path(sys.executable).parent
+    commands = {
+        "mpirun": [[str(scripts / "mpirun"), "-n", "2", sys.executable, "-m", "mpi4py", str(program)]],
+        "torchrun": [[str(scripts / "torchrun"), "--standalone", "--nproc-per-node", "2", str(program)]],
+        "srun": [[sys.executable, str(program)]] * 2,
+        "none": [[sys.executable, str(program)]],
+    }[launcher]
+    if not Path(commands[0][0]).exists():
+        pytest.skip(f"{commands[0][0]} is not installed")
+    processes = []
+    for index, command in enumerate(commands):
+        environ = dict(clean)
+        if launcher == "srun":  # its variables, without SLURM
+            slurm = {"PROCID": index, "LOCALID": index, "NTASKS": 2, "JOB_ID": os.getpid(), "NODELIST": "localhost"}
+            environ |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+        processes.append(
+            subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    told = ""
+    try:
+        for process in processes:
+            told += process.communicate(timeout=60)[0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), told
+    expected = ["0 1 0 1 1"] if launcher == "none" else ["0 2 0 2 3", "1 2 1 2 3"]
+    assert sorted(re.findall(r"\[(\d+ \d+ \d+ \d+ \d+)\]", told)) == expected, told
