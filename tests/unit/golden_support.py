@@ -14,7 +14,8 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.memory.sharing import from_share_ratio
 
-GOLDEN_DIR = Path(os.environ.get("UMV2_GOLDEN_DIR", Path(__file__).parent.parent / "golden"))
+OWN_DIR = Path(__file__).resolve().parent.parent / "golden"
+GOLDEN_DIR = Path(os.environ.get("UMV2_GOLDEN_DIR") or OWN_DIR)
 
 # Names of the golden files' tensors and of our parameters.
 PARAMETERS = {
@@ -33,30 +34,29 @@ def golden_pairs() -> list[str]:
     return sorted(path.stem for path in GOLDEN_DIR.glob("*.safetensors") if path.with_suffix(".json").exists())
 
 
-def read_pair(stem: str) -> tuple[dict, dict[str, Tensor]]:
+def read_pair(stem: str, folder: Path = GOLDEN_DIR) -> tuple[dict, dict[str, Tensor]]:
     """The JSON's contents and the tensors."""
-    text = (GOLDEN_DIR / f"{stem}.json").read_text()
-    return json.loads(text), load_file(GOLDEN_DIR / f"{stem}.safetensors")
+    return json.loads((folder / f"{stem}.json").read_text()), load_file(folder / f"{stem}.safetensors")
 
 
 def config_of(hyper: dict, backend: str) -> MemoryConfig:
     """The ``MemoryConfig`` that describes a golden file's hyperparameters."""
-    expansion = hyper.get("value_expand", 1)
-    assert expansion in (1, hyper["key_expand"] ** 2), f"value_expand {expansion} is neither 1 nor key_expand^2"
+    expansion, blocks = hyper.get("value_expand", 1), hyper.get("key_expand", 1) ** 2
+    assert expansion in (1, blocks), f"value_expand {expansion} is neither 1 nor key_expand^2"
     return MemoryConfig(
         num_keys=hyper["knum"],
         key_dim=hyper["kdim"],
         value_dim=hyper["vdim"],
         pre_value_dim=hyper.get("pre_vdim") or 0,
         topk=hyper["knn"],
-        num_heads=hyper["head"],
+        num_heads=hyper.get("head", 1),
         tucker_rank=hyper["tucker_rank"],
         num_cores=hyper["tucker_cores"],
-        query_mode=hyper["query_mode"],
-        key_expansion=hyper["key_expand"],
+        query_mode=hyper.get("query_mode", "shared"),
+        key_expansion=hyper.get("key_expand", 1),
         value_expansion="single" if expansion == 1 else "per-block",
         pre_value_activation="gelu" if hyper.get("glu_act") else "none",
-        norm_epsilon=hyper["norm_eps"],
+        norm_epsilon=hyper.get("norm_eps", 1e-5),
         balance_loss_coeff=hyper.get("balance_coef") or 0.0,
         backend=backend,
     )
@@ -65,7 +65,7 @@ def config_of(hyper: dict, backend: str) -> MemoryConfig:
 def build_layers(hyper: dict, tensors: dict[str, Tensor], backend: str, dtype: torch.dtype) -> list[MemoryLayer]:
     """The layers of a golden file with its weights; the first owns the table that all of them use."""
     config = config_of(hyper, backend)
-    windows = from_share_ratio(hyper["knum"], hyper["layers"], hyper["share_ratio"])
+    windows = from_share_ratio(hyper["knum"], hyper.get("layers", 1), hyper.get("share_ratio", 1.0))
     layers: list[MemoryLayer] = []
     for index, window in enumerate(windows):
         layer = MemoryLayer(
