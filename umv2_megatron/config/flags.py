@@ -54,6 +54,7 @@ class Option:
 NOT_FLAGS = {
     # derived from other flags
     "virtual_pipeline_model_parallel_size", "gated_linear_unit", "expert_tensor_parallel_size", "fp8_param",
+    "overlap_p2p_comm", "batch_p2p_comm",
     # mcore's deprecated spellings of other fields
     "moe_extended_tp", "enable_cuda_graph", "external_cuda_graph", "moe_router_padding_for_fp8", "moe_layer_recompute",
     "use_custom_fsdp", "moe_enable_deepep", "tp_comm_split_ag", "tp_comm_atomic_ag", "tp_comm_split_rs",

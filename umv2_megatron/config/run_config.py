@@ -112,7 +112,9 @@ class RunConfig:
         arguments["cuda_graph_scope"] = []  # mcore's own default is deprecated; with cuda_graph_impl it means "all"
         if self.model.swiglu:
             arguments.update(gated_linear_unit=True, activation_func=F.silu)
-        arguments["batch_p2p_comm"] = not self.overlap_p2p_comm
+        # Batched, the messages of two stages that are both neighbours of each other would be taken for one another.
+        arguments["overlap_p2p_comm"] = self.virtual_pipeline_size is not None
+        arguments["batch_p2p_comm"] = self.virtual_pipeline_size is None
         return _build(TransformerConfig, arguments)
 
     def optimizer_config(self) -> OptimizerConfig:

@@ -83,11 +83,16 @@ class Retrieval(nn.Module):
         self.query_norm = nn.Parameter(torch.empty(dim, **options))
         self.key_norm = nn.Parameter(torch.empty(dim, **options))
         self.cores = nn.Parameter(torch.empty(config.num_cores, heads, rank, rank, **options))
+        self.refresh_due = False
+        """Whether the next forward refreshes u and t first. How a training step asks for it: with mcore's
+        --overlap-param-gather the new cores are only there once this module's forward begins."""
         self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32, device=device))
         self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Picks:
         """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
+        if self.refresh_due:
+            self.refresh_singular_vectors()
         key_scores = self.key_scores(x)
         wants_balance = self.config.balance_loss_coeff > 0 and torch.is_grad_enabled()
         with torch.set_grad_enabled(wants_balance):
@@ -149,6 +154,7 @@ class Retrieval(nn.Module):
         the sign that the SVD returned). Runs on the CPU in float32, so that every rank and device gets the same bits.
         Returns all singular values, [h, R], float32 on the CPU, in descending order.
         """
+        self.refresh_due = False
         total = self.cores.detach().sum(0, dtype=torch.float32).cpu()
         left, sigma, right = torch.linalg.svd(total)
         u, t = left[:, :, 0], right[:, 0, :]

@@ -58,14 +58,19 @@ def connect(run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOp
         config.param_sync_func = gathers if len(gathers) > 1 else gathers[0]
 
 
-def refresh_singular_vectors(chunks: list[torch.nn.Module]) -> None:
-    """u, t of every memory layer from its present cores; once per optimizer step, before its micro-batches.
+def refresh_singular_vectors(chunks: list[torch.nn.Module], *, at_next_forward: bool = False) -> None:
+    """u, t of every memory layer from its present cores: before the micro-batches of an optimizer step, after a load,
+    and before an evaluation.
 
     Every rank computes them from equal cores with the same routine, so they stay equal on all ranks.
+    ``at_next_forward`` waits for the layer's first forward, where --overlap-param-gather has its cores ready.
     """
     for chunk in chunks:
         for _, layer in memory_layers(unwrap(chunk)):
-            layer.refresh_singular_vectors()
+            if at_next_forward:
+                layer.retrieval.refresh_due = True
+            else:
+                layer.refresh_singular_vectors()
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    refresh_singular_vectors(chunks)
+    refresh_singular_vectors(chunks, at_next_forward=True)
     reports = get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=iterator, model=chunks,
         num_microbatches=run.num_microbatches, seq_length=run.model.seq_length,
