@@ -30,6 +30,8 @@ DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 def make(layout: Layout) -> tuple[list, Any, OptimizerParamScheduler]:
     model, optimizer = tiny_gpt.build(layout)
+    for group in optimizer.param_groups:
+        group["min_lr"] = 1e-4
     scheduler = OptimizerParamScheduler(
         optimizer, 0.0, 1e-3, 1e-4, 2, 20, "cosine", 0.1, 0.1, 20, "constant", use_checkpoint_opt_param_scheduler=True
     )

@@ -9,6 +9,7 @@ Letters: S sequence, B micro-batch, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    ep: int = 1
     distributed_optimizer: bool = False
     overlap: bool = False
     bf16: bool = False
@@ -88,7 +90,7 @@ def train(layout: Layout, model: list, optimizer: Any, steps: range) -> dict[str
 
 def build(layout: Layout) -> tuple[list, Any]:
     """Groups, model chunks in DDP, and optimizer: all that a step needs."""
-    groups.initialize_groups(tp=layout.tp, pp=layout.pp, vpp=layout.vpp)
+    groups.initialize_groups(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, expert_model_parallel_size=layout.ep)
     tensor_parallel.model_parallel_cuda_manual_seed(123)
     config = make_config(layout)
     chunks = [build_chunk(config, layout, chunk) for chunk in range(layout.vpp or 1)]
@@ -144,6 +146,7 @@ def make_config(layout: Layout) -> TransformerConfig:
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp,
+        "expert_model_parallel_size": layout.ep,
         "sequence_parallel": layout.tp > 1,
         # Interleaved chunks on two stages: next and previous stage are the same rank, and only unbatched p2p keeps the
         # two conversations apart (batched, activations and gradients get swapped without an error).
@@ -200,11 +203,15 @@ def fill(model: GPTModel, tp: int) -> None:
     """Give every parameter the values that belong to its name, its layer's number and, under TP, its shard."""
     numbers = {f"decoder.layers.{index}.": layer.layer_number for index, layer in enumerate(model.decoder.layers)}
     rank = parallel_state.get_tensor_model_parallel_rank()
+    experts_here = (model.config.num_moe_experts or 0) // model.config.expert_model_parallel_size
+    first_expert = parallel_state.get_expert_model_parallel_rank() * experts_here
     for name, parameter in model.named_parameters():
         for prefix, number in numbers.items():
             if name.startswith(prefix):
                 name = f"layer {number} {name.removeprefix(prefix)}"
                 break
+        # Experts are numbered per rank too; their names count over all ranks.
+        name = re.sub(r"(?<=local_experts\.)\d+", lambda local: str(int(local.group()) + first_expert), name)
         if model.share_embeddings_and_output_weights and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
         shape = list(parameter.shape)

@@ -276,6 +276,17 @@ def _bridge_moe(module: ModuleType) -> None:
         module.te_general_gemm = None  # type: ignore[attr-defined]
 
 
+def _bridge_dispatcher(module: ModuleType) -> None:
+    """token_dispatcher.py:879: split sizes become numpy arrays only if they are on CUDA; gloo takes no tensors."""
+    move = module.maybe_move_tensor_to_cpu
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = move(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    module.maybe_move_tensor_to_cpu = to_host  # type: ignore[attr-defined]
+
+
 def _bridge_optimizer(module: ModuleType) -> None:
     """optimizer.py:671 and 690."""
     _accept_cpu_types(module.Float16OptimizerWithFloat16Params.__init__)
@@ -344,6 +355,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.tensor_parallel.random": _bridge_random,
     "megatron.core.transformer.torch_norm": _bridge_norm,
     "megatron.core.transformer.moe.moe_utils": _bridge_moe,
+    "megatron.core.transformer.moe.token_dispatcher": _bridge_dispatcher,
     "megatron.core.optimizer.optimizer": _bridge_optimizer,
     "megatron.core.optimizer.distrib_optimizer": _bridge_distributed_optimizer,
     "megatron.core.optimizer.clip_grads": _bridge_clip,
