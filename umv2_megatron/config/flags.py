@@ -53,43 +53,114 @@ class Option:
 # Fields of mcore's dataclasses that are no flags here, with the reason.
 NOT_FLAGS = {
     # derived from other flags
-    "virtual_pipeline_model_parallel_size", "gated_linear_unit", "expert_tensor_parallel_size", "fp8_param",
-    "overlap_p2p_comm", "batch_p2p_comm",
+    "virtual_pipeline_model_parallel_size",
+    "gated_linear_unit",
+    "expert_tensor_parallel_size",
+    "fp8_param",
+    "overlap_p2p_comm",
+    "batch_p2p_comm",
     # mcore's deprecated spellings of other fields
-    "moe_extended_tp", "enable_cuda_graph", "external_cuda_graph", "moe_router_padding_for_fp8", "moe_layer_recompute",
-    "use_custom_fsdp", "moe_enable_deepep", "tp_comm_split_ag", "tp_comm_atomic_ag", "tp_comm_split_rs",
+    "moe_extended_tp",
+    "enable_cuda_graph",
+    "external_cuda_graph",
+    "moe_router_padding_for_fp8",
+    "moe_layer_recompute",
+    "use_custom_fsdp",
+    "moe_enable_deepep",
+    "tp_comm_split_ag",
+    "tp_comm_atomic_ag",
+    "tp_comm_split_rs",
     "tp_comm_atomic_rs",
     # other models or modules than ours
-    "is_hybrid_model", "heterogeneous_block_specs", "hetereogenous_dist_checkpoint", "multi_latent_attention",
-    "experimental_attention_variant", "use_mamba_mem_eff_path", "mrope_section", "mlp_chunks_for_prefill",
-    "flash_decode", "init_model_with_meta_device", "use_inference_optimized_layers", "config_logger_dir", "test_mode",
-    "fp16", "use_megatron_fsdp", "data_parallel_sharding_strategy", "preserve_fp32_weights", "sgd_momentum",
-    "symmetric_ar_type", "batch_invariant_mode", "qk_clip", "qk_clip_alpha", "qk_clip_threshold",
+    "is_hybrid_model",
+    "heterogeneous_block_specs",
+    "hetereogenous_dist_checkpoint",
+    "multi_latent_attention",
+    "experimental_attention_variant",
+    "use_mamba_mem_eff_path",
+    "mrope_section",
+    "mlp_chunks_for_prefill",
+    "flash_decode",
+    "init_model_with_meta_device",
+    "use_inference_optimized_layers",
+    "config_logger_dir",
+    "test_mode",
+    "fp16",
+    "use_megatron_fsdp",
+    "data_parallel_sharding_strategy",
+    "preserve_fp32_weights",
+    "sgd_momentum",
+    "symmetric_ar_type",
+    "batch_invariant_mode",
+    "qk_clip",
+    "qk_clip_alpha",
+    "qk_clip_threshold",
     # the check before the update is our own (--nan-policy)
-    "check_for_nan_in_grad", "check_for_large_grads",
+    "check_for_nan_in_grad",
+    "check_for_large_grads",
     # fp16's loss scaling
-    "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis",
+    "loss_scale",
+    "initial_loss_scale",
+    "min_loss_scale",
+    "loss_scale_window",
+    "hysteresis",
 }
-NOT_FLAG_PREFIXES = ("_", "mtp_", "mamba_", "dsa_", "linear_", "muon_", "fsdp_", "outer_dp_", "use_kitchen", "kitchen_",
-                     "inference_", "hybrid_context", "hierarchical_context", "max_seqlen_per", "fp4", "disable_symmetric",
-                     "nccl_ub", "cpu_offloading", "fine_grained", "offload_", "min_offloaded")
+NOT_FLAG_PREFIXES = (
+    "_",
+    "mtp_",
+    "mamba_",
+    "dsa_",
+    "linear_",
+    "muon_",
+    "fsdp_",
+    "outer_dp_",
+    "use_kitchen",
+    "kitchen_",
+    "inference_",
+    "hybrid_context",
+    "hierarchical_context",
+    "max_seqlen_per",
+    "fp4",
+    "disable_symmetric",
+    "nccl_ub",
+    "cpu_offloading",
+    "fine_grained",
+    "offload_",
+    "min_offloaded",
+)
 
 # Where a language-model trainer wants another default than mcore's.
 DEFAULTS: dict[str, Any] = {
-    "num_layers": None, "hidden_size": None, "num_attention_heads": None, "hidden_dropout": 0.0,
-    "attention_dropout": 0.0, "normalization": "RMSNorm", "add_bias_linear": False, "init_method_std": None,
-    "transformer_impl": "auto", "lr": 4e-4, "min_lr": None, "weight_decay": 0.1, "adam_beta2": 0.95,
-    "grad_reduce_in_fp32": True, "optimizer": "adam",
+    "num_layers": None,
+    "hidden_size": None,
+    "num_attention_heads": None,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "init_method_std": None,
+    "transformer_impl": "auto",
+    "lr": 4e-4,
+    "min_lr": None,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "grad_reduce_in_fp32": True,
+    "optimizer": "adam",
 }
 # Megatron-LM's names where they differ from the field's.
 ALIASES = {
-    "num_moe_experts": ("num-experts",), "bucket_size": ("ddp-bucket-size",),
+    "num_moe_experts": ("num-experts",),
+    "bucket_size": ("ddp-bucket-size",),
     "grad_reduce_in_fp32": ("accumulate-allreduce-grads-in-fp32",),
 }
 EXTRA_CHOICES = {"transformer_impl": ("auto", "local", "transformer_engine"), "optimizer": ("adam", "sgd")}
 SECTIONS = {
-    ModelConfig: "model", TransformerConfig: "transformer (megatron-core)", MemoryConfig: "memory layers",
-    TrainingConfig: "training, checkpoints, logging", DataConfig: "data", OptimizerConfig: "optimizer (megatron-core)",
+    ModelConfig: "model",
+    TransformerConfig: "transformer (megatron-core)",
+    MemoryConfig: "memory layers",
+    TrainingConfig: "training, checkpoints, logging",
+    DataConfig: "data",
+    OptimizerConfig: "optimizer (megatron-core)",
     DistributedDataParallelConfig: "data parallelism (megatron-core)",
 }
 
@@ -137,9 +208,13 @@ def _make_option(key: str, section: str, field: dataclasses.Field, hint: Any, do
         choices = choices or typing.get_args(kind)
         kind = type(typing.get_args(kind)[0])
     elif isinstance(kind, type) and issubclass(kind, enum.Enum):
-        choices, kind = tuple(member.name for member in kind), str
-    parsers = {int: (int, "an integer"), float: (float, "a number"), str: (str, "a text"),
-               list: (yaml.safe_load, "a list such as '[1, 0]', or a plain value")}
+        choices, kind = tuple(kind.__members__), str
+    parsers: dict[Any, tuple[Callable[[str], Any], str]] = {
+        int: (int, "an integer"),
+        float: (float, "a number"),
+        str: (str, "a text"),
+        list: (yaml.safe_load, "a list such as '[1, 0]', or a plain value"),
+    }
     if kind not in parsers:
         return None
     parse, expected = parsers[kind]
@@ -160,7 +235,11 @@ def _strip_type(hint: Any) -> tuple[Any, bool]:
             return list, False
         return hint, False
     if origin in (list, tuple):
-        return (arguments[0], True) if origin is list and arguments and arguments[0] in (int, float, str) else (list, False)
+        return (
+            (arguments[0], True)
+            if origin is list and arguments and arguments[0] in (int, float, str)
+            else (list, False)
+        )
     return hint, False
 
 
@@ -172,8 +251,12 @@ def _field_docstrings(cls: type) -> dict[str, str]:
         assert isinstance(definition, ast.ClassDef)
         body = definition.body
         for statement, following in zip(body, body[1:]):
-            if (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-                    and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
                 found[statement.target.id] = str(following.value.value)
     return found
 
@@ -186,7 +269,7 @@ def _names() -> dict[str, tuple[Option, bool | None]]:
     """Every flag name (with dashes, without the leading ones) -> its option and, for switches, the value it sets."""
     names: dict[str, tuple[Option, bool | None]] = {}
     for made in option_table().values():
-        names.update({flag: (made, None) for flag in made.flags})
+        names.update(dict.fromkeys(made.flags, (made, None)))
         names.update({flag: (made, value) for flag, value in made.switches.items()})
     return names
 
@@ -221,13 +304,10 @@ def _check(made: Option, value: Any, switch: bool | None, where: str) -> Any:
 
 def _read_one(made: Option, item: Any, where: str) -> Any:
     assert made.parse is not None
+    if made.parse is int and isinstance(item, float) and item.is_integer():
+        item = int(item)  # YAML reads 1e6 as a float
     try:
-        if isinstance(item, bool) and made.parse is not str and made.parse is not yaml.safe_load:
-            raise ValueError
-        if isinstance(item, float) and made.parse is int and not item.is_integer():
-            raise ValueError
-        result = item if isinstance(item, list) else made.parse(item if isinstance(item, (int, float)) and
-                                                                made.parse in (int, float) else str(item))
+        result = item if isinstance(item, list) else made.parse(str(item))
     except (ValueError, yaml.YAMLError):
         raise UsageError(f"{where} is {item!r}; expected {made.expected}") from None
     if made.choices and result not in made.choices:
@@ -249,10 +329,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser(program: str, description: str) -> OneLineParser:
     """A parser of every option. Only flags that were given appear in the result, as raw text or switch values."""
-    parser = OneLineParser(prog=program, description=description, allow_abbrev=False,
-                           argument_default=argparse.SUPPRESS, formatter_class=argparse.RawTextHelpFormatter)
+    parser = OneLineParser(
+        prog=program,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     general = parser.add_argument_group("where values come from (later ones win): defaults, preset, file, flags")
-    general.add_argument("--model-preset", metavar="NAME", help="sizes of a known model; tools/plan.py --list shows all")
+    general.add_argument(
+        "--model-preset", metavar="NAME", help="sizes of a known model; tools/plan.py --list shows all"
+    )
     general.add_argument("--config", metavar="FILE", help="YAML file with flag names as keys")
     groups: dict[str, Any] = {}
     for made in option_table().values():
@@ -269,12 +356,26 @@ def _add_to_parser(group: Any, made: Option) -> None:
         positive = [f"--{flag}" for flag, value in made.switches.items() if value]
         negative = [f"--{flag}" for flag, value in made.switches.items() if not value]
         group.add_argument(*positive, dest=made.key, action="store_const", const=True, help=lines)
-        group.add_argument(*negative, dest=made.key, action="store_const", const=False, help=argparse.SUPPRESS
-                           if made.default is not True else f"turn --{made.key.replace('_', '-')} off")
+        group.add_argument(
+            *negative,
+            dest=made.key,
+            action="store_const",
+            const=False,
+            help=argparse.SUPPRESS if made.default is not True else f"turn --{made.key.replace('_', '-')} off",
+        )
         return
-    metavar = "{" + ",".join(str(choice) for choice in made.choices) + "}" if made.choices else made.key.split("_")[-1].upper()
-    group.add_argument(*[f"--{flag}" for flag in made.flags], dest=made.key, metavar=metavar, help=lines,
-                       nargs="+" if made.repeated else None)
+    metavar = (
+        "{" + ",".join(str(choice) for choice in made.choices) + "}"
+        if made.choices
+        else made.key.split("_")[-1].upper()
+    )
+    group.add_argument(
+        *[f"--{flag}" for flag in made.flags],
+        dest=made.key,
+        metavar=metavar,
+        help=lines,
+        nargs="+" if made.repeated else None,
+    )
 
 
 def _wrap(text: str, width: int = 92) -> str:

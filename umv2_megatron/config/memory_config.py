@@ -146,23 +146,43 @@ class MemoryConfig:
             value = getattr(self, flag)
             raise ValueError(f"--memory-{flag.replace('_', '-')} is {value}; expected {expected}")
 
-        for name in ("num_keys", "key_dim", "value_dim", "topk", "key_topk_cap", "num_heads", "tucker_rank",
-                     "num_cores", "key_expansion", "sharing_size", "parallel_size"):
+        for name in (
+            "num_keys",
+            "key_dim",
+            "value_dim",
+            "topk",
+            "key_topk_cap",
+            "num_heads",
+            "tucker_rank",
+            "num_cores",
+            "key_expansion",
+            "sharing_size",
+            "parallel_size",
+        ):
             if getattr(self, name) < 1:
                 refuse(name, "an integer of at least 1")
         for name in ("pre_value_dim", "balance_loss_coeff", "tucker_penalty_coeff", "tucker_penalty_margin"):
             if getattr(self, name) < 0:
                 refuse(name, "0 or more")
-        for name in ("query_mode", "value_expansion", "pre_value_activation", "sharing", "init", "backend",
-                     "parallel_mode"):
+        for name in (
+            "query_mode",
+            "value_expansion",
+            "pre_value_activation",
+            "sharing",
+            "init",
+            "backend",
+            "parallel_mode",
+        ):
             choices = self.__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 refuse(name, f"one of {', '.join(choices)}")
         if self.value_dim % self.num_cores:
             refuse("value_dim", f"a multiple of --memory-num-cores ({self.num_cores})")
         if self.key_topk > self.scored_keys:
-            refuse("topk", f"at most the {self.scored_keys} keys that a layer scores per side, or a smaller "
-                           "--memory-key-topk-cap")
+            refuse(
+                "topk",
+                f"at most the {self.scored_keys} keys that a layer scores per side, or a smaller --memory-key-topk-cap",
+            )
         if self.topk > self.key_topk**2:
             refuse("topk", f"at most the square of --memory-key-topk-cap ({self.key_topk_cap})")
         if self.value_expansion == "none" and self.value_dim != hidden_size:

@@ -67,8 +67,9 @@ class RunConfig:
     @property
     def data_parallel_size(self) -> int:
         """Replicas of the dense model."""
-        return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-                                   * self.context_parallel_size)
+        return self.world_size // (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
     @property
     def global_batch_size(self) -> int:
@@ -139,8 +140,11 @@ class RunConfig:
 
     def to_yaml(self, only_changed: bool = False) -> str:
         """YAML with flag names as keys, readable by ``--config``; ``only_changed`` leaves the defaults out."""
-        chosen = {key: value for key, value in self.values.items()
-                  if not only_changed or self.sources.get(key, "default") != "default"}
+        chosen = {
+            key: value
+            for key, value in self.values.items()
+            if not only_changed or self.sources.get(key, "default") != "default"
+        }
         return yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None, width=110)
 
     def describe(self) -> str:
@@ -164,9 +168,15 @@ def _build(cls: type, arguments: dict[str, Any]) -> Any:
         raise UsageError(" ".join(str(error).split()) or f"{cls.__name__} refuses these flags") from error
 
 
-def resolve(argv: list[str], world_size: int = 1, *, program: str = "pretrain_umv2.py", description: str = "",
-            for_training: bool = True,
-            checkpoint_values: Callable[[str, int | None], dict[str, Any]] | None = None) -> RunConfig:
+def resolve(
+    argv: list[str],
+    world_size: int = 1,
+    *,
+    program: str = "pretrain_umv2.py",
+    description: str = "",
+    for_training: bool = True,
+    checkpoint_values: Callable[[str, int | None], dict[str, Any]] | None = None,
+) -> RunConfig:
     """Read a command line and check it. Raises ``UsageError``; starts nothing and writes nothing.
 
     ``checkpoint_values(directory, step)`` gives the settings of a checkpoint; with --use-checkpoint-args its model and
@@ -197,8 +207,21 @@ def model_values(values: dict[str, Any]) -> dict[str, Any]:
 
 def _is_layout(key: str) -> bool:
     """Whether a setting belongs to one run's machines or precision rather than to the model."""
-    parts = ("parallel", "pipeline", "recompute", "fusion", "overlap", "comm", "fp8", "bf16", "backend", "impl",
-             "initialization", "deterministic", "virtual")
+    parts = (
+        "parallel",
+        "pipeline",
+        "recompute",
+        "fusion",
+        "overlap",
+        "comm",
+        "fp8",
+        "bf16",
+        "backend",
+        "impl",
+        "initialization",
+        "deterministic",
+        "virtual",
+    )
     return any(part in key for part in parts)
 
 
@@ -208,7 +231,7 @@ def from_layers(layers: list[tuple[str, dict[str, Any]]], world_size: int, *, fo
     sources: dict[str, str] = {}
     for source, layer in layers:
         values.update(layer)
-        sources.update({key: source for key in layer})
+        sources.update(dict.fromkeys(layer, source))
     run = RunConfig(values, sources, world_size)
     _fill_derived_defaults(run)
     check(run, for_training=for_training)
@@ -273,9 +296,18 @@ def _refuse(flag: str, value: Any, expected: str) -> None:
 
 
 def _check_shapes(run: RunConfig) -> None:
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size",
-                "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-                "log_interval", "make_vocab_size_divisible_by"):
+    for key in (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "seq_length",
+        "micro_batch_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "log_interval",
+        "make_vocab_size_divisible_by",
+    ):
         if run.values[key] < 1:
             _refuse(key.replace("_", "-"), run.values[key], "an integer of at least 1")
     if run.kv_channels is None and run.hidden_size % run.num_attention_heads:
@@ -283,10 +315,15 @@ def _check_shapes(run: RunConfig) -> None:
     if run.model.group_query_attention:
         groups = run.num_query_groups
         if not groups or groups < 1 or run.num_attention_heads % groups:
-            _refuse("num-query-groups", groups,
-                    f"a divisor of --num-attention-heads ({run.num_attention_heads}) with --group-query-attention")
+            _refuse(
+                "num-query-groups",
+                groups,
+                f"a divisor of --num-attention-heads ({run.num_attention_heads}) with --group-query-attention",
+            )
     if run.model.seq_length > run.max_position_embeddings:
-        _refuse("seq-length", run.model.seq_length, f"at most --max-position-embeddings ({run.max_position_embeddings})")
+        _refuse(
+            "seq-length", run.model.seq_length, f"at most --max-position-embeddings ({run.max_position_embeddings})"
+        )
     if run.num_moe_experts:
         _refuse("num-experts", run.num_moe_experts, "no value; blocks of experts are not built by this program yet")
 
@@ -296,14 +333,21 @@ def _check_layout(run: RunConfig) -> None:
     if run.world_size % (tp * pp * cp):
         raise UsageError(
             f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = "
-            f"{tp * pp * cp} does not divide the {run.world_size} ranks; start a multiple of {tp * pp * cp} ranks")
-    if run.num_layers % pp and run.pipeline_model_parallel_layout is None and not (
-            run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage):
+            f"{tp * pp * cp} does not divide the {run.world_size} ranks; start a multiple of {tp * pp * cp} ranks"
+        )
+    if (
+        run.num_layers % pp
+        and run.pipeline_model_parallel_layout is None
+        and not (run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage)
+    ):
         _refuse("pipeline-model-parallel-size", pp, f"a divisor of --num-layers ({run.num_layers})")
     per_stage = run.model.num_layers_per_virtual_pipeline_stage
     if per_stage and (pp == 1 or run.num_layers // pp % per_stage):
-        _refuse("num-layers-per-virtual-pipeline-stage", per_stage,
-                f"a divisor of the {run.num_layers // pp} layers of a pipeline stage, with at least 2 stages")
+        _refuse(
+            "num-layers-per-virtual-pipeline-stage",
+            per_stage,
+            f"a divisor of the {run.num_layers // pp} layers of a pipeline stage, with at least 2 stages",
+        )
     if run.sequence_parallel and tp == 1:
         run._replace(sequence_parallel=False)  # nothing to split over one rank
     if run.sequence_parallel and run.model.seq_length % tp:
@@ -311,14 +355,23 @@ def _check_layout(run: RunConfig) -> None:
     if run.expert_model_parallel_size != 1:
         _refuse("expert-model-parallel-size", run.expert_model_parallel_size, "1; no blocks of experts are built yet")
     if run.transformer_impl == "local" and cp > 1:
-        _refuse("context-parallel-size", cp, "1 with --transformer-impl local; Transformer Engine's attention splits it")
+        _refuse(
+            "context-parallel-size", cp, "1 with --transformer-impl local; Transformer Engine's attention splits it"
+        )
     if run.fp8 and run.transformer_impl != "transformer_engine":
-        _refuse("fp8-format", run.fp8, "no value without Transformer Engine; install requirements-gpu.txt on a GPU machine")
+        _refuse(
+            "fp8-format", run.fp8, "no value without Transformer Engine; install requirements-gpu.txt on a GPU machine"
+        )
     if run.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        _refuse("transformer-impl", "transformer_engine",
-                "local, or a machine with Transformer Engine (requirements-gpu.txt)")
+        _refuse(
+            "transformer-impl",
+            "transformer_engine",
+            "local, or a machine with Transformer Engine (requirements-gpu.txt)",
+        )
     if run.overlap_param_gather and not (run.use_distributed_optimizer and run.overlap_grad_reduce):
-        raise UsageError("--overlap-param-gather is on; expected --use-distributed-optimizer and --overlap-grad-reduce too")
+        raise UsageError(
+            "--overlap-param-gather is on; expected --use-distributed-optimizer and --overlap-grad-reduce too"
+        )
 
 
 def _check_memory_layout(run: RunConfig) -> None:
@@ -326,8 +379,11 @@ def _check_memory_layout(run: RunConfig) -> None:
     if memory.parallel_size != 1:
         _refuse("memory-parallel-size", memory.parallel_size, "1; sharded value tables are not built yet")
     if tp > 1 and not run.sequence_parallel:
-        _refuse("tensor-model-parallel-size", tp,
-                "1, or --sequence-parallel too, so that tensor-parallel ranks hold distinct tokens for the memory layers")
+        _refuse(
+            "tensor-model-parallel-size",
+            tp,
+            "1, or --sequence-parallel too, so that tensor-parallel ranks hold distinct tokens for the memory layers",
+        )
     if memory.sharing in ("ring", "noring") and pp > 1:
         _refuse("memory-sharing", memory.sharing, "none or block with --pipeline-model-parallel-size above 1")
     if memory.sharing == "block" and pp > 1:
@@ -337,8 +393,11 @@ def _check_memory_layout(run: RunConfig) -> None:
         for stage in range(stages):
             seen = sum(owners[: (stage + 1) * per_stage])
             if seen % memory.sharing_size:
-                _refuse("memory-sharing-size", memory.sharing_size,
-                        f"a size whose blocks do not straddle the {stages} pipeline stages of {per_stage} layers")
+                _refuse(
+                    "memory-sharing-size",
+                    memory.sharing_size,
+                    f"a size whose blocks do not straddle the {stages} pipeline stages of {per_stage} layers",
+                )
 
 
 def _check_schedule(run: RunConfig) -> None:
@@ -347,9 +406,12 @@ def _check_schedule(run: RunConfig) -> None:
         raise UsageError("--train-iters or --train-samples is needed, and only one of them")
     unit = training.micro_batch_size * run.data_parallel_size
     if run.global_batch_size < unit or run.global_batch_size % unit:
-        _refuse("global-batch-size", run.global_batch_size,
-                f"a multiple of --micro-batch-size x data-parallel size = {training.micro_batch_size} x "
-                f"{run.data_parallel_size} = {unit}")
+        _refuse(
+            "global-batch-size",
+            run.global_batch_size,
+            f"a multiple of --micro-batch-size x data-parallel size = {training.micro_batch_size} x "
+            f"{run.data_parallel_size} = {unit}",
+        )
     if run.lr is None or run.lr <= 0 or run.min_lr > run.lr or run.min_lr < 0:
         _refuse("lr", run.lr, f"a number above 0 and at least --min-lr ({run.min_lr})")
     horizon = training.lr_decay_iters or run.train_iters

@@ -19,7 +19,8 @@ class ModelConfig:
     """The decoder around the memory layers, as far as megatron-core's TransformerConfig does not describe it."""
 
     ffn_variant: str = option(
-        "umv2", "what stands in the FFN slot of the blocks: FFN with UltraMemV2 memory, or the FFN alone",
+        "umv2",
+        "what stands in the FFN slot of the blocks: FFN with UltraMemV2 memory, or the FFN alone",
         choices=FFN_VARIANTS,
     )
     seq_length: int = option(1024, "tokens per sample")
@@ -54,7 +55,8 @@ class TrainingConfig:
     exit_signal_handler: bool = option(True, "save and exit with code 0 on SIGTERM or SIGUSR1")
 
     lr_decay_style: str = option(
-        "cosine", "shape of the learning rate's decay",
+        "cosine",
+        "shape of the learning rate's decay",
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
     lr_decay_iters: Optional[int] = option(None, "iterations until --min-lr is reached (default: --train-iters)")
@@ -83,9 +85,7 @@ class TrainingConfig:
     no_load_rng: bool = option(False, "do not load the random-number states")
     use_checkpoint_args: bool = option(False, "take the model's and the memory's sizes from the checkpoint")
     allow_fresh: bool = option(False, "start from scratch when --load holds no checkpoint")
-    allow_config_change: bool = option(
-        False, "resume although data, seed, batch or sizes differ from the checkpoint's"
-    )
+    allow_config_change: bool = option(False, "resume although data, seed, batch or sizes differ from the checkpoint's")
 
     eval_interval: Optional[int] = option(1000, "iterations between evaluations")
     eval_iters: int = option(100, "batches per evaluation")

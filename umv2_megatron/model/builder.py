@@ -66,11 +66,15 @@ def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool =
     ddp_config = run.ddp_config()
     wrapped: list[torch.nn.Module] = []
     for index, chunk in enumerate(chunks):
-        wrapped.append(DistributedDataParallel(
-            config=config, ddp_config=ddp_config, module=chunk,
-            # as in mcore's own trainer: with several chunks only the first may split its gradients into buckets
-            disable_bucketing=index > 0 or (run.overlap_param_gather and len(chunks) > 1),
-        ))
+        wrapped.append(
+            DistributedDataParallel(
+                config=config,
+                ddp_config=ddp_config,
+                module=chunk,
+                # as in mcore's own trainer: with several chunks only the first may split its gradients into buckets
+                disable_bucketing=index > 0 or (run.overlap_param_gather and len(chunks) > 1),
+            )
+        )
     for chunk in wrapped:
         chunk.broadcast_params()
     return wrapped

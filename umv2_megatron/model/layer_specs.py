@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
 
 MEMORY_CONFIG_VARIABLE = "UMV2_MEMORY_CONFIG"
+
+
+# mcore warns for every layer whose mlp slot holds a module that it does not know by name.
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: not str(record.msg).startswith("Unknown MLP type")
+)
 
 
 def umv2_layer_spec(
@@ -102,8 +109,10 @@ def read_memory_config(text: str | None = None) -> MemoryConfig:
     """
     text = os.environ.get(MEMORY_CONFIG_VARIABLE) if text is None else text
     if not text:
-        raise ValueError(f"{MEMORY_CONFIG_VARIABLE} is not set; expected the path of a YAML or JSON file of the memory "
-                         "configuration, or the mapping itself")
+        raise ValueError(
+            f"{MEMORY_CONFIG_VARIABLE} is not set; expected the path of a YAML or JSON file of the memory "
+            "configuration, or the mapping itself"
+        )
     if not text.lstrip().startswith("{"):
         try:
             text = Path(text).read_text(encoding="utf-8")
@@ -117,7 +126,9 @@ def read_memory_config(text: str | None = None) -> MemoryConfig:
     for key, value in content.items():
         name = str(key).replace("-", "_").removeprefix("memory_")
         if name not in known:
-            raise ValueError(f"{MEMORY_CONFIG_VARIABLE}: unknown key {key!r}; expected one of {', '.join(sorted(known))}")
+            raise ValueError(
+                f"{MEMORY_CONFIG_VARIABLE}: unknown key {key!r}; expected one of {', '.join(sorted(known))}"
+            )
         values[name] = value
     return MemoryConfig(**values)
 
@@ -134,8 +145,9 @@ class _FromEnvironment(FFNWithMemory):
 def _stock_spec(use_engine: bool) -> ModuleSpec:
     spec = _base_spec(use_engine, qk_layernorm=False, qk_l2_norm=False, normalization="RMSNorm")
     slot = spec.submodules.mlp
-    spec.submodules.mlp = ModuleSpec(module=_FromEnvironment, submodules=slot.submodules,
-                                     params={"tables": SharedTables()})
+    spec.submodules.mlp = ModuleSpec(
+        module=_FromEnvironment, submodules=slot.submodules, params={"tables": SharedTables()}
+    )
     return spec
 
 

@@ -67,7 +67,10 @@ def batch_iterator(
 
     def one() -> Iterator[dict[str, torch.Tensor]]:
         loader = DataLoader(
-            dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
             # a generator of its own, so that making a loader does not move the training's random state
             generator=torch.Generator(),
         )

@@ -40,8 +40,15 @@ class Trainer:
         save: publishes a checkpoint of the present state.
     """
 
-    def __init__(self, run: RunConfig, state: TrainingState, train_iterator: Any,
-                 make_eval_iterator: Callable[[], Any] | None, reporter: Reporter, save: Callable[[], None] | None):
+    def __init__(
+        self,
+        run: RunConfig,
+        state: TrainingState,
+        train_iterator: Any,
+        make_eval_iterator: Callable[[], Any] | None,
+        reporter: Reporter,
+        save: Callable[[], None] | None,
+    ):
         self.run = run
         self.state = state
         self.train_iterator = train_iterator
@@ -63,8 +70,9 @@ class Trainer:
             memory_health.start_counting(self.state.chunks)
         with StepProfiler(run, progress.iteration) as profiler:
             while progress.iteration < run.train_iters:
-                step = train_step(run, self.state.chunks, self.state.optimizer, self.state.scheduler,
-                                  self.train_iterator)
+                step = train_step(
+                    run, self.state.chunks, self.state.optimizer, self.state.scheduler, self.train_iterator
+                )
                 self._count(step)
                 profiler.step(progress.iteration)
                 if progress.iteration % run.training.log_interval == 0 or progress.iteration == run.train_iters:
@@ -98,19 +106,25 @@ class Trainer:
         found = non_finite_parameters(self.state.chunks)
         rank = torch.distributed.get_rank()
         where = f"; rank {rank}: {', '.join(found[:4])}" + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-        message = (f"iteration {progress.iteration + 1}: loss {step.loss}, gradient norm {step.result.grad_norm} is not "
-                   f"finite{where if found else ''}")
+        message = (
+            f"iteration {progress.iteration + 1}: loss {step.loss}, gradient norm {step.result.grad_norm} is not "
+            f"finite{where if found else ''}"
+        )
         if found:
             print(f"WARNING: {message}", flush=True)
         progress.skipped_iterations += 1
         progress.nan_iterations += 1
         progress.skipped_in_a_row += 1
         if training.nan_policy == "stop":
-            raise TrainingStopped(f"{message}; stopped before the update by --nan-policy stop (the checkpoints are "
-                                  "from before this step); --nan-policy skip leaves such steps out")
+            raise TrainingStopped(
+                f"{message}; stopped before the update by --nan-policy stop (the checkpoints are "
+                "from before this step); --nan-policy skip leaves such steps out"
+            )
         if progress.skipped_in_a_row > training.max_skipped_iterations:
-            raise TrainingStopped(f"{message}; more than --max-skipped-iterations {training.max_skipped_iterations} "
-                                  "steps in a row were skipped")
+            raise TrainingStopped(
+                f"{message}; more than --max-skipped-iterations {training.max_skipped_iterations} "
+                "steps in a row were skipped"
+            )
 
     def _report(self, step: TrainStep, seconds: float) -> None:
         """The console line and the numbers of an interval; its losses are averaged."""
@@ -121,23 +135,45 @@ class Trainer:
         tflops = tokens_per_second * self.flops_per_token / 1e12
         norm = memory_health.params_norm(self.state.chunks) if run.training.log_params_norm else None
         loss_scale = float(self.state.optimizer.get_loss_scale().item())
-        self.reporter.line(iteration_line({
-            "iteration": progress.iteration, "train_iters": run.train_iters,
-            "consumed_samples": progress.consumed_samples, "elapsed_ms": seconds * 1000,
-            "tflops": tflops if run.training.log_throughput else None, "learning_rate": scheduler.dense_lr,
-            "batch_size": run.global_batch_size, "loss": loss, "loss_scale": loss_scale,
-            "grad_norm": step.result.grad_norm, "num_zeros": step.result.num_zeros, "params_norm": norm,
-            "skipped": progress.skipped_iterations, "nan": progress.nan_iterations,
-            "tokens_per_second_per_rank": tokens_per_second, "value_learning_rate": scheduler.value_lr,
-            "eta_seconds": (run.train_iters - progress.iteration) * seconds,
-        }))
-        self.reporter.numbers(progress.iteration, {
-            "lm loss": loss, "learning-rate": scheduler.dense_lr, "value-learning-rate": scheduler.value_lr,
-            "batch-size": run.global_batch_size, "grad-norm": step.result.grad_norm, "params-norm": norm,
-            "throughput": tflops, "iteration-time": seconds, "consumed-samples": progress.consumed_samples,
-            "num-zeros": step.result.num_zeros,
-            "memory-gib": device_memory_gib() if run.training.log_memory_to_tensorboard else None,
-        })
+        self.reporter.line(
+            iteration_line(
+                {
+                    "iteration": progress.iteration,
+                    "train_iters": run.train_iters,
+                    "consumed_samples": progress.consumed_samples,
+                    "elapsed_ms": seconds * 1000,
+                    "tflops": tflops if run.training.log_throughput else None,
+                    "learning_rate": scheduler.dense_lr,
+                    "batch_size": run.global_batch_size,
+                    "loss": loss,
+                    "loss_scale": loss_scale,
+                    "grad_norm": step.result.grad_norm,
+                    "num_zeros": step.result.num_zeros,
+                    "params_norm": norm,
+                    "skipped": progress.skipped_iterations,
+                    "nan": progress.nan_iterations,
+                    "tokens_per_second_per_rank": tokens_per_second,
+                    "value_learning_rate": scheduler.value_lr,
+                    "eta_seconds": (run.train_iters - progress.iteration) * seconds,
+                }
+            )
+        )
+        self.reporter.numbers(
+            progress.iteration,
+            {
+                "lm loss": loss,
+                "learning-rate": scheduler.dense_lr,
+                "value-learning-rate": scheduler.value_lr,
+                "batch-size": run.global_batch_size,
+                "grad-norm": step.result.grad_norm,
+                "params-norm": norm,
+                "throughput": tflops,
+                "iteration-time": seconds,
+                "consumed-samples": progress.consumed_samples,
+                "num-zeros": step.result.num_zeros,
+                "memory-gib": device_memory_gib() if run.training.log_memory_to_tensorboard else None,
+            },
+        )
 
     def _report_memory_health(self) -> None:
         run, iteration = self.run, self.state.progress.iteration

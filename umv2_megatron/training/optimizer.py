@@ -28,7 +28,7 @@ VALUE_GROUP = "value_lr_mult"  # key of a parameter group that holds value table
 
 @dataclass(frozen=True)
 class ValueFactor:
-    """The multiple of the learning rate at which value tables learn: from ``mult`` to 1 over ``decay_steps`` samples."""
+    """The value tables' multiple of the learning rate: from ``mult`` to 1 over ``decay_steps`` samples."""
 
     mult: float
     decay_steps: int
@@ -47,6 +47,10 @@ class ParamScheduler(OptimizerParamScheduler):
     factor's horizon is part of the state: a resumed run keeps it, whatever --train-iters says now.
     """
 
+    init_lr: float
+    max_lr: float
+    min_lr: float
+
     def __init__(self, *args: Any, value_factor: ValueFactor, warmup_init_fraction: float | None = None, **kwargs: Any):
         self.value_factor = value_factor
         self.warmup_init_fraction = warmup_init_fraction
@@ -55,7 +59,7 @@ class ParamScheduler(OptimizerParamScheduler):
     def get_lr(self, param_group: dict) -> float:
         """Learning rate of ``param_group`` at the current step."""
         factor = self.value_factor(self.num_steps) if VALUE_GROUP in param_group else 1.0
-        peak = param_group.get("max_lr", self.max_lr) * factor
+        peak: float = param_group.get("max_lr", self.max_lr) * factor
         scaled = {**param_group, "max_lr": peak, "min_lr": param_group.get("min_lr", self.min_lr) * factor}
         dense_init = self.init_lr
         if self.warmup_init_fraction is not None:
@@ -67,8 +71,11 @@ class ParamScheduler(OptimizerParamScheduler):
 
     def state_dict(self) -> dict:
         """mcore's state and the value factor."""
-        return {**super().state_dict(), "value_lr_mult": self.value_factor.mult,
-                "value_lr_decay_steps": self.value_factor.decay_steps}
+        return {
+            **super().state_dict(),
+            "value_lr_mult": self.value_factor.mult,
+            "value_lr_decay_steps": self.value_factor.decay_steps,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore; ``override_opt_param_scheduler`` keeps this object's own values."""
@@ -152,7 +159,9 @@ def guarded_step(optimizer: MegatronOptimizer, loss_is_finite: bool) -> StepResu
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=grad_norm,
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     num_zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from umv2_megatron.training import checkpointing
 from umv2_megatron.training.batches import batch_iterator
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.datasets import build_datasets, data_identity
+from umv2_megatron.training.durable_files import write_synced
 from umv2_megatron.training.initialize import (
     Progress,
     TrainingState,
@@ -43,6 +44,7 @@ from umv2_megatron.training.tokenizers import build_tokenizer
 def pretrain(run: RunConfig) -> int:
     """Train as ``run`` says and return the exit code. Raises ``ValueError`` for what the user can mend."""
     start_processes(run)
+    assert run.data.tokenizer_type is not None, "check_data was not called"
     print_rank_0(f"umv2_megatron {__version__}: {run.world_size} ranks, configuration:\n{run.describe()}")
     with contextlib.ExitStack() as stack:
         store = _own_save_directory(run, stack)
@@ -52,6 +54,9 @@ def pretrain(run: RunConfig) -> int:
         _describe_model(run, tokenizer.vocab_size, state)
         identity = data_identity(run.data, tokenizer, run.model.seq_length, run.training.seed)
         _resume(run, state, identity)
+        if store is not None and torch.distributed.get_rank() == 0:
+            write_synced(store.root / ".config.yaml.tmp", run.to_yaml().encode())
+            os.replace(store.root / ".config.yaml.tmp", store.root / "config.yaml")
         train_set, valid_set, test_set = build_datasets(
             run.data, tokenizer, run.model.seq_length, run.training.seed, _samples(run)
         )
@@ -59,8 +64,14 @@ def pretrain(run: RunConfig) -> int:
         reporter = Reporter(run, is_last_rank(), state.progress.iteration)
         stack.callback(reporter.close)
         save = _saver(run, store, state, tokenizer, identity) if store is not None else None
-        trainer = Trainer(run, state, _iterator(run, train_set, state.progress.consumed_samples),
-                          _eval_iterator(run, valid_set), reporter, save)
+        trainer = Trainer(
+            run,
+            state,
+            _iterator(run, train_set, state.progress.consumed_samples),
+            _eval_iterator(run, valid_set),
+            reporter,
+            save,
+        )
         if run.training.skip_train:
             trainer.evaluate()
         elif trainer.train():
@@ -82,8 +93,9 @@ def _samples(run: RunConfig) -> tuple[int, int, int]:
 
 
 def _iterator(run: RunConfig, dataset: Any, consumed: int) -> Any:
-    return batch_iterator(dataset, consumed, run.training.micro_batch_size, run.data.num_workers,
-                          run.virtual_pipeline_size)
+    return batch_iterator(
+        dataset, consumed, run.training.micro_batch_size, run.data.num_workers, run.virtual_pipeline_size
+    )
 
 
 def _eval_iterator(run: RunConfig, dataset: Any) -> Any:
@@ -95,7 +107,7 @@ def _eval_iterator(run: RunConfig, dataset: Any) -> Any:
 
 
 def _own_save_directory(run: RunConfig, stack: contextlib.ExitStack) -> CheckpointStore | None:
-    """Lock --save for this job (rank 0) and write ``config.yaml`` into it."""
+    """Lock --save for this job (rank 0)."""
     if not run.training.save:
         return None
     store = CheckpointStore(run.training.save, retain_interval=run.training.save_retain_interval)
@@ -103,7 +115,6 @@ def _own_save_directory(run: RunConfig, stack: contextlib.ExitStack) -> Checkpoi
     def take() -> None:
         if torch.distributed.get_rank() == 0:
             stack.enter_context(store.lock())
-            Path(run.training.save, "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
 
     checkpointing.attempt("owning the save directory", take)
     return store
@@ -113,14 +124,21 @@ def _saver(
     run: RunConfig, store: CheckpointStore, state: TrainingState, tokenizer: Any, identity: dict[str, Any]
 ) -> Callable[[], None]:
     """A function that publishes the present state."""
-    config = {"format": 1, "version": __version__, "values": yaml.safe_load(run.to_yaml()),
-              "data": identity, "world_size": run.world_size, "tokenizer_vocab_size": tokenizer.vocab_size,
-              "padded_vocab_size": run.padded_vocab_size(tokenizer.vocab_size)}
+    config = {
+        "format": 1,
+        "version": __version__,
+        "values": yaml.safe_load(run.to_yaml()),
+        "data": identity,
+        "world_size": run.world_size,
+        "tokenizer_vocab_size": tokenizer.vocab_size,
+        "padded_vocab_size": run.padded_vocab_size(tokenizer.vocab_size),
+    }
 
     def save() -> None:
         iteration = state.progress.iteration
-        checkpointing.save_checkpoint(store, iteration, state.chunks, state.optimizer, state.scheduler,
-                                      dataclasses.asdict(state.progress), config)
+        checkpointing.save_checkpoint(
+            store, iteration, state.chunks, state.optimizer, state.scheduler, dataclasses.asdict(state.progress), config
+        )
         print_rank_0(f" saved checkpoint of iteration {iteration} to {store.path(iteration)}")
 
     return save
@@ -134,12 +152,16 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
     training = run.training
     store = CheckpointStore(directory)
     if not training.finetune:
-        checkpointing.attempt("comparing the run with its checkpoint", 
-                              lambda: check_same_run(run, store, identity))
+        checkpointing.attempt("comparing the run with its checkpoint", lambda: check_same_run(run, store, identity))
     load_optim = not (training.no_load_optim or training.finetune)
     loaded = checkpointing.load_checkpoint(
-        store, state.chunks, state.optimizer, state.scheduler, ckpt_step=training.ckpt_step,
-        load_optim=load_optim, load_rng=not (training.no_load_rng or training.finetune),
+        store,
+        state.chunks,
+        state.optimizer,
+        state.scheduler,
+        ckpt_step=training.ckpt_step,
+        load_optim=load_optim,
+        load_rng=not (training.no_load_rng or training.finetune),
     )
     refresh_singular_vectors(state.chunks)
     if training.override_opt_param_scheduler:
@@ -149,8 +171,10 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
     if not training.finetune:
         known = {field.name for field in dataclasses.fields(Progress)}
         state.progress = Progress(**{key: value for key, value in loaded.extra_state.items() if key in known})
-    print_rank_0(f" loaded checkpoint of iteration {loaded.iteration} from {loaded.path}; "
-                 f"continuing at iteration {state.progress.iteration}")
+    print_rank_0(
+        f" loaded checkpoint of iteration {loaded.iteration} from {loaded.path}; "
+        f"continuing at iteration {state.progress.iteration}"
+    )
 
 
 # -- description -----------------------------------------------------------------------------------------------------
@@ -160,8 +184,9 @@ def _describe_model(run: RunConfig, vocab_size: int, state: TrainingState) -> No
     """Print the parameter counts: of the whole model, and on each rank."""
     counts = count_parameters({**run.values, "vocab_size": vocab_size}, run.memory)
     here = sum(parameter.numel() for chunk in state.chunks for parameter in unwrap(chunk).parameters())
-    print_rank_0(f" parameters: {counts.activated:,} activated, {counts.total:,} in all without embeddings; "
-                 f"{here:,} on rank 0")
+    print_rank_0(
+        f" parameters: {counts.activated:,} activated, {counts.total:,} in all without embeddings; {here:,} on rank 0"
+    )
 
 
 def check_data(run: RunConfig) -> None:

@@ -1,22 +1,17 @@
 """What a run tells: the console lines people grep, TensorBoard, Weights & Biases, and ``metrics.jsonl``.
 
-Only one rank reports, the last one: it sits on the last pipeline stage, where the loss is. ``metrics.jsonl`` holds one
-JSON object per line with an ``iteration`` and the names that TensorBoard uses. A restarted run drops the lines past
-the checkpoint it resumes from, so a step never appears twice.
+Only one rank reports, the last one: it sits on the last pipeline stage, where the loss is.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from umv2_megatron.config.run_config import RunConfig
-
-METRICS_FILE = "metrics.jsonl"
+from umv2_megatron.training.metrics import MetricsFile
 
 
 def iteration_line(values: dict[str, Any], now: datetime.datetime | None = None) -> str:
@@ -73,42 +68,6 @@ def format_duration(seconds: float) -> str:
     return f"{days}-{clock}" if days else clock
 
 
-class MetricsFile:
-    """``metrics.jsonl``: append-only while a run goes on, cut back to its checkpoint when it resumes."""
-
-    def __init__(self, directory: Path, resumed_at: int):
-        self.path = directory / METRICS_FILE
-        if self.path.exists():
-            self._cut(resumed_at)
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
-
-    def _cut(self, iteration: int) -> None:
-        """Drop records past ``iteration``, and a last line that a kill left half-written; atomic."""
-        kept = [json.dumps(record) for record in read_metrics(self.path.parent) if record["iteration"] <= iteration]
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-    def write(self, iteration: int, numbers: dict[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
-
-
-def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of ``<directory>/metrics.jsonl``; a half-written last line is left out."""
-    records = []
-    for line in Path(directory, METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
 class Reporter:
     """Sends numbers to the console, TensorBoard, W&B and ``metrics.jsonl``; silent on every rank but the last."""
 
@@ -162,7 +121,12 @@ def _start_wandb(run: RunConfig) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("--wandb-project is set, but the package wandb is not installed; install it or drop the flag"
-                         ) from error
-    return wandb.init(project=run.training.wandb_project, name=run.training.wandb_exp_name,
-                      dir=run.training.wandb_save_dir or run.training.save, config=run.values)
+        raise ValueError(
+            "--wandb-project is set, but the package wandb is not installed; install it or drop the flag"
+        ) from error
+    return wandb.init(
+        project=run.training.wandb_project,
+        name=run.training.wandb_exp_name,
+        dir=run.training.wandb_save_dir or run.training.save,
+        config=run.values,
+    )

@@ -17,7 +17,13 @@ from umv2_megatron.training.checkpoint_store import CheckpointStore
 SAME_RUN = ("global_batch_size", "eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 # The schedule; --override-opt-param-scheduler takes the new values.
 SAME_SCHEDULE = (
-    "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_warmup_init", "lr_warmup_init_fraction", "weight_decay",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "lr_warmup_init",
+    "lr_warmup_init_fraction",
+    "weight_decay",
     "memory_value_lr_mult",
 )
 
@@ -34,8 +40,10 @@ def find_checkpoint_directory(run: RunConfig) -> str | None:
     if CheckpointStore(directory).iterations():
         return directory
     if training.load and not training.allow_fresh:
-        raise UsageError(f"--load is {training.load!r}; no checkpoint is there. Correct the path, or give --allow-fresh "
-                         "to start from scratch")
+        raise UsageError(
+            f"--load is {training.load!r}; no checkpoint is there. Correct the path, or give --allow-fresh "
+            "to start from scratch"
+        )
     return None
 
 
@@ -57,15 +65,19 @@ def check_same_run(run: RunConfig, store: CheckpointStore, data_identity: dict[s
         for name, old in config.get("data", {}).items():
             new = data_identity.get(name)
             if old != new:
-                raise UsageError(f"{name} is {_short(new)}, but the checkpoint was trained with {_short(old)}; give the "
-                                 "old data, or --allow-config-change to go on regardless")
+                raise UsageError(
+                    f"{name} is {_short(new)}, but the checkpoint was trained with {_short(old)}; give the "
+                    "old data, or --allow-config-change to go on regardless"
+                )
     if not (run.training.override_opt_param_scheduler or run.training.no_load_optim):
         _compare(run, saved, SAME_SCHEDULE, "--override-opt-param-scheduler to take the new value")
         old, new = _horizon(saved), _horizon(run.values)
         if old != new:
-            raise UsageError(f"the checkpoint's schedule decays over {old} iterations, the flags say {new} "
-                             "(--lr-decay-iters, or --train-iters without it); give --lr-decay-iters "
-                             f"{old} to keep it, or --override-opt-param-scheduler to take the new one")
+            raise UsageError(
+                f"the checkpoint's schedule decays over {old} iterations, the flags say {new} "
+                "(--lr-decay-iters, or --train-iters without it); give --lr-decay-iters "
+                f"{old} to keep it, or --override-opt-param-scheduler to take the new one"
+            )
 
 
 def _compare(run: RunConfig, saved: dict[str, Any], keys: tuple[str, ...], remedy: str) -> None:
@@ -76,8 +88,10 @@ def _compare(run: RunConfig, saved: dict[str, Any], keys: tuple[str, ...], remed
         if key == "global_batch_size":
             new = run.global_batch_size if old is not None else None
         if old != new:
-            raise UsageError(f"--{key.replace('_', '-')} is {new}, but the checkpoint was trained with {old}; give the "
-                             f"old value, or {remedy}")
+            raise UsageError(
+                f"--{key.replace('_', '-')} is {new}, but the checkpoint was trained with {old}; give the "
+                f"old value, or {remedy}"
+            )
 
 
 def _short(value: Any) -> str:

@@ -82,7 +82,10 @@ class TrainStep:
 
 
 def train_step(
-    run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, scheduler: ParamScheduler,
+    run: RunConfig,
+    chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: ParamScheduler,
     iterator: Any,
 ) -> TrainStep:
     """Gradients of one global batch, the check, and the update."""
@@ -91,9 +94,14 @@ def train_step(
     optimizer.zero_grad()
     refresh_singular_vectors(chunks, at_next_forward=True)
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iterator, model=chunks,
-        num_microbatches=run.num_microbatches, seq_length=run.model.seq_length,
-        micro_batch_size=run.training.micro_batch_size, decoder_seq_length=run.model.seq_length, forward_only=False,
+        forward_step_func=forward_step,
+        data_iterator=iterator,
+        model=chunks,
+        num_microbatches=run.num_microbatches,
+        seq_length=run.model.seq_length,
+        micro_batch_size=run.training.micro_batch_size,
+        decoder_seq_length=run.model.seq_length,
+        forward_only=False,
     )
     loss = _mean_loss(reports)
     result = guarded_step(optimizer, loss_is_finite=math.isfinite(loss))
@@ -109,8 +117,11 @@ def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
         total = torch.stack([report[LOSS] for report in reports]).sum(0)
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        torch.distributed.broadcast(total, parallel_state.get_pipeline_model_parallel_last_rank(),
-                                    group=parallel_state.get_pipeline_model_parallel_group())
+        torch.distributed.broadcast(
+            total,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
     return (total[0] / total[1]).item()
 
 
@@ -121,9 +132,13 @@ def evaluate(run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, batch
     with evaluation_mode(chunks):
         for _ in range(batches):
             reports += get_forward_backward_func()(
-                forward_step_func=forward_step, data_iterator=iterator, model=chunks,
-                num_microbatches=run.num_microbatches, seq_length=run.model.seq_length,
-                micro_batch_size=run.training.micro_batch_size, decoder_seq_length=run.model.seq_length,
+                forward_step_func=forward_step,
+                data_iterator=iterator,
+                model=chunks,
+                num_microbatches=run.num_microbatches,
+                seq_length=run.model.seq_length,
+                micro_batch_size=run.training.micro_batch_size,
+                decoder_seq_length=run.model.seq_length,
                 forward_only=True,
             )
     return _mean_loss(reports)

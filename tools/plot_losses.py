@@ -1,0 +1,41 @@
+"""Draw the loss curves of one or more runs into a PNG.
+
+python tools/plot_losses.py --run memory=runs/on --run dense=runs/off --output losses.png
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from umv2_megatron.evaluation.curves import plot_losses
+from umv2_megatron.training.metrics import read_metrics
+from umv2_megatron.training.tool_entry import run_tool
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Read each run's metrics.jsonl and draw them."""
+    runs = {}
+    for text in arguments.run:
+        label, separator, directory = text.partition("=")
+        if not separator:
+            label, directory = Path(text).name, text
+        runs[label] = read_metrics(directory)
+    plot_losses(runs, Path(arguments.output), title=arguments.title)
+    print(f"wrote {arguments.output}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--run", action="append", required=True, metavar="[LABEL=]DIR", help="directory of a run (--save)"
+    )
+    made.add_argument("--output", required=True, help="PNG to write")
+    made.add_argument("--title", default="loss", help="title of the picture")
+    return made
+
+
+if __name__ == "__main__":
+    run_tool(parser(), main)

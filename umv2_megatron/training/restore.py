@@ -1,0 +1,89 @@
+"""A trained model back from its self-describing checkpoint, on one rank, for evaluation and generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from umv2_megatron.config.flags import option_table
+from umv2_megatron.config.run_config import RunConfig, from_layers
+from umv2_megatron.model.builder import build_model_chunks, unwrap
+from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.training import checkpointing
+from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.training.initialize import start_processes
+from umv2_megatron.training.step import refresh_singular_vectors
+from umv2_megatron.training.tokenizers import build_tokenizer
+
+# One rank holds everything, whatever layout the model was trained in.
+ONE_RANK = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "memory_parallel_size": 1,
+    "sequence_parallel": False,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "num_layers_in_first_pipeline_stage": None,
+    "num_layers_in_last_pipeline_stage": None,
+    "pipeline_model_parallel_layout": None,
+    "use_distributed_optimizer": False,
+    "overlap_param_gather": False,
+    "overlap_grad_reduce": False,
+    "num_distributed_optimizer_instances": 1,
+    "transformer_impl": "auto",
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_modules": None,
+    "global_batch_size": None,
+}
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in evaluation mode with its tokenizer, its configuration and the iteration it was saved at."""
+
+    model: GPTModel
+    tokenizer: Any
+    run: RunConfig
+    iteration: int
+
+
+def load_trained_model(
+    directory: str, ckpt_step: int | None = None, tokenizer_model: str | None = None
+) -> TrainedModel:
+    """Load the newest valid checkpoint (or ``ckpt_step``) below ``directory`` onto this single rank.
+
+    ``tokenizer_model`` replaces the path that the run was trained with, for checkpoints that have moved. Starts a
+    process group of one rank. Raises ``CheckpointError`` or ``ValueError`` naming the file at fault.
+    """
+    store = CheckpointStore(directory)
+    iteration = store.resolve(ckpt_step)
+    saved = checkpointing.read_config(store, iteration)
+    known = {key: value for key, value in saved["values"].items() if key in option_table()}
+    if tokenizer_model is not None:
+        known["tokenizer_model"] = tokenizer_model
+    # the padded vocabulary is the checkpoint's, whatever tensor-parallel size made it
+    known["make_vocab_size_divisible_by"] = saved["padded_vocab_size"]
+    run = from_layers([(f"checkpoint in {directory}", {**known, **ONE_RANK})], world_size=1, for_training=False)
+    assert run.data.tokenizer_type is not None, "a checkpoint of a run without a tokenizer"
+    tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
+    start_processes(run)
+    chunks = build_model_chunks(run, tokenizer.vocab_size, wrap_with_ddp=False)
+    checkpointing.load_checkpoint(store, chunks, ckpt_step=iteration, load_optim=False, load_rng=False)
+    refresh_singular_vectors(chunks)
+    chunks[0].eval()
+    model = unwrap(chunks[0])
+    assert isinstance(model, GPTModel)
+    return TrainedModel(model, tokenizer, run, iteration)
+
+
+@torch.no_grad()
+def next_token_logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [b, padded vocabulary] of the token after ``tokens`` [b, s] int64."""
+    tokens = tokens.to(cpu_platform.device())
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return model(tokens, positions, None)[:, -1]
