@@ -98,16 +98,19 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
 def _without_cache(dataset: Any) -> Iterator[None]:
     """Let mcore build in memory only. It would warn that nothing is saved, which is not so."""
     config, logger = dataset.config, logging.getLogger(type(dataset).__mro__[1].__module__)
-    level = logger.level
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "because path_to_cache is None" not in record.getMessage()
+
     dataset.config = copy.copy(config)
     # ``mock`` is what keeps mcore from falling back to a cache of its own choice.
     dataset.config.path_to_cache, dataset.config.mock = None, True
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(is_wanted)
     try:
         yield
     finally:
         dataset.config = config
-        logger.setLevel(level)
+        logger.removeFilter(is_wanted)
 
 
 class CorpusDataset(GPTDataset):

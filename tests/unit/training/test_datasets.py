@@ -100,7 +100,9 @@ def test_blends(tmp_path, weights):
     expected = 0.75 if weights else sizes_in_tokens[0] / sum(sizes_in_tokens)
     assert from_small == pytest.approx(expected, abs=0.01)
     again = build(sizes, data_path=path, split="80,20,0")[0]
-    assert (tokens_of(train) == tokens_of(again)).all()
+    threads = {"num_dataset_builder_threads": 3, "data_cache_path": str(tmp_path / "fresh")}
+    threaded = build(sizes, data_path=path, split="80,20,0", **threads)[0]
+    assert (tokens_of(train) == tokens_of(again)).all() and (tokens_of(train) == tokens_of(threaded)).all()
 
 
 def test_corpora_per_split(tmp_path):
