@@ -130,7 +130,7 @@ def test_real_processes_meet(launcher: str, tmp_path: Path) -> None:
     told = ""
     try:
         for process in processes:
-            told += process.communicate(timeout=60)[0]
+            told += process.communicate(timeout=150)[0]
     finally:
         for process in processes:
             process.kill()
