@@ -91,7 +91,6 @@ def resumed(root: str, layout: Layout, used: bool = False) -> dict[str, Any]:
 
 
 CASES = {
-    "1 rank, plain": (1, Layout(), "dp_reshardable"),
     "1 rank, distributed": (1, Layout(distributed_optimizer=True), "dp_reshardable"),
     "2 ranks, plain": (2, Layout(), "dp_reshardable"),
     "2 ranks, distributed": (2, Layout(distributed_optimizer=True), "dp_reshardable"),
@@ -115,9 +114,8 @@ def test_resume_is_bitwise(tmp_path, case):
     assert read_config(CheckpointStore(tmp_path), 3) == {"model": {"tiny": 1}}
 
 
-@pytest.mark.parametrize("sharding", ["dp_reshardable", "fully_reshardable"])
-@pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
-def test_the_number_of_ranks_may_change(tmp_path, sharding, before, after):
+@pytest.mark.parametrize("before,after,sharding", [(2, 1, "dp_reshardable"), (1, 2, "dp_reshardable")])
+def test_the_number_of_ranks_may_change(tmp_path, before, after, sharding):
     layout = Layout(table=True, distributed_optimizer=True)
     whole = run_ranks(before, saved_and_continued, str(tmp_path), layout, sharding)
     again = run_ranks(after, resumed, str(tmp_path), layout)
@@ -138,8 +136,13 @@ def refused(root: str, layout: Layout, **kwargs: Any) -> str:
     try:
         load_checkpoint(CheckpointStore(root), *run, **kwargs)
     except CheckpointError as error:
-        return str(error)
+        return f"{type(error).__name__}: {error}"
     return "loaded"
+
+
+def test_nothing_to_load_is_told_alike_on_every_rank(tmp_path):
+    first, second = run_ranks(2, refused, str(tmp_path), Layout())
+    assert first == second and first.startswith("NoCheckpointError: ") and "--allow-fresh" in first
 
 
 def test_another_model_is_refused_by_name_on_every_rank(tmp_path):
@@ -155,8 +158,6 @@ def test_another_model_is_refused_by_name_on_every_rank(tmp_path):
         assert "only in the checkpoint: " in message and "decoder.layers.3." in message
     for message in run_ranks(2, refused, str(tmp_path), layout, load_optim=False, load_rng=False):
         assert message == "loaded"
-    for rank, message in enumerate(run_ranks(2, refused, str(tmp_path), layout, ckpt_step=7)):
-        assert "iter_0000007 does not exist" in message, rank
 
 
 # ---------------------------------------------------------------------- forged checkpoints
@@ -192,9 +193,8 @@ def forge(root: str, what: str) -> str:
         def with_canary(data: Any, stream: Any, *args: Any, **kwargs: Any) -> None:
             torch_save([canary] if isinstance(data, list) else data, stream, *args, **kwargs)
 
-        torch.save = with_canary  # type: ignore[assignment]
+        torch_dist_io.mcore_torch.torch.save = with_canary
         save_checkpoint(store, 3, *run)
-        torch.save = torch_save
     else:
         save_checkpoint(store, 3, *run)
     directory = store.path(3)

@@ -32,6 +32,7 @@ from typing import Any
 
 from umv2_megatron.training.durable_files import (
     CheckpointError,
+    NoCheckpointError,
     check_relative_path,
     files_below,
     fsync_path,
@@ -48,10 +49,6 @@ MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 _FORMAT = 1
 _ITER_DIR = re.compile(r"iter_(\d{7,})")
-
-
-class NoCheckpointError(CheckpointError):
-    """The directory holds no checkpoint at all: nothing was ever published there."""
 
 
 @dataclass(frozen=True)
@@ -359,8 +356,9 @@ class CheckpointStore:
 
     def _read_manifest(self, directory: Path, iteration: int) -> Manifest:
         path = directory / MANIFEST
-        if directory.is_symlink() or path.is_symlink() or (directory / MANIFEST_HASH).is_symlink():
-            raise CheckpointError(f"{directory} or its manifest is a symlink: checkpoints must be plain files")
+        for link in (directory, path, directory / MANIFEST_HASH):
+            if link.is_symlink():
+                raise CheckpointError(f"{link} is a symlink: checkpoints must be plain files")
         if not directory.is_dir():
             raise CheckpointError(f"{directory} does not exist")
         if not path.is_file() or not (directory / MANIFEST_HASH).is_file():

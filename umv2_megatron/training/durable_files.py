@@ -17,10 +17,14 @@ class CheckpointError(ValueError):
     """
 
 
+class NoCheckpointError(CheckpointError):
+    """The directory holds no checkpoint at all: nothing was ever published there."""
+
+
 def check_relative_path(name: str, listed_in: Path) -> None:
     """Refuse a file name that would leave its directory. Raises CheckpointError naming the list it came from."""
     path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
+    if not path.parts or path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or "\0" in name:
         raise CheckpointError(f"{listed_in} lists the path {name!r}: paths must stay inside the checkpoint's directory")
 
 
@@ -56,7 +60,6 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
 
 
 def remove_path(path: Path) -> None:
