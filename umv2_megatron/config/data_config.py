@@ -104,9 +104,7 @@ class DataConfig:
         if self.num_workers < 0:
             raise ValueError(f"--num-workers is {self.num_workers}: expected 0 or more")
         if self.num_dataset_builder_threads < 1:
-            raise ValueError(
-                f"--num-dataset-builder-threads is {self.num_dataset_builder_threads}: expected 1 or more"
-            )
+            raise ValueError(f"--num-dataset-builder-threads is {self.num_dataset_builder_threads}: expected 1 or more")
         if self.reset_attention_mask and not self.create_attention_mask_in_dataloader:
             raise ValueError("--reset-attention-mask needs --create-attention-mask-in-dataloader: add that flag")
 

@@ -15,6 +15,7 @@ import difflib
 import enum
 import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -36,7 +37,8 @@ class UsageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One setting. ``parse`` turns text into a value; ``switches`` maps flags without an argument to the value set."""
+    """One setting. ``parse`` turns text into a value; ``switches`` maps flags without an argument to the value set;
+    ``nullable`` says that None (null in a file) is a value."""
 
     key: str
     section: str
@@ -48,6 +50,7 @@ class Option:
     flags: tuple[str, ...]
     switches: dict[str, bool]
     repeated: bool = False
+    nullable: bool = False
 
 
 # Fields of mcore's dataclasses that are no flags here, with the reason.
@@ -185,10 +188,12 @@ def option_table() -> dict[str, Option]:
 def _make_option(key: str, section: str, field: dataclasses.Field, hint: Any, documentation: str) -> Option | None:
     """The option of one dataclass field, or None where its type has no form on a command line."""
     kind, repeated = _strip_type(hint)
+    nullable = type(None) in typing.get_args(hint)
     default = field.default
     if default is dataclasses.MISSING:
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
     default = DEFAULTS.get(key, default)
+    nullable = nullable or default is None
     if isinstance(default, enum.Enum):
         default = default.name
     choices = EXTRA_CHOICES.get(key, field.metadata.get("choices"))
@@ -203,7 +208,7 @@ def _make_option(key: str, section: str, field: dataclasses.Field, hint: Any, do
             switches[alias] = not negative
             if not negative:
                 switches[f"no-{alias}"] = False
-        return Option(key, section, text, default, None, "true or false", None, (), switches)
+        return Option(key, section, text, default, None, "true or false", None, (), switches, False, nullable)
     if typing.get_origin(kind) is typing.Literal:
         choices = choices or typing.get_args(kind)
         kind = type(typing.get_args(kind)[0])
@@ -220,7 +225,9 @@ def _make_option(key: str, section: str, field: dataclasses.Field, hint: Any, do
     parse, expected = parsers[kind]
     if choices:
         expected = "one of " + ", ".join(str(choice) for choice in choices)
-    return Option(key, section, text, default, parse, expected, choices, tuple(dict.fromkeys(names)), {}, repeated)
+    return Option(
+        key, section, text, default, parse, expected, choices, tuple(dict.fromkeys(names)), {}, repeated, nullable
+    )
 
 
 def _strip_type(hint: Any) -> tuple[Any, bool]:
@@ -291,12 +298,14 @@ def read_mapping(mapping: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _check(made: Option, value: Any, switch: bool | None, where: str) -> Any:
     """``value`` brought to the option's type; ``UsageError`` when it does not fit."""
+    if value is None:
+        if not made.nullable:
+            raise UsageError(f"{where} is null; expected {made.expected}")
+        return None
     if switch is not None:
         if not isinstance(value, bool):
             raise UsageError(f"{where} is {value!r}; expected true or false")
         return value is switch
-    if value is None:
-        return None
     values = value if made.repeated and isinstance(value, list) else [value]
     read = [_read_one(made, item, where) for item in values]
     return read if made.repeated else read[0]
@@ -307,7 +316,9 @@ def _read_one(made: Option, item: Any, where: str) -> Any:
     if made.parse is int and isinstance(item, float) and item.is_integer():
         item = int(item)  # YAML reads 1e6 as a float
     try:
-        result = item if isinstance(item, list) else made.parse(str(item))
+        result = item if isinstance(item, list) and made.parse is yaml.safe_load else made.parse(str(item))
+        if isinstance(result, float) and not math.isfinite(result):
+            raise ValueError
     except (ValueError, yaml.YAMLError):
         raise UsageError(f"{where} is {item!r}; expected {made.expected}") from None
     if made.choices and result not in made.choices:

@@ -64,8 +64,15 @@ class Preset:
 
 
 def _model(
-    num_layers: int, hidden_size: int, heads: int, ffn_hidden_size: int, *, seq_length: int = 4096,
-    vocab_size: int = 50280, query_groups: int | None = None, untied: bool = False,
+    num_layers: int,
+    hidden_size: int,
+    heads: int,
+    ffn_hidden_size: int,
+    *,
+    seq_length: int = 4096,
+    vocab_size: int = 50280,
+    query_groups: int | None = None,
+    untied: bool = False,
 ) -> dict[str, Any]:
     """Model fields of a decoder with RMSNorm, rotary embedding, query and key norms and SwiGLU, without biases."""
     return {
@@ -114,18 +121,24 @@ def _memory(num_keys: int, key_dim: int, topk: int, pre_value_dim: int, value_di
 
 _ALL = (
     Preset(
-        "umv2-tiny", "4 blocks that train in seconds on a CPU, for tests (vocabulary of 512)", OUR_CHOICE,
+        "umv2-tiny",
+        "4 blocks that train in seconds on a CPU, for tests (vocabulary of 512)",
+        OUR_CHOICE,
         _model(4, 64, 4, 128, seq_length=128, vocab_size=512),
         _memory(num_keys=16, key_dim=32, topk=4, pre_value_dim=8, value_dim=24),
     ),
     Preset(
-        "umv2-8m", "8M activated parameters, for minutes on a CPU (vocabulary of 4096)", OUR_CHOICE,
+        "umv2-8m",
+        "8M activated parameters, for minutes on a CPU (vocabulary of 4096)",
+        OUR_CHOICE,
         _model(6, 256, 4, 896, seq_length=256, vocab_size=4096),
         _memory(num_keys=96, key_dim=128, topk=16, pre_value_dim=32, value_dim=96),
         ExpectedCounts(8e6, None, "the preset's name"),
     ),
     Preset(
-        "umv2-227m-1.2b", "UltraMemV2-227M/1.2B as published; no sharing fits the published counts best", PAPER,
+        "umv2-227m-1.2b",
+        "UltraMemV2-227M/1.2B as published; no sharing fits the published counts best",
+        PAPER,
         _model(20, 768, 12, 2496),
         _memory(num_keys=360, key_dim=192, topk=32, pre_value_dim=192, value_dim=192),
         ExpectedCounts(225e6, 1.18e9, PAPER),
@@ -155,7 +168,9 @@ _ALL = (
         ExpectedCounts(1079e6, 6.70e9, PAPER, embeddings_in_activated=False),
     ),
     Preset(
-        "umv2-2.5b-25b", "sizes of our choice for the counts of the paper's 2.5B/25B model", OUR_CHOICE,
+        "umv2-2.5b-25b",
+        "sizes of our choice for the counts of the paper's 2.5B/25B model",
+        OUR_CHOICE,
         _model(24, 3072, 24, 5888, query_groups=8, untied=True),
         _memory(num_keys=960, key_dim=896, topk=256, pre_value_dim=256, value_dim=768),
         ExpectedCounts(2.5e9, 25e9, "the preset's name"),

@@ -184,16 +184,21 @@ def resolve(
     """
     flags, preset, config_file = parse_flags(argv, program, description)
     layers: list[tuple[str, dict[str, Any]]] = []
-    directory = flags.get("load") or flags.get("save")
-    if flags.get("use_checkpoint_args") and directory and checkpoint_values is not None:
-        saved = checkpoint_values(directory, flags.get("ckpt_step"))
+    file = {} if config_file is None else read_mapping(_read_yaml(config_file), config_file)
+    given = {**file, **flags}
+    directory = given.get("load") or given.get("save")
+    if given.get("use_checkpoint_args") and directory and checkpoint_values is not None:
+        try:
+            saved = checkpoint_values(directory, given.get("ckpt_step"))
+        except ValueError as error:
+            raise UsageError(f"--use-checkpoint-args: {error}") from error
         layers.append((f"checkpoint in {directory}", model_values(saved)))
     if preset is not None:
         if preset not in PRESETS:
             raise UsageError(f"--model-preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         layers.append((f"preset {preset}", read_mapping(PRESETS[preset].flags(), f"preset {preset}")))
     if config_file is not None:
-        layers.append((config_file, read_mapping(_read_yaml(config_file), config_file)))
+        layers.append((config_file, file))
     layers.append(("flag", flags))
     return from_layers(layers, world_size, for_training=for_training)
 
@@ -263,10 +268,14 @@ def _fill_derived_defaults(run: RunConfig) -> None:
         changes["min_lr"] = run.lr / 10 if run.lr is not None else None
     if run.model.max_position_embeddings is None:
         changes["max_position_embeddings"] = run.model.seq_length
-    if run.training.lr_warmup_fraction is not None:
-        horizon = run.training.lr_decay_iters or run.training.train_iters or 0
-        changes["lr_warmup_iters"] = int(run.training.lr_warmup_fraction * horizon)
+    split = run.tensor_model_parallel_size * run.pipeline_model_parallel_size * run.context_parallel_size
+    if run.training.global_batch_size is None and split > 0 and run.world_size % split == 0:
+        # as a value, so that a resume on another number of ranks notices that its batch would be another one
+        changes["global_batch_size"] = run.global_batch_size
     run._replace(**changes)
+    if run.training.lr_warmup_fraction is not None and run.training.global_batch_size:
+        horizon = run.training.lr_decay_iters or run.train_iters
+        run._replace(lr_warmup_iters=int(run.training.lr_warmup_fraction * horizon))
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -307,8 +316,10 @@ def _check_shapes(run: RunConfig) -> None:
         "context_parallel_size",
         "log_interval",
         "make_vocab_size_divisible_by",
+        "global_batch_size",
+        "num_layers_per_virtual_pipeline_stage",
     ):
-        if run.values[key] < 1:
+        if run.values[key] is not None and run.values[key] < 1:
             _refuse(key.replace("_", "-"), run.values[key], "an integer of at least 1")
     if run.kv_channels is None and run.hidden_size % run.num_attention_heads:
         _refuse("hidden-size", run.hidden_size, f"a multiple of --num-attention-heads ({run.num_attention_heads})")
@@ -335,11 +346,7 @@ def _check_layout(run: RunConfig) -> None:
             f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = "
             f"{tp * pp * cp} does not divide the {run.world_size} ranks; start a multiple of {tp * pp * cp} ranks"
         )
-    if (
-        run.num_layers % pp
-        and run.pipeline_model_parallel_layout is None
-        and not (run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage)
-    ):
+    if run.num_layers % pp and not (run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage):
         _refuse("pipeline-model-parallel-size", pp, f"a divisor of --num-layers ({run.num_layers})")
     per_stage = run.model.num_layers_per_virtual_pipeline_stage
     if per_stage and (pp == 1 or run.num_layers // pp % per_stage):
@@ -352,6 +359,8 @@ def _check_layout(run: RunConfig) -> None:
         run._replace(sequence_parallel=False)  # nothing to split over one rank
     if run.sequence_parallel and run.model.seq_length % tp:
         _refuse("seq-length", run.model.seq_length, f"a multiple of --tensor-model-parallel-size ({tp})")
+    if run.ffn_hidden_size and run.ffn_hidden_size % tp:
+        _refuse("ffn-hidden-size", run.ffn_hidden_size, f"a multiple of --tensor-model-parallel-size ({tp})")
     if run.expert_model_parallel_size != 1:
         _refuse("expert-model-parallel-size", run.expert_model_parallel_size, "1; no blocks of experts are built yet")
     if run.transformer_impl == "local" and cp > 1:
@@ -402,6 +411,7 @@ def _check_memory_layout(run: RunConfig) -> None:
 
 def _check_schedule(run: RunConfig) -> None:
     training = run.training
+    _check_counts(run)
     if not training.skip_train and bool(training.train_iters) == bool(training.train_samples):
         raise UsageError("--train-iters or --train-samples is needed, and only one of them")
     unit = training.micro_batch_size * run.data_parallel_size
@@ -419,9 +429,39 @@ def _check_schedule(run: RunConfig) -> None:
         _refuse("lr-warmup-iters", training.lr_warmup_iters, f"fewer than the {horizon} iterations of the decay")
     if training.lr_decay_style == "WSD" and not training.lr_wsd_decay_iters:
         _refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, "a number of iterations with --lr-decay-style WSD")
-    for key in ("save_interval", "eval_interval", "exit_interval", "memory_log_interval", "save_retain_interval"):
-        value = run.values[key]
-        if value is not None and value < 1:
-            _refuse(key.replace("_", "-"), value, "an integer of at least 1")
     if training.save_interval and not training.save:
         _refuse("save-interval", training.save_interval, "--save with a directory too")
+    if training.async_save:
+        raise UsageError("--async-save is not supported; leave it out: checkpoints are written between two steps")
+    if not all(rank.strip().isdigit() for rank in training.profile_ranks.split(",")):
+        _refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
+
+
+def _check_counts(run: RunConfig) -> None:
+    """Ranges of the single settings of the schedule, the intervals and the counts."""
+    at_least = {
+        0: ("eval_iters", "lr_warmup_iters", "max_skipped_iterations", "memory_value_lr_decay_iters", "ckpt_step"),
+        1: (
+            "train_iters",
+            "train_samples",
+            "lr_decay_iters",
+            "lr_wsd_decay_iters",
+            "save_interval",
+            "eval_interval",
+            "exit_interval",
+            "exit_duration_in_mins",
+            "memory_log_interval",
+            "save_retain_interval",
+            "distributed_timeout_minutes",
+        ),
+    }
+    for least, keys in at_least.items():
+        for key in keys:
+            value = run.values[key]
+            if value is not None and value < least:
+                _refuse(key.replace("_", "-"), value, f"an integer of at least {least}")
+    fraction = run.training.lr_warmup_fraction
+    if fraction is not None and not 0 <= fraction < 1:
+        _refuse("lr-warmup-fraction", fraction, "a number from 0 up to, but not, 1")
+    if run.training.train_samples and run.training.train_samples < run.global_batch_size:
+        _refuse("train-samples", run.training.train_samples, f"at least --global-batch-size ({run.global_batch_size})")

@@ -7,6 +7,7 @@ the same samples on any number of ranks, and ``consumed_samples`` alone says whe
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.utils.data import DataLoader, Dataset
 
 from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.training.signals import SIGNALS
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -73,10 +75,18 @@ def batch_iterator(
             pin_memory=torch.cuda.is_available(),
             # a generator of its own, so that making a loader does not move the training's random state
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_parent,
         )
         return iter(loader)
 
     return [one() for _ in range(stages)] if stages else one()
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A stop request may be sent to every process of a job (SLURM does); the loaders must live until the rank has
+    saved. They end when their rank closes them or is gone."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def next_batch(iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | None]:

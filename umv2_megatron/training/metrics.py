@@ -6,11 +6,13 @@ A restarted run drops the lines past the checkpoint it resumes from, so a step n
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
+TEST_LOSS = "lm loss test"
 
 
 class MetricsFile:
@@ -24,14 +26,17 @@ class MetricsFile:
 
     def _cut(self, iteration: int) -> None:
         """Drop records past ``iteration``, and a last line that a kill left half-written; atomic."""
-        kept = [json.dumps(record) for record in read_metrics(self.path.parent) if record["iteration"] <= iteration]
+        records = [record for record in read_metrics(self.path.parent) if record["iteration"] <= iteration]
+        # the test set is read after the last checkpoint, so a run that resumes there reads it again
+        kept = [json.dumps(record) for record in records if TEST_LOSS not in record]
         temporary = self.path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def write(self, iteration: int, numbers: dict[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps({"iteration": iteration, **numbers}) + "\n")
+        """Append one record. What is not finite becomes null: JSON has no NaN."""
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
 
     def close(self) -> None:
         """Flush and close."""

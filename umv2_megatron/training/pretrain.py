@@ -54,7 +54,7 @@ def pretrain(run: RunConfig) -> int:
         _describe_model(run, tokenizer.vocab_size, state)
         identity = data_identity(run.data, tokenizer, run.model.seq_length, run.training.seed)
         _resume(run, state, identity)
-        if store is not None and torch.distributed.get_rank() == 0:
+        if store is not None and torch.distributed.get_rank() == 0 and not run.training.skip_train:
             write_synced(store.root / ".config.yaml.tmp", run.to_yaml().encode())
             os.replace(store.root / ".config.yaml.tmp", store.root / "config.yaml")
         train_set, valid_set, test_set = build_datasets(
@@ -152,8 +152,8 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
     training = run.training
     store = CheckpointStore(directory)
     if not training.finetune:
-        checkpointing.attempt("comparing the run with its checkpoint", lambda: check_same_run(run, store, identity))
-    load_optim = not (training.no_load_optim or training.finetune)
+        _refuse_another_run(run, store, identity)
+    load_optim = not (training.no_load_optim or training.finetune or training.skip_train)
     loaded = checkpointing.load_checkpoint(
         store,
         state.chunks,
@@ -175,6 +175,23 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
         f" loaded checkpoint of iteration {loaded.iteration} from {loaded.path}; "
         f"continuing at iteration {state.progress.iteration}"
     )
+
+
+def _refuse_another_run(run: RunConfig, store: CheckpointStore, identity: dict[str, Any]) -> None:
+    """``check_same_run`` on the first rank, which verifies the files; every rank raises its ``UsageError``."""
+    refusal: list[str | None] = [None]
+
+    def compare() -> None:
+        if torch.distributed.get_rank() == 0:
+            try:
+                check_same_run(run, store, identity)
+            except UsageError as error:
+                refusal[0] = str(error)
+
+    checkpointing.attempt("comparing the run with its checkpoint", compare)
+    torch.distributed.broadcast_object_list(refusal, src=0)
+    if refusal[0] is not None:
+        raise UsageError(refusal[0])
 
 
 # -- description -----------------------------------------------------------------------------------------------------

@@ -77,14 +77,15 @@ class Reporter:
         if not self.active:
             return
         training = run.training
-        if training.save:
+        if training.save and not training.skip_train:
             Path(training.save).mkdir(parents=True, exist_ok=True)
             self._metrics = MetricsFile(Path(training.save), resumed_at)
         if training.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step hides what an interrupted run wrote past its checkpoint
-            self._tensorboard = SummaryWriter(training.tensorboard_dir, purge_step=resumed_at + 1, max_queue=5)
+            purge = None if training.skip_train else resumed_at + 1
+            self._tensorboard = SummaryWriter(training.tensorboard_dir, purge_step=purge, max_queue=5)
         if training.wandb_project:
             self._wandb = _start_wandb(run)
 

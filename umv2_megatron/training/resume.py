@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from umv2_megatron.config.flags import UsageError
-from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.run_config import RunConfig, model_values
 from umv2_megatron.training import checkpointing
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 
@@ -23,8 +23,11 @@ SAME_SCHEDULE = (
     "lr_warmup_iters",
     "lr_warmup_init",
     "lr_warmup_init_fraction",
+    "lr_wsd_decay_style",
+    "lr_wsd_decay_iters",
     "weight_decay",
     "memory_value_lr_mult",
+    "memory_value_lr_decay_iters",
 )
 
 
@@ -61,7 +64,7 @@ def check_same_run(run: RunConfig, store: CheckpointStore, data_identity: dict[s
     config = checkpointing.read_config(store, store.resolve(run.training.ckpt_step))
     saved = config["values"]
     if not run.training.allow_config_change:
-        _compare(run, saved, SAME_RUN, "--allow-config-change to go on regardless")
+        _compare(run, saved, (*SAME_RUN, *_model_keys(saved)), "--allow-config-change to go on regardless")
         for name, old in config.get("data", {}).items():
             new = data_identity.get(name)
             if old != new:
@@ -69,7 +72,8 @@ def check_same_run(run: RunConfig, store: CheckpointStore, data_identity: dict[s
                     f"{name} is {_short(new)}, but the checkpoint was trained with {_short(old)}; give the "
                     "old data, or --allow-config-change to go on regardless"
                 )
-    if not (run.training.override_opt_param_scheduler or run.training.no_load_optim):
+    training = run.training
+    if not (training.override_opt_param_scheduler or training.no_load_optim or training.skip_train):
         _compare(run, saved, SAME_SCHEDULE, "--override-opt-param-scheduler to take the new value")
         old, new = _horizon(saved), _horizon(run.values)
         if old != new:
@@ -80,13 +84,17 @@ def check_same_run(run: RunConfig, store: CheckpointStore, data_identity: dict[s
             )
 
 
+def _model_keys(saved: dict[str, Any]) -> tuple[str, ...]:
+    """Settings of the model itself: many (top-k, the base of the rotary embedding) show in no tensor's shape."""
+    differ_by_right = {"make_vocab_size_divisible_by", "init_method_std", "memory_init", "memory_norm_gain_exponent"}
+    return tuple(key for key in model_values(saved) if key not in differ_by_right and key not in SAME_SCHEDULE)
+
+
 def _compare(run: RunConfig, saved: dict[str, Any], keys: tuple[str, ...], remedy: str) -> None:
     for key in keys:
         if key not in saved:
             continue
         old, new = saved[key], run.values[key]
-        if key == "global_batch_size":
-            new = run.global_batch_size if old is not None else None
         if old != new:
             raise UsageError(
                 f"--{key.replace('_', '-')} is {new}, but the checkpoint was trained with {old}; give the "
