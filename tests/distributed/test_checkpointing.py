@@ -17,6 +17,7 @@ import pytest
 import tiny_gpt
 import torch
 from harness import run_ranks
+from megatron.core import dist_checkpointing
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tiny_gpt import Layout
 
@@ -129,6 +130,30 @@ def test_tensor_parallel_may_change_when_fully_reshardable(tmp_path):
     whole = run_ranks(2, saved_and_continued, str(tmp_path), layout, "fully_reshardable")
     again = run_ranks(1, resumed, str(tmp_path), Layout(table=True, distributed_optimizer=True))
     assert again[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-5)
+
+
+def test_another_layout_is_refused_unless_fully_reshardable(tmp_path):
+    table = {"table": True, "distributed_optimizer": True, "untied": True}
+    run_ranks(2, saved_and_continued, str(tmp_path), Layout(tp=2, **table), "dp_reshardable")
+    for message in run_ranks(2, refused, str(tmp_path), Layout(pp=2, **table)):
+        assert "saved with tensor parallel size 2 and dp_reshardable" in message and "but this run has 1" in message
+
+
+def read_by_mcore(root: str) -> tuple[str, str]:
+    layout = Layout()
+    model, optimizer, scheduler = make(layout)
+    path = save_checkpoint(CheckpointStore(root), 3, model, optimizer, scheduler)
+    before = weights_digest(model)
+    train(layout, (model, optimizer, scheduler), range(2))  # the first has learning rate 0
+    assert weights_digest(model) != before
+    state = {"model": model[0].module.sharded_state_dict(metadata={"non_homogeneous_layers": True})}
+    model[0].module.load_state_dict(dist_checkpointing.load(state, str(path))["model"])
+    return before, weights_digest(model)
+
+
+def test_mcore_reads_the_format(tmp_path):
+    before, after = run_ranks(1, read_by_mcore, str(tmp_path))[0]
+    assert before == after
 
 
 def refused(root: str, layout: Layout, **kwargs: Any) -> str:

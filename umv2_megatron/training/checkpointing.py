@@ -93,7 +93,7 @@ def save_checkpoint(
     common_extra = {
         "iteration": iteration,
         "checkpoint_version": 3.0,
-        "world_size": torch.distributed.get_world_size(),
+        "layout": _layout(),
         "extra_state": json.loads(json.dumps(extra_state or {})),  # nothing may come back as another type
     }
     if scheduler is not None:
@@ -181,8 +181,8 @@ def load_checkpoint(
     """Load the newest valid checkpoint (or `ckpt_step`) into the given objects. Collective over all ranks.
 
     load_optim=False (`--no-load-optim`) leaves optimizer and scheduler fresh, load_rng=False (`--no-load-rng`) the
-    random states. Random states are per rank: with another number of ranks they stay fresh and `rng_restored` is
-    False. Raises CheckpointError (NoCheckpointError when nothing was ever saved there), the same on every rank.
+    random states. Random states are per rank: in another layout they stay fresh and `rng_restored` is False.
+    Raises CheckpointError (NoCheckpointError when nothing was ever saved there), the same on every rank.
     """
     is_main = torch.distributed.get_rank() == 0
     found = attempt("finding a checkpoint", lambda: store.resolve(ckpt_step) if is_main else None)
@@ -193,12 +193,13 @@ def load_checkpoint(
     path = store.path(iteration)
     common = attempt("reading the common state", lambda: SafeCommonLoad().load_common(path))
     stored_metadata = load_content_metadata(preloaded_state_dict=common) or {}
-    same_ranks = common.get("world_size") == torch.distributed.get_world_size()
-    load_rng = load_rng and same_ranks
+    load_rng = load_rng and common.get("layout") == _layout()
     with_optimizer = optimizer if load_optim else None
 
     def collect() -> ShardedStateDict:
         metadata = _content_metadata(with_optimizer, stored_metadata.get("distrib_optim_sharding_type"))
+        if metadata.get("distrib_optim_sharding_type") == "dp_reshardable":
+            _check_layout(common.get("layout", {}), path)
         state = _sharded_state(model_chunks, with_optimizer, metadata, is_loading=True)
         return state | ({_RNG_KEY: _sharded_rng_state()} if load_rng else {})
 
@@ -284,6 +285,29 @@ def _sharded_state(
             _allocate_moments(part)
         state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _layout() -> dict[str, int]:
+    """What decides which rank holds what."""
+    return {
+        "world": torch.distributed.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "context": parallel_state.get_context_parallel_world_size(),
+        "memory": parallel_state.get_expert_model_parallel_world_size(),
+    }
+
+
+def _check_layout(saved: dict[str, int], path: Path) -> None:
+    """Gradient buffers of another layout may have equal sizes by chance; their moments must not be mixed up."""
+    for name, size in _layout().items():
+        if name not in ("world", "context") and saved.get(name) != size:
+            raise CheckpointError(
+                f"{path} was saved with {name} parallel size {saved.get(name)} and dp_reshardable optimizer shards, "
+                f"but this run has {size}: resume with the size it was saved with, save as fully_reshardable, or give "
+                "--no-load-optim"
+            )
 
 
 def _chunk_names(model_chunks: Sequence[torch.nn.Module]) -> list[str]:
