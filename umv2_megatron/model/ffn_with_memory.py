@@ -51,9 +51,18 @@ class SharedTables:
         self._tables[owner] = table
 
     def get(self, owner: int) -> ValueTable:
-        """The table that memory layer ``owner`` owns; it must have been built on this pipeline stage."""
+        """The table that memory layer ``owner`` owns; it must have been built on this pipeline stage.
+
+        Raises:
+            ValueError: it was not, because sharing layers lie on several stages.
+        """
         table = self._tables.get(owner)
-        assert table is not None, f"the table of memory layer {owner} is not on this pipeline stage"
+        if table is None:
+            raise ValueError(
+                f"--memory-sharing lets a layer use the table of memory layer {owner}, which is on another pipeline "
+                "stage; expected all layers that share a table on one stage; use block with a --memory-sharing-size "
+                "that fits into a stage, or none, or --pipeline-model-parallel-size 1"
+            )
         return table
 
     def __deepcopy__(self, memo: dict) -> SharedTables:
@@ -69,8 +78,8 @@ class FFNWithMemory(MegatronModule):
         memory_config: sizes and switches of the memory layer.
         tables: where layers of this stage find tables that they share; needed when ``memory_config.sharing`` is not
             "none".
-        standalone: True when no training program of ours is there to refresh u, t; the module then does it in its
-            training forward (used by stock Megatron-LM, see docs/megatron-lm.md).
+        standalone: True when no training program of ours is there to refresh u, t; every forward then does it
+            (used by stock Megatron-LM, see docs/megatron-lm.md).
     """
 
     def __init__(
@@ -129,9 +138,10 @@ class FFNWithMemory(MegatronModule):
         output, bias = self.ffn(hidden_states)
         if self.memory is None:
             return output, bias
-        if self.standalone and self.training and torch.is_grad_enabled():
-            # cores stay as they are between two optimizer steps, so refreshing in every forward is the same as once
-            self.memory.refresh_singular_vectors()
+        if self.standalone:
+            # Cores stay as they are between two optimizer steps, so refreshing in every forward (also in those of
+            # activation recompute and of evaluation) gives what refreshing once per step would.
+            self.memory.retrieval.refresh_due = True
         return output + self.memory(hidden_states), bias
 
     @property

@@ -1,21 +1,21 @@
 """Layer specs that put FFN and memory into the ``mlp`` slot of mcore's transformer layer.
 
 ``umv2_layer_spec(config, memory_config)`` makes the spec of a run. For a stock Megatron-LM ``pretrain_gpt.py`` the
-module also holds ready-made specs, because ``--spec`` takes an object from a module and does not call it:
+module also holds two ready-made specs, because ``--spec`` takes an object from a module and does not call it:
 
     --spec umv2_megatron.model.layer_specs umv2_local       megatron-core's own modules
-    --spec umv2_megatron.model.layer_specs umv2_te          Transformer Engine's (exists where it is installed)
+    --spec umv2_megatron.model.layer_specs umv2_te          Transformer Engine's, where it is installed
 
-They read the memory configuration when the model is built: ``UMV2_MEMORY_CONFIG`` holds the path of a YAML or JSON
-file, or the mapping itself; keys are the field names of ``MemoryConfig`` (``num_keys: 360``) or the flag names
-(``memory-num-keys: 360``). See docs/megatron-lm.md.
+Their parts are chosen when a layer is built, so they follow ``--qk-layernorm``, ``--normalization`` and the other flags
+of the model. The memory configuration is read then, too: the environment variable ``UMV2_MEMORY_CONFIG`` holds the path
+of a YAML or JSON file, or the mapping itself; keys are the field names of ``MemoryConfig`` (``num_keys: 360``) or the
+flag names (``memory-num-keys: 360``). See docs/megatron-lm.md.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -30,7 +30,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
@@ -55,28 +57,32 @@ def umv2_layer_spec(
 
     ``with_memory=False`` leaves the FFN alone in the slot, with the same initialisation and parameter names.
     """
-    use_engine = config.transformer_impl == "transformer_engine"
-    spec = _base_spec(use_engine, config.qk_layernorm, config.qk_l2_norm, config.normalization)
+    spec = _base_spec(config, config.transformer_impl == "transformer_engine")
     spec.submodules.mlp.params.update(memory_config=memory_config, tables=SharedTables(), standalone=standalone)
     if not with_memory:
         spec.submodules.mlp.submodules.memory = None
     return spec
 
 
-def _base_spec(use_engine: bool, qk_layernorm: bool, qk_l2_norm: bool, normalization: str) -> ModuleSpec:
+def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
     """mcore's dense layer with its mlp slot replaced; the normalised FFN input must exist as a tensor, so the norm
     before the slot stands alone and is not fused into the FFN's first linear layer."""
+    backend: Any
     if use_engine:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-        backend: Any = TESpecProvider()
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm, qk_l2_norm=qk_l2_norm)
+        backend = TESpecProvider()
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm
+        )
         norm = backend.layer_norm()
     else:
         from megatron.core.models.backends import LocalSpecProvider
 
         backend = LocalSpecProvider()
-        spec = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, qk_l2_norm=qk_l2_norm, normalization=normalization)
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm, normalization=config.normalization
+        )
         norm = spec.submodules.pre_mlp_layernorm
     submodules = copy.copy(spec.submodules)
     submodules.pre_mlp_layernorm = norm
@@ -105,52 +111,89 @@ def _base_spec(use_engine: bool, qk_layernorm: bool, qk_l2_norm: bool, normaliza
 def read_memory_config(text: str | None = None) -> MemoryConfig:
     """The MemoryConfig that ``UMV2_MEMORY_CONFIG`` (or ``text``) names: a YAML/JSON file, or the mapping itself.
 
-    Raises ``ValueError`` naming the variable when it is unset, unreadable, or holds an unknown key.
+    A key without a value (null) keeps its default. Raises ``ValueError`` naming the variable when it is unset, not
+    readable, not a mapping, or holds an unknown key or a value of the wrong kind.
     """
-    text = os.environ.get(MEMORY_CONFIG_VARIABLE) if text is None else text
-    if not text:
+    variable = MEMORY_CONFIG_VARIABLE
+    text = os.environ.get(variable) if text is None else text
+    if not text or not text.strip():
         raise ValueError(
-            f"{MEMORY_CONFIG_VARIABLE} is not set; expected the path of a YAML or JSON file of the memory "
-            "configuration, or the mapping itself"
+            f"{variable} is not set; expected the path of a YAML or JSON file of the memory configuration, "
+            "or the mapping itself"
         )
+    where = variable
     if not text.lstrip().startswith("{"):
+        where = f"{variable} ({text})"
         try:
             text = Path(text).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{MEMORY_CONFIG_VARIABLE} is {text!r}; not a readable file ({error.strerror})") from error
-    content = yaml.safe_load(text)
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"{variable} is {text!r}; expected a readable YAML or JSON file ({error})") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: expected YAML or JSON; {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{MEMORY_CONFIG_VARIABLE}: expected a mapping of field names to values")
+        raise ValueError(f"{where}: expected a mapping of field names to values, not {content!r}")
     known = {field.name for field in dataclasses.fields(MemoryConfig)}
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_").removeprefix("memory_")
         if name not in known:
-            raise ValueError(
-                f"{MEMORY_CONFIG_VARIABLE}: unknown key {key!r}; expected one of {', '.join(sorted(known))}"
-            )
-        values[name] = value
+            raise ValueError(f"{where}: unknown key {key!r}; expected one of {', '.join(sorted(known))}")
+        if value is not None:
+            values[name] = read_mapping({f"memory_{name}": value}, where)[f"memory_{name}"]
     return MemoryConfig(**values)
 
 
-class _FromEnvironment(FFNWithMemory):
-    """``FFNWithMemory`` of a stock Megatron-LM: reads the memory configuration and refreshes u, t by itself."""
+class LayerFromEnvironment(TransformerLayer):
+    """The transformer layer of a stock Megatron-LM: picks its own parts, and its memory configuration, when built.
 
-    def __init__(self, config: TransformerConfig, submodules: FFNWithMemorySubmodules, tables: SharedTables):
+    Args:
+        config: of the model; what it says about norms decides the layer's parts. Its flag
+            ``hetereogenous_dist_checkpoint`` (mcore's spelling) is switched on, see below.
+        use_engine: Transformer Engine's modules instead of megatron-core's own.
+        tables: where the layers of this stage find the value tables that they share.
+
+    Raises:
+        ValueError: the configuration cannot work; the sentence names the variable, the key or the flag.
+    """
+
+    def __init__(self, config: TransformerConfig, use_engine: bool, tables: SharedTables, **others: Any):
         memory_config = read_memory_config()
+        _check_stock_run(config, memory_config, use_engine)
+        # mcore stores a stack of alike layers as one tensor per parameter, of which layers without memory, or with
+        # the table of another layer, would leave holes. Megatron-LM has no flag for this field.
+        config.hetereogenous_dist_checkpoint = True
+        spec = _base_spec(config, use_engine)
+        spec.submodules.mlp.params.update(memory_config=memory_config, tables=tables, standalone=True)
+        super().__init__(config, spec.submodules, **others)
+
+
+def _check_stock_run(config: TransformerConfig, memory_config: MemoryConfig, use_engine: bool) -> None:
+    """Refuse what these specs would silently leave out, or what cannot work."""
+    try:
         memory_config.validate(config.hidden_size, config.num_layers)
-        super().__init__(config, submodules, memory_config, tables, standalone=True)
+    except ValueError as error:
+        raise ValueError(f"{MEMORY_CONFIG_VARIABLE}: {error}") from error
+    if memory_config.parallel_size != 1:
+        raise ValueError(
+            f"{MEMORY_CONFIG_VARIABLE}: parallel_size is {memory_config.parallel_size}; expected 1, because "
+            "Megatron-LM makes no memory-parallel groups; use pretrain_umv2.py for sharded tables"
+        )
+    if config.num_moe_experts is not None:
+        raise ValueError(
+            f"--num-experts is {config.num_moe_experts}; expected none with this --spec, whose mlp slot holds a dense "
+            "FFN and a memory layer; leave it out"
+        )
+    if config.multi_latent_attention:
+        raise ValueError("--multi-latent-attention is on; expected off with this --spec; leave it out")
+    if use_engine and not HAVE_TE:
+        raise ValueError("--spec names umv2_te, but Transformer Engine is not installed; use umv2_local or install it")
 
 
 def _stock_spec(use_engine: bool) -> ModuleSpec:
-    spec = _base_spec(use_engine, qk_layernorm=False, qk_l2_norm=False, normalization="RMSNorm")
-    slot = spec.submodules.mlp
-    spec.submodules.mlp = ModuleSpec(
-        module=_FromEnvironment, submodules=slot.submodules, params={"tables": SharedTables()}
-    )
-    return spec
+    return ModuleSpec(module=LayerFromEnvironment, params={"use_engine": use_engine, "tables": SharedTables()})
 
 
 umv2_local = _stock_spec(use_engine=False)
-if HAVE_TE and importlib.util.find_spec("transformer_engine") is not None:
-    umv2_te = _stock_spec(use_engine=True)
+umv2_te = _stock_spec(use_engine=True)
