@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("vocabulary")
     group.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of tokens, 300 or more")
     group.add_argument(
-        "--model-type", choices=("bpe", "unigram"), default="bpe", help="unigram takes several times longer (default: bpe)"
+        "--model-type", choices=("bpe", "unigram"), default="bpe", help="unigram takes much longer (default: bpe)"
     )
     group.add_argument(
         "--character-coverage",
@@ -146,7 +146,7 @@ def train(lines: Sequence[str], arguments: argparse.Namespace) -> bytes:
     except RuntimeError as error:
         # The trainer's message starts with the place and the condition in its own source.
         reason = str(error).split("] ")[-1].strip().replace("_coverage option", "-coverage") or "the trainer refused"
-        raise ValueError(f"--vocab-size {arguments.vocab_size} does not fit these {len(lines)} lines: {reason}") from None
+        raise ValueError(f"--vocab-size {arguments.vocab_size} does not suit {len(lines)} lines: {reason}") from None
     return model.getvalue()
 
 
