@@ -9,8 +9,8 @@ import textwrap
 
 import numpy as np
 import pytest
+from data_helpers import ROOT, write_corpus, write_jsonl
 
-from tests.unit.training.data_helpers import ROOT, write_corpus, write_jsonl
 from umv2_megatron.config.data_config import DataConfig, parse_blend, parse_split
 from umv2_megatron.training.datasets import build_datasets, data_identity
 from umv2_megatron.training.preprocessing import Job, preprocess

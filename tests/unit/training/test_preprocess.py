@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import ROOT, run_tool, sources, write_corpus, write_jsonl
 
-from tests.unit.training.data_helpers import ROOT, run_tool, sources, write_corpus, write_jsonl
 from umv2_megatron.training import indexing
 from umv2_megatron.training.corpus import CorpusError, CorpusOptions
 from umv2_megatron.training.indexing import IndexWriter, check_corpus, read_index, read_meta, read_tokens

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from data_helpers import run_tool, sources, write_jsonl
 
-from tests.unit.training.data_helpers import run_tool, sources, write_jsonl
 from umv2_megatron.training.tokenizers import build_tokenizer
 
 HARD_TEXTS = [
