@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint clean help
+
+help:
+	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
+	@echo "make test       lint, types and all quick tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove what the demo wrote (runs/demo)"
+
+# Made once, and again when requirements.txt changes.
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $(READY)
+
+demo: $(READY)
+	$(PY) tools/demo.py
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test: $(READY) lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow" --timeout 1800
+
+clean:
+	rm -rf runs/demo
