@@ -1,0 +1,64 @@
+"""Drawing tokens: greedy, temperature, top-k, top-p, padding never drawn, context window, end token."""
+
+import pytest
+import torch
+
+from umv2_megatron.evaluation.generation import Sampling, draw, generate
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+
+
+def shares(sampling: Sampling, draws: int = 4000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.zeros(4)
+    for _ in range(draws):
+        counts[draw(LOGITS, sampling, generator)] += 1
+    return counts / draws
+
+
+def test_greedy_takes_the_likeliest():
+    assert draw(LOGITS, Sampling(temperature=0), torch.Generator()).tolist() == [0]
+
+
+def test_temperature_draws_from_the_softmax():
+    expected = (LOGITS / 0.5).softmax(-1)[0]
+    assert torch.allclose(shares(Sampling(temperature=0.5, top_p=1.0)), expected, atol=0.03)
+
+
+def test_top_k_keeps_k_and_renormalises():
+    expected = LOGITS[0, :2].softmax(-1)
+    found = shares(Sampling(temperature=1.0, top_k=2, top_p=1.0))
+    assert found[2:].sum() == 0
+    assert torch.allclose(found[:2], expected, atol=0.03)
+
+
+def test_top_p_keeps_the_smallest_set_of_that_mass():
+    probability = LOGITS.softmax(-1)[0]  # 0.64, 0.24, 0.09, 0.03
+    found = shares(Sampling(temperature=1.0, top_p=float(probability[0]) + 0.01))
+    assert found[2:].sum() == 0 and found[1] > 0
+    assert shares(Sampling(temperature=1.0, top_p=0.1), 50)[0] == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_wrong_values_are_refused_by_flag(wrong):
+    with pytest.raises(ValueError, match="--" + next(iter(wrong)).replace("_", "-")):
+        Sampling(**wrong)
+
+
+def test_generate_stops_at_the_end_keeps_the_context_and_never_draws_padding():
+    seen = []
+
+    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
+        """The successor of the last token is likeliest, but for the padding ids 5 and 6, which always win."""
+        seen.append(tokens.shape[1])
+        logits = torch.full((1, 7), -10.0)
+        logits[0, (tokens[0, -1] + 1) % 5] = 10.0
+        logits[0, 5:] = 100.0
+        return logits
+
+    greedy = Sampling(temperature=0)
+    found = list(generate(logits_of, [0], 10, context=3, vocab_size=5, end=4, sampling=greedy, seed=1))
+    assert found == [1, 2, 3]
+    assert seen == [1, 2, 3, 3]
+    endless = list(generate(logits_of, [0], 7, context=3, vocab_size=5, end=None, sampling=greedy, seed=1))
+    assert endless == [1, 2, 3, 4, 0, 1, 2]
