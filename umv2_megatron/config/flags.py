@@ -342,6 +342,7 @@ def build_parser(program: str, description: str) -> OneLineParser:
     """A parser of every option. Only flags that were given appear in the result, as raw text or switch values."""
     parser = OneLineParser(
         prog=program,
+        usage="%(prog)s [--model-preset NAME] [--config FILE] [flags]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -362,7 +363,8 @@ def build_parser(program: str, description: str) -> OneLineParser:
 
 def _add_to_parser(group: Any, made: Option) -> None:
     shown = "none" if made.default is None else made.default
-    lines = _wrap(f"{made.help.rstrip('.')} (default: {shown})".replace("%", "%%"))
+    stated = "" if "(default" in made.help or "off by default" in made.help else f" (default: {shown})"
+    lines = _wrap(f"{made.help.rstrip('.')}{stated}".replace("%", "%%"))
     if made.switches:
         positive = [f"--{flag}" for flag, value in made.switches.items() if value]
         negative = [f"--{flag}" for flag, value in made.switches.items() if not value]

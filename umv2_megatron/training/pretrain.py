@@ -207,8 +207,20 @@ def _describe_model(run: RunConfig, vocab_size: int, state: TrainingState) -> No
 
 
 def check_data(run: RunConfig) -> None:
-    """Raise ``UsageError`` when the data flags contradict each other; opens no file."""
+    """Raise ``UsageError`` when the data flags contradict each other or name files that are not there; reads none."""
     try:
         run.data.validate()
+        blends = {"--data-path": run.data.blend()}
+        blends.update(zip(("--train-data-path", "--valid-data-path", "--test-data-path"), run.data.split_blends()))
     except ValueError as error:
         raise UsageError(str(error)) from error
+    for flag, blend in blends.items():
+        for prefix in blend[0] if blend is not None else []:
+            for suffix in (".idx", ".bin"):
+                if not os.path.isfile(prefix + suffix):
+                    raise UsageError(
+                        f"{flag} names {prefix}, but there is no file {prefix}{suffix}; give the path without "
+                        "extension, as tools/preprocess_data.py printed it"
+                    )
+    if run.data.tokenizer_model is not None and not os.path.exists(run.data.tokenizer_model):
+        raise UsageError(f"--tokenizer-model is {run.data.tokenizer_model!r}; there is no such file")
