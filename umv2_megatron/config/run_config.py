@@ -309,6 +309,8 @@ def _check_shapes(run: RunConfig) -> None:
         "num_layers",
         "hidden_size",
         "num_attention_heads",
+        "kv_channels",
+        "ffn_hidden_size",
         "seq_length",
         "micro_batch_size",
         "tensor_model_parallel_size",

@@ -6,8 +6,15 @@ from umv2_megatron.config.presets import PRESETS, find_preset
 from umv2_megatron.planning import count_parameters, flops_per_token
 
 REQUIRED = {
-    "umv2-tiny", "umv2-8m", "umv2-227m-1.2b", "umv2-430m-5b", "umv2-500m-6b", "umv2-1b-7b", "umv2-2.5b-25b",
-    "umv2-2.5b-60b-top768", "umv2-2.5b-120b-top256",
+    "umv2-tiny",
+    "umv2-8m",
+    "umv2-227m-1.2b",
+    "umv2-430m-5b",
+    "umv2-500m-6b",
+    "umv2-1b-7b",
+    "umv2-2.5b-25b",
+    "umv2-2.5b-60b-top768",
+    "umv2-2.5b-120b-top256",
 }
 
 
@@ -37,6 +44,7 @@ def test_counts_are_within_three_percent_of_what_is_stated(name):
 
 def test_published_sizes_are_kept():
     """Table 10 and text of arXiv 2508.18756; N of 1B/7B and 500M/6B is changed, as their descriptions say."""
+
     def sizes(name, *memory):
         preset = PRESETS[name]
         return [preset.memory[key] for key in memory]

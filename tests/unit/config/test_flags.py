@@ -1,0 +1,190 @@
+"""Flags come from the dataclasses: none is missing, each is described, wrong ones are told in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from umv2_megatron.config import flags
+from umv2_megatron.config.flags import NOT_FLAG_PREFIXES, NOT_FLAGS, SECTIONS, UsageError, option_table, parse_flags
+from umv2_megatron.config.memory_config import MemoryConfig
+
+# What users of Megatron-LM type (docs/conventions), and ours.
+NAMES = """
+--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --group-query-attention --num-query-groups
+--kv-channels --seq-length --max-position-embeddings --position-embedding-type --rotary-base --normalization
+--norm-epsilon --swiglu --disable-bias-linear --untie-embeddings-and-output-weights --init-method-std --qk-layernorm
+--transformer-impl --make-vocab-size-divisible-by
+--micro-batch-size --global-batch-size --train-iters --train-samples --seed --lr --min-lr --lr-decay-style
+--lr-decay-iters --lr-warmup-iters --lr-warmup-fraction --weight-decay --clip-grad --adam-beta1 --adam-beta2 --adam-eps
+--exit-interval --exit-duration-in-mins --exit-signal-handler --deterministic-mode
+--bf16 --fp8-format --fp8-recipe --fp8-param-gather --first-last-layers-bf16 --recompute-granularity
+--recompute-method --recompute-num-layers --recompute-modules
+--tensor-model-parallel-size --pipeline-model-parallel-size --num-layers-per-virtual-pipeline-stage
+--context-parallel-size --expert-model-parallel-size --sequence-parallel --use-distributed-optimizer
+--overlap-grad-reduce --overlap-param-gather --distributed-timeout-minutes
+--data-path --train-data-path --valid-data-path --test-data-path --split --data-cache-path --mock-data --num-workers
+--tokenizer-type --tokenizer-model --vocab-size --eod-mask-loss
+--save --load --save-interval --save-retain-interval --ckpt-format --async-save --finetune --ckpt-step
+--use-checkpoint-args --no-load-optim --no-load-rng --override-opt-param-scheduler --eval-interval --eval-iters
+--skip-train
+--log-interval --tensorboard-dir --log-throughput --log-params-norm --log-num-zeros-in-grad
+--log-memory-to-tensorboard --wandb-project --wandb-exp-name --wandb-save-dir --profile --profile-step-start
+--profile-step-end --profile-ranks --use-pytorch-profiler
+--memory-num-keys --memory-key-dim --memory-value-dim --memory-pre-value-dim --memory-topk --memory-num-heads
+--memory-tucker-rank --memory-num-cores --memory-value-expansion --memory-key-expansion --memory-layer-freq
+--memory-sharing --memory-sharing-size --memory-value-lr-mult --memory-value-lr-decay-iters
+--memory-balance-loss-coeff --memory-tucker-penalty-coeff --memory-init --memory-parallel-size --memory-parallel-mode
+--memory-log-interval --model-preset --ffn-variant --config
+""".split()
+
+# Fields whose values are functions, dtypes or objects: they have no form on a command line.
+OBJECTS = {
+    TransformerConfig: {
+        "params_dtype", "timers", "finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func",
+        "param_sync_func", "autocast_dtype", "pipeline_dtype", "pipeline_model_parallel_layout", "activation_func",
+        "init_method", "output_layer_init_method", "embedding_init_method", "cuda_graph_scope", "quant_recipe",
+    },
+    OptimizerConfig: {
+        "params_dtype", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "timers",
+    },
+}  # fmt: skip
+
+
+def known_names() -> set[str]:
+    return {"--" + name for name in [*flags._names(), "model-preset", "config"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_users_know(name):
+    assert name in known_names()
+
+
+@pytest.mark.parametrize("cls", SECTIONS, ids=lambda cls: cls.__name__)
+def test_every_field_is_a_flag_or_is_listed(cls):
+    prefix = "memory_" if cls is MemoryConfig else ""
+    missing = {
+        field.name
+        for field in dataclasses.fields(cls)
+        if prefix + field.name not in option_table()
+        and field.name not in NOT_FLAGS
+        and not field.name.startswith(NOT_FLAG_PREFIXES)
+    }
+    assert missing == OBJECTS.get(cls, set())
+
+
+def test_no_stale_exceptions():
+    fields = {field.name for cls in SECTIONS for field in dataclasses.fields(cls)}
+    assert not NOT_FLAGS - fields
+    assert all(any(name.startswith(prefix) for name in fields) for prefix in NOT_FLAG_PREFIXES)
+
+
+def test_no_name_belongs_to_two_options():
+    names = [name for made in option_table().values() for name in (*made.flags, *made.switches)]
+    assert len(names) == len(set(names))
+
+
+def test_every_option_is_described():
+    assert [made.key for made in option_table().values() if not made.help] == []
+
+
+def test_help_lists_every_option_under_its_group():
+    text = flags.build_parser("program", "").format_help()
+    for made in option_table().values():
+        name = next(iter(made.flags or made.switches))
+        assert f"--{name}" in text, name
+    for section in SECTIONS.values():
+        assert f"\n{section}:\n" in text
+    for made in option_table().values():
+        body = text.split(f"\n{made.section}:\n")[1]
+        following = [text.split(f"\n{made.section}:\n")[1].find(f"\n{s}:\n") for s in SECTIONS.values()]
+        end = min((position for position in following if position >= 0), default=len(body))
+        assert f"--{next(iter(made.flags or made.switches))}" in body[:end]
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--num-layers", "7"], {"num_layers": 7}),
+        (["--lr=3e-4"], {"lr": 3e-4}),
+        (["--bf16"], {"bf16": True}),
+        (["--no-swiglu"], {"swiglu": False}),
+        (["--disable-bias-linear"], {"add_bias_linear": False}),
+        (["--swiglu", "--no-swiglu"], {"swiglu": False}),
+        (["--norm-epsilon", "1e-6"], {"layernorm_epsilon": 1e-6}),
+        (["--fp8-format", "hybrid"], {"fp8": "hybrid"}),
+        (["--data-path", "0.3", "a", "0.7", "b"], {"data_path": ["0.3", "a", "0.7", "b"]}),
+        (["--memory-layer-freq", "[1,0]*2"], {"memory_layer_freq": "[1,0]*2"}),
+        (["--recompute-modules", "core_attn", "mlp"], {"recompute_modules": ["core_attn", "mlp"]}),
+        (["--no-load-optim"], {"no_load_optim": True}),
+        (["--accumulate-allreduce-grads-in-fp32"], {"grad_reduce_in_fp32": True}),
+        (["--moe-aux-loss-coeff", "0.01"], {"moe_aux_loss_coeff": 0.01}),
+    ],
+)
+def test_values(argv, expected):
+    assert parse_flags(argv, "program", "")[0] == expected
+
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--num-layer", "3"], ["--num-layer", "did you mean --num-layers?"]),
+        (["--hiden-size=3"], ["--hiden-size", "did you mean --hidden-size?"]),
+        (["--xyzzyxyzzy"], ["--xyzzyxyzzy", "--help"]),
+        (["--num-layers", "two"], ["--num-layers", "'two'", "an integer"]),
+        (["--num-layers", "2.5"], ["--num-layers", "'2.5'", "an integer"]),
+        (["--lr", "nan"], ["--lr", "'nan'", "a number"]),
+        (["--lr", "inf"], ["--lr", "'inf'", "a number"]),
+        (["--lr"], ["--lr", "expected one argument"]),
+        (["--bf16", "true"], ["'true'"]),
+        (["--memory-sharing", "rings"], ["--memory-sharing", "'rings'", "ring, noring"]),
+        (["--position-embedding-type", "alibi"], ["--position-embedding-type", "'alibi'", "rope"]),
+        (["stray"], ["'stray'"]),
+    ],
+)
+def test_one_line_errors(argv, told):
+    with pytest.raises(UsageError) as caught:
+        parse_flags(argv, "program", "")
+    assert "\n" not in str(caught.value)
+    for part in told:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mapping, expected",
+    [
+        ({"num-layers": 3, "hidden_size": 8}, {"num_layers": 3, "hidden_size": 8}),
+        ({"train-iters": 1e3}, {"train_iters": 1000}),  # YAML reads 1.0e+3 as a float
+        ({"disable_bias_linear": True}, {"add_bias_linear": False}),
+        ({"no-swiglu": True, "bf16": False}, {"swiglu": False, "bf16": False}),
+        ({"data_path": ["a", "b"]}, {"data_path": ["a", "b"]}),
+        ({"data_path": "a"}, {"data_path": ["a"]}),
+        ({"eval-interval": None}, {"eval_interval": None}),
+        ({"lr": 1}, {"lr": 1.0}),
+    ],
+)
+def test_mappings(mapping, expected):
+    assert flags.read_mapping(mapping, "file") == expected
+
+
+@pytest.mark.parametrize(
+    "mapping, told",
+    [
+        ({"num-layer": 3}, ["x.yaml", "num-layer", "--num-layers"]),
+        ({"bf16": "yes please"}, ["x.yaml: bf16", "true or false"]),
+        ({"micro-batch-size": None}, ["x.yaml: micro-batch-size", "an integer"]),
+        ({"num-layers": True}, ["x.yaml: num-layers", "an integer"]),
+        ({"num-layers": [1, 2]}, ["x.yaml: num-layers", "an integer"]),
+        ({"lr": [1e-3]}, ["x.yaml: lr", "a number"]),
+        ({"lr": float("nan")}, ["x.yaml: lr", "a number"]),
+        ({"train-iters": 2.5}, ["x.yaml: train-iters", "an integer"]),
+    ],
+)
+def test_errors_in_files_name_the_file(mapping, told):
+    with pytest.raises(UsageError) as caught:
+        flags.read_mapping(mapping, "x.yaml")
+    for part in told:
+        assert part in str(caught.value)

@@ -1,0 +1,195 @@
+"""Where values come from and which wins, what is derived, what is refused and how quickly."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from umv2_megatron.config import run_config
+from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.presets import PRESETS
+from umv2_megatron.config.run_config import resolve
+
+ROOT = Path(__file__).resolve().parents[3]
+TINY = ["--model-preset", "umv2-tiny", "--train-iters", "10", "--mock-data", "--tokenizer-type", "NullTokenizer"]
+
+
+def refusal(*argv: str, world_size: int = 1) -> str:
+    with pytest.raises(UsageError) as caught:
+        resolve([*TINY, *argv], world_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_default_preset_file_flag(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("num-layers: 6\nmemory_topk: 2\nlog-interval: 7\nno-swiglu: true\n")
+    run = resolve([*TINY, "--config", str(file), "--num-layers", "8"])
+    assert (run.num_layers, run.sources["num_layers"]) == (8, "flag")
+    assert (run.memory.topk, run.sources["memory_topk"]) == (2, str(file))
+    assert (run.hidden_size, run.sources["hidden_size"]) == (64, "preset umv2-tiny")
+    assert run.model.swiglu is False and run.training.log_interval == 7
+    assert run.training.eval_iters == 100 and "eval_iters" not in run.sources
+
+
+def test_derived_values():
+    run = resolve([*TINY, "--lr", "1e-3", "--micro-batch-size", "3", "--lr-warmup-fraction", "0.2"], world_size=2)
+    assert run.min_lr == pytest.approx(1e-4)
+    assert run.training.global_batch_size == run.global_batch_size == 6
+    assert run.training.lr_warmup_iters == 2
+    assert run.init_method_std == pytest.approx((2 / (5 * 64)) ** 0.5)
+    assert run.transformer_impl == "local" or run.transformer_impl == "transformer_engine"
+    assert resolve([*TINY, "--memory-init", "fixed"]).init_method_std == 0.02
+
+
+def test_warmup_fraction_of_a_run_given_in_samples():
+    argv = [*TINY[:2], *TINY[4:], "--train-samples", "80", "--global-batch-size", "8", "--lr-warmup-fraction", "0.5"]
+    run = resolve(argv)
+    assert run.train_iters == 10 and run.training.lr_warmup_iters == 5
+
+
+def test_megatron_configurations_follow_the_flags():
+    run = resolve([*TINY, "--bf16", "--clip-grad", "0.5", "--overlap-grad-reduce", "--hidden-dropout", "0.1"])
+    transformer = run.transformer_config()
+    assert transformer.bf16 and transformer.params_dtype is run_config.torch.bfloat16
+    assert transformer.hidden_dropout == 0.1 and transformer.gated_linear_unit and not transformer.add_bias_linear
+    assert run.optimizer_config().clip_grad == 0.5 and run.optimizer_config().bf16
+    assert run.ddp_config().overlap_grad_reduce
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_saved_yaml_resolves_to_the_same_run(preset, tmp_path):
+    argv = ["--model-preset", preset, "--train-iters", "50", "--lr", "2e-3", "--memory-value-lr-mult", "3"]
+    run = resolve([*argv, "--data-path", "0.5", "a", "0.5", "b", "--tokenizer-type", "NullTokenizer"])
+    file = tmp_path / "config.yaml"
+    file.write_text(run.to_yaml())
+    again = resolve(["--config", str(file)])
+    assert again.values == run.values
+    assert yaml.safe_load(again.to_yaml()) == yaml.safe_load(run.to_yaml())
+    file.write_text(re.sub(r"^\w+:", lambda key: key[0].replace("_", "-"), run.to_yaml(only_changed=True), flags=re.M))
+    assert "eval-iters" not in file.read_text()
+    assert resolve(["--config", str(file)]).values == run.values
+
+
+def test_describe_names_every_setting_and_its_source():
+    run = resolve(TINY)
+    text = run.describe()
+    for key in run.values:
+        assert f"  {key} ." in text
+    assert "(preset umv2-tiny)" in text and "(flag)" in text
+
+
+def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
+    asked = []
+
+    def checkpoint_values(directory, step):
+        asked.append((directory, step))
+        return {**resolve([*TINY, "--num-layers", "12", "--lr", "9"]).values, "tensor_model_parallel_size": 4}
+
+    file = tmp_path / "run.yaml"
+    file.write_text(f"load: {tmp_path}\nuse-checkpoint-args: true\nckpt-step: 5\n")
+    run = resolve([*TINY[2:], "--config", str(file), "--memory-topk", "3"], checkpoint_values=checkpoint_values)
+    assert asked == [(str(tmp_path), 5)]
+    assert (run.num_layers, run.memory.topk, run.lr, run.tensor_model_parallel_size) == (12, 3, 4e-4, 1)
+
+
+@pytest.mark.parametrize(
+    "argv, world_size, told",
+    [
+        (["--num-layers", "0"], 1, ["--num-layers"]),
+        (["--tensor-model-parallel-size", "0"], 1, ["--tensor-model-parallel-size", "0"]),
+        (["--tensor-model-parallel-size", "2"], 1, ["--tensor-model-parallel-size 2", "1 ranks"]),
+        (["--tensor-model-parallel-size", "2"], 2, ["--tensor-model-parallel-size", "--sequence-parallel"]),
+        (["--pipeline-model-parallel-size", "3"], 3, ["--pipeline-model-parallel-size", "--num-layers (4)"]),
+        (["--num-query-groups", "3", "--group-query-attention"], 1, ["--num-query-groups is 3"]),
+        (["--kv-channels", "0"], 1, ["--kv-channels is 0"]),
+        (["--seq-length", "4096"], 1, ["--seq-length", "--max-position-embeddings (128)"]),
+        (["--global-batch-size", "3"], 2, ["--global-batch-size is 3", "= 2"]),
+        (["--global-batch-size", "0"], 1, ["--global-batch-size is 0"]),
+        (["--micro-batch-size", "0"], 1, ["--micro-batch-size is 0"]),
+        (["--train-samples", "5"], 1, ["--train-iters or --train-samples"]),
+        (["--train-iters", "-3"], 1, ["--train-iters is -3"]),
+        (["--eval-iters", "-1"], 1, ["--eval-iters is -1"]),
+        (["--eval-interval", "0"], 1, ["--eval-interval is 0"]),
+        (["--save-interval", "5"], 1, ["--save-interval", "--save"]),
+        (["--lr", "0"], 1, ["--lr is 0"]),
+        (["--min-lr", "1"], 1, ["--lr", "--min-lr (1.0)"]),
+        (["--lr-warmup-iters", "10"], 1, ["--lr-warmup-iters is 10", "10 iterations"]),
+        (["--lr-warmup-fraction", "1.5"], 1, ["--lr-warmup-fraction is 1.5"]),
+        (["--lr-decay-style", "WSD"], 1, ["--lr-wsd-decay-iters"]),
+        (["--memory-topk", "400"], 1, ["--memory-topk is 400"]),
+        (["--memory-value-dim", "25"], 1, ["--memory-value-dim is 25", "--memory-num-cores (2)"]),
+        (["--memory-layer-freq", "[1,0]"], 1, ["--memory-layer-freq"]),
+        (["--memory-parallel-size", "2"], 2, ["--memory-parallel-size is 2"]),
+        (["--num-experts", "8"], 1, ["--num-experts is 8"]),
+        (["--fp8-format", "hybrid"], 1, ["--fp8-format", "Transformer Engine"]),
+        (["--overlap-param-gather"], 1, ["--overlap-param-gather", "--use-distributed-optimizer"]),
+        (["--num-layers-per-virtual-pipeline-stage", "1"], 1, ["--num-layers-per-virtual-pipeline-stage is 1"]),
+        (["--num-layers-per-virtual-pipeline-stage", "-1"], 1, ["--num-layers-per-virtual-pipeline-stage is -1"]),
+        (["--ffn-hidden-size", "129", "--tensor-model-parallel-size", "2", "--sequence-parallel"], 2,
+         ["--ffn-hidden-size is 129", "--tensor-model-parallel-size (2)"]),
+        (["--context-parallel-size", "2"], 2, ["--context-parallel-size is 2", "local"]),
+        (["--expert-model-parallel-size", "2"], 2, ["--expert-model-parallel-size is 2"]),
+        (["--recompute-granularity", "full"], 1, ["recompute"]),
+        (["--async-save"], 1, ["--async-save"]),
+        (["--profile-ranks", "a"], 1, ["--profile-ranks is 'a'"]),
+        (["--model-preset", "umv2-9t"], 1, ["'umv2-9t'", "umv2-tiny"]),
+        (["--config", "/nowhere/x.yaml"], 1, ["--config", "/nowhere/x.yaml"]),
+    ],
+)  # fmt: skip
+def test_refused_in_one_line_that_names_the_flag(argv, world_size, told):
+    text = refusal(*argv, world_size=world_size)
+    for part in told:
+        assert part in text, text
+
+
+def test_files_that_are_no_mapping(tmp_path):
+    file = tmp_path / "x.yaml"
+    for content in ("- a\n- b\n", "a: [1\n", "x"):
+        file.write_text(content)
+        assert str(file) in refusal("--config", str(file))
+    file.write_bytes(b"\xff\xfe\x00")
+    assert str(file) in refusal("--config", str(file))
+
+
+def program(*argv: str) -> tuple[int, str, str, float]:
+    """Exit code, stdout, stderr and seconds of the program, told that it is rank 0 of 2 with nobody to meet: joining a
+    process group would wait for minutes."""
+    environ = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pretrain_umv2.py"), *argv],
+        env={**environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        ([*TINY, "--hiden-size", "3"], "did you mean --hidden-size?"),
+        ([*TINY, "--pipeline-model-parallel-size", "4"], "--pipeline-model-parallel-size 4"),
+        ([*TINY[:4], "--tokenizer-type", "NullTokenizer"], "--data-path"),
+    ],
+)
+def test_the_program_stops_before_any_process_group(argv, told):
+    code, out, err, seconds = program(*argv)
+    assert code == 2 and told in err, err
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and lines[0].startswith("pretrain_umv2.py: error: ") and "Traceback" not in err
+    # 10 s on a quiet machine; the time is nearly all torch's import, which a loaded one stretches
+    assert seconds < 10 * max(1.0, os.getloadavg()[0] / 2)
+
+
+def test_help_and_dry_run_start_nothing():
+    code, out, err, _ = program("--help")
+    assert code == 0 and "--memory-num-keys" in out and "--tensor-model-parallel-size" in out, err
+    code, out, err, _ = program(*TINY, "--dry-run")
+    assert code == 0 and "memory_num_keys" in out, err
