@@ -114,12 +114,12 @@ def _own_shard(model, parameter, wanted):
 @pytest.mark.parametrize(
     "world,backend,overlap,sharded,dtype",
     [
-        (1, "cpu", False, False, torch.float32),
-        (1, "cpu", True, False, torch.float32),
+        (1, "scatter", False, False, torch.float32),
+        (1, "scatter", True, False, torch.float32),
         (1, "reference", True, False, torch.float32),
-        (1, "cpu", True, True, torch.bfloat16),
-        (2, "cpu", False, False, torch.float32),
-        (2, "cpu", True, True, torch.float32),
+        (1, "scatter", True, True, torch.bfloat16),
+        (2, "scatter", False, False, torch.float32),
+        (2, "scatter", True, True, torch.float32),
         (2, "reference", False, True, torch.float32),
     ],
 )

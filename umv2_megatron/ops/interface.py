@@ -59,19 +59,16 @@ class TableLookup(Protocol):
 
 
 def get_backend(name: str, device: torch.device | str) -> TableLookup:
-    """Return the lookup called ``name``: "reference", "cpu", or "auto" (cpu on a CPU device, reference elsewhere).
+    """Return the lookup called ``name``: "reference", "scatter", or "auto" (the fastest there is for ``device``).
 
-    Raises ``ValueError`` for a name that is none of these, and for "cpu" on another device.
+    Raises ``ValueError`` for a name that is none of these.
     """
     # Imported here because each backend imports pre_value_scores from this file.
-    from umv2_megatron.ops import cpu, reference
+    from umv2_megatron.ops import reference, scatter
 
-    kind = torch.device(device).type
+    lookups: dict[str, TableLookup] = {"reference": reference.lookup, "scatter": scatter.lookup}
     if name == "auto":
-        name = "cpu" if kind == "cpu" else "reference"
-    if name == "cpu" and kind not in ("cpu", "meta"):
-        raise ValueError(f"--memory-backend is cpu, but the model is on {kind}; use auto or reference there")
-    lookups: dict[str, TableLookup] = {"reference": reference.lookup, "cpu": cpu.lookup}
+        name = "scatter"  # as yet the fastest on every device
     if name not in lookups:
         raise ValueError(f"--memory-backend is {name}; expected one of auto, {', '.join(lookups)}")
     return lookups[name]

@@ -1,4 +1,4 @@
-"""The lookup for CPUs: embedding_bag forward, and a backward that adds straight into the tables' ``main_grad``.
+"""The lookup of choice: embedding_bag forward, and a backward that adds straight into the tables' ``main_grad``.
 
 Why not autograd: a table has hundreds of megabytes, a micro-batch touches a small part of it, and the page faults of a
 fresh dense gradient cost several times the arithmetic. So the backward walks over the tokens in chunks that fit the
@@ -12,7 +12,8 @@ the backward, skips adding it when ``grad_added_to_main_grad`` is True, and then
 not do: the accumulator clones gradients with unusual strides into a dense tensor, and the engine adds those of shared
 tables densely.
 
-Letters as in ``interface.py``; Dc = Dv / C. All sums run in a fixed order, so results are repeatable bit by bit.
+Letters as in ``interface.py``; Dc = Dv / C. On a CPU all sums run in a fixed order, so results are repeatable bit by
+bit; on a GPU ``index_add_`` is atomic and needs torch's deterministic mode (--deterministic-mode) for that.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from torch.nn import functional
 
 from umv2_megatron.ops.interface import activate, pre_value_scores
 
-# Elements picked per chunk of tokens: 128 tokens of 32 picks and 192 float32 columns are 3 MB, which stays in cache.
-CHUNK_ELEMENTS = 128 * 32 * 192
+# Elements picked per chunk of tokens. CPU: 128 tokens of 32 picks and 192 float32 columns are 3 MB, which stays in
+# cache. Elsewhere a chunk only bounds the memory of the picked rows (256 MB in float32).
+CHUNK_ELEMENTS = {"cpu": 128 * 32 * 192, "cuda": 1 << 26}
 
 
 def lookup(
@@ -119,7 +121,8 @@ class _Lookup(torch.autograd.Function):
 
 def _chunks(rows: Tensor, table: Tensor) -> Iterator[slice]:
     """Slices of the tokens of ``rows`` [T, P], each with CHUNK_ELEMENTS elements of ``table`` picked at most."""
-    size = max(1, CHUNK_ELEMENTS // (rows.shape[1] * table.shape[1]))
+    elements = CHUNK_ELEMENTS["cuda" if rows.is_cuda else "cpu"]
+    size = max(1, elements // (rows.shape[1] * table.shape[1]))
     for start in range(0, rows.shape[0], size):
         yield slice(start, start + size)
 
