@@ -110,6 +110,11 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks; each leads a process group of its own."""
+        return [process.pid for process in self._processes]
+
     def output(self) -> str:
         """What the ranks have written so far."""
         return "\n".join(path.read_text(errors="replace") for path in self._outputs if path.exists())
@@ -172,7 +177,7 @@ def train(
 
 def losses(directory: Path | str) -> list[tuple[int, float]]:
     """(iteration, loss) of every training step recorded in ``metrics.jsonl``."""
-    from umv2_megatron.training.reporting import read_metrics
+    from umv2_megatron.training.metrics import read_metrics
 
     return [(record["iteration"], record["lm loss"]) for record in read_metrics(directory) if "lm loss" in record]
 
@@ -205,7 +210,6 @@ def _rank(
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     import pretrain_umv2
-
     from umv2_megatron.training.program import run_program
 
     if prepare is not None:

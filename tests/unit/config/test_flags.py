@@ -13,7 +13,7 @@ from umv2_megatron.config.flags import NOT_FLAG_PREFIXES, NOT_FLAGS, SECTIONS, U
 from umv2_megatron.config.memory_config import MemoryConfig
 
 # What users of Megatron-LM type (docs/conventions), and ours.
-NAMES = """
+NAMES_TEXT = """
 --num-layers --hidden-size --ffn-hidden-size --num-attention-heads --group-query-attention --num-query-groups
 --kv-channels --seq-length --max-position-embeddings --position-embedding-type --rotary-base --normalization
 --norm-epsilon --swiglu --disable-bias-linear --untie-embeddings-and-output-weights --init-method-std --qk-layernorm
@@ -39,7 +39,7 @@ NAMES = """
 --memory-sharing --memory-sharing-size --memory-value-lr-mult --memory-value-lr-decay-iters
 --memory-balance-loss-coeff --memory-tucker-penalty-coeff --memory-init --memory-parallel-size --memory-parallel-mode
 --memory-log-interval --model-preset --ffn-variant --config
-""".split()
+"""
 
 # Fields whose values are functions, dtypes or objects: they have no form on a command line.
 OBJECTS = {
@@ -58,7 +58,7 @@ def known_names() -> set[str]:
     return {"--" + name for name in [*flags._names(), "model-preset", "config"]}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES_TEXT.split())
 def test_names_that_users_know(name):
     assert name in known_names()
 

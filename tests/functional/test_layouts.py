@@ -1,0 +1,91 @@
+"""The same training in every layout: data, tensor and pipeline parallel, with and without overlap and recompute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from program_runs import tiny_run, train
+
+from umv2_megatron.training.metrics import read_metrics
+
+STEPS = 3
+COMMON = {"train_iters": STEPS, "num_layers": 4, "lr": 1e-3, "min_lr": 1e-3}
+
+
+def numbers(world_size: int, save: Path, **changes) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step of a run."""
+    train(world_size, tiny_run(**{**COMMON, "save": save, **changes}), save.parent / f"o_{save.name}")
+    found = [(line["lm loss"], line["grad-norm"]) for line in read_metrics(save) if "lm loss" in line]
+    assert len(found) == STEPS
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> list[tuple[float, float]]:
+    return numbers(1, tmp_path_factory.mktemp("one") / "run")
+
+
+DATA_PARALLEL = {
+    "plain": {},
+    "micro-batch-4": {"micro_batch_size": 4},
+    "distributed-optimizer": {"use_distributed_optimizer": True},
+    "all-overlap": {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+        "bucket_size": 20000,
+    },
+    "full-recompute": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", DATA_PARALLEL.values(), ids=DATA_PARALLEL)
+def test_two_ranks_equal_one_with_twice_the_micro_batches(changes, one_rank, tmp_path):
+    for ours, theirs in zip(numbers(2, tmp_path / "run", **changes), one_rank):
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A saved model from which every layout continues."""
+    save = tmp_path_factory.mktemp("start") / "run"
+    train(1, tiny_run(**{**COMMON, "save": save, "train_iters": 1, "make_vocab_size_divisible_by": 1024}), save.parent)
+    return save
+
+
+@pytest.fixture(scope="module")
+def continued(start) -> list[tuple[float, float]]:
+    return numbers(1, start.parent / "one", load=start, finetune=True, make_vocab_size_divisible_by=1024)
+
+
+MODEL_PARALLEL = {
+    "tensor": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "make_vocab_size_divisible_by": 512,
+    },
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "interleaved": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    "tensor-recompute": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "make_vocab_size_divisible_by": 512,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", MODEL_PARALLEL.values(), ids=MODEL_PARALLEL)
+def test_model_parallel_layouts_continue_alike(changes, start, continued, tmp_path):
+    settings = {"load": start, "finetune": True, "make_vocab_size_divisible_by": 1024, **changes}
+    for ours, theirs in zip(numbers(2, tmp_path / "run", **settings), continued):
+        assert ours[0] == pytest.approx(theirs[0], rel=2e-6)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-5)

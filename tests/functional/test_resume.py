@@ -1,0 +1,166 @@
+"""A run that is killed and started again by the same command ends as if nothing had happened: equal weights, equal
+losses, equal samples, to the last bit. On real text, with real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from program_runs import ROOT, Finished, Job, losses, tiny_run, train
+
+from umv2_megatron.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Prefix of token files of 300 short documents, bytes as tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = (ROOT / "docs").glob("*.md")
+    text = " ".join(path.read_text(encoding="utf-8") for path in sorted(words)).split() or ["some", "text"] * 500
+    numbers = random.Random(1)
+    with open(folder / "text.jsonl", "w", encoding="utf-8") as file:
+        for _ in range(300):
+            start = numbers.randrange(len(text))
+            file.write(json.dumps({"text": " ".join(text[start : start + numbers.randrange(5, 40)])}) + "\n")
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(folder / "text.jsonl"),
+         "--output-prefix", str(folder / "p"), "--tokenizer-type", "ByteLevelTokenizer", "--append-eod"],
+        check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return folder / "p_text_document"
+
+
+def run_on(corpus: Path, save: Path, train_iters: int | None, **changes) -> list[str]:
+    return tiny_run(
+        **{
+            "mock_data": None, "tokenizer_type": "ByteLevelTokenizer", "vocab_size": None, "data_path": corpus,
+            "split": "90,5,5", "train_iters": train_iters, "save": save, "save_interval": 5, "eval_interval": 8,
+            "eval_iters": 1, "hidden_dropout": 0.1, "memory_balance_loss_coeff": 0.01, **changes,
+        }
+    )  # fmt: skip
+
+
+def record(save: Path) -> list:
+    """What a run recorded per iteration, without the times."""
+    clocks = {"iteration-time", "throughput"}
+    return [{key: value for key, value in line.items() if key not in clocks} for line in read_metrics(save)]
+
+
+def assert_same_run(finished: Finished, save: Path, reference: Finished, reference_save: Path) -> None:
+    assert losses(save) == losses(reference_save)
+    assert record(save) == record(reference_save)
+    assert finished.weights == reference.weights
+
+
+def killed_run(world_size: int, argv: list[str], folder: Path, kills: int, numbers: random.Random, longest: float):
+    """Start the command, kill a random rank after a random time, start it again ...; the last one runs to its end.
+
+    The times are drawn afresh for every start, from the moment of the first step on, up to ``longest`` seconds. Returns
+    the last run and where the kills fell.
+    """
+    told = []
+    while len(told) < kills:
+        job = Job(world_size, argv, folder)
+        try:
+            job.wait_for(r"iteration +\d+/", 100)
+            time.sleep(numbers.uniform(0, longest))
+            job.send(signal.SIGKILL, numbers.randrange(world_size))
+            job.wait(grace=0.3)
+        finally:
+            job.kill()
+        told.append(job.output().rstrip().rsplit("\n", 1)[-1][:80])
+    return train(world_size, argv, folder), told
+
+
+def check_killed_runs(world_size, corpus, tmp_path, iterations, kills, longest, **changes) -> None:
+    seed = int(os.environ.get("UMV2_TEST_SEED", time.time_ns() % 10**6))
+    print(f"UMV2_TEST_SEED={seed}")  # pytest shows it with a failure
+    whole = train(world_size, run_on(corpus, tmp_path / "whole", iterations, **changes), tmp_path / "o1", timeout=200)
+    argv = run_on(corpus, tmp_path / "killed", iterations, **changes)
+    finished, told = killed_run(world_size, argv, tmp_path / "o2", kills, random.Random(seed), longest)
+    print("killed after:", *told, sep="\n  ")
+    assert [iteration for iteration, _ in losses(tmp_path / "whole")] == list(range(1, iterations + 1))
+    assert_same_run(finished, tmp_path / "killed", whole, tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".tmp_*"))
+
+
+def test_killed_twice_at_random_on_two_ranks(corpus, tmp_path):
+    changes = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    check_killed_runs(2, corpus, tmp_path, iterations=24, kills=2, longest=1.0, save_interval=4, **changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_200_steps_killed_three_times_at_random(world_size, corpus, tmp_path):
+    check_killed_runs(world_size, corpus, tmp_path, iterations=200, kills=3, longest=3.0, save_interval=10)
+
+
+def test_killed_while_saving(corpus, tmp_path):
+    """The save directory is seen between a checkpoint's first file and its publication; then the kill falls."""
+    argv = run_on(corpus, tmp_path / "killed", 12)
+    whole = train(1, run_on(corpus, tmp_path / "whole", 12), tmp_path / "o")
+    job = Job(1, argv, tmp_path / "o")
+    try:
+        deadline = time.monotonic() + 60
+        unpublished = tmp_path / "killed" / ".tmp_iter_0000010"
+        while not unpublished.exists() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        job.send(signal.SIGKILL)
+        job.wait(grace=0.1)
+    finally:
+        job.kill()
+    assert (tmp_path / "killed" / "latest_checkpointed_iteration.txt").read_text() in ("5", "10")
+    finished = train(1, argv, tmp_path / "o")
+    assert "loaded checkpoint of iteration" in finished.outputs[0]
+    assert_same_run(finished, tmp_path / "killed", whole, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop(number, corpus, tmp_path):
+    """One rank is asked; all save the same step and end with 0. The loaders, asked too, hold out until then."""
+    changes = {"num_workers": 1, "log_interval": 2, "save_interval": 100}
+    argv = run_on(corpus, tmp_path / "asked", 30, **changes)
+    job = Job(2, argv, tmp_path / "o")
+    try:
+        job.wait_for(r"iteration +2/", 100)
+        os.killpg(job.pids[1], number)  # rank 1 and the loaders it started
+        stopped = job.wait()
+    finally:
+        job.kill()
+    assert stopped.codes == [0, 0], stopped.text[-5000:]
+    saved = int((tmp_path / "asked" / "latest_checkpointed_iteration.txt").read_text())
+    assert 2 <= saved < 30 and "as asked by a signal" in stopped.text
+    finished = train(2, argv, tmp_path / "o")
+    assert f"loaded checkpoint of iteration {saved} " in finished.outputs[0]
+    if number == signal.SIGTERM:
+        whole = train(2, run_on(corpus, tmp_path / "whole", 30, **changes), tmp_path / "o")
+        assert_same_run(finished, tmp_path / "asked", whole, tmp_path / "whole")
+
+
+def test_exit_interval_and_a_finished_run_started_again(corpus, tmp_path):
+    save = tmp_path / "run"
+    for expected in (4, 8, 10):
+        train(1, run_on(corpus, save, 10, exit_interval=4), tmp_path / "o")
+        assert (save / "latest_checkpointed_iteration.txt").read_text() == str(expected)
+    before, whole = record(save), train(1, run_on(corpus, tmp_path / "whole", 10), tmp_path / "o")
+    again = train(1, run_on(corpus, save, 10), tmp_path / "o")
+    assert record(save) == before == record(tmp_path / "whole")
+    assert again.weights == whole.weights
+    assert [line["iteration"] for line in before if "lm loss test" in line] == [10]
+
+
+def test_evaluation_alone_leaves_the_run_as_it_is(corpus, tmp_path):
+    save = tmp_path / "run"
+    train(1, run_on(corpus, save, 5), tmp_path / "o")
+    files = {path: path.read_bytes() for path in save.rglob("*") if path.is_file() and path.name != ".lock"}
+    done = train(1, run_on(corpus, save, None, skip_train=True), tmp_path / "o")
+    assert {path: path.read_bytes() for path in files} == files
+    expected = [line["lm loss validation"] for line in read_metrics(save) if "lm loss validation" in line][-1]
+    assert f"lm loss value: {expected:.6E}" in done.text
