@@ -11,6 +11,7 @@ Ranks are forked from the fork server of tests/distributed/harness.py and call t
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -204,6 +205,8 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    # data loaders start their workers as in a program of its own, not as in a child of a fork server
+    multiprocessing.set_start_method("fork", force=True)
     import torch
 
     torch.set_num_threads(1)

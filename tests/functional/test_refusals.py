@@ -1,0 +1,114 @@
+"""What a run refuses, in one line that names it: no checkpoint, another run's checkpoint, a taken directory, NaN."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from program_runs import Job, tiny_run, train
+
+from umv2_megatron.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A finished run of two steps."""
+    save = tmp_path_factory.mktemp("saved") / "run"
+    train(1, tiny_run(train_iters=2, save=save), save.parent / "o")
+    return save
+
+
+def refusal(argv: list[str], folder: Path, world_size: int = 1, code: int = 2) -> str:
+    """The one line of error that a run ends with; rank 0 alone tells it."""
+    ended = train(world_size, argv, folder, codes=code)
+    lines = [line for line in ended.text.splitlines() if line.startswith("pretrain_umv2.py: error: ")]
+    assert len(lines) == 1 and "Traceback" not in ended.text, ended.text[-4000:]
+    return lines[0]
+
+
+def test_load_without_a_checkpoint(tmp_path):
+    text = refusal(tiny_run(train_iters=2, load=tmp_path / "nowhere"), tmp_path / "o", world_size=2)
+    assert f"--load is '{tmp_path}/nowhere'" in text and "--allow-fresh" in text
+    train(1, tiny_run(train_iters=1, load=tmp_path / "nowhere", allow_fresh=True), tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    "changes, told, override",
+    [
+        ({"seed": 5}, ["seed is 5", "1234"], "allow_config_change"),
+        ({"seq_length": 16}, ["--seq-length is 16", "with 32"], "allow_config_change"),
+        ({"global_batch_size": 4}, ["--global-batch-size is 4", "with 8"], "allow_config_change"),
+        ({"memory_topk": 3}, ["--memory-topk is 3", "with 4"], "allow_config_change"),
+        ({"rotary_base": 500}, ["--rotary-base is 500", "with 10000"], "allow_config_change"),
+        ({"train_iters": 3}, ["over 2 iterations", "say 3"], "override_opt_param_scheduler"),
+        ({"lr": 5e-4}, ["--lr is 0.0005", "with 0.001"], "override_opt_param_scheduler"),
+    ],
+)
+def test_resume_of_another_run(changes, told, override, saved, tmp_path):
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file() and path.name != ".lock"}
+    argv = {"train_iters": 2, "save": saved, **changes}
+    text = refusal(tiny_run(**argv), tmp_path / "o")
+    for part in (*told, "--" + override.replace("_", "-")):
+        assert part in text, text
+    assert {path: path.read_bytes() for path in before} == before
+    settings = {**argv, "save": None, "load": saved, override: True}
+    assert "loaded checkpoint of iteration 2" in train(1, tiny_run(**settings), tmp_path / "o").text
+
+
+def test_two_jobs_in_one_directory(tmp_path):
+    job = Job(1, tiny_run(train_iters=10000, save=tmp_path / "run"), tmp_path / "first")
+    try:
+        job.wait_for(r"iteration +1/")
+        text = refusal(tiny_run(train_iters=2, save=tmp_path / "run"), tmp_path / "second", code=1)
+        assert f"--save {tmp_path}/run is in use by process {job.pids[0]}" in text
+        job.send(signal.SIGTERM)
+        assert job.wait().codes == [0]
+    finally:
+        job.kill()
+
+
+def poison(iterations: tuple[int, ...]) -> None:
+    """Make a row of the first table's gradient NaN in the given optimizer steps, counted from 1."""
+    from umv2_megatron.training import step
+
+    original, count = step.guarded_step, [0]
+
+    def guarded(optimizer, loss_is_finite):
+        count[0] += 1
+        if count[0] in iterations:
+            table = next(p for group in optimizer.param_groups if "value_lr_mult" in group for p in group["params"])
+            table.main_grad[3] = float("nan")
+        return original(optimizer, loss_is_finite)
+
+    step.guarded_step = guarded
+
+
+def test_nan_stops_before_the_update(tmp_path):
+    argv = tiny_run(train_iters=6, save=tmp_path / "run", save_interval=1)
+    ended = train(2, argv, tmp_path / "o", poison, ((4,),), codes=1)
+    assert "iteration 4: loss" in ended.text and "gradient of decoder.layers.0.mlp.memory.table" in ended.text
+    assert "Traceback" not in ended.text
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert not (tmp_path / "run" / "iter_0000004").exists()
+    # without the fault the same command goes on as if it had not been there
+    finished = train(2, argv, tmp_path / "o")
+    assert finished.weights == train(2, tiny_run(train_iters=6), tmp_path / "whole").weights
+
+
+def test_nan_is_skipped(tmp_path):
+    argv = tiny_run(train_iters=5, save=tmp_path / "run", nan_policy="skip")
+    ended = train(1, argv, tmp_path / "o", poison, ((2, 3),))
+    assert "number of skipped iterations:   2 | number of nan iterations:   2 |" in ended.text
+    lines = read_metrics(tmp_path / "run")
+    assert [line["iteration"] for line in lines if "lm loss" in line] == [1, 4, 5]
+    assert lines[1]["grad-norm"] is None
+
+
+def test_too_many_skipped(tmp_path):
+    argv = tiny_run(train_iters=9, nan_policy="skip", max_skipped_iterations=2)
+    assert "--max-skipped-iterations 2" in refusal_of_run(argv, tmp_path)
+
+
+def refusal_of_run(argv: list[str], folder: Path) -> str:
+    return train(1, argv, folder / "o", poison, (tuple(range(2, 9)),), codes=1).text
