@@ -15,7 +15,7 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()  # before megatron.core is imported; does nothing where there is a CUDA device
 
-from umv2_megatron.config.run_config import resolve  # noqa: E402
+from umv2_megatron.config.resolve import resolve  # noqa: E402
 from umv2_megatron.parallel.launch import discover  # noqa: E402
 from umv2_megatron.training.pretrain import check_data, pretrain  # noqa: E402
 from umv2_megatron.training.program import run_program  # noqa: E402

@@ -9,7 +9,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from umv2_megatron.config.flags import option_table
-from umv2_megatron.config.run_config import RunConfig, from_layers
+from umv2_megatron.config.resolve import from_layers
+from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training import checkpointing

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from umv2_megatron.config.flags import UsageError
-from umv2_megatron.config.run_config import RunConfig, model_values
+from umv2_megatron.config.resolve import model_values
+from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.training import checkpointing
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 

@@ -15,7 +15,7 @@ import yaml
 from umv2_megatron.config import run_config
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.presets import PRESETS
-from umv2_megatron.config.run_config import resolve
+from umv2_megatron.config.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ["--model-preset", "umv2-tiny", "--train-iters", "10", "--mock-data", "--tokenizer-type", "NullTokenizer"]

@@ -21,7 +21,8 @@ cpu_platform.install()
 
 from umv2_megatron.config.flags import read_mapping  # noqa: E402
 from umv2_megatron.config.presets import PRESETS  # noqa: E402
-from umv2_megatron.config.run_config import RunConfig, from_layers  # noqa: E402
+from umv2_megatron.config.resolve import from_layers  # noqa: E402
+from umv2_megatron.config.run_config import RunConfig  # noqa: E402
 from umv2_megatron.model.builder import build_model  # noqa: E402
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, SharedTables, memory_layers  # noqa: E402
 from umv2_megatron.model.layer_specs import umv2_layer_spec  # noqa: E402

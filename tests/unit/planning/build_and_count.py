@@ -13,7 +13,7 @@ import torch
 
 from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.presets import PRESETS
-from umv2_megatron.config.run_config import from_layers
+from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning import count_parameters
 

@@ -1,0 +1,197 @@
+"""What a configuration must satisfy, each refusal one sentence that names the flag, its value and what was expected."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.run_config import RunConfig
+
+
+def check(run: RunConfig, *, for_training: bool = True) -> None:
+    """Raise ``UsageError`` naming the flag when the settings cannot work together on ``run.world_size`` ranks."""
+    for key in ("num_layers", "hidden_size", "num_attention_heads"):
+        if not run.values[key]:
+            raise UsageError(f"--{key.replace('_', '-')} is missing; give it or choose a --model-preset")
+    _check_shapes(run)
+    _check_layout(run)
+    if run.has_memory:
+        try:
+            run.memory.validate(run.hidden_size, run.num_layers)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        _check_memory_layout(run)
+    if for_training:
+        _check_schedule(run)
+    run.transformer_config()
+    run.optimizer_config()
+
+
+def _refuse(flag: str, value: Any, expected: str) -> None:
+    raise UsageError(f"--{flag} is {value}; expected {expected}")
+
+
+def _check_shapes(run: RunConfig) -> None:
+    for key in (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "kv_channels",
+        "ffn_hidden_size",
+        "seq_length",
+        "micro_batch_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "log_interval",
+        "make_vocab_size_divisible_by",
+        "global_batch_size",
+        "num_layers_per_virtual_pipeline_stage",
+    ):
+        if run.values[key] is not None and run.values[key] < 1:
+            _refuse(key.replace("_", "-"), run.values[key], "an integer of at least 1")
+    if run.kv_channels is None and run.hidden_size % run.num_attention_heads:
+        _refuse("hidden-size", run.hidden_size, f"a multiple of --num-attention-heads ({run.num_attention_heads})")
+    if run.model.group_query_attention:
+        groups = run.num_query_groups
+        if not groups or groups < 1 or run.num_attention_heads % groups:
+            _refuse(
+                "num-query-groups",
+                groups,
+                f"a divisor of --num-attention-heads ({run.num_attention_heads}) with --group-query-attention",
+            )
+    if run.model.seq_length > run.max_position_embeddings:
+        _refuse(
+            "seq-length", run.model.seq_length, f"at most --max-position-embeddings ({run.max_position_embeddings})"
+        )
+    if run.num_moe_experts:
+        _refuse("num-experts", run.num_moe_experts, "no value; blocks of experts are not built by this program yet")
+
+
+def _check_layout(run: RunConfig) -> None:
+    tp, pp, cp = run.tensor_model_parallel_size, run.pipeline_model_parallel_size, run.context_parallel_size
+    if run.world_size % (tp * pp * cp):
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp} x --pipeline-model-parallel-size {pp} x --context-parallel-size {cp} = "
+            f"{tp * pp * cp} does not divide the {run.world_size} ranks; start a multiple of {tp * pp * cp} ranks"
+        )
+    if run.num_layers % pp and not (run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage):
+        _refuse("pipeline-model-parallel-size", pp, f"a divisor of --num-layers ({run.num_layers})")
+    per_stage = run.model.num_layers_per_virtual_pipeline_stage
+    if per_stage and (pp == 1 or run.num_layers // pp % per_stage):
+        _refuse(
+            "num-layers-per-virtual-pipeline-stage",
+            per_stage,
+            f"a divisor of the {run.num_layers // pp} layers of a pipeline stage, with at least 2 stages",
+        )
+    if run.sequence_parallel and tp == 1:
+        run._replace(sequence_parallel=False)  # nothing to split over one rank
+    if run.sequence_parallel and run.model.seq_length % tp:
+        _refuse("seq-length", run.model.seq_length, f"a multiple of --tensor-model-parallel-size ({tp})")
+    if run.ffn_hidden_size and run.ffn_hidden_size % tp:
+        _refuse("ffn-hidden-size", run.ffn_hidden_size, f"a multiple of --tensor-model-parallel-size ({tp})")
+    if run.expert_model_parallel_size != 1:
+        _refuse("expert-model-parallel-size", run.expert_model_parallel_size, "1; no blocks of experts are built yet")
+    if run.transformer_impl == "local" and cp > 1:
+        _refuse(
+            "context-parallel-size", cp, "1 with --transformer-impl local; Transformer Engine's attention splits it"
+        )
+    if run.fp8 and run.transformer_impl != "transformer_engine":
+        _refuse(
+            "fp8-format", run.fp8, "no value without Transformer Engine; install requirements-gpu.txt on a GPU machine"
+        )
+    if run.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        _refuse(
+            "transformer-impl",
+            "transformer_engine",
+            "local, or a machine with Transformer Engine (requirements-gpu.txt)",
+        )
+    if run.overlap_param_gather and not (run.use_distributed_optimizer and run.overlap_grad_reduce):
+        raise UsageError(
+            "--overlap-param-gather is on; expected --use-distributed-optimizer and --overlap-grad-reduce too"
+        )
+
+
+def _check_memory_layout(run: RunConfig) -> None:
+    memory, tp, pp = run.memory, run.tensor_model_parallel_size, run.pipeline_model_parallel_size
+    if memory.parallel_size != 1:
+        _refuse("memory-parallel-size", memory.parallel_size, "1; sharded value tables are not built yet")
+    if tp > 1 and not run.sequence_parallel:
+        _refuse(
+            "tensor-model-parallel-size",
+            tp,
+            "1, or --sequence-parallel too, so that tensor-parallel ranks hold distinct tokens for the memory layers",
+        )
+    if memory.sharing in ("ring", "noring") and pp > 1:
+        _refuse("memory-sharing", memory.sharing, "none or block with --pipeline-model-parallel-size above 1")
+    if memory.sharing == "block" and pp > 1:
+        stages = pp * (run.virtual_pipeline_size or 1)
+        per_stage = run.num_layers // stages
+        owners = memory.memory_layers(run.num_layers)
+        for stage in range(stages):
+            seen = sum(owners[: (stage + 1) * per_stage])
+            if seen % memory.sharing_size:
+                _refuse(
+                    "memory-sharing-size",
+                    memory.sharing_size,
+                    f"a size whose blocks do not straddle the {stages} pipeline stages of {per_stage} layers",
+                )
+
+
+def _check_schedule(run: RunConfig) -> None:
+    training = run.training
+    _check_counts(run)
+    if not training.skip_train and bool(training.train_iters) == bool(training.train_samples):
+        raise UsageError("--train-iters or --train-samples is needed, and only one of them")
+    unit = training.micro_batch_size * run.data_parallel_size
+    if run.global_batch_size < unit or run.global_batch_size % unit:
+        _refuse(
+            "global-batch-size",
+            run.global_batch_size,
+            f"a multiple of --micro-batch-size x data-parallel size = {training.micro_batch_size} x "
+            f"{run.data_parallel_size} = {unit}",
+        )
+    if run.lr is None or run.lr <= 0 or run.min_lr > run.lr or run.min_lr < 0:
+        _refuse("lr", run.lr, f"a number above 0 and at least --min-lr ({run.min_lr})")
+    horizon = training.lr_decay_iters or run.train_iters
+    if not training.skip_train and training.lr_warmup_iters >= max(horizon, 1):
+        _refuse("lr-warmup-iters", training.lr_warmup_iters, f"fewer than the {horizon} iterations of the decay")
+    if training.lr_decay_style == "WSD" and not training.lr_wsd_decay_iters:
+        _refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, "a number of iterations with --lr-decay-style WSD")
+    if training.save_interval and not training.save:
+        _refuse("save-interval", training.save_interval, "--save with a directory too")
+    if training.async_save:
+        raise UsageError("--async-save is not supported; leave it out: checkpoints are written between two steps")
+    if not all(rank.strip().isdigit() for rank in training.profile_ranks.split(",")):
+        _refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
+
+
+def _check_counts(run: RunConfig) -> None:
+    """Ranges of the single settings of the schedule, the intervals and the counts."""
+    at_least = {
+        0: ("eval_iters", "lr_warmup_iters", "max_skipped_iterations", "memory_value_lr_decay_iters", "ckpt_step"),
+        1: (
+            "train_iters",
+            "train_samples",
+            "lr_decay_iters",
+            "lr_wsd_decay_iters",
+            "save_interval",
+            "eval_interval",
+            "exit_interval",
+            "exit_duration_in_mins",
+            "memory_log_interval",
+            "save_retain_interval",
+            "distributed_timeout_minutes",
+        ),
+    }
+    for least, keys in at_least.items():
+        for key in keys:
+            value = run.values[key]
+            if value is not None and value < least:
+                _refuse(key.replace("_", "-"), value, f"an integer of at least {least}")
+    fraction = run.training.lr_warmup_fraction
+    if fraction is not None and not 0 <= fraction < 1:
+        _refuse("lr-warmup-fraction", fraction, "a number from 0 up to, but not, 1")
+    if run.training.train_samples and run.training.train_samples < run.global_batch_size:
+        _refuse("train-samples", run.training.train_samples, f"at least --global-batch-size ({run.global_batch_size})")

@@ -1,0 +1,133 @@
+"""From a command line to a checked ``RunConfig``: flags over file over preset over checkpoint over defaults.
+
+``resolve`` is the only door: it returns a ``RunConfig`` or raises ``UsageError`` with one sentence, and starts nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from umv2_megatron.config.checks import check
+from umv2_megatron.config.flags import SECTIONS, UsageError, option_table, parse_flags, read_mapping
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.presets import PRESETS
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.training_config import ModelConfig
+
+
+def resolve(
+    argv: list[str],
+    world_size: int = 1,
+    *,
+    program: str = "pretrain_umv2.py",
+    description: str = "",
+    for_training: bool = True,
+    checkpoint_values: Callable[[str, int | None], dict[str, Any]] | None = None,
+) -> RunConfig:
+    """Read a command line and check it. Raises ``UsageError``; starts nothing and writes nothing.
+
+    ``checkpoint_values(directory, step)`` gives the settings of a checkpoint; with --use-checkpoint-args its model and
+    memory sizes take the place of a preset.
+    """
+    flags, preset, config_file = parse_flags(argv, program, description)
+    layers: list[tuple[str, dict[str, Any]]] = []
+    file = {} if config_file is None else read_mapping(_read_yaml(config_file), config_file)
+    given = {**file, **flags}
+    directory = given.get("load") or given.get("save")
+    if given.get("use_checkpoint_args") and directory and checkpoint_values is not None:
+        try:
+            saved = checkpoint_values(directory, given.get("ckpt_step"))
+        except ValueError as error:
+            raise UsageError(f"--use-checkpoint-args: {error}") from error
+        layers.append((f"checkpoint in {directory}", model_values(saved)))
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError(f"--model-preset is {preset!r}; expected one of {', '.join(PRESETS)}")
+        layers.append((f"preset {preset}", read_mapping(PRESETS[preset].flags(), f"preset {preset}")))
+    if config_file is not None:
+        layers.append((config_file, file))
+    layers.append(("flag", flags))
+    return from_layers(layers, world_size, for_training=for_training)
+
+
+def model_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Of settings by key, those that say what the model is (not how it is split, trained or logged)."""
+    sections = {SECTIONS[ModelConfig], SECTIONS[MemoryConfig], SECTIONS[TransformerConfig]}
+    own = {key for key, made in option_table().items() if made.section in sections}
+    return {key: value for key, value in values.items() if key in own and not _is_layout(key)}
+
+
+def _is_layout(key: str) -> bool:
+    """Whether a setting belongs to one run's machines or precision rather than to the model."""
+    parts = (
+        "parallel",
+        "pipeline",
+        "recompute",
+        "fusion",
+        "overlap",
+        "comm",
+        "fp8",
+        "bf16",
+        "backend",
+        "impl",
+        "initialization",
+        "deterministic",
+        "virtual",
+    )
+    return any(part in key for part in parts)
+
+
+def from_layers(layers: list[tuple[str, dict[str, Any]]], world_size: int, *, for_training: bool = True) -> RunConfig:
+    """A checked ``RunConfig`` from defaults and layers ``(source, values by key)``; later layers win."""
+    values = {key: made.default for key, made in option_table().items()}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+    run = RunConfig(values, sources, world_size)
+    _fill_derived_defaults(run)
+    check(run, for_training=for_training)
+    return run
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config is {path!r}; expected a readable YAML file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config is {path!r}; not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"--config is {path!r}; expected a mapping of flag names to values")
+    return content
+
+
+def _fill_derived_defaults(run: RunConfig) -> None:
+    """Defaults that follow from other settings."""
+    changes: dict[str, Any] = {}
+    if run.transformer_impl == "auto":
+        has_engine = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+        changes["transformer_impl"] = "transformer_engine" if has_engine else "local"
+    if run.init_method_std is None and run.hidden_size:
+        # ultramemv2 "paper" initialisation: every linear layer sqrt(2/(5H)); the released code uses 0.02
+        changes["init_method_std"] = math.sqrt(2 / (5 * run.hidden_size)) if run.memory.init == "paper" else 0.02
+    if run.min_lr is None:
+        changes["min_lr"] = run.lr / 10 if run.lr is not None else None
+    if run.model.max_position_embeddings is None:
+        changes["max_position_embeddings"] = run.model.seq_length
+    split = run.tensor_model_parallel_size * run.pipeline_model_parallel_size * run.context_parallel_size
+    if run.training.global_batch_size is None and split > 0 and run.world_size % split == 0:
+        # as a value, so that a resume on another number of ranks notices that its batch would be another one
+        changes["global_batch_size"] = run.global_batch_size
+    run._replace(**changes)
+    if run.training.lr_warmup_fraction is not None and run.training.global_batch_size:
+        horizon = run.training.lr_decay_iters or run.train_iters
+        run._replace(lr_warmup_iters=int(run.training.lr_warmup_fraction * horizon))
