@@ -1,0 +1,67 @@
+"""The schedule against the released code's numbers, the parameter groups, and the step that looks before it leaps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from umv2_megatron.training.optimizer import VALUE_GROUP, ParamScheduler, ValueFactor
+
+ROWS = json.loads((Path(__file__).parents[2] / "golden" / "value_lr.json").read_text())["rows"]
+
+
+def scheduler(row: dict, **changes) -> ParamScheduler:
+    """The schedule of a golden row over one dense group and one group of tables."""
+    groups = [
+        {"params": [], "lr": 0.0, "weight_decay": 0.1},
+        {"params": [], "lr": 0.0, "weight_decay": 0.1, VALUE_GROUP: row["times"]},
+    ]
+    settings = {
+        "init_lr": row["warmup_min_lr"] or 0.0,
+        "max_lr": row["peak_lr"],
+        "min_lr": row["peak_lr"] * row["alpha_f"],
+        "lr_warmup_steps": row["warmup"],
+        "lr_decay_steps": row["t_max"] or row["max_steps"],
+        "lr_decay_style": "cosine",
+        "start_wd": 0.1,
+        "end_wd": 0.1,
+        "wd_incr_steps": 1,
+        "wd_incr_style": "constant",
+        "value_factor": ValueFactor(row["times"], int(row["rate"] * (row["t_max"] or row["max_steps"]))),
+        "warmup_init_fraction": 0.1 if row["warmup_min_lr"] is None else None,
+    }
+    return ParamScheduler(SimpleNamespace(param_groups=groups), **{**settings, **changes})
+
+
+@pytest.mark.parametrize("index", range(len(ROWS)))
+def test_rates_of_the_released_code(index):
+    row = ROWS[index]
+    made = scheduler(row)
+    made.step(row["step"])
+    assert made.dense_lr == pytest.approx(row["lr"], rel=1e-12, abs=0)
+    assert made.value_lr == pytest.approx(row["value_lr"], rel=1e-12, abs=0)
+
+
+def test_the_horizon_is_part_of_the_state():
+    first = scheduler(ROWS[0])
+    first.step(300)
+    second = scheduler(ROWS[0], value_factor=ValueFactor(9.0, 77), use_checkpoint_opt_param_scheduler=True)
+    second.load_state_dict(first.state_dict())
+    assert (second.value_factor, second.num_steps) == (first.value_factor, 300)
+    assert (second.dense_lr, second.value_lr) == (first.dense_lr, first.value_lr)
+    other = scheduler(
+        ROWS[0],
+        value_factor=ValueFactor(9.0, 77),
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
+    )
+    other.load_state_dict(first.state_dict())
+    assert other.value_factor == ValueFactor(9.0, 77) and other.num_steps == 300
+
+
+def test_a_factor_without_decay_stays():
+    assert ValueFactor(4.0, 0)(10**9) == 4.0
+    assert [ValueFactor(4.0, 100)(step) for step in (0, 50, 100, 200)] == [4.0, 2.5, 1.0, 1.0]
