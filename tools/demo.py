@@ -63,6 +63,7 @@ def training_command(directory: Path, iterations: int) -> list[str]:
         "train-iters": str(iterations),
         "lr": "2e-3",
         "lr-warmup-iters": str(max(1, iterations // 20)),
+        "memory-value-lr-mult": "16",  # short runs need it: docs/memory-on-off.md
         "save": f"{directory}/checkpoints",
         "save-interval": str(max(1, iterations // 4)),
         "eval-interval": str(max(1, iterations // 5)),
