@@ -88,14 +88,14 @@ class TrainingConfig:
     allow_fresh: bool = option(False, "start from scratch when --load holds no checkpoint")
     allow_config_change: bool = option(False, "resume although data, seed, batch or sizes differ from the checkpoint's")
 
-    eval_interval: Optional[int] = option(1000, "iterations between evaluations")
-    eval_iters: int = option(100, "batches per evaluation")
+    eval_interval: Optional[int] = option(1000, "iterations between evaluations (always one at the end)")
+    eval_iters: int = option(100, "global batches per evaluation, always the first ones")
     skip_train: bool = option(False, "only evaluate")
 
     log_interval: int = option(100, "iterations between log lines")
     log_throughput: bool = option(True, "put TFLOP/s per GPU into the log line")
     log_params_norm: bool = option(False, "put the norm of the parameters into the log line")
-    log_memory_to_tensorboard: bool = option(False, "write device memory in use to TensorBoard")
+    log_memory_to_tensorboard: bool = option(False, "record the largest device memory used so far")
     tensorboard_dir: Optional[str] = option(None, "directory of TensorBoard files")
     wandb_project: Optional[str] = option(None, "Weights & Biases project; turns W&B logging on")
     wandb_exp_name: Optional[str] = option(None, "Weights & Biases run name")
