@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
             ids,
             arguments.max_new_tokens,
             trained.run.model.seq_length,
-            tokenizer.vocab_size,
+            tokenizer.num_tokens,
             tokenizer.eod,
             sampling,
             arguments.seed + number,

@@ -80,6 +80,11 @@ class TrainingConfig:
     save_retain_interval: Optional[int] = option(None, "keep for good the checkpoints of multiples of this")
     ckpt_format: str = option("torch_dist", "checkpoint format", choices=("torch_dist",))
     async_save: bool = option(False, "not supported: a step begins when the checkpoint of the last one is safe")
+    dist_ckpt_optim_fully_reshardable: bool = option(
+        False,
+        "save the distributed optimizer's state under the parameters' names and shapes, so that any layout can load it; "
+        "gathers every gradient buffer's state on every data-parallel rank",
+    )
     ckpt_step: Optional[int] = option(None, "load this iteration instead of the newest")
     finetune: bool = option(False, "load weights only and start at iteration 0")
     no_load_optim: bool = option(False, "do not load the optimizer's state")

@@ -137,7 +137,14 @@ def _saver(
     def save() -> None:
         iteration = state.progress.iteration
         checkpointing.save_checkpoint(
-            store, iteration, state.chunks, state.optimizer, state.scheduler, dataclasses.asdict(state.progress), config
+            store,
+            iteration,
+            state.chunks,
+            state.optimizer,
+            state.scheduler,
+            dataclasses.asdict(state.progress),
+            config,
+            optim_sharding="fully_reshardable" if run.training.dist_ckpt_optim_fully_reshardable else "dp_reshardable",
         )
         print_rank_0(f" saved checkpoint of iteration {iteration} to {store.path(iteration)}")
 

@@ -29,12 +29,14 @@ _EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<eod>", "<EO
 class Tokenizer:
     """What the rest of the package needs from a tokenizer.
 
-    Attributes: ``vocab_size`` (ids lie below it), ``eod`` (id of the end-of-document token), ``sha256`` (of the
-    definition, so that two tokenizers with the same hash give the same ids).
+    Attributes: ``vocab_size`` (ids lie below it; --vocab-size may make it larger than needed), ``num_tokens`` (ids that
+    the tokenizer itself has), ``eod`` (id of the end-of-document token), ``sha256`` (of the definition, so that two
+    tokenizers with the same hash give the same ids).
     """
 
     def __init__(self, vocab_size: int, eod: int, sha256: str) -> None:
         self.vocab_size = vocab_size
+        self.num_tokens = vocab_size
         self.eod = eod
         self.sha256 = sha256
 
