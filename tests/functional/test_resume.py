@@ -79,10 +79,12 @@ def killed_run(world_size: int, argv: list[str], folder: Path, kills: int, numbe
     return train(world_size, argv, folder), told
 
 
-def check_killed_runs(world_size, corpus, tmp_path, iterations, kills, longest, **changes) -> None:
+def check_killed_runs(world_size, corpus, tmp_path, iterations, kills, **changes) -> None:
     seed = int(os.environ.get("UMV2_TEST_SEED", time.time_ns() % 10**6))
     print(f"UMV2_TEST_SEED={seed}")  # pytest shows it with a failure
+    started = time.monotonic()
     whole = train(world_size, run_on(corpus, tmp_path / "whole", iterations, **changes), tmp_path / "o1", timeout=200)
+    longest = (time.monotonic() - started) / kills  # so that the kills spread over the run
     argv = run_on(corpus, tmp_path / "killed", iterations, **changes)
     finished, told = killed_run(world_size, argv, tmp_path / "o2", kills, random.Random(seed), longest)
     print("killed after:", *told, sep="\n  ")
@@ -93,13 +95,13 @@ def check_killed_runs(world_size, corpus, tmp_path, iterations, kills, longest, 
 
 def test_killed_twice_at_random_on_two_ranks(corpus, tmp_path):
     changes = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
-    check_killed_runs(2, corpus, tmp_path, iterations=24, kills=2, longest=1.0, save_interval=4, **changes)
+    check_killed_runs(2, corpus, tmp_path, iterations=24, kills=2, save_interval=4, **changes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_200_steps_killed_three_times_at_random(world_size, corpus, tmp_path):
-    check_killed_runs(world_size, corpus, tmp_path, iterations=200, kills=3, longest=3.0, save_interval=10)
+    check_killed_runs(world_size, corpus, tmp_path, iterations=200, kills=3, save_interval=10)
 
 
 def test_killed_while_saving(corpus, tmp_path):
