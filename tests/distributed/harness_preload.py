@@ -4,11 +4,6 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()
 
-import megatron.core.distributed  # noqa: E402
-import megatron.core.models.gpt.gpt_layer_specs  # noqa: E402
-import megatron.core.models.gpt.gpt_model  # noqa: E402
-import megatron.core.optimizer  # noqa: E402
-import megatron.core.pipeline_parallel  # noqa: E402
 import torch._dynamo  # noqa: E402, F401 (torch's optimizers import it when the first one is made)
 
 import pretrain_umv2  # noqa: E402, F401

@@ -41,7 +41,8 @@ def test_load_without_a_checkpoint(tmp_path):
         ({"global_batch_size": 4}, ["--global-batch-size is 4", "with 8"], "allow_config_change"),
         ({"memory_topk": 3}, ["--memory-topk is 3", "with 4"], "allow_config_change"),
         ({"rotary_base": 500}, ["--rotary-base is 500", "with 10000"], "allow_config_change"),
-        ({"train_iters": 3}, ["over 2 iterations", "say 3"], "override_opt_param_scheduler"),
+        ({"lr_decay_iters": 3}, ["over 2 iterations", "say 3"], "override_opt_param_scheduler"),
+        ({"train_iters": 3, "lr_decay_iters": 2}, ["training_samples is 24", "with 16"], "allow_config_change"),
         ({"lr": 5e-4}, ["--lr is 0.0005", "with 0.001"], "override_opt_param_scheduler"),
     ],
 )

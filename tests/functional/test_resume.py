@@ -166,3 +166,15 @@ def test_evaluation_alone_leaves_the_run_as_it_is(corpus, tmp_path):
     assert {path: path.read_bytes() for path in files} == files
     expected = [line["lm loss validation"] for line in read_metrics(save) if "lm loss validation" in line][-1]
     assert f"lm loss value: {expected:.6E}" in done.text
+
+
+def test_killed_after_starting_from_another_run(corpus, tmp_path):
+    """--load A --finetune --save B: the second time the command goes on in B, with B's optimizer and counters."""
+    train(1, run_on(corpus, tmp_path / "a", 2), tmp_path / "o")
+    command = run_on(corpus, tmp_path / "b", 6, load=tmp_path / "a", finetune=True, save_interval=3, lr_decay_iters=6)
+    through = train(1, command, tmp_path / "o")
+    stopped = run_on(corpus, tmp_path / "c", 6, load=tmp_path / "a", finetune=True, exit_interval=3, lr_decay_iters=6)
+    train(1, stopped, tmp_path / "o")
+    resumed = train(1, stopped, tmp_path / "o")
+    assert "continuing at iteration 3" in resumed.text
+    assert_same_run(resumed, tmp_path / "c", through, tmp_path / "b")

@@ -82,8 +82,8 @@ class TrainingConfig:
     async_save: bool = option(False, "not supported: a step begins when the checkpoint of the last one is safe")
     dist_ckpt_optim_fully_reshardable: bool = option(
         False,
-        "save the distributed optimizer's state under the parameters' names and shapes, so that any layout can load it; "
-        "gathers every gradient buffer's state on every data-parallel rank",
+        "save the distributed optimizer's state under the parameters' names and shapes, so that any layout can load "
+        "it; gathers every gradient buffer's state on every data-parallel rank",
     )
     ckpt_step: Optional[int] = option(None, "load this iteration instead of the newest")
     finetune: bool = option(False, "load weights only and start at iteration 0")

@@ -133,7 +133,10 @@ class Trainer:
         progress.interval_loss_sum, progress.interval_steps = 0.0, 0
         tokens_per_second = run.global_batch_size * run.model.seq_length / seconds / run.world_size
         tflops = tokens_per_second * self.flops_per_token / 1e12
-        norm = memory_health.params_norm(self.state.chunks) if run.training.log_params_norm else None
+        norm = None
+        if run.training.log_params_norm:
+            with self._gathered_parameters():
+                norm = memory_health.params_norm(self.state.chunks)
         loss_scale = float(self.state.optimizer.get_loss_scale().item())
         self.reporter.line(
             iteration_line(
@@ -178,7 +181,9 @@ class Trainer:
     def _report_memory_health(self) -> None:
         run, iteration = self.run, self.state.progress.iteration
         if run.has_memory and run.training.memory_log_interval and iteration % run.training.memory_log_interval == 0:
-            self.reporter.numbers(iteration, {**memory_health.summarize(self.state.chunks)})
+            with self._gathered_parameters():
+                numbers = memory_health.summarize(self.state.chunks)
+            self.reporter.numbers(iteration, {**numbers})
             memory_health.start_counting(self.state.chunks)
 
     # -- between steps ---------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamSchedu
     training, batch = run.training, run.global_batch_size
     horizon = (training.lr_decay_iters or max(run.train_iters, 1)) * batch
     value_iters = run.memory.value_lr_decay_iters
-    value_steps = max(run.train_iters, 1) * batch if value_iters is None else value_iters * batch
+    value_steps = horizon if value_iters is None else value_iters * batch
     return ParamScheduler(
         optimizer,
         init_lr=training.lr_warmup_init,

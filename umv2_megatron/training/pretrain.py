@@ -36,7 +36,7 @@ from umv2_megatron.training.initialize import (
 )
 from umv2_megatron.training.loop import Trainer
 from umv2_megatron.training.reporting import Reporter
-from umv2_megatron.training.resume import check_same_run, find_checkpoint_directory
+from umv2_megatron.training.resume import Source, check_same_run, find_source
 from umv2_megatron.training.step import connect, refresh_singular_vectors
 from umv2_megatron.training.tokenizers import build_tokenizer
 
@@ -53,6 +53,9 @@ def pretrain(run: RunConfig) -> int:
         connect(run, state.chunks, state.optimizer)
         _describe_model(run, tokenizer.vocab_size, state)
         identity = data_identity(run.data, tokenizer, run.model.seq_length, run.training.seed)
+        if not run.training.skip_train:
+            # mcore shuffles as many epochs as it needs, so another number of samples is another order
+            identity["training_samples"] = run.train_iters * run.global_batch_size
         _resume(run, state, identity)
         if store is not None and torch.distributed.get_rank() == 0 and not run.training.skip_train:
             write_synced(store.root / ".config.yaml.tmp", run.to_yaml().encode())
@@ -152,46 +155,48 @@ def _saver(
 
 
 def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> None:
-    """Load the checkpoint that --load (or --save) names, if any, into ``state``."""
-    directory = find_checkpoint_directory(run)
-    if directory is None:
+    """Load the checkpoint that --save or --load names, if any, into ``state``."""
+    source = find_source(run)
+    if source is None:
         return
     training = run.training
-    store = CheckpointStore(directory)
-    if not training.finetune:
-        _refuse_another_run(run, store, identity)
-    load_optim = not (training.no_load_optim or training.finetune or training.skip_train)
+    finetune = training.finetune and not source.continues
+    if not finetune:
+        _refuse_another_run(run, source, identity)
+    load_optim = source.continues or not (training.no_load_optim or finetune or training.skip_train)
     loaded = checkpointing.load_checkpoint(
-        store,
+        CheckpointStore(source.directory),
         state.chunks,
         state.optimizer,
         state.scheduler,
-        ckpt_step=training.ckpt_step,
+        ckpt_step=source.ckpt_step,
         load_optim=load_optim,
-        load_rng=not (training.no_load_rng or training.finetune),
+        load_rng=source.continues or not (training.no_load_rng or finetune),
     )
     refresh_singular_vectors(state.chunks)
     if training.override_opt_param_scheduler:
         for group in state.optimizer.param_groups:
             group["max_lr"], group["min_lr"] = run.lr, run.min_lr
         state.scheduler.step(0)
-    if not training.finetune:
+    if not finetune:
         known = {field.name for field in dataclasses.fields(Progress)}
         state.progress = Progress(**{key: value for key, value in loaded.extra_state.items() if key in known})
+        if not load_optim:
+            state.scheduler.step(state.progress.consumed_samples)  # a fresh optimizer, but the run's own schedule
     print_rank_0(
         f" loaded checkpoint of iteration {loaded.iteration} from {loaded.path}; "
         f"continuing at iteration {state.progress.iteration}"
     )
 
 
-def _refuse_another_run(run: RunConfig, store: CheckpointStore, identity: dict[str, Any]) -> None:
+def _refuse_another_run(run: RunConfig, source: Source, identity: dict[str, Any]) -> None:
     """``check_same_run`` on the first rank, which verifies the files; every rank raises its ``UsageError``."""
     refusal: list[str | None] = [None]
 
     def compare() -> None:
         if torch.distributed.get_rank() == 0:
             try:
-                check_same_run(run, store, identity)
+                check_same_run(run, source, identity)
             except UsageError as error:
                 refusal[0] = str(error)
 

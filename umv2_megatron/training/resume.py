@@ -6,6 +6,8 @@ decides a run's numbers is compared with the checkpoint's own configuration, and
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from typing import Any
 
 from umv2_megatron.config.flags import UsageError
@@ -32,18 +34,32 @@ SAME_SCHEDULE = (
 )
 
 
-def find_checkpoint_directory(run: RunConfig) -> str | None:
-    """The directory to load from: --load, or --save when it already holds a checkpoint; None for a fresh start.
+@dataclass(frozen=True)
+class Source:
+    """Where a run starts from: a checkpoint directory, the step asked for (None: the newest), and whether the run goes
+    on from its own --save, so that --finetune and its like have had their effect already."""
+
+    directory: str
+    ckpt_step: int | None
+    continues: bool
+
+
+def find_source(run: RunConfig) -> Source | None:
+    """What to load: --save once it holds a checkpoint, so that the same command always continues; else --load; None for
+    a fresh start. An evaluation (--skip-train) takes --load first.
 
     Raises ``UsageError`` when --load holds no checkpoint and --allow-fresh is not given.
     """
     training = run.training
-    directory = training.load or training.save
-    if directory is None:
+    own = training.save if training.save and CheckpointStore(training.save).iterations() else None
+    same = training.load is not None and own is not None and os.path.realpath(training.load) == os.path.realpath(own)
+    if own and not (training.load and (training.skip_train or same)):
+        return Source(own, None if training.load else training.ckpt_step, continues=training.load is not None)
+    if training.load is None:
         return None
-    if CheckpointStore(directory).iterations():
-        return directory
-    if training.load and not training.allow_fresh:
+    if CheckpointStore(training.load).iterations():
+        return Source(training.load, training.ckpt_step, continues=False)
+    if not training.allow_fresh:
         raise UsageError(
             f"--load is {training.load!r}; no checkpoint is there. Correct the path, or give --allow-fresh "
             "to start from scratch"
@@ -57,22 +73,27 @@ def checkpoint_values(directory: str, ckpt_step: int | None = None) -> dict[str,
     return checkpointing.read_config(store, store.resolve(ckpt_step))["values"]
 
 
-def check_same_run(run: RunConfig, store: CheckpointStore, data_identity: dict[str, Any]) -> None:
-    """Raise ``UsageError`` naming what differs, old and new, where ``run`` is not the newest checkpoint's run.
+def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]) -> None:
+    """Raise ``UsageError`` naming what differs, old and new, where ``run`` is not the checkpoint's run.
 
     ``data_identity`` is that of the data that ``run`` would read (``datasets.data_identity``).
     """
-    config = checkpointing.read_config(store, store.resolve(run.training.ckpt_step))
+    store = CheckpointStore(source.directory)
+    config = checkpointing.read_config(store, store.resolve(source.ckpt_step))
     saved = config["values"]
+    _check_schedule(run, saved)
     if not run.training.allow_config_change:
         _compare(run, saved, (*SAME_RUN, *_model_keys(saved)), "--allow-config-change to go on regardless")
         for name, old in config.get("data", {}).items():
             new = data_identity.get(name)
-            if old != new:
+            if name in data_identity and old != new:
                 raise UsageError(
                     f"{name} is {_short(new)}, but the checkpoint was trained with {_short(old)}; give the "
                     "old data, or --allow-config-change to go on regardless"
                 )
+
+
+def _check_schedule(run: RunConfig, saved: dict[str, Any]) -> None:
     training = run.training
     if not (training.override_opt_param_scheduler or training.no_load_optim or training.skip_train):
         _compare(run, saved, SAME_SCHEDULE, "--override-opt-param-scheduler to take the new value")
