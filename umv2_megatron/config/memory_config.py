@@ -66,8 +66,8 @@ class MemoryConfig:
     value_lr_mult: float = option(4.0, "value tables learn at this multiple of the learning rate at step 0")
     value_lr_decay_iters: Optional[int] = option(
         None,
-        "iterations over which the multiple decays linearly to 1 (default: those of the learning rate's decay; 0 keeps it "
-        "constant)",
+        "iterations over which the multiple decays linearly to 1 (default: those of the learning rate's decay; 0 keeps "
+        "it constant)",
     )
     balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
     tucker_penalty_coeff: float = option(0.0, "alpha: weight of the penalty on the cores' later singular values")
