@@ -13,7 +13,6 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from umv2_megatron.evaluation.curves import plot_losses  # noqa: E402
@@ -78,34 +78,38 @@ def training_command(directory: Path, iterations: int) -> list[str]:
     return [*program, "pretrain_umv2.py", *words, *(["--bf16"] if gpus else [])]
 
 
-def train(step: str, command: list[str], kill_after: Path | None = None) -> None:
-    """Run the training command; with ``kill_after``, SIGKILL it soon after that checkpoint has appeared."""
+def train(step: str, command: list[str], kill_after: Path | None = None) -> int | None:
+    """Run the training command and return the iteration it resumed at, if it did.
+
+    With ``kill_after``, every process of the run gets SIGKILL at the first sign of life after that checkpoint has
+    appeared. torchrun gives each rank a session of its own, so they are found as its children.
+    """
     announce(step, command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = None
     assert process.stdout is not None
+    resumed_at = None
     for line in process.stdout:
         if line.startswith(("  ", "W1", "W0")) or "*****" in line or "FutureWarning" in line:
             continue  # the configuration is in checkpoints/config.yaml
         print(line, end="", flush=True)
-        if kill_after is not None and kill_after.exists():
-            deadline = deadline or time.monotonic() + 5
-            if time.monotonic() > deadline:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                print("--- killed (SIGKILL)", flush=True)
-                return
+        if line.startswith(" loaded checkpoint of iteration "):
+            resumed_at = int(line.split()[4])
+        if kill_after is not None and kill_after.exists() and line.startswith(" ["):
+            victims = psutil.Process(process.pid).children(recursive=True)
+            for victim in [*victims, psutil.Process(process.pid)]:
+                victim.kill()
+            psutil.wait_procs(victims, timeout=30)
+            process.wait()
+            print(f"--- killed (SIGKILL): {len(victims)} processes and torchrun", flush=True)
+            return resumed_at
     if process.wait():
         raise ChildProcessError(f"step {step!r} failed; its message is above")
+    if kill_after is not None:
+        raise ChildProcessError(f"step {step!r} ended before it could be killed; give more --iterations")
+    return resumed_at
 
 
 def report(directory: Path, resumed_at: int) -> None:
@@ -180,8 +184,10 @@ def main(arguments: argparse.Namespace) -> None:
     command = training_command(directory, arguments.iterations)
     first_save = max(1, arguments.iterations // 4)
     train("4a. training, to be killed", command, directory / "checkpoints" / f"iter_{2 * first_save:07d}")
-    train("4b. the same command again: resumes", command)
-    report(directory, 2 * first_save)
+    resumed_at = train("4b. the same command again: resumes", command)
+    if resumed_at is None:
+        raise ChildProcessError("the second start did not resume from the first one's checkpoint")
+    report(directory, resumed_at)
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     call(
         "6. the model writes",

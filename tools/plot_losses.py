@@ -22,7 +22,7 @@ def main(arguments: argparse.Namespace) -> None:
         if not separator:
             label, directory = Path(text).name, text
         runs[label] = read_metrics(directory)
-    plot_losses(runs, Path(arguments.output), title=arguments.title)
+    plot_losses(runs, Path(arguments.output), title=arguments.title, baseline=arguments.baseline)
     print(f"wrote {arguments.output}")
 
 
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         "--run", action="append", required=True, metavar="[LABEL=]DIR", help="directory of a run (--save)"
     )
     made.add_argument("--output", required=True, help="PNG to write")
+    made.add_argument("--baseline", metavar="LABEL", help="also draw validation losses minus those of this run")
     made.add_argument("--title", default="loss", help="title of the picture")
     return made
 

@@ -15,6 +15,7 @@ def plot_losses(
     title: str,
     levels: dict[str, float] | None = None,
     marks: list[int] | None = None,
+    baseline: str | None = None,
 ) -> None:
     """Draw training (thin) and validation (dots) loss of each run over iterations.
 
@@ -23,13 +24,22 @@ def plot_losses(
         output: PNG to write.
         levels: label -> loss, drawn as a dashed line (such as the corpus's unigram entropy).
         marks: iterations to mark, such as interruptions.
+        baseline: label of the run that a second panel subtracts from the validation losses of the others.
+
+    Raises ``ValueError`` when ``baseline`` is no label of ``runs``.
     """
+    if baseline is not None and baseline not in runs:
+        raise ValueError(f"--baseline is {baseline!r}; expected one of {', '.join(runs)}")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    columns = 1 if baseline is None else 2
+    figure, panels = pyplot.subplots(
+        1, columns, figsize=(8 + 4 * (columns - 1), 4.5), layout="constrained", squeeze=False
+    )
+    axes = panels[0][0]
     for colour, (label, records) in zip(COLOURS, runs.items()):
         training = [(record["iteration"], record["lm loss"]) for record in records if "lm loss" in record]
         validation = [(r["iteration"], r["lm loss validation"]) for r in records if "lm loss validation" in r]
@@ -44,5 +54,24 @@ def plot_losses(
     axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
+    if baseline is not None:
+        _plot_differences(panels[0][1], runs, baseline)
     figure.savefig(output, dpi=130)
     pyplot.close(figure)
+
+
+def _plot_differences(axes: Any, runs: dict[str, list[dict[str, Any]]], baseline: str) -> None:
+    """Validation loss of each run minus that of ``baseline`` at the same iterations; below zero is better."""
+    validation = {
+        label: {r["iteration"]: r["lm loss validation"] for r in records if "lm loss validation" in r}
+        for label, records in runs.items()
+    }
+    for colour, (label, losses) in zip(COLOURS, validation.items()):
+        shared = sorted(losses.keys() & validation[baseline].keys())
+        if label != baseline and shared:
+            differences = [losses[iteration] - validation[baseline][iteration] for iteration in shared]
+            axes.plot(shared, differences, "o-", color=colour, markersize=4, label=f"{label} minus {baseline}")
+    axes.axhline(0, color="#57606a", linewidth=1)
+    axes.set(xlabel="iteration", ylabel="difference (nats per token)", title="validation loss, difference")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
