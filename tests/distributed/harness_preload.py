@@ -4,6 +4,7 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()
 
+import pytest  # noqa: E402, F401 (every test file imports it)
 import torch._dynamo  # noqa: E402, F401 (torch's optimizers import it when the first one is made)
 
 import pretrain_umv2  # noqa: E402, F401

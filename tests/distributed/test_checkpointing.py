@@ -21,7 +21,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tiny_gpt import Layout
 
-from umv2_megatron.training import checkpoint_store, torch_dist_io
+from umv2_megatron.parallel import groups
+from umv2_megatron.training import checkpoint_store, checkpointing, torch_dist_io
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.checkpointing import load_checkpoint, read_config, save_checkpoint, weights_digest
 from umv2_megatron.training.durable_files import CheckpointError
@@ -92,21 +93,25 @@ def resumed(root: str, layout: Layout, used: bool = False) -> dict[str, Any]:
 
 
 CASES = {
+    "1 rank, plain": (1, Layout(), "dp_reshardable"),
     "1 rank, distributed": (1, Layout(distributed_optimizer=True), "dp_reshardable"),
     "2 ranks, plain": (2, Layout(), "dp_reshardable"),
     "2 ranks, distributed": (2, Layout(distributed_optimizer=True), "dp_reshardable"),
+    "2 ranks, bf16, distributed, full": (2, Layout(distributed_optimizer=True, bf16=True), "fully_reshardable"),
+    "PP 2, two chunks each": (2, Layout(pp=2, vpp=2, distributed_optimizer=True, untied=True), "dp_reshardable"),
+}
+SLOW_CASES = {
     "2 ranks, distributed, full": (2, Layout(distributed_optimizer=True), "fully_reshardable"),
     "2 ranks, distributed, overlap": (2, Layout(distributed_optimizer=True, overlap=True), "dp_reshardable"),
     "2 ranks, bf16, distributed": (2, Layout(distributed_optimizer=True, bf16=True), "dp_reshardable"),
     "2 ranks, bf16, plain": (2, Layout(bf16=True), "dp_reshardable"),
     "TP 2, distributed": (2, Layout(tp=2, distributed_optimizer=True), "fully_reshardable"),
-    "PP 2, two chunks each": (2, Layout(pp=2, vpp=2, distributed_optimizer=True, untied=True), "dp_reshardable"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)])
 def test_resume_is_bitwise(tmp_path, case):
-    world, layout, sharding = CASES[case]
+    world, layout, sharding = (CASES | SLOW_CASES)[case]
     layout.table, layout.model = True, DROPOUT
     whole = run_ranks(world, saved_and_continued, str(tmp_path), layout, sharding)
     again = run_ranks(world, resumed, str(tmp_path), layout, used="full" in case or "plain" in case)
@@ -115,10 +120,10 @@ def test_resume_is_bitwise(tmp_path, case):
     assert read_config(CheckpointStore(tmp_path), 3) == {"model": {"tiny": 1}}
 
 
-@pytest.mark.parametrize("before,after,sharding", [(2, 1, "dp_reshardable"), (1, 2, "dp_reshardable")])
-def test_the_number_of_ranks_may_change(tmp_path, before, after, sharding):
+@pytest.mark.parametrize("before,after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_the_number_of_ranks_may_change(tmp_path, before, after):
     layout = Layout(table=True, distributed_optimizer=True)
-    whole = run_ranks(before, saved_and_continued, str(tmp_path), layout, sharding)
+    whole = run_ranks(before, saved_and_continued, str(tmp_path), layout, "dp_reshardable")
     again = run_ranks(after, resumed, str(tmp_path), layout)
     assert again[0]["saved"]["weights"] == whole[0]["saved"]["weights"]
     assert again[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-6)
@@ -135,7 +140,7 @@ def test_tensor_parallel_may_change_when_fully_reshardable(tmp_path):
 def test_another_layout_is_refused_unless_fully_reshardable(tmp_path):
     table = {"table": True, "distributed_optimizer": True, "untied": True}
     run_ranks(2, saved_and_continued, str(tmp_path), Layout(tp=2, **table), "dp_reshardable")
-    for message in run_ranks(2, refused, str(tmp_path), Layout(pp=2, **table)):
+    for (message,) in run_ranks(2, refused, str(tmp_path), Layout(pp=2, **table)):
         assert "saved with tensor parallel size 2 and dp_reshardable" in message and "but this run has 1" in message
 
 
@@ -156,33 +161,71 @@ def test_mcore_reads_the_format(tmp_path):
     assert before == after
 
 
-def refused(root: str, layout: Layout, **kwargs: Any) -> str:
-    run = make(layout)
-    try:
-        load_checkpoint(CheckpointStore(root), *run, **kwargs)
-    except CheckpointError as error:
-        return f"{type(error).__name__}: {error}"
-    return "loaded"
+class Scaling(torch.nn.Module):
+    """Has an extra state, as Transformer Engine's layers do."""
+
+    value = 0.0
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(self.value)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.value = state.item()
+
+
+def exchange_extra_states(root: str) -> list[float]:
+    run = make(Layout())
+    layer = run[0][0].module.decoder.layers[1]
+    without, having = CheckpointStore(f"{root}/without"), CheckpointStore(f"{root}/having")
+    save_checkpoint(without, 3, *run)
+    layer.scaling = Scaling()
+    layer.scaling.value = 1.0
+    save_checkpoint(having, 3, *run)
+    layer.scaling.value = 2.0
+    values = []
+    for store in (without, having):
+        load_checkpoint(store, *run)
+        values.append(layer.scaling.value)
+    del layer.scaling
+    load_checkpoint(having, *run)
+    return values
+
+
+def test_extra_states_never_stop_a_load(tmp_path):
+    """Transformer Engine's layers and the local ones differ in them: the model keeps its own, and ignores unknown."""
+    assert run_ranks(1, exchange_extra_states, str(tmp_path))[0] == [2.0, 1.0]
+
+
+def refused(root: str, *layouts: Layout, **kwargs: Any) -> list[str]:
+    """What loading into a fresh run of each layout says."""
+    told = []
+    for layout in layouts:
+        run = make(layout)
+        try:
+            load_checkpoint(CheckpointStore(root), *run, **kwargs)
+            told.append("loaded")
+        except CheckpointError as error:
+            told.append(f"{type(error).__name__}: {error}")
+        groups.destroy_groups()
+    return told
 
 
 def test_nothing_to_load_is_told_alike_on_every_rank(tmp_path):
     first, second = run_ranks(2, refused, str(tmp_path), Layout())
-    assert first == second and first.startswith("NoCheckpointError: ") and "--allow-fresh" in first
+    assert first == second and first[0].startswith("NoCheckpointError: ") and "--allow-fresh" in first[0]
 
 
 def test_another_model_is_refused_by_name_on_every_rank(tmp_path):
     layout = Layout(distributed_optimizer=True)
     run_ranks(2, saved_and_continued, str(tmp_path), layout, "fully_reshardable")
     larger = Layout(distributed_optimizer=True, model={"ffn_hidden_size": 96, "num_layers": 5})
-    for message in run_ranks(2, refused, str(tmp_path), larger):
-        assert "only in the model: " in message and "decoder.layers.4." in message
-        assert "other shape: " in message and "decoder.layers.0.mlp.linear_fc1" in message
-        assert "only in the checkpoint" not in message
     smaller = Layout(distributed_optimizer=True, model={"num_layers": 3})
-    for message in run_ranks(2, refused, str(tmp_path), smaller):
-        assert "only in the checkpoint: " in message and "decoder.layers.3." in message
-    for message in run_ranks(2, refused, str(tmp_path), layout, load_optim=False, load_rng=False):
-        assert message == "loaded"
+    for of_larger, of_smaller in run_ranks(2, refused, str(tmp_path), larger, smaller):
+        assert "only in the model: " in of_larger and "decoder.layers.4." in of_larger
+        assert "other shape: " in of_larger and "decoder.layers.0.mlp.linear_fc1" in of_larger
+        assert "only in the checkpoint" not in of_larger
+        assert "only in the checkpoint: " in of_smaller and "decoder.layers.3." in of_smaller
+    assert run_ranks(2, refused, str(tmp_path), layout, load_optim=False, load_rng=False) == [["loaded"]] * 2
 
 
 # ---------------------------------------------------------------------- forged checkpoints
@@ -207,19 +250,23 @@ def seal_again(store: CheckpointStore, iteration: int) -> None:
     store.publish(iteration, num_keys=0, tensor_bytes=0)
 
 
-def forge(root: str, what: str) -> str:
-    layout = Layout()
-    run = make(layout)
-    store = CheckpointStore(root)
-    canary = Canary(os.path.join(root, "ran"))
+def forge(root: str, kinds: list[str]) -> list[str]:
+    run = make(Layout())
+    return [forge_one(run, os.path.join(root, what), what) for what in kinds]
+
+
+def forge_one(run: tuple, folder: str, what: str) -> str:
+    store = CheckpointStore(folder)
+    canary = Canary(os.path.join(folder, "ran"))
     if what == "object in a shard":
         torch_save = torch.save
 
         def with_canary(data: Any, stream: Any, *args: Any, **kwargs: Any) -> None:
             torch_save([canary] if isinstance(data, list) else data, stream, *args, **kwargs)
 
-        torch_dist_io.mcore_torch.torch.save = with_canary
-        save_checkpoint(store, 3, *run)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch_dist_io.mcore_torch.torch, "save", with_canary)
+            save_checkpoint(store, 3, *run)
     else:
         save_checkpoint(store, 3, *run)
     directory = store.path(3)
@@ -235,27 +282,26 @@ def forge(root: str, what: str) -> str:
         torch.save({"iteration": 3, "payload": canary}, directory / "common.pt")
     if what != "object in a shard":
         seal_again(store, 3)
-    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        load_checkpoint(store, *run)
-    except CheckpointError as error:
-        return str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+        try:
+            load_checkpoint(store, *run)
+        except CheckpointError as error:
+            return str(error)
     return "loaded"
 
 
-@pytest.mark.parametrize(
-    "what, told",
-    [
-        ("metadata", "posix.mkdir does not belong there"),
-        ("metadata with a bad path", "must stay inside"),
-        ("common.pt", "posix.mkdir"),
-        ("object in a shard", "posix.mkdir"),
-    ],
-)
-def test_no_payload_runs(tmp_path, what, told):
-    message = run_ranks(1, forge, str(tmp_path), what)[0]
-    assert not (tmp_path / "ran").exists()
-    assert told in message
+def test_no_payload_runs(tmp_path):
+    expected = {
+        "metadata": "posix.mkdir does not belong there",
+        "metadata with a bad path": "must stay inside",
+        "common.pt": "posix.mkdir",
+        "object in a shard": "posix.mkdir",
+    }
+    messages = run_ranks(1, forge, str(tmp_path), list(expected))[0]
+    for (what, told), message in zip(expected.items(), messages, strict=True):
+        assert (tmp_path / what).is_dir() and not (tmp_path / what / "ran").exists()
+        assert told in message, what
 
 
 def test_the_canary_would_run(tmp_path):
@@ -266,49 +312,53 @@ def test_the_canary_would_run(tmp_path):
 # ---------------------------------------------------------------------- failing saves
 
 
-def save_with_full_disk(root: str, stage: str) -> str:
+def save_with_full_disk(root: str, stages: list[str]) -> list[tuple[str, bool]]:
+    """Of one save failing at each stage: the error, and (rank 0) whether only the earlier checkpoint is there."""
     layout = Layout(distributed_optimizer=True)
     run = make(layout)
     store = CheckpointStore(root)
     save_checkpoint(store, 3, *run, {"consumed_samples": 12})
     train(layout, run, range(1))
+    rank, count = torch.distributed.get_rank(), torch_dist_io.count_written
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    rank = torch.distributed.get_rank()
-    if stage == "shards" and rank == 1:
-        torch.distributed.checkpoint.filesystem.os.fsync = full  # type: ignore[attr-defined]
-    elif stage == "common" and rank == 0:
-        torch.save = full  # type: ignore[assignment]
-    elif stage == "missing shard" and rank == 0:
-        count = torch_dist_io.count_written
+    def lose(directory: Path) -> tuple[int, int]:
+        (directory / "__1_0.distcp").unlink()
+        return count(directory)
 
-        def lose(directory: Path) -> tuple[int, int]:
-            (directory / "__1_0.distcp").unlink()
-            return count(directory)
+    told = []
+    for stage in stages:
+        with pytest.MonkeyPatch.context() as patch:
+            if stage == "shards" and rank == 1:
+                patch.setattr(torch.distributed.checkpoint.filesystem.os, "fsync", full)
+            elif stage == "common" and rank == 0:
+                patch.setattr(torch, "save", full)
+            elif stage == "missing shard" and rank == 0:
+                patch.setattr(checkpointing, "count_written", lose)
+            try:
+                save_checkpoint(store, 4, *run)
+                message = "saved"
+            except CheckpointError as error:
+                message = str(error)
+        intact = store.iterations() == [3] and not store.temporary_path(4).exists() if rank == 0 else True
+        told.append((message, intact))
+    return told
 
-        from umv2_megatron.training import checkpointing
 
-        checkpointing.count_written = lose  # type: ignore[assignment]
-    try:
-        save_checkpoint(store, 4, *run)
-    except CheckpointError as error:
-        return str(error)
-    return "saved"
-
-
-@pytest.mark.parametrize("stage", ["common", "shards", "missing shard"])
-def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path, stage):
-    for message in run_ranks(2, save_with_full_disk, str(tmp_path), stage):
-        if stage == "missing shard":
-            assert "__1_0.distcp has 0 bytes" in message
-        else:
-            assert "No space left on device" in message and "bytes needed: " in message and "bytes free: " in message
-        assert "\n" not in message
-    store = CheckpointStore(tmp_path)
-    assert store.iterations() == [3] and store.resolve() == 3
-    assert not store.temporary_path(4).exists()
+def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path):
+    stages = ["common", "shards", "missing shard"]
+    for told in run_ranks(2, save_with_full_disk, str(tmp_path), stages):
+        for stage, (message, intact) in zip(stages, told, strict=True):
+            if stage == "missing shard":
+                assert "__1_0.distcp has 0 bytes" in message
+            else:
+                assert "No space left on device" in message, stage
+                assert "bytes needed: " in message and "bytes free: " in message
+            assert "\n" not in message
+            assert intact, stage
+    assert CheckpointStore(tmp_path).resolve() == 3
 
 
 def save_and_kill(root: str, victim: int, stage: str) -> None:
@@ -329,7 +379,10 @@ def save_and_kill(root: str, victim: int, stage: str) -> None:
     save_checkpoint(CheckpointStore(root, stages=at_stage), 4, *run, {"consumed_samples": 16})
 
 
-@pytest.mark.parametrize("victim, stage, expected", [(1, "fsync", 3), (0, "fsync", 3), (0, "manifest-synced", 3)])
+KILLS = [(1, "fsync", 3), pytest.param(0, "fsync", 3, marks=pytest.mark.slow), (0, "manifest-synced", 3)]
+
+
+@pytest.mark.parametrize("victim, stage, expected", KILLS)
 def test_a_rank_killed_while_saving(tmp_path, victim, stage, expected):
     with pytest.raises(AssertionError, match="failed"):
         run_ranks(2, save_and_kill, str(tmp_path), victim, stage, timeout=60)

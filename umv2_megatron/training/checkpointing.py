@@ -38,6 +38,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from umv2_megatron.model.builder import unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.durable_files import CheckpointError
@@ -48,6 +49,7 @@ from umv2_megatron.training.torch_dist_io import (
     attempt,
     count_model,
     count_written,
+    is_extra_state,
 )
 
 CONFIG_FILE = "config.json"
@@ -230,7 +232,7 @@ def _restore(
     load_rng: bool,
 ) -> None:
     for name, chunk in zip(_chunk_names(model_chunks), model_chunks):
-        _unwrap(chunk).load_state_dict(loaded[name], strict=True)
+        _load_model(unwrap(chunk), loaded[name])
     if optimizer is not None and load_optim:
         _load_optimizer(optimizer, loaded["optimizer"])
     elif optimizer is not None:
@@ -279,7 +281,7 @@ def _sharded_state(
 ) -> ShardedStateDict:
     state: ShardedStateDict = {}
     for name, chunk in zip(_chunk_names(model_chunks), model_chunks):
-        state[name] = _unwrap(chunk).sharded_state_dict(metadata=metadata)
+        state[name] = unwrap(chunk).sharded_state_dict(metadata=metadata)
     if optimizer is not None:
         for part in _optimizer_parts(optimizer):
             _allocate_moments(part)
@@ -315,10 +317,12 @@ def _chunk_names(model_chunks: Sequence[torch.nn.Module]) -> list[str]:
     return ["model"] if len(model_chunks) == 1 else [f"model{i}" for i in range(len(model_chunks))]
 
 
-def _unwrap(chunk: Any) -> Any:
-    while not hasattr(chunk, "sharded_state_dict") or hasattr(chunk, "ddp_config"):
-        chunk = chunk.module
-    return chunk
+def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Strict but for Transformer Engine's extra states: one that the checkpoint lacks stays the module's own."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not is_extra_state(key)]
+    if missing or unexpected:
+        raise CheckpointError(f"the loaded state lacks {missing} and holds unexpected {unexpected}")
 
 
 def _optimizer_parts(optimizer: Any) -> list[Any]:
@@ -412,7 +416,7 @@ def weights_digest(model_chunks: Sequence[torch.nn.Module]) -> str:
     digest = hashlib.sha256()
     with _gathered_parameters(model_chunks):
         for index, chunk in enumerate(model_chunks):
-            for name, tensor in sorted(_unwrap(chunk).state_dict().items()):
+            for name, tensor in sorted(unwrap(chunk).state_dict().items()):
                 if isinstance(tensor, torch.Tensor):
                     digest.update(f"{index} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

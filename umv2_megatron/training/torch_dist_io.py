@@ -13,7 +13,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,15 @@ def attempt(doing: str, action: Callable[[], Any]) -> Any:
     return result
 
 
+def is_extra_state(key: str) -> bool:
+    """Whether a tensor's or object's name is that of a module's extra state.
+
+    Transformer Engine's layers keep the state of their FP8 scaling there, the local layers nothing, and the two kinds
+    have it in different places: it never decides whether a checkpoint fits a model.
+    """
+    return key.split("/")[0].endswith("._extra_state")  # objects are named KEY/shard_0_1
+
+
 def unique_key(item: ShardedTensor | ShardedObject) -> str:
     """The name of one tensor or object inside the checkpoint."""
     return item.unique_key if isinstance(item, ShardedObject) else item.key
@@ -223,6 +232,7 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         """Fill the tensors of `sharded_state_dict`. Collective; raises CheckpointError on all ranks."""
         directory = Path(checkpoint_dir)
         metadata = attempt("reading the checkpoint's metadata", lambda: read_metadata_safely(directory))
+        _drop_extra_states(sharded_state_dict, keep=metadata.state_dict_metadata.keys())
         self._compare(list(nested_values(sharded_state_dict)), metadata, directory)
         by_key, flat_mapping, renamed = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         loaded = mcore_torch.mcore_to_pyt_state_dict(by_key, True)
@@ -242,6 +252,10 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         mcore_torch._restore_dict_types(result, sharded_state_dict)
         return result
 
+    def _is_wanted(self, key: str) -> bool:
+        """Whether somebody should have asked for this key of the checkpoint."""
+        return not is_extra_state(key) and not self.may_remain(key)
+
     def _compare(self, items: Iterable[ShardedTensor | ShardedObject], metadata: Metadata, directory: Path) -> None:
         """Name every key and shape in which the run's model and the checkpoint differ."""
         stored = metadata.state_dict_metadata
@@ -259,7 +273,7 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         asked = set().union(*(keys for keys, _ in everyone))
         differences = (
             ("only in the model", sorted(asked - stored.keys())),
-            ("only in the checkpoint", sorted(key for key in stored.keys() - asked if not self.may_remain(key))),
+            ("only in the checkpoint", sorted(filter(self._is_wanted, stored.keys() - asked))),
             ("other shape", sorted(set().union(*(set(texts) for _, texts in everyone)))),
         )
         found = [f"{what}: {_first(names)}" for what, names in differences if names]
@@ -268,6 +282,17 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
                 f"{directory} does not fit this model and layout ({'; '.join(found)}): use the model and parallel "
                 "flags it was saved with (config.json beside the shards)"
             )
+
+
+def _drop_extra_states(state: ShardedStateDict, keep: Container[str]) -> None:
+    """Do not ask for extra states that the checkpoint does not hold; their modules keep their own."""
+    for name, item in list(state.items()):
+        if isinstance(item, dict):
+            _drop_extra_states(item, keep)
+        elif isinstance(item, (ShardedObject, ShardedTensor)):
+            key = unique_key(item)
+            if is_extra_state(key) and key not in keep:
+                del state[name]
 
 
 def _first(names: list[str], count: int = 4) -> str:
