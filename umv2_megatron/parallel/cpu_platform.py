@@ -72,8 +72,12 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def set_device(local_rank: int) -> None:
+def set_device(local_rank: int, may_be_bound: bool = False) -> None:
     """Choose this process's CUDA device by its rank on the host; nothing to do on CPU.
+
+    Args:
+        may_be_bound: the launcher may show each rank only its own device (``srun --gpus-per-task=1``): where one
+            device is visible, take it whatever the rank.
 
     Raises:
         ValueError: more ranks on this host than CUDA devices.
@@ -81,6 +85,8 @@ def set_device(local_rank: int) -> None:
     if not torch.cuda.is_available():
         return
     count = torch.cuda.device_count()
+    if may_be_bound and count == 1:
+        local_rank = 0
     if local_rank >= count:
         raise ValueError(
             f"local rank {local_rank} has no CUDA device: this host has {count}; start at most {count} ranks per host."
@@ -293,41 +299,9 @@ def _bridge_optimizer(module: ModuleType) -> None:
 
 
 def _bridge_distributed_optimizer(module: ModuleType) -> None:
-    """distrib_optimizer.py:361, 420 and 582; and, because the optimizer is torch's AdamW, what loading needs."""
-    optimizer = module.DistributedOptimizer
-    _accept_cpu_types(optimizer.__init__)
-    _accept_cpu_types(optimizer._build_model_and_main_param_groups.__func__)
-    tell, load, put = optimizer.state_dict, optimizer.load_state_dict, optimizer._set_main_param_and_optimizer_states
-
-    def state_dict(self: Any) -> dict[str, Any]:
-        # distrib_optimizer.py:642 fails before the first step, when a new run loads: start the state as AdamW would.
-        for parameter in (parameter for group in self.optimizer.param_groups for parameter in group["params"]):
-            state = self.optimizer.state[parameter]
-            state.setdefault("step", torch.zeros(()))
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if moment not in state:
-                    state[moment] = torch.zeros_like(parameter.data)
-        return tell(self)
-
-    @torch.no_grad()  # distrib_optimizer.py:940 copies into views of fp32 parameters, which require gradients.
-    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        load(self, state_dict)
-        # distrib_optimizer.py:825 gives all parameters one and the same step tensor, which AdamW then counts up once
-        # per parameter instead of once per step.
-        for state in self.optimizer.state.values():
-            if "step" in state:
-                state["step"] = state["step"].clone()
-
-    def put_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        # The step comes with the parameter groups (:817) and is in place; what :940 would copy over it is missing
-        # (:2101, fully_reshardable) or the value from before loading (:1664, dp_reshardable).
-        group, place = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
-        put(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
-
-    optimizer.state_dict = state_dict
-    optimizer.load_state_dict = load_state_dict
-    optimizer._set_main_param_and_optimizer_states = put_states
+    """distrib_optimizer.py:361, 420 and 582. What loading into torch's AdamW needs is in training/checkpointing.py."""
+    _accept_cpu_types(module.DistributedOptimizer.__init__)
+    _accept_cpu_types(module.DistributedOptimizer._build_model_and_main_param_groups.__func__)
 
 
 def _bridge_clip(module: ModuleType) -> None:

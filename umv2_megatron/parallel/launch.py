@@ -53,7 +53,7 @@ def discover(environ: Mapping[str, str] | None = None) -> Launch:
         ValueError: a variable of the launcher is missing, not a number, or contradicts another one.
     """
     environ = os.environ if environ is None else environ
-    if "RANK" in environ or "WORLD_SIZE" in environ:
+    if _by_torchrun(environ):
         return _from_torchrun(environ)
     mpi = next((names for names in _MPI_VARIABLES if names[0] in environ), None)
     slurm = "SLURM_PROCID" in environ
@@ -79,7 +79,8 @@ def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
         raise ValueError(f"--distributed-timeout-minutes is {timeout_minutes}, expected more than 0; try 10.")
     cpu_platform.install()
     launch = discover()
-    cpu_platform.set_device(launch.local_rank)
+    # torchrun shows every rank all devices of its host; SLURM and MPI may show each rank its own alone.
+    cpu_platform.set_device(launch.local_rank, may_be_bound=not _by_torchrun(os.environ))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         # torchrun's agent may hold the store already, which only env:// knows.
@@ -92,6 +93,10 @@ def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
         cpu_platform.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, **where
     )
     return launch
+
+
+def _by_torchrun(environ: Mapping[str, str]) -> bool:
+    return "RANK" in environ or "WORLD_SIZE" in environ
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> Launch:

@@ -59,7 +59,7 @@ timer.stop()
 """
 
 
-@pytest.mark.parametrize("order", ["install first", "mcore first"])
+@pytest.mark.parametrize("order", ["install first", pytest.param("mcore first", marks=pytest.mark.slow)])
 def test_bridge(order: str) -> None:
     install = "from umv2_megatron.parallel import cpu_platform\ncpu_platform.install()\ncpu_platform.install()\n"
     mcore = "import megatron.core.models.gpt\nimport megatron.core.fusions.fused_bias_swiglu\n"

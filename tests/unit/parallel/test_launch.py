@@ -10,9 +10,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
-from umv2_megatron.parallel.launch import Launch, discover
+from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.parallel.launch import Launch, discover, initialize_process_group
 
+SLOW = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 TORCHRUN = {
     "RANK": "3",
@@ -88,6 +91,39 @@ def test_one_sentence_for_a_wrong_environment(environ: dict[str, str], names: st
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "may_be_bound", "chosen"),
+    [(1, 3, True, 0), (1, 0, False, 0), (4, 3, True, 3), (4, 3, False, 3), (1, 3, False, None), (2, 3, True, None)],
+)
+def test_the_device_of_a_rank(
+    visible: int, local_rank: int, may_be_bound: bool, chosen: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM and MPI may show each rank its own device alone; torchrun shows all, and too few are an error."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    if chosen is None:
+        with pytest.raises(ValueError, match=f"local rank {local_rank} has no CUDA device: this host has {visible}"):
+            cpu_platform.set_device(local_rank, may_be_bound)
+    else:
+        cpu_platform.set_device(local_rank, may_be_bound)
+    assert taken == ([] if chosen is None else [chosen])
+
+
+@pytest.mark.parametrize(("environ", "bound"), [(SLURM, True), (TORCHRUN, False), (SLURM | TORCHRUN, False)])
+def test_only_torchrun_shows_all_devices(
+    environ: dict[str, str], bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, bool]] = []
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(cpu_platform, "install", lambda: None)
+    monkeypatch.setattr(cpu_platform, "set_device", lambda rank, may_be_bound: asked.append((rank, may_be_bound)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    initialize_process_group()
+    assert asked == [(1, bound)]
+
+
 PROGRAM = textwrap.dedent(
     """
     import torch
@@ -102,7 +138,7 @@ PROGRAM = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "torchrun", "srun", "none"])
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun", *(pytest.param(x, marks=SLOW) for x in ("srun", "none"))])
 def test_real_processes_meet(launcher: str, tmp_path: Path) -> None:
     """Two processes (one without a launcher) find each other and sum over their ranks."""
     program = tmp_path / "program.py"
