@@ -33,6 +33,22 @@ def test_load_without_a_checkpoint(tmp_path):
     train(1, tiny_run(train_iters=1, load=tmp_path / "nowhere", allow_fresh=True), tmp_path / "o")
 
 
+def test_nothing_to_load(saved, tmp_path):
+    assert "--finetune needs --load" in refusal(tiny_run(train_iters=2, finetune=True), tmp_path / "o")
+    assert "--ckpt-step is 2" in refusal(tiny_run(train_iters=2, ckpt_step=2, save=tmp_path / "new"), tmp_path / "o")
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    (lost / "latest_checkpointed_iteration.txt").write_text("2")
+    assert "none is there" in refusal(tiny_run(train_iters=2, save=lost), tmp_path / "o")
+
+
+def test_own_run_continues_with_its_optimizer(saved, tmp_path):
+    """--no-load-optim, --no-load-rng and --finetune concern --load; --save alone is the run itself."""
+    argv = tiny_run(train_iters=2, save=saved, no_load_optim=True, no_load_rng=True, finetune=True)
+    text = train(1, argv, tmp_path / "o").text
+    assert "continuing at iteration 2" in text and "not restored" not in text
+
+
 @pytest.mark.parametrize(
     "changes, told, override",
     [
@@ -42,7 +58,13 @@ def test_load_without_a_checkpoint(tmp_path):
         ({"memory_topk": 3}, ["--memory-topk is 3", "with 4"], "allow_config_change"),
         ({"rotary_base": 500}, ["--rotary-base is 500", "with 10000"], "allow_config_change"),
         ({"lr_decay_iters": 3}, ["over 2 iterations", "say 3"], "override_opt_param_scheduler"),
-        ({"train_iters": 3, "lr_decay_iters": 2}, ["training_samples is 24", "with 16"], "allow_config_change"),
+        (
+            {"train_iters": 3, "lr_decay_iters": 2},
+            ["has 24 samples", "has 16", "--train-iters", "--train-samples", "--global-batch-size"],
+            "allow_config_change",
+        ),
+        ({"clip_grad": 2.0}, ["--clip-grad is 2.0", "with 1.0"], "allow_config_change"),
+        ({"adam_beta2": 0.9}, ["--adam-beta2 is 0.9", "with 0.95"], "override_opt_param_scheduler"),
         ({"lr": 5e-4}, ["--lr is 0.0005", "with 0.001"], "override_opt_param_scheduler"),
     ],
 )

@@ -56,8 +56,9 @@ def test_golden_check_notices_a_changed_number(kind: str) -> None:
             spoiled.view(-1)[0] += 1 if kind == "sel" else 1e-7 * spoiled.abs().max()
         balance_only = kind == "grad_balance_only64"
         with pytest.raises(AssertionError):
-            check_layers(meta["hyperparameters"], {**tensors, name: spoiled}, "scatter", torch.float64, "64", 1e-10,
-                         balance_only)
+            check_layers(
+                meta["hyperparameters"], {**tensors, name: spoiled}, "scatter", torch.float64, "64", 1e-10, balance_only
+            )
 
 
 def check_layers(hyper, tensors, backend, dtype, suffix, tolerance, balance_only) -> None:
@@ -95,8 +96,12 @@ def check_layers(hyper, tensors, backend, dtype, suffix, tolerance, balance_only
             met += 1
     assert met > 4 * len(layers)
     windows = [layer.window for layer in layers]
-    found = {"offset": [window.offset for window in windows], "window": windows[0].window,
-             "table_rows": windows[0].rows, "n_keys": layers[0].retrieval.num_keys}
+    found = {
+        "offset": [window.offset for window in windows],
+        "window": windows[0].window,
+        "table_rows": windows[0].rows,
+        "n_keys": layers[0].retrieval.num_keys,
+    }
     for name, value in found.items():
         assert hyper.get(name, value) == value, f"{name} is {value}, the file says {hyper[name]}"
 
@@ -129,7 +134,7 @@ def check_output(layers, captured, outputs, owner, rest, expected, tolerance) ->
         actual = pre_value_scores(rows, projected, layer.table.pre_values)
     else:
         assert rest == "balance_loss", f"unknown output {rest}"
-        actual = layer.last_losses["balance"] / layer.config.balance_loss_coeff
+        actual = layer.last_losses["balance_loss"] / layer.config.balance_loss_coeff
     assert_near(actual, expected, tolerance, f"{owner}.{rest}")
 
 
@@ -145,8 +150,16 @@ def gradient(layers, inputs, owner: str, rest: str) -> torch.Tensor:
 
 def check_singular_vectors(meta: dict, tensors: dict) -> None:
     """A sequence of cores: each refresh must give the stored u and t (the first up to a common sign per head)."""
-    hyper = {"knum": 4, "kdim": 4, "vdim": 4 * meta["tucker_cores"], "knn": 2, "key_expand": 1,
-             "query_mode": "shared", "norm_eps": 1e-5, **meta}
+    hyper = {
+        "knum": 4,
+        "kdim": 4,
+        "vdim": 4 * meta["tucker_cores"],
+        "knn": 2,
+        "key_expand": 1,
+        "query_mode": "shared",
+        "norm_eps": 1e-5,
+        **meta,
+    }
     retrieval = Retrieval(config_of(hyper, "scatter"), hidden_size=8, num_keys=4)
     for step in range(meta["steps"]):
         core, u, t = (tensors[f"step{step}.{name}"] for name in ("core", "u", "t"))

@@ -156,7 +156,7 @@ ALIASES = {
     "bucket_size": ("ddp-bucket-size",),
     "grad_reduce_in_fp32": ("accumulate-allreduce-grads-in-fp32",),
 }
-EXTRA_CHOICES = {"transformer_impl": ("auto", "local", "transformer_engine"), "optimizer": ("adam", "sgd")}
+EXTRA_CHOICES = {"transformer_impl": ("auto", "local", "transformer_engine"), "optimizer": ("adam",)}
 SECTIONS = {
     ModelConfig: "model",
     TransformerConfig: "transformer (megatron-core)",

@@ -7,7 +7,9 @@ every checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
+import typing
 from typing import Any
 
 import torch
@@ -123,7 +125,8 @@ class RunConfig:
 
     def _fields_of(self, cls: type) -> dict[str, Any]:
         keys = {field.name for field in dataclasses.fields(cls)} & self.values.keys()
-        return {key: self.values[key] for key in keys}
+        hints = typing.get_type_hints(cls)
+        return {key: _as_member(hints[key], self.values[key]) for key in keys}
 
     @property
     def virtual_pipeline_size(self) -> int | None:
@@ -154,6 +157,12 @@ class RunConfig:
             note = "" if source == "default" else f"   ({source})"
             lines.append(f"  {key} {'.' * max(2, 46 - len(key))} {self.values[key]}{note}")
         return "\n".join(lines)
+
+
+def _as_member(hint: Any, value: Any) -> Any:
+    """``value``, or the member of that name where the field is of an Enum type (settings hold the names)."""
+    kinds = [kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    return kinds[0][value] if kinds and isinstance(value, str) else value
 
 
 def _build(cls: type, arguments: dict[str, Any]) -> Any:

@@ -75,7 +75,7 @@ class MemoryLayer(nn.Module):
         self.loss_scale: Callable[[], float] = lambda: microbatch_scale(self.sequence_parallel)
         """Called in the backward: what the auxiliary losses are multiplied by. Replace it in other schedules."""
         self.last_losses: dict[str, Tensor] = {}
-        """Detached "balance" and "tucker" of the last training forward, with their coefficients; for the log."""
+        """Detached "balance_loss" and "tucker_penalty" of the last training forward, times their coefficients."""
         self.statistics: Optional[UsageStatistics] = None
 
         options: dict[str, Any] = {"dtype": params_dtype, "device": device}
@@ -122,10 +122,10 @@ class MemoryLayer(nn.Module):
         """Hang the auxiliary losses on ``output`` and keep their values for the log."""
         losses: dict[str, Tensor] = {}
         if balance is not None:
-            losses["balance"] = self.config.balance_loss_coeff * balance
+            losses["balance_loss"] = self.config.balance_loss_coeff * balance
         if self.config.tucker_penalty_coeff > 0:
             penalty = tucker_penalty(self.retrieval.cores, self.config.tucker_penalty_margin)
-            losses["tucker"] = self.config.tucker_penalty_coeff * penalty
+            losses["tucker_penalty"] = self.config.tucker_penalty_coeff * penalty
         for loss in losses.values():
             output = attach_loss(output, loss, self.loss_scale)
         self.last_losses = {name: loss.detach() for name, loss in losses.items()}

@@ -166,6 +166,11 @@ class Retrieval(nn.Module):
         self.t.copy_(t * sign)
         return sigma
 
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """Singular values of the summed cores, [h, R], float32 on the CPU, in descending order; changes nothing."""
+        return torch.linalg.svdvals(self.cores.detach().sum(0, dtype=torch.float32).cpu())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Retrieval:
         # mcore turns whole models to bfloat16 by module.bfloat16(); u and t must not lose bits by that.
         exact = {"u": self.u, "t": self.t}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass, field
 
@@ -45,6 +46,9 @@ class TrainingState:
 
 def start_processes(run: RunConfig) -> launch.Launch:
     """Join the process group, make mcore's groups and seed all generators."""
+    if run.deterministic_mode:  # cuBLAS and Transformer Engine read these at their first call
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     started = launch.initialize_process_group(run.training.distributed_timeout_minutes)
     groups.initialize_groups(
         tp=run.tensor_model_parallel_size,

@@ -21,7 +21,7 @@ from umv2_megatron.training.initialize import TrainingState, device_memory_gib
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
 from umv2_megatron.training.signals import StopRequests
-from umv2_megatron.training.step import TrainStep, evaluate, non_finite_parameters, train_step
+from umv2_megatron.training.step import TrainStep, evaluate, non_finite_parameters, refresh_singular_vectors, train_step
 
 
 class TrainingStopped(RuntimeError):
@@ -195,7 +195,10 @@ class Trainer:
         stopping = self.stop_requests.agreed()
         leaving = last or stopping or bool(training.exit_interval and iteration % training.exit_interval == 0)
         due = bool(training.eval_interval and iteration % training.eval_interval == 0)
-        if due or last:
+        # a stop that was asked for leaves little time: the checkpoint matters, the evaluation can be made from it
+        if last or (due and not stopping):
+            if stopping:
+                self.save_now()
             self.evaluate()
         if leaving or (training.save_interval and iteration % training.save_interval == 0):
             self.save_now()
@@ -205,9 +208,15 @@ class Trainer:
 
     def save_now(self) -> None:
         """Publish a checkpoint, once per iteration."""
+        self.refresh()
         if self.save is not None and self._last_saved != self.state.progress.iteration:
             self.save()
             self._last_saved = self.state.progress.iteration
+
+    def refresh(self) -> None:
+        """u, t of the present cores, so that what is saved or hashed does not depend on what else was run since."""
+        with self._gathered_parameters():
+            refresh_singular_vectors(self.state.chunks)
 
     def evaluate(self, what: str = "validation") -> float | None:
         """Report the loss on the first --eval-iters batches of the validation data."""

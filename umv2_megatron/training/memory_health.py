@@ -21,7 +21,7 @@ def summarize(chunks: list[torch.nn.Module]) -> dict[str, float]:
     """Statistics of every memory layer since ``start_counting``, as ``memory/<name>/layer_000``; a collective.
 
     Rows are counted over all tokens of the interval: summed over the ranks that hold the same table shard, and
-    collected from all pipeline stages.
+    collected from all pipeline stages. The auxiliary losses are those of this data-parallel rank's last micro-batch.
     """
     here: dict[str, float] = {}
     for chunk in chunks:
@@ -30,11 +30,23 @@ def summarize(chunks: list[torch.nn.Module]) -> dict[str, float]:
             assert statistics is not None, "start_counting was not called"
             for tensor in statistics.tensors():
                 torch.distributed.all_reduce(tensor, group=groups.get_memory_data_parallel_group())
-            for name, value in statistics.summary(layer.refresh_singular_vectors()).items():
+            for name, value in statistics.summary(layer.retrieval.singular_values()).items():
                 here[f"memory/{name}/layer_{block:03d}"] = value
+            for name, loss in layer.last_losses.items():
+                here[f"memory/{name}/layer_{block:03d}"] = float(loss)
     stages: list[dict[str, float]] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
     torch.distributed.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())
     return {name: value for stage in stages for name, value in stage.items()}
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of squares in float64 on the CPU, a few rows at a time: no float64 copy of a whole table."""
+    flat = tensor.reshape(-1)
+    chunk = 1 << 24
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for start in range(0, flat.numel(), chunk):
+        total += flat[start : start + chunk].double().square().sum()
+    return total.cpu()
 
 
 def params_norm(chunks: list[torch.nn.Module]) -> float:
@@ -44,7 +56,7 @@ def params_norm(chunks: list[torch.nn.Module]) -> float:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     for chunk in chunks:
         for parameter in chunk.parameters():
-            square = parameter.detach().double().square().sum().cpu()
+            square = _sum_of_squares(parameter.detach())
             if not getattr(parameter, "allreduce", True):
                 tables += square
             elif (getattr(parameter, "tensor_model_parallel", False) or tp_rank == 0) and not getattr(

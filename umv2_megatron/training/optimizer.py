@@ -44,15 +44,24 @@ class ParamScheduler(OptimizerParamScheduler):
     """mcore's schedule of learning rate and weight decay, plus the value tables' factor.
 
     ``warmup_init_fraction`` starts the warm-up at that fraction of the (scaled) peak instead of at ``init_lr``. The
-    factor's horizon is part of the state: a resumed run keeps it, whatever --train-iters says now.
+    factor's horizon is part of the state: a resumed run keeps it, whatever --train-iters says now. With
+    --override-opt-param-scheduler a horizon that the user gave (``keep_saved_horizon`` off) takes its place.
     """
 
     init_lr: float
     max_lr: float
     min_lr: float
 
-    def __init__(self, *args: Any, value_factor: ValueFactor, warmup_init_fraction: float | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        value_factor: ValueFactor,
+        keep_saved_horizon: bool = True,
+        warmup_init_fraction: float | None = None,
+        **kwargs: Any,
+    ):
         self.value_factor = value_factor
+        self.keep_saved_horizon = keep_saved_horizon
         self.warmup_init_fraction = warmup_init_fraction
         super().__init__(*args, **kwargs)
 
@@ -78,9 +87,14 @@ class ParamScheduler(OptimizerParamScheduler):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore; ``override_opt_param_scheduler`` keeps this object's own values."""
-        if "value_lr_mult" in state_dict and not self.override_opt_param_scheduler:
-            self.value_factor = ValueFactor(state_dict["value_lr_mult"], state_dict["value_lr_decay_steps"])
+        """Restore; ``override_opt_param_scheduler`` keeps this object's own values, the factor's horizon only with
+        ``keep_saved_horizon`` off."""
+        if "value_lr_mult" in state_dict:
+            mult, steps = state_dict["value_lr_mult"], state_dict["value_lr_decay_steps"]
+            if self.override_opt_param_scheduler:
+                mult = self.value_factor.mult
+                steps = steps if self.keep_saved_horizon else self.value_factor.decay_steps
+            self.value_factor = ValueFactor(mult, steps)
         self.num_steps = 0  # mcore adds the saved number of steps to the present one
         super().load_state_dict(state_dict)
         self.step(0)  # mcore sets the rates before it has read the saved weight decay
@@ -127,6 +141,7 @@ def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamSchedu
         wsd_decay_steps=training.lr_wsd_decay_iters * batch if training.lr_wsd_decay_iters else None,
         lr_wsd_decay_style=training.lr_wsd_decay_style,
         value_factor=ValueFactor(run.memory.value_lr_mult, value_steps),
+        keep_saved_horizon=value_iters is None,
         warmup_init_fraction=training.lr_warmup_init_fraction,
     )
 

@@ -80,6 +80,7 @@ def pretrain(run: RunConfig) -> int:
         elif trainer.train():
             trainer.make_eval_iterator = _eval_iterator(run, test_set)
             trainer.evaluate("test")
+        trainer.refresh()
         print_rank_0(f"weights of rank 0: sha256 {checkpointing.weights_digest(state.chunks)}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -163,7 +164,10 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
     finetune = training.finetune and not source.continues
     if not finetune:
         _refuse_another_run(run, source, identity)
-    load_optim = source.continues or not (training.no_load_optim or finetune or training.skip_train)
+    load_optim = not training.skip_train and (source.continues or not (training.no_load_optim or finetune))
+    # what the flags say of each group: a decoupled learning rate is that of its own group
+    taken = ("max_lr", "min_lr", "betas", "eps")
+    given = [{key: group[key] for key in taken if key in group} for group in state.optimizer.param_groups]
     loaded = checkpointing.load_checkpoint(
         CheckpointStore(source.directory),
         state.chunks,
@@ -175,8 +179,8 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
     )
     refresh_singular_vectors(state.chunks)
     if training.override_opt_param_scheduler:
-        for group in state.optimizer.param_groups:
-            group["max_lr"], group["min_lr"] = run.lr, run.min_lr
+        for group, own in zip(state.optimizer.param_groups, given):
+            group.update(own)
         state.scheduler.step(0)
     if not finetune:
         known = {field.name for field in dataclasses.fields(Progress)}
@@ -186,6 +190,7 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
     print_rank_0(
         f" loaded checkpoint of iteration {loaded.iteration} from {loaded.path}; "
         f"continuing at iteration {state.progress.iteration}"
+        + ("" if loaded.rng_restored else "; random states were not restored")
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -20,24 +21,23 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) ->
     try:
         code = main(argv)
     except (ValueError, OSError, CheckpointError, TrainingStopped) as error:
-        usage = isinstance(error, UsageError) or _was_usage_error(error)
+        usage = isinstance(error, UsageError)
         if "--debug" in argv:
-            raise
+            traceback.print_exc()
         if _rank() == 0 or not usage:
             print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         code = 2 if usage else 1
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        # a bug of ours: interpreter exit could wait for the other ranks for ever
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
         os._exit(code)  # other ranks may wait in a collective: leave without joining them
     sys.exit(0)
-
-
-def _was_usage_error(error: BaseException) -> bool:
-    """Whether a usage error on one rank was passed on to this one as another kind of error."""
-    return isinstance(error.__cause__, UsageError)
 
 
 def _rank() -> int:

@@ -14,10 +14,10 @@ from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.training.checkpoint_store import TRACKER, CheckpointStore
 
 # What a step computes from its samples; --allow-config-change lets it differ.
-SAME_RUN = ("global_batch_size", "eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+SAME_RUN = ("global_batch_size", "clip_grad", "eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 # The schedule; --override-opt-param-scheduler takes the new values.
 SAME_SCHEDULE = (
     "lr",
@@ -29,6 +29,12 @@ SAME_SCHEDULE = (
     "lr_wsd_decay_style",
     "lr_wsd_decay_iters",
     "weight_decay",
+    "decoupled_lr",
+    "decoupled_min_lr",
+    "optimizer",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
     "memory_value_lr_mult",
     "memory_value_lr_decay_iters",
 )
@@ -37,7 +43,7 @@ SAME_SCHEDULE = (
 @dataclass(frozen=True)
 class Source:
     """Where a run starts from: a checkpoint directory, the step asked for (None: the newest), and whether the run goes
-    on from its own --save, so that --finetune and its like have had their effect already."""
+    on from its own --save, so that --finetune, --no-load-optim and --no-load-rng have had their effect already."""
 
     directory: str
     ckpt_step: int | None
@@ -48,16 +54,24 @@ def find_source(run: RunConfig) -> Source | None:
     """What to load: --save once it holds a checkpoint, so that the same command always continues; else --load; None for
     a fresh start. An evaluation (--skip-train) takes --load first.
 
-    Raises ``UsageError`` when --load holds no checkpoint and --allow-fresh is not given.
+    Raises ``UsageError`` when --load holds no checkpoint and --allow-fresh is not given, when --finetune or --ckpt-step
+    have nothing to load, and when a directory has lost its checkpoints.
     """
     training = run.training
-    own = training.save if training.save and CheckpointStore(training.save).iterations() else None
+    own = training.save if training.save and _holds_checkpoints("save", training.save) else None
     same = training.load is not None and own is not None and os.path.realpath(training.load) == os.path.realpath(own)
     if own and not (training.load and (training.skip_train or same)):
-        return Source(own, None if training.load else training.ckpt_step, continues=training.load is not None)
+        return Source(own, None if training.load else training.ckpt_step, continues=True)
     if training.load is None:
+        if training.finetune:
+            raise UsageError("--finetune needs --load, the directory of the checkpoint to start from")
+        if training.ckpt_step is not None:
+            raise UsageError(
+                f"--ckpt-step is {training.ckpt_step}, but there is no checkpoint to load; give --load, or a --save "
+                "that holds checkpoints"
+            )
         return None
-    if CheckpointStore(training.load).iterations():
+    if _holds_checkpoints("load", training.load):
         return Source(training.load, training.ckpt_step, continues=False)
     if not training.allow_fresh:
         raise UsageError(
@@ -65,6 +79,19 @@ def find_source(run: RunConfig) -> Source | None:
             "to start from scratch"
         )
     return None
+
+
+def _holds_checkpoints(flag: str, directory: str) -> bool:
+    """Whether ``directory`` holds checkpoints. Raises ``UsageError`` when it did, and they are gone."""
+    store = CheckpointStore(directory)
+    if store.iterations():
+        return True
+    if (store.root / TRACKER).exists():
+        raise UsageError(
+            f"--{flag} is {directory!r}; its {TRACKER} names a checkpoint, but none is there; bring the iter_* "
+            "directories back, or remove that file to start afresh"
+        )
+    return False
 
 
 def checkpoint_values(directory: str, ckpt_step: int | None = None) -> dict[str, Any]:
@@ -86,11 +113,22 @@ def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]
         _compare(run, saved, (*SAME_RUN, *_model_keys(saved)), "--allow-config-change to go on regardless")
         for name, old in config.get("data", {}).items():
             new = data_identity.get(name)
-            if name in data_identity and old != new:
+            if name == "training_samples":
+                _check_samples(old, new)
+            elif name in data_identity and old != new:
                 raise UsageError(
                     f"{name} is {_short(new)}, but the checkpoint was trained with {_short(old)}; give the "
                     "old data, or --allow-config-change to go on regardless"
                 )
+
+
+def _check_samples(old: int, new: int | None) -> None:
+    if new is not None and old != new:
+        raise UsageError(
+            f"the run has {new} samples (--train-samples, or --train-iters x --global-batch-size), but the "
+            f"checkpoint's has {old}, in another order; give the old length, or --allow-config-change to go on "
+            "regardless"
+        )
 
 
 def _check_schedule(run: RunConfig, saved: dict[str, Any]) -> None:

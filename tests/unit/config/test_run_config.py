@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from megatron.core.transformer.enums import AttnBackend
 
 from umv2_megatron.config import run_config
 from umv2_megatron.config.flags import UsageError
@@ -60,6 +61,10 @@ def test_megatron_configurations_follow_the_flags():
     transformer = run.transformer_config()
     assert transformer.bf16 and transformer.params_dtype is run_config.torch.bfloat16
     assert transformer.hidden_dropout == 0.1 and transformer.gated_linear_unit and not transformer.add_bias_linear
+    assert transformer.attention_backend is AttnBackend.auto
+    assert resolve([*TINY, "--attention-backend", "unfused"]).transformer_config().attention_backend is (
+        AttnBackend.unfused
+    )
     assert run.optimizer_config().clip_grad == 0.5 and run.optimizer_config().bf16
     assert run.ddp_config().overlap_grad_reduce
 

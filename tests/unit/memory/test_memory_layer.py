@@ -17,14 +17,16 @@ from umv2_megatron.memory.sharing import table_windows
 OPTIONS = {"num_keys": 8, "key_dim": 8, "value_dim": 8, "pre_value_dim": 4, "topk": 4}
 
 
-def build(count: int = 1, dtype: torch.dtype = torch.float32, sequence_parallel: bool = False,
-          **options) -> torch.nn.ModuleList:
+def build(
+    count: int = 1, dtype: torch.dtype = torch.float32, sequence_parallel: bool = False, **options
+) -> torch.nn.ModuleList:
     config = MemoryConfig(**{**OPTIONS, **options})
     layers = torch.nn.ModuleList()
     for index, window in enumerate(table_windows(config, count)):
         table = None if window.owner == index else layers[window.owner].table
-        layers.append(MemoryLayer(config, 16, index, count, 32, count, window, table, dtype,
-                                  sequence_parallel=sequence_parallel))
+        layers.append(
+            MemoryLayer(config, 16, index, count, 32, count, window, table, dtype, sequence_parallel=sequence_parallel)
+        )
     return layers
 
 
@@ -95,7 +97,7 @@ def test_auxiliary_losses_only_in_training() -> None:
     layer = build(balance_loss_coeff=0.1, tucker_penalty_coeff=0.5)[0]
     x = torch.randn(9, 16)
     out = layer(x)
-    assert set(layer.last_losses) == {"balance", "tucker"}
+    assert set(layer.last_losses) == {"balance_loss", "tucker_penalty"}
     (out * 0).sum().backward()
     assert layer.retrieval.keys.grad.abs().sum() > 0 and layer.retrieval.cores.grad.abs().sum() > 0
     layer.zero_grad()

@@ -59,7 +59,10 @@ def test_the_horizon_is_part_of_the_state():
         use_checkpoint_opt_param_scheduler=False,
     )
     other.load_state_dict(first.state_dict())
-    assert other.value_factor == ValueFactor(9.0, 77) and other.num_steps == 300
+    assert other.value_factor == ValueFactor(9.0, first.value_factor.decay_steps) and other.num_steps == 300
+    other.keep_saved_horizon, other.value_factor = False, ValueFactor(9.0, 77)
+    other.load_state_dict(first.state_dict())
+    assert other.value_factor == ValueFactor(9.0, 77)
 
 
 def test_a_factor_without_decay_stays():
