@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.flags import UsageError, option_table
 from umv2_megatron.config.run_config import RunConfig
 
 
@@ -65,6 +65,14 @@ def _check_shapes(run: RunConfig) -> None:
         _refuse(
             "seq-length", run.model.seq_length, f"at most --max-position-embeddings ({run.max_position_embeddings})"
         )
+    if run.kv_channels and run.kv_channels % 2:
+        _refuse("kv-channels", run.kv_channels, "an even number: the rotary embedding turns pairs")
+    if not 0 < run.model.rotary_percent <= 1:
+        _refuse("rotary-percent", run.model.rotary_percent, "a number above 0 and at most 1")
+    if run.model.rotary_base <= 0:
+        _refuse("rotary-base", run.model.rotary_base, "a number above 0")
+    if run.training.seed < 0:
+        _refuse("seed", run.training.seed, "an integer of at least 0")
     if run.num_moe_experts:
         _refuse("num-experts", run.num_moe_experts, "no value; blocks of experts are not built by this program yet")
 
@@ -115,6 +123,19 @@ def _check_layout(run: RunConfig) -> None:
 
 def _check_memory_layout(run: RunConfig) -> None:
     memory, tp, pp = run.memory, run.tensor_model_parallel_size, run.pipeline_model_parallel_size
+    if memory.parallel_size == 1 and memory.parallel_mode != option_table()["memory_parallel_mode"].default:
+        _refuse(
+            "memory-parallel-mode", memory.parallel_mode, "no value with --memory-parallel-size 1: nothing is sharded"
+        )
+    for key in ("memory_balance_loss_coeff", "memory_tucker_penalty_coeff"):
+        if run.calculate_per_token_loss and run.values[key] > 0:
+            _refuse(
+                key.replace("_", "-"),
+                run.values[key],
+                "0 with --calculate-per-token-loss, which would divide it by the number of tokens",
+            )
+    if memory.norm_epsilon <= 0:
+        _refuse("memory-norm-epsilon", memory.norm_epsilon, "a number above 0")
     if memory.parallel_size != 1:
         _refuse("memory-parallel-size", memory.parallel_size, "1; sharded value tables are not built yet")
     if tp > 1 and not run.sequence_parallel:
@@ -126,6 +147,8 @@ def _check_memory_layout(run: RunConfig) -> None:
     if memory.sharing in ("ring", "noring") and pp > 1:
         _refuse("memory-sharing", memory.sharing, "none or block with --pipeline-model-parallel-size above 1")
     if memory.sharing == "block" and pp > 1:
+        if run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage:
+            _refuse("memory-sharing", memory.sharing, "none where pipeline stages have different numbers of layers")
         stages = pp * (run.virtual_pipeline_size or 1)
         per_stage = run.num_layers // stages
         owners = memory.memory_layers(run.num_layers)
@@ -142,6 +165,7 @@ def _check_memory_layout(run: RunConfig) -> None:
 def _check_schedule(run: RunConfig) -> None:
     training = run.training
     _check_counts(run)
+    _check_optimizer(run)
     if not training.skip_train and bool(training.train_iters) == bool(training.train_samples):
         raise UsageError("--train-iters or --train-samples is needed, and only one of them")
     unit = training.micro_batch_size * run.data_parallel_size
@@ -157,14 +181,26 @@ def _check_schedule(run: RunConfig) -> None:
     horizon = training.lr_decay_iters or run.train_iters
     if not training.skip_train and training.lr_warmup_iters >= max(horizon, 1):
         _refuse("lr-warmup-iters", training.lr_warmup_iters, f"fewer than the {horizon} iterations of the decay")
-    if training.lr_decay_style == "WSD" and not training.lr_wsd_decay_iters:
-        _refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, "a number of iterations with --lr-decay-style WSD")
+    if training.lr_decay_style == "WSD":
+        if not training.lr_wsd_decay_iters:
+            _refuse("lr-wsd-decay-iters", None, "a number of iterations with --lr-decay-style WSD")
+        elif training.lr_wsd_decay_iters > horizon and not training.skip_train:
+            _refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, f"at most the {horizon} iterations of the decay")
     if training.save_interval and not training.save:
         _refuse("save-interval", training.save_interval, "--save with a directory too")
     if training.async_save:
         raise UsageError("--async-save is not supported; leave it out: checkpoints are written between two steps")
     if not all(rank.strip().isdigit() for rank in training.profile_ranks.split(",")):
         _refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
+
+
+def _check_optimizer(run: RunConfig) -> None:
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= run.values[key] < 1:
+            _refuse(key.replace("_", "-"), run.values[key], "a number from 0 up to, but not, 1")
+    for key in ("adam_eps", "clip_grad", "weight_decay"):
+        if run.values[key] < 0:
+            _refuse(key.replace("_", "-"), run.values[key], "a number of at least 0")
 
 
 def _check_counts(run: RunConfig) -> None:

@@ -63,17 +63,9 @@ NOT_FLAGS = {
     "overlap_p2p_comm",
     "batch_p2p_comm",
     # mcore's deprecated spellings of other fields
-    "moe_extended_tp",
     "enable_cuda_graph",
     "external_cuda_graph",
-    "moe_router_padding_for_fp8",
-    "moe_layer_recompute",
     "use_custom_fsdp",
-    "moe_enable_deepep",
-    "tp_comm_split_ag",
-    "tp_comm_atomic_ag",
-    "tp_comm_split_rs",
-    "tp_comm_atomic_rs",
     # other models or modules than ours
     "is_hybrid_model",
     "heterogeneous_block_specs",
@@ -101,6 +93,18 @@ NOT_FLAGS = {
     # the check before the update is our own (--nan-policy)
     "check_for_nan_in_grad",
     "check_for_large_grads",
+    # blocks of experts are not built yet
+    "overlap_moe_expert_parallel_comm",
+    "ep_overlap_early_attn_memory_release",
+    # nothing here reads them
+    "use_te_rng_tracker",
+    "pipeline_model_parallel_comm_backend",
+    "barrier_with_L1_time",
+    "log_max_attention_logit",
+    "async_tensor_model_parallel_allreduce",
+    "apply_residual_connection_post_layernorm",
+    "gradient_reduce_div_fusion",
+    "suggested_communication_unit_size",
     # fp16's loss scaling
     "loss_scale",
     "initial_loss_scale",
@@ -130,6 +134,9 @@ NOT_FLAG_PREFIXES = (
     "fine_grained",
     "offload_",
     "min_offloaded",
+    "moe_",  # blocks of experts are not built yet
+    "tp_comm_",  # Transformer Engine's user buffers are not set up
+    "cuda_graph_",  # u and t are refreshed inside a forward, which a captured graph would leave out
 )
 
 # Where a language-model trainer wants another default than mcore's.

@@ -43,15 +43,20 @@ def linear_std(hidden_size: int) -> float:
 
 
 def ffn_output_variance(
-    hidden_size: int, ffn_hidden_size: int, num_layers: int, gated: bool = True, activation: str = "silu"
+    hidden_size: int,
+    ffn_hidden_size: int,
+    num_layers: int,
+    gated: bool = True,
+    activation: str | Callable[[Tensor], Tensor] = "silu",
 ) -> float:
     """Output variance, per element, of an FFN at initialisation on inputs of root mean square 1.
 
     Weights have std sqrt(2 / (5 H)), those of the last map further divided by sqrt(2 * num_layers). ``gated``:
-    activation(gate) * up; otherwise activation(x W1). ``activation`` is "silu", "gelu" or "relu".
+    activation(gate) * up; otherwise activation(x W1). ``activation`` is a function, or its name in
+    torch.nn.functional.
     """
     preactivation = hidden_size * linear_std(hidden_size) ** 2
-    function: Callable[[Tensor], Tensor] = getattr(functional, activation)
+    function = getattr(functional, activation) if isinstance(activation, str) else activation
     inner = _gaussian_mean_square(function, math.sqrt(preactivation))
     if gated:
         inner *= preactivation
@@ -65,12 +70,20 @@ def _gaussian_mean_square(function: Callable[[Tensor], Tensor], std: float) -> f
     return float((weights * squares).sum() / weights.sum())
 
 
-def initialize_layer(layer: MemoryLayer, ffn_hidden_size: int, num_layers: int) -> None:
-    """Fill every parameter of ``layer``, its table if it owns one, and its singular vectors."""
+def initialize_layer(
+    layer: MemoryLayer,
+    ffn_hidden_size: int,
+    num_layers: int,
+    ffn_gated: bool = True,
+    ffn_activation: str | Callable[[Tensor], Tensor] = "silu",
+) -> None:
+    """Fill every parameter of ``layer``, its table if it owns one, and its singular vectors. The FFN beside it is as
+    ``ffn_output_variance`` wants it described."""
     if layer.config.init == "fixed":
         _initialize_fixed(layer)
     else:
-        _initialize_paper(layer, ffn_output_variance(layer.hidden_size, ffn_hidden_size, num_layers))
+        target = ffn_output_variance(layer.hidden_size, ffn_hidden_size, num_layers, ffn_gated, ffn_activation)
+        _initialize_paper(layer, target)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class MemoryLayer(nn.Module):
         hidden_size: H.
         layer_index: 0-based among the memory layers of the whole model; seeds the shuffle and the initialisation.
         num_memory_layers: memory layers of the whole model.
-        ffn_hidden_size: inner size of the (gated) FFN beside it, whose output variance the layer starts with.
+        ffn_hidden_size: inner size of the FFN beside it, whose output variance the layer starts with.
         num_layers: blocks of the whole model, for the same purpose.
         window: the rows this layer sees; None computes it from ``config``.
         table: the table of the layer that owns it, when another one does; None creates it here.
@@ -47,6 +47,7 @@ class MemoryLayer(nn.Module):
         sequence_parallel: whether each tensor-parallel rank sees its own part of the sequence; the replicated
             parameters are then marked so that mcore sums their gradients over those ranks.
         perform_initialization: False leaves parameters unset (they will be loaded).
+        ffn_gated, ffn_activation: that FFN's form, see ``ffn_output_variance``.
     """
 
     perm: Tensor
@@ -65,6 +66,8 @@ class MemoryLayer(nn.Module):
         device: Optional[torch.device | str] = None,
         sequence_parallel: bool = False,
         perform_initialization: bool = True,
+        ffn_gated: bool = True,
+        ffn_activation: str | Callable[[Tensor], Tensor] = "silu",
     ) -> None:
         super().__init__()
         self.config = config
@@ -100,7 +103,7 @@ class MemoryLayer(nn.Module):
         if not self.perm.is_meta:
             self.shuffle()
             if perform_initialization:
-                initialize_layer(self, ffn_hidden_size, num_layers)
+                initialize_layer(self, ffn_hidden_size, num_layers, ffn_gated, ffn_activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., H], the normalised FFN input, to [..., H], to be added to the FFN's output."""

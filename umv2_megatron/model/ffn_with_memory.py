@@ -126,6 +126,8 @@ class FFNWithMemory(MegatronModule):
             device=None if self.config.use_cpu_initialization else cpu_platform.device(),
             sequence_parallel=self.config.sequence_parallel,
             perform_initialization=self.config.perform_initialization,
+            ffn_gated=self.config.gated_linear_unit,
+            ffn_activation=self.config.activation_func,
         )
         if owns:
             self.tables.put(index, self.memory.table)

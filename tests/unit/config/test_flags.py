@@ -46,7 +46,7 @@ OBJECTS = {
     TransformerConfig: {
         "params_dtype", "timers", "finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func",
         "param_sync_func", "autocast_dtype", "pipeline_dtype", "pipeline_model_parallel_layout", "activation_func",
-        "init_method", "output_layer_init_method", "embedding_init_method", "cuda_graph_scope", "quant_recipe",
+        "init_method", "output_layer_init_method", "embedding_init_method", "quant_recipe",
     },
     OptimizerConfig: {
         "params_dtype", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "timers",
@@ -121,7 +121,7 @@ def test_help_lists_every_option_under_its_group():
         (["--recompute-modules", "core_attn", "mlp"], {"recompute_modules": ["core_attn", "mlp"]}),
         (["--no-load-optim"], {"no_load_optim": True}),
         (["--accumulate-allreduce-grads-in-fp32"], {"grad_reduce_in_fp32": True}),
-        (["--moe-aux-loss-coeff", "0.01"], {"moe_aux_loss_coeff": 0.01}),
+        (["--attention-backend", "unfused"], {"attention_backend": "unfused"}),
     ],
 )
 def test_values(argv, expected):
@@ -142,6 +142,10 @@ def test_values(argv, expected):
         (["--bf16", "true"], ["'true'"]),
         (["--memory-sharing", "rings"], ["--memory-sharing", "'rings'", "ring, noring"]),
         (["--position-embedding-type", "alibi"], ["--position-embedding-type", "'alibi'", "rope"]),
+        (["--moe-aux-loss-coeff", "0.01"], ["unknown flag --moe-aux-loss-coeff"]),
+        (["--tp-comm-overlap"], ["unknown flag --tp-comm-overlap"]),
+        (["--cuda-graph-impl", "local"], ["unknown flag --cuda-graph-impl"]),
+        (["--optimizer", "sgd"], ["--optimizer", "'sgd'"]),
         (["stray"], ["'stray'"]),
     ],
 )
