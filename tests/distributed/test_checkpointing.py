@@ -99,13 +99,13 @@ CASES = {
     "2 ranks, distributed": (2, Layout(distributed_optimizer=True), "dp_reshardable"),
     "2 ranks, bf16, distributed, full": (2, Layout(distributed_optimizer=True, bf16=True), "fully_reshardable"),
     "PP 2, two chunks each": (2, Layout(pp=2, vpp=2, distributed_optimizer=True, untied=True), "dp_reshardable"),
+    "2 ranks, distributed, overlap": (2, Layout(distributed_optimizer=True, overlap=True), "dp_reshardable"),
+    "TP 2, distributed": (2, Layout(tp=2, distributed_optimizer=True), "fully_reshardable"),
 }
 SLOW_CASES = {
     "2 ranks, distributed, full": (2, Layout(distributed_optimizer=True), "fully_reshardable"),
-    "2 ranks, distributed, overlap": (2, Layout(distributed_optimizer=True, overlap=True), "dp_reshardable"),
     "2 ranks, bf16, distributed": (2, Layout(distributed_optimizer=True, bf16=True), "dp_reshardable"),
     "2 ranks, bf16, plain": (2, Layout(bf16=True), "dp_reshardable"),
-    "TP 2, distributed": (2, Layout(tp=2, distributed_optimizer=True), "fully_reshardable"),
 }
 
 

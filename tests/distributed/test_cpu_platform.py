@@ -48,7 +48,7 @@ def assert_close(told: dict[str, list[float]], expected: dict[str, list[float]],
         pytest.param(2, {}, id="dp2"),
         pytest.param(2, {"distributed_optimizer": True}, id="dp2-distopt"),
         pytest.param(2, {"overlap": True}, id="dp2-overlap", marks=SLOW),
-        pytest.param(2, {"overlap": True, "distributed_optimizer": True}, id="dp2-distopt-overlap", marks=SLOW),
+        pytest.param(2, {"overlap": True, "distributed_optimizer": True}, id="dp2-distopt-overlap"),
         pytest.param(2, {"tp": 2}, id="tp2-sp"),
         pytest.param(2, {"pp": 2, "micro_batch": 1}, id="pp2"),
         pytest.param(2, {"pp": 2, "vpp": 2, "micro_batch": 1, "overlap": True}, id="pp2-vpp2-overlap"),
@@ -65,7 +65,7 @@ def test_layouts_agree(ranks: int, layout: dict[str, Any], one_rank: Any) -> Non
     [
         pytest.param(2, {}, id="dp2"),
         pytest.param(2, {"tp": 2}, id="tp2-sp"),
-        pytest.param(2, {"tp": 2, "model": {"sequence_parallel": False}}, id="tp2-without-sp", marks=SLOW),
+        pytest.param(2, {"tp": 2, "model": {"sequence_parallel": False}}, id="tp2-without-sp"),
         pytest.param(4, {"tp": 2, "distributed_optimizer": True}, id="tp2-sp-dp2-distopt", marks=SLOW),
         pytest.param(2, {"pp": 2, "distributed_optimizer": True}, id="pp2-distopt"),
     ],
@@ -76,7 +76,6 @@ def test_layouts_agree_with_a_table(ranks: int, layout: dict[str, Any], one_rank
         assert_close(told, one_rank(table=True))
 
 
-@pytest.mark.slow
 def test_untied_embeddings_over_stages(one_rank: Any) -> None:
     told = run_ranks(2, run, untied=True, pp=2, micro_batch=1)[0]
     assert_close(told, one_rank(untied=True))
