@@ -81,6 +81,10 @@ def _is_layout(key: str) -> bool:
         "initialization",
         "deterministic",
         "virtual",
+        "wgrad",
+        "microbatch",
+        "saved_activations",
+        "p2p",
     )
     return any(part in key for part in parts)
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from umv2_megatron.config.flags import option_table
-from umv2_megatron.config.resolve import from_layers
+from umv2_megatron.config.resolve import from_layers, model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.parallel import cpu_platform
@@ -19,28 +18,8 @@ from umv2_megatron.training.initialize import start_processes
 from umv2_megatron.training.step import refresh_singular_vectors
 from umv2_megatron.training.tokenizers import build_tokenizer
 
-# One rank holds everything, whatever layout the model was trained in.
-ONE_RANK = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "context_parallel_size": 1,
-    "memory_parallel_size": 1,
-    "sequence_parallel": False,
-    "num_layers_per_virtual_pipeline_stage": None,
-    "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None,
-    "pipeline_model_parallel_layout": None,
-    "use_distributed_optimizer": False,
-    "overlap_param_gather": False,
-    "overlap_grad_reduce": False,
-    "num_distributed_optimizer_instances": 1,
-    "transformer_impl": "auto",
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "recompute_modules": None,
-    "global_batch_size": None,
-}
+# What is taken beside the model itself; layout, schedule and the rest keep their defaults, those of one rank.
+TAKEN = ("tokenizer_type", "tokenizer_model", "vocab_size", "bf16")
 
 
 @dataclass(frozen=True)
@@ -64,12 +43,13 @@ def load_trained_model(
     store = CheckpointStore(directory)
     iteration = store.resolve(ckpt_step)
     saved = checkpointing.read_config(store, iteration)
-    known = {key: value for key, value in saved["values"].items() if key in option_table()}
+    values = saved["values"]
+    known = {**model_values(values), **{key: values[key] for key in TAKEN if key in values}}
     if tokenizer_model is not None:
         known["tokenizer_model"] = tokenizer_model
     # the padded vocabulary is the checkpoint's, whatever tensor-parallel size made it
     known["make_vocab_size_divisible_by"] = saved["padded_vocab_size"]
-    run = from_layers([(f"checkpoint in {directory}", {**known, **ONE_RANK})], world_size=1, for_training=False)
+    run = from_layers([(f"checkpoint in {directory}", known)], world_size=1, for_training=False)
     assert run.data.tokenizer_type is not None, "a checkpoint of a run without a tokenizer"
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
     start_processes(run)
