@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 from program_runs import losses, tiny_run, train
@@ -77,3 +78,35 @@ def test_memory_statistics_and_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert wanted <= set(events.Tags()["scalars"])
+
+
+def test_losses_of_the_layers_are_recorded(tmp_path):
+    """Beside the statistics, where their coefficients are set; recording leaves the weights as they are."""
+    losses = {"memory_balance_loss_coeff": 0.01, "memory_tucker_penalty_coeff": 0.01}
+    argv = {"train_iters": 3, **losses}
+    plain = train(1, tiny_run(**argv), tmp_path / "o")
+    told = train(
+        1, tiny_run(**argv, save=tmp_path / "run", memory_log_interval=1, log_params_norm=True), tmp_path / "o"
+    )
+    assert plain.weights == told.weights
+    recorded = [line for line in read_metrics(tmp_path / "run") if "memory/balance_loss/layer_000" in line]
+    assert len(recorded) == 3
+    assert all(line["memory/balance_loss/layer_000"] > 0 for line in recorded)
+    assert all(line["memory/tucker_penalty/layer_001"] >= 0 for line in recorded)
+
+
+def fail_on_rank_1() -> None:
+    """Let a bug befall the second rank, in its second step."""
+    if os.environ["RANK"] == "1":
+        from umv2_megatron.training import loop
+
+        def broken(*_):
+            raise KeyError("a bug")
+
+        loop.Trainer._count = broken
+
+
+@pytest.mark.timeout(100)
+def test_a_bug_on_one_rank_ends_it_at_once(tmp_path):
+    ended = train(2, tiny_run(train_iters=3), tmp_path / "o", fail_on_rank_1, codes=None)
+    assert ended.codes[1] == 1 and "KeyError: 'a bug'" in ended.outputs[1] and "Traceback" in ended.outputs[1]
