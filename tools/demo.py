@@ -68,7 +68,7 @@ def training_command(directory: Path, iterations: int) -> list[str]:
         "save-interval": str(max(1, iterations // 4)),
         "eval-interval": str(max(1, iterations // 5)),
         "eval-iters": "8",
-        "log-interval": "5",
+        "log-interval": "4",
         "num-workers": "0" if not gpus else "2",
         "tensorboard-dir": f"{directory}/tensorboard",
         "memory-log-interval": str(max(1, iterations // 5)),
