@@ -4,12 +4,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint clean help
+.PHONY: demo test test-slow test-gpu lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what the demo wrote (runs/demo)"
 
@@ -31,6 +32,9 @@ test: $(READY) lint
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow" --timeout 1800
+
+test-gpu: $(READY)
+	$(PY) -m pytest -q tests/gpu
 
 clean:
 	rm -rf runs/demo
