@@ -96,3 +96,16 @@ def test_missing_checkpoint_is_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1 and str(tmp_path) in done.stderr
+
+
+def test_sizes_and_vocabulary_without_a_preset(trained):
+    """Everything given by flags, the vocabulary by the tokenizer alone."""
+    prefix = next(trained.glob("t*_document.bin")).with_suffix("")
+    output = run(
+        "pretrain_umv2.py",
+        *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--ffn-hidden-size", "64"),
+        *("--seq-length", "64", "--memory-num-keys", "16", "--data-path", str(prefix), "--split", "90,10,0"),
+        *("--tokenizer-type", "ByteLevelTokenizer", "--train-iters", "2", "--log-interval", "1", "--eval-iters", "1"),
+        *("--num-workers", "0"),
+    )
+    assert output.count("| lm loss: ") == 2

@@ -74,8 +74,3 @@ def from_share_ratio(num_keys: int, num_layers: int, share_ratio: float) -> list
     rows = num_layers * num_keys**2
     side = math.floor(math.sqrt(rows * share_ratio))
     return [TableWindow(0, rows, layer * num_keys**2, side * side) for layer in range(num_layers)]
-
-
-def first_of_group(windows: list[TableWindow]) -> list[bool]:
-    """For each layer, whether it owns the table it uses."""
-    return [window.owner == layer for layer, window in enumerate(windows)]

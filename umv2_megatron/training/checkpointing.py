@@ -115,7 +115,7 @@ def save_checkpoint(
         if is_main:
             store.publish(iteration, num_keys=num_keys, tensor_bytes=tensor_bytes, count=count_written)
 
-    with _gathered_parameters(model_chunks):
+    with gathered_parameters(model_chunks):
         try:
             state = attempt("collecting the state to save", collect)
             sharded, common = attempt("checking the shards to save", lambda: save_preprocess(state))
@@ -155,7 +155,7 @@ def _explained(store: CheckpointStore, error: BaseException, directory: Path, te
 
 
 @contextlib.contextmanager
-def _gathered_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def gathered_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """With --overlap-param-gather the parameters of the last step arrive during the next forward: fetch them now."""
     waiting = [chunk for chunk in model_chunks if getattr(chunk, "remove_forward_pre_hook_handles", None)]
     for chunk in waiting:
@@ -414,7 +414,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 def weights_digest(model_chunks: Sequence[torch.nn.Module]) -> str:
     """SHA-256 (hex) over names, dtypes, shapes and bytes of this rank's parameters and persistent buffers, by name."""
     digest = hashlib.sha256()
-    with _gathered_parameters(model_chunks):
+    with gathered_parameters(model_chunks):
         for index, chunk in enumerate(model_chunks):
             for name, tensor in sorted(unwrap(chunk).state_dict().items()):
                 if isinstance(tensor, torch.Tensor):

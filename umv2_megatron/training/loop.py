@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import memory_health
+from umv2_megatron.training.checkpointing import gathered_parameters
 from umv2_megatron.training.initialize import TrainingState, device_memory_gib
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
@@ -38,6 +38,7 @@ class Trainer:
         make_eval_iterator: makes a fresh iterator over the first validation batches, None without validation data.
         reporter: where numbers go.
         save: publishes a checkpoint of the present state.
+        vocab_size: entries of the tokenizer, for the throughput.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Trainer:
         make_eval_iterator: Callable[[], Any] | None,
         reporter: Reporter,
         save: Callable[[], None] | None,
+        vocab_size: int,
     ):
         self.run = run
         self.state = state
@@ -56,7 +58,7 @@ class Trainer:
         self.reporter = reporter
         self.save = save
         self.stop_requests = StopRequests(run.training.exit_signal_handler, run.training.exit_duration_in_mins)
-        self.flops_per_token = flops_per_token(run.values, run.memory).training
+        self.flops_per_token = flops_per_token({**run.values, "vocab_size": vocab_size}, run.memory).training
         self._last_saved = state.progress.iteration
 
     def train(self) -> bool:
@@ -135,7 +137,7 @@ class Trainer:
         tflops = tokens_per_second * self.flops_per_token / 1e12
         norm = None
         if run.training.log_params_norm:
-            with self._gathered_parameters():
+            with gathered_parameters(self.state.chunks):
                 norm = memory_health.params_norm(self.state.chunks)
         loss_scale = float(self.state.optimizer.get_loss_scale().item())
         self.reporter.line(
@@ -181,7 +183,7 @@ class Trainer:
     def _report_memory_health(self) -> None:
         run, iteration = self.run, self.state.progress.iteration
         if run.has_memory and run.training.memory_log_interval and iteration % run.training.memory_log_interval == 0:
-            with self._gathered_parameters():
+            with gathered_parameters(self.state.chunks):
                 numbers = memory_health.summarize(self.state.chunks)
             self.reporter.numbers(iteration, {**numbers})
             memory_health.start_counting(self.state.chunks)
@@ -215,35 +217,16 @@ class Trainer:
 
     def refresh(self) -> None:
         """u, t of the present cores, so that what is saved or hashed does not depend on what else was run since."""
-        with self._gathered_parameters():
+        with gathered_parameters(self.state.chunks):
             refresh_singular_vectors(self.state.chunks)
 
     def evaluate(self, what: str = "validation") -> float | None:
         """Report the loss on the first --eval-iters batches of the validation data."""
         if self.make_eval_iterator is None or not self.run.training.eval_iters:
             return None
-        with self._gathered_parameters():
+        with gathered_parameters(self.state.chunks):
             loss = evaluate(self.run, self.state.chunks, self.make_eval_iterator(), self.run.training.eval_iters)
         iteration = self.state.progress.iteration
         self.reporter.line(validation_line(iteration, loss, what))
         self.reporter.numbers(iteration, {f"lm loss {what}": loss, f"lm loss {what} ppl": perplexity(loss)})
         return loss
-
-    def _gathered_parameters(self) -> _GatheredParameters:
-        return _GatheredParameters(self.state.chunks, self.run.overlap_param_gather)
-
-
-class _GatheredParameters:
-    """Inside, all parameters are whole: with --overlap-param-gather mcore gathers them in forward hooks, which an
-    evaluation must not set off."""
-
-    def __init__(self, chunks: list[torch.nn.Module], overlapping: bool):
-        self.chunks = [chunk for chunk in chunks if overlapping and isinstance(chunk, DistributedDataParallel)]
-
-    def __enter__(self) -> None:
-        for chunk in self.chunks:
-            chunk.disable_forward_pre_hook()
-
-    def __exit__(self, *_: object) -> None:
-        for chunk in self.chunks:
-            chunk.enable_forward_pre_hook()

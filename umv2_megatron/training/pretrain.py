@@ -74,6 +74,7 @@ def pretrain(run: RunConfig) -> int:
             _eval_iterator(run, valid_set),
             reporter,
             save,
+            tokenizer.vocab_size,
         )
         if run.training.skip_train:
             trainer.evaluate()

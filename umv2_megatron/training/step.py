@@ -93,7 +93,19 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     refresh_singular_vectors(chunks, at_next_forward=True)
-    reports = get_forward_backward_func()(
+    reports = _run_schedule(run, chunks, iterator, forward_only=False)
+    loss = _mean_loss(reports)
+    result = guarded_step(optimizer, loss_is_finite=math.isfinite(loss))
+    if result.updated:
+        scheduler.step(increment=run.global_batch_size)
+    return TrainStep(loss, result)
+
+
+def _run_schedule(
+    run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, *, forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
+    """One global batch through mcore's schedule; the last stage's reports, one per micro-batch."""
+    return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterator,
         model=chunks,
@@ -101,13 +113,8 @@ def train_step(
         seq_length=run.model.seq_length,
         micro_batch_size=run.training.micro_batch_size,
         decoder_seq_length=run.model.seq_length,
-        forward_only=False,
+        forward_only=forward_only,
     )
-    loss = _mean_loss(reports)
-    result = guarded_step(optimizer, loss_is_finite=math.isfinite(loss))
-    if result.updated:
-        scheduler.step(increment=run.global_batch_size)
-    return TrainStep(loss, result)
 
 
 def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
@@ -131,16 +138,7 @@ def evaluate(run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, batch
     reports: list[dict[str, torch.Tensor]] = []
     with evaluation_mode(chunks):
         for _ in range(batches):
-            reports += get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iterator,
-                model=chunks,
-                num_microbatches=run.num_microbatches,
-                seq_length=run.model.seq_length,
-                micro_batch_size=run.training.micro_batch_size,
-                decoder_seq_length=run.model.seq_length,
-                forward_only=True,
-            )
+            reports += _run_schedule(run, chunks, iterator, forward_only=True)
     return _mean_loss(reports)
 
 

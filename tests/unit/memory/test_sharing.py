@@ -7,7 +7,7 @@ import math
 import torch
 
 from umv2_megatron.config.memory_config import MemoryConfig
-from umv2_megatron.memory.sharing import TableWindow, first_of_group, from_share_ratio, table_windows
+from umv2_megatron.memory.sharing import TableWindow, from_share_ratio, table_windows
 
 
 def windows(sharing: str, g: int, layers: int, num_keys: int = 4, **options: int) -> list[TableWindow]:
@@ -70,4 +70,4 @@ def test_config_and_windows_agree_on_the_scored_keys() -> None:
 
 
 def test_owners_come_first() -> None:
-    assert first_of_group(windows("block", 2, 4)) == [True, False, True, False]
+    assert [window.owner == layer for layer, window in enumerate(windows("block", 2, 4))] == [True, False, True, False]
