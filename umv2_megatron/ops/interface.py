@@ -83,3 +83,8 @@ def activate(rho: Tensor, activation: str) -> Tensor:
     """The activation called ``activation`` ("none" or "gelu"), element by element."""
     assert activation in ("none", "gelu"), activation
     return functional.gelu(rho) if activation == "gelu" else rho
+
+
+def activation_backward(grad: Tensor, rho: Tensor, activation: str) -> Tensor:
+    """Gradient of rho from ``grad``, that of ``activate(rho, activation)``."""
+    return torch.ops.aten.gelu_backward(grad, rho) if activation == "gelu" else grad

@@ -4,13 +4,7 @@ Why not autograd: a table has hundreds of megabytes, a micro-batch touches a sma
 fresh dense gradient cost several times the arithmetic. So the backward walks over the tokens in chunks that fit the
 cache and adds each picked row's gradient where mcore keeps gradients: ``main_grad``, a view of the DDP buffer.
 
-How mcore learns of it: DDP hangs a hook on the parameter's gradient accumulator. Autograd runs the accumulator once
-per backward, after every use of the parameter in the graph has contributed (a table shared by several layers has
-several), even when the contributions are None. The hook wants ``param.grad`` to be set when reduction overlaps
-the backward, skips adding it when ``grad_added_to_main_grad`` is True, and then drops it. So we return None and set
-``param.grad`` to a zero-stride tensor of the right shape that owns one element. Returning that tensor instead would
-not do: the accumulator clones gradients with unusual strides into a dense tensor, and the engine adds those of shared
-tables densely.
+``main_grad.py`` says how mcore learns of it.
 
 Letters as in ``interface.py``; Dc = Dv / C. On a CPU all sums run in a fixed order, so results are repeatable bit by
 bit; on a GPU ``index_add_`` is atomic and needs torch's deterministic mode (--deterministic-mode) for that.
@@ -26,7 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from umv2_megatron.ops.interface import activate, pre_value_scores
+from umv2_megatron.ops.interface import activate, activation_backward, pre_value_scores
+from umv2_megatron.ops.main_grad import gradient_sum, hand_over
 
 # Elements picked per chunk of tokens. CPU: 128 tokens of 32 picks and 192 float32 columns are 3 MB, which stays in
 # cache. Elsewhere a chunk only bounds the memory of the picked rows (256 MB in float32).
@@ -65,11 +60,9 @@ class _Lookup(torch.autograd.Function):
         rho: Optional[Tensor] = None
         weights = scores
         if pre_values is not None and projected is not None:
-            rho = torch.empty(rows.shape, dtype=scores.dtype, device=scores.device)
-            for part in _chunks(rows, pre_values):
-                rho[part] = pre_value_scores(rows[part], projected[part], pre_values)
+            rho = pre_scores(rows, projected, pre_values, scores.dtype)
             weights = scores * activate(rho, activation).unsqueeze(-1)
-        out = _sum_rows(rows, blocks, weights, values, num_blocks)
+        out = weighted_sum(rows, blocks, weights, values, num_blocks)
         # The tables are saved as attributes: they are parameters, and their main_grad must be found again.
         ctx.save_for_backward(rows, blocks, scores, projected, rho)
         ctx.pre_values, ctx.values = pre_values, values
@@ -82,8 +75,8 @@ class _Lookup(torch.autograd.Function):
         rows, blocks, scores, projected, rho = ctx.saved_tensors
         values, pre_values = ctx.values, ctx.pre_values
         needs = ctx.needs_input_grad
-        value_sum = _gradient_sum(values) if needs[5] else None
-        pre_value_sum = _gradient_sum(pre_values) if pre_values is not None and needs[4] else None
+        value_sum = gradient_sum(values) if needs[5] else None
+        pre_value_sum = gradient_sum(pre_values) if pre_values is not None and needs[4] else None
         score_grad = torch.empty_like(scores)
         projected_grad = torch.empty_like(projected) if projected is not None else None
         grad_out = grads[0].reshape(rows.shape[0], ctx.num_blocks, values.shape[1])
@@ -98,22 +91,18 @@ class _Lookup(torch.autograd.Function):
             if value_sum is not None:
                 _add_value_gradient(value_sum, picked, upstream, weights)
             if rho is not None and projected_grad is not None:
-                rho_grad = (weight_grad * scores[part]).sum(-1)
-                if ctx.activation == "gelu":
-                    rho_grad = torch.ops.aten.gelu_backward(rho_grad, rho[part])
-                rows_of_pre = functional.embedding(picked, pre_values)
-                projected_grad[part] = torch.bmm(rho_grad.to(rows_of_pre.dtype).unsqueeze(1), rows_of_pre).squeeze(1)
-                if pre_value_sum is not None:
-                    rows_grad = rho_grad.unsqueeze(-1) * projected[part].to(rho_grad.dtype).unsqueeze(1)
-                    pre_value_sum.index_add_(0, picked.flatten(), rows_grad.flatten(0, 1).to(pre_value_sum.dtype))
+                rho_grad = activation_backward((weight_grad * scores[part]).sum(-1), rho[part], ctx.activation)
+                projected_grad[part] = _pre_value_gradients(
+                    picked, rho_grad, projected[part], pre_values, pre_value_sum
+                )
 
         return (
             None,
             None,
             score_grad if needs[2] else None,
             projected_grad if needs[3] else None,
-            _hand_over(pre_values, pre_value_sum),
-            _hand_over(values, value_sum),
+            hand_over(pre_values, pre_value_sum),
+            hand_over(values, value_sum),
             None,
             None,
         )
@@ -127,7 +116,7 @@ def _chunks(rows: Tensor, table: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _sum_rows(rows: Tensor, blocks: Optional[Tensor], weights: Tensor, values: Tensor, num_blocks: int) -> Tensor:
+def weighted_sum(rows: Tensor, blocks: Optional[Tensor], weights: Tensor, values: Tensor, num_blocks: int) -> Tensor:
     """The weighted sum of ``interface.TableLookup`` given the final ``weights`` [T, P, C]."""
     tokens, picks = rows.shape
     cores = weights.shape[-1]
@@ -180,19 +169,57 @@ def _add_value_gradient(value_sum: Tensor, rows: Tensor, upstream: Tensor, weigh
     value_sum.index_add_(0, rows.flatten(), rows_grad.to(value_sum.dtype))
 
 
-def _gradient_sum(table: Tensor) -> Tensor:
-    """Where the gradient of ``table`` is added up: its main_grad, or a new dense tensor without one."""
-    main_grad = getattr(table, "main_grad", None)
-    return main_grad if main_grad is not None else torch.zeros_like(table)
+def _pre_value_gradients(
+    rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor]
+) -> Tensor:
+    """Gradient of ``projected`` [t, Dp]; that of the picked pre-value rows is added to ``pre_value_sum``."""
+    picked = functional.embedding(rows, pre_values)
+    if pre_value_sum is not None:
+        rows_grad = rho_grad.unsqueeze(-1) * projected.to(rho_grad.dtype).unsqueeze(1)
+        pre_value_sum.index_add_(0, rows.flatten(), rows_grad.flatten(0, 1).to(pre_value_sum.dtype))
+    return torch.bmm(rho_grad.to(picked.dtype).unsqueeze(1), picked).squeeze(1)
 
 
-def _hand_over(table: Optional[Tensor], gradient_sum: Optional[Tensor]) -> Optional[Tensor]:
-    """What autograd gets for ``table``: the gradient itself, or None once it is in main_grad (see the top)."""
-    if table is None or gradient_sum is None:
-        return None
-    if getattr(table, "main_grad", None) is None:
-        return gradient_sum
-    table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    if table.grad is None:
-        table.grad = torch.zeros((), dtype=table.dtype, device=table.device).expand(table.shape)
-    return None
+# -- parts of the lookup, without autograd, for tables of which a rank holds some columns ---------------------------
+
+
+@torch.no_grad()
+def pre_scores(rows: Tensor, projected: Tensor, pre_values: Tensor, dtype: torch.dtype) -> Tensor:
+    """rho before its activation, [T, P] in ``dtype``; with some of the Dp columns, their part of the sum."""
+    rho = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    for part in _chunks(rows, pre_values):
+        rho[part] = pre_value_scores(rows[part], projected[part], pre_values)
+    return rho
+
+
+@torch.no_grad()
+def pre_scores_backward(
+    rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor]
+) -> Tensor:
+    """From the gradient of rho [T, P] to that of ``projected`` [T, Dp]; the table's is added to ``pre_value_sum``."""
+    projected_grad = torch.empty_like(projected)
+    for part in _chunks(rows, pre_values):
+        projected_grad[part] = _pre_value_gradients(
+            rows[part], rho_grad[part], projected[part], pre_values, pre_value_sum
+        )
+    return projected_grad
+
+
+@torch.no_grad()
+def weighted_sum_backward(
+    rows: Tensor,
+    blocks: Optional[Tensor],
+    weights: Tensor,
+    grad_out: Tensor,
+    values: Tensor,
+    value_sum: Optional[Tensor],
+) -> Tensor:
+    """From the gradient of ``weighted_sum``'s result, [T, E, Dv], to that of ``weights`` [T, P, C]; the table's is
+    added to ``value_sum``."""
+    weight_grad = torch.empty_like(weights)
+    for part in _chunks(rows, values):
+        upstream = _upstream_of_picks(grad_out[part], blocks[part] if blocks is not None else None, weights.dtype)
+        weight_grad[part] = _weight_gradient(rows[part], upstream, values, weights)
+        if value_sum is not None:
+            _add_value_gradient(value_sum, rows[part], upstream, weights[part])
+    return weight_grad
