@@ -95,16 +95,17 @@ def _check_layout(run: RunConfig) -> None:
         )
     if run.sequence_parallel and tp == 1:
         run._replace(sequence_parallel=False)  # nothing to split over one rank
-    if run.sequence_parallel and run.model.seq_length % tp:
-        _refuse("seq-length", run.model.seq_length, f"a multiple of --tensor-model-parallel-size ({tp})")
+    if cp > 1 and run.model.seq_length % (2 * cp):
+        _refuse("seq-length", run.model.seq_length, f"a multiple of 2 x --context-parallel-size = {2 * cp}")
+    if run.sequence_parallel and run.model.seq_length % (tp * cp):
+        times = f"--tensor-model-parallel-size ({tp})" + (f" x --context-parallel-size ({cp})" if cp > 1 else "")
+        _refuse("seq-length", run.model.seq_length, f"a multiple of {times}")
     if run.ffn_hidden_size and run.ffn_hidden_size % tp:
         _refuse("ffn-hidden-size", run.ffn_hidden_size, f"a multiple of --tensor-model-parallel-size ({tp})")
     if run.expert_model_parallel_size != 1:
         _refuse("expert-model-parallel-size", run.expert_model_parallel_size, "1; no blocks of experts are built yet")
-    if run.transformer_impl == "local" and cp > 1:
-        _refuse(
-            "context-parallel-size", cp, "1 with --transformer-impl local; Transformer Engine's attention splits it"
-        )
+    if run.transformer_impl == "local" and run.cp_comm_type not in (None, "all_gather"):
+        _refuse("cp-comm-type", run.cp_comm_type, "no value or all_gather with --transformer-impl local")
     if run.fp8 and run.transformer_impl != "transformer_engine":
         _refuse(
             "fp8-format", run.fp8, "no value without Transformer Engine; install requirements-gpu.txt on a GPU machine"
@@ -122,7 +123,7 @@ def _check_layout(run: RunConfig) -> None:
 
 
 def _check_memory_layout(run: RunConfig) -> None:
-    memory, tp, pp = run.memory, run.tensor_model_parallel_size, run.pipeline_model_parallel_size
+    memory, pp = run.memory, run.pipeline_model_parallel_size
     if memory.parallel_size == 1 and memory.parallel_mode != option_table()["memory_parallel_mode"].default:
         _refuse(
             "memory-parallel-mode", memory.parallel_mode, "no value with --memory-parallel-size 1: nothing is sharded"
@@ -136,14 +137,8 @@ def _check_memory_layout(run: RunConfig) -> None:
             )
     if memory.norm_epsilon <= 0:
         _refuse("memory-norm-epsilon", memory.norm_epsilon, "a number above 0")
-    if memory.parallel_size != 1:
-        _refuse("memory-parallel-size", memory.parallel_size, "1; sharded value tables are not built yet")
-    if tp > 1 and not run.sequence_parallel:
-        _refuse(
-            "tensor-model-parallel-size",
-            tp,
-            "1, or --sequence-parallel too, so that tensor-parallel ranks hold distinct tokens for the memory layers",
-        )
+    if memory.parallel_size > 1:
+        _check_table_shards(run)
     if memory.sharing in ("ring", "noring") and pp > 1:
         _refuse("memory-sharing", memory.sharing, "none or block with --pipeline-model-parallel-size above 1")
     if memory.sharing == "block" and pp > 1:
@@ -160,6 +155,28 @@ def _check_memory_layout(run: RunConfig) -> None:
                     memory.sharing_size,
                     f"a size whose blocks do not straddle the {stages} pipeline stages of {per_stage} layers",
                 )
+
+
+def _check_table_shards(run: RunConfig) -> None:
+    """Whether every value table can be shared out over the memory-parallel group."""
+    memory, size = run.memory, run.memory.parallel_size
+    per_stage = run.world_size // run.pipeline_model_parallel_size
+    if per_stage % size:
+        _refuse("memory-parallel-size", size, f"a divisor of the {per_stage} ranks of a pipeline stage")
+    if memory.backend == "reference":
+        _refuse("memory-backend", memory.backend, "auto or scatter with --memory-parallel-size above 1")
+    if memory.parallel_mode == "row":
+        rows = memory.rows_per_layer
+        if rows < size:
+            _refuse("memory-parallel-size", size, f"at most the {rows} rows (N*N) of a value table")
+        return
+    for name, columns in (("value", memory.value_dim), ("pre-value", memory.pre_value_dim)):
+        if columns % size:
+            _refuse(
+                f"memory-{name}-dim",
+                columns,
+                f"a multiple of --memory-parallel-size ({size}) with --memory-parallel-mode dim; row has no such limit",
+            )
 
 
 def _check_schedule(run: RunConfig) -> None:

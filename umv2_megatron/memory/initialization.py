@@ -196,10 +196,13 @@ def _draw_projections(layer: MemoryLayer, query: float, linear: Optional[float])
 
 
 def _draw_table(layer: MemoryLayer, std: float) -> None:
-    """Draw the tables that ``layer`` owns."""
+    """Draw this rank's part of the tables that ``layer`` owns."""
+    shard, config = layer.table.shard, layer.config
+    columns = {"values": config.value_dim, "pre_values": config.pre_value_dim}
     for name, table in layer.table.named_parameters():
-        seed = derived_seed(layer.config.seed, name, layer.layer_index)
-        init_table_(table, 0, 0, table.shape[1], std, seed)
+        seed = derived_seed(config.seed, name, layer.layer_index)
+        top, left = shard.rows(layer.table.rows)[0], shard.columns(columns[name])[0]
+        init_table_(table, top, left, columns[name], std, seed)
 
 
 @torch.no_grad()

@@ -11,18 +11,30 @@ V rows of the window, A rows of the table.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory.initialization import initialize_layer, seeded_generator
 from umv2_megatron.memory.losses import attach_loss, microbatch_scale, tucker_penalty
 from umv2_megatron.memory.retrieval import Picks, Projection, Retrieval
 from umv2_megatron.memory.sharing import TableWindow, table_windows
 from umv2_megatron.memory.statistics import UsageStatistics
-from umv2_megatron.memory.value_table import ValueTable
+from umv2_megatron.memory.value_table import StartedLookup, ValueTable
+
+
+@dataclass
+class Started:
+    """A forward that has been started: the lookup under way and what ``finish`` records."""
+
+    shape: torch.Size
+    lookup: StartedLookup
+    picks: Picks
+    virtual: Tensor
 
 
 class MemoryLayer(nn.Module):
@@ -48,6 +60,7 @@ class MemoryLayer(nn.Module):
             parameters are then marked so that mcore sums their gradients over those ranks.
         perform_initialization: False leaves parameters unset (they will be loaded).
         ffn_gated, ffn_activation: that FFN's form, see ``ffn_output_variance``.
+        shard: this rank's part of the table, None for the whole.
     """
 
     perm: Tensor
@@ -68,6 +81,7 @@ class MemoryLayer(nn.Module):
         perform_initialization: bool = True,
         ffn_gated: bool = True,
         ffn_activation: str | Callable[[Tensor], Tensor] = "silu",
+        shard: Optional[TableShard] = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -94,7 +108,8 @@ class MemoryLayer(nn.Module):
 
         self.owns_table = table is None
         if table is None:
-            self.table = ValueTable(config, self.window.rows, params_dtype, device)
+            name = f"memory layer {layer_index}"
+            self.table = ValueTable(config, self.window.rows, params_dtype, device, shard, name)
         else:
             assert table.rows == self.window.rows, f"a table of {table.rows} rows for {self.window}"
             # Past nn.Module's registration, so that state_dict and named_parameters hold the table once.
@@ -107,19 +122,29 @@ class MemoryLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., H], the normalised FFN input, to [..., H], to be added to the FFN's output."""
+        return self.finish(self.start(x))
+
+    def start(self, x: Tensor) -> Started:
+        """Pick rows for ``x`` [..., H] and start to exchange them; the FFN may be computed before ``finish``."""
         flat = x.reshape(-1, self.hidden_size)
         picks: Picks = self.retrieval(flat)
         virtual = self.perm[picks.grid].long()
         rows, block = self.window.locate(virtual)
         projected = self.pre_proj(flat) if self.pre_proj is not None else None
-        summed = self.table(rows, block, picks.scores, projected)
+        return Started(x.shape, self.table.start(rows, block, picks.scores, projected), picks, virtual)
+
+    def finish(self, started: Started) -> Tensor:
+        """The layer's output [..., H] for the input of ``start``."""
+        summed = self.table(started.lookup)
         output = self.value_proj(summed) if self.value_proj is not None else summed
         if self.training and torch.is_grad_enabled():
             # Under activation recompute the first forward has no gradients, so each token is counted once.
+            picks = started.picks
             output = self._with_losses(output, picks.balance)
             if self.statistics is not None:
-                self.statistics.record(virtual % self.window.window, picks.scores, output)
-        return output.view(x.shape)
+                self.statistics.record(started.virtual % self.window.window, picks.scores, output)
+                self.statistics.served_picks += getattr(started.lookup, "received", 0)
+        return output.view(started.shape)
 
     def _with_losses(self, output: Tensor, balance: Optional[Tensor]) -> Tensor:
         """Hang the auxiliary losses on ``output`` and keep their values for the log."""

@@ -26,6 +26,8 @@ class UsageStatistics:
         """[V]: how often each row of the window was picked."""
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
         """Sums and element counts, see the names above."""
+        self.served_picks = 0
+        """Picks of any rank that fell on this rank's rows, where a table is sharded by row."""
 
     @torch.no_grad()
     def record(self, window_rows: Tensor, scores: Tensor, output: Tensor) -> None:

@@ -1,30 +1,53 @@
 """The rows that memory layers look up: values [A, Dv] and, for PEER, pre-values [A, Dp].
 
-A table is owned by one memory layer and referenced by the others that share it. Its parameters carry the marks by
-which mcore treats them as shards of their own group of ranks (see docs/memory-layer.md).
+A table is owned by one memory layer and referenced by the others that share it. It may be shared out over the ranks of
+the memory-parallel group, by column or by row (docs/memory-parallel.md); its parameters are then this rank's part. They
+carry the marks by which mcore treats them as shards of their own group of ranks (see docs/memory-layer.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Optional
+from dataclasses import dataclass
+from typing import Optional, Union
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.table_shard import TableShard
+from umv2_megatron.memory import dim_sharded, row_sharded
 from umv2_megatron.ops import get_backend
+from umv2_megatron.parallel import groups
+from umv2_megatron.parallel.exchange import Exchange
+
+
+@dataclass
+class WholeLookup:
+    """A lookup in a whole table that has been started: its arguments, as in ``ops.interface.TableLookup``."""
+
+    rows: Tensor
+    blocks: Tensor
+    scores: Tensor
+    projected: Optional[Tensor]
+
+
+StartedLookup = Union[WholeLookup, dim_sharded.Started, row_sharded.Started]
 
 
 class ValueTable(nn.Module):
     """A value table of ``rows`` rows; ``values`` [A, Dv] and ``pre_values`` [A, Dp] or None, uninitialised.
 
+    Sharded, the parameters are [rows of this rank, columns of this rank] (see ``TableShard``).
+
     Args:
         config: sizes Dv and Dp.
-        rows: A.
+        rows: A, of the whole table.
         params_dtype: dtype of both tables.
         device: where they live; None for torch's default.
+        shard: this rank's part; None for the whole table. More than one part needs mcore's process groups.
+        name: of the layer that owns the table, for error messages.
     """
 
     def __init__(
@@ -33,35 +56,61 @@ class ValueTable(nn.Module):
         rows: int,
         params_dtype: torch.dtype = torch.float32,
         device: Optional[torch.device | str] = None,
+        shard: Optional[TableShard] = None,
+        name: str = "memory layer",
     ) -> None:
         super().__init__()
         self.config = config
         self.rows = rows
+        self.shard = shard or TableShard()
         self.initial_std: Optional[float] = None
         """Standard deviation the rows were drawn with under the "paper" initialisation; sharing layers read it."""
-        self.values = nn.Parameter(torch.empty(rows, config.value_dim, dtype=params_dtype, device=device))
+        self.values = nn.Parameter(self._part(config.value_dim, params_dtype, device))
         self.pre_values: Optional[nn.Parameter] = None
         if config.has_pre_values:
-            self.pre_values = nn.Parameter(torch.empty(rows, config.pre_value_dim, dtype=params_dtype, device=device))
+            self.pre_values = nn.Parameter(self._part(config.pre_value_dim, params_dtype, device))
         for table in self.tables():
             mark_as_memory_table(table)
+        self.exchange: Optional[Exchange] = None
+        """What the parts of a sharded table exchange; None for a whole table."""
+        self._sharded: Union[dim_sharded.DimShardedLookup, row_sharded.RowShardedLookup, None] = None
+        if self.shard.size > 1:
+            self.exchange = Exchange(groups.get_memory_parallel_group(), name)
+            kind = row_sharded.RowShardedLookup if self.shard.by_row else dim_sharded.DimShardedLookup
+            self._sharded = kind(config, rows, self.shard, self.exchange)
 
-    def forward(
-        self, rows: Tensor, blocks: Optional[Tensor], scores: Tensor, projected: Optional[Tensor]
-    ) -> Tensor:
-        """Look rows up and add them: [T, E * Dv]; arguments as in ``ops.interface.TableLookup``.
+    def _part(self, columns: int, dtype: torch.dtype, device: Optional[torch.device | str]) -> Tensor:
+        top, bottom = self.shard.rows(self.rows)
+        left, right = self.shard.columns(columns)
+        return torch.empty(bottom - top, right - left, dtype=dtype, device=device)
+
+    def start(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Optional[Tensor]) -> StartedLookup:
+        """Begin a lookup; arguments as in ``ops.interface.TableLookup``, rows are those of the whole table.
+
+        The exchanges of a sharded table are under way on return; the table itself is not touched yet. Every rank of the
+        memory-parallel group must call this with the same number of tokens.
+        """
+        if self._sharded is None:
+            return WholeLookup(rows, blocks, scores, projected)
+        return self._sharded.start(rows, blocks, scores, projected)
+
+    def forward(self, started: StartedLookup) -> Tensor:
+        """Finish a lookup: the picked rows added up, [T, E * Dv].
 
         Being a forward of the module that holds the parameters, it triggers mcore's hooks that wait for parameters
         that are gathered while the forward runs (--overlap-param-gather), in every layer that uses the table.
         """
+        if self._sharded is not None:
+            return self._sharded.finish(started, self.pre_values, self.values)  # type: ignore[arg-type]
+        assert isinstance(started, WholeLookup)
         config = self.config
         # Asked for at every call, because mcore may build a model on the CPU and move it.
-        lookup = get_backend(config.backend, rows.device)
+        lookup = get_backend(config.backend, started.rows.device)
         return lookup(
-            rows,
-            blocks if config.num_blocks > 1 else None,
-            scores,
-            projected,
+            started.rows,
+            started.blocks if config.num_blocks > 1 else None,
+            started.scores,
+            started.projected,
             self.pre_values,
             self.values,
             config.num_blocks,

@@ -15,17 +15,19 @@ from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 
 from umv2_megatron.config.memory_config import MemoryConfig
-from umv2_megatron.memory.layer import MemoryLayer
+from umv2_megatron.config.table_shard import TableShard
+from umv2_megatron.memory.layer import MemoryLayer, Started
+from umv2_megatron.memory.losses import microbatch_scale
 from umv2_megatron.memory.sharing import table_windows
 from umv2_megatron.memory.value_table import ValueTable
-from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.parallel import cpu_platform, groups
 
 
 @dataclass
@@ -95,6 +97,8 @@ class FFNWithMemory(MegatronModule):
         self.tables = tables if tables is not None else SharedTables()
         self.standalone = standalone
         self._memory_class = submodules.memory
+        # Without sequence parallelism all tensor-parallel ranks have all tokens: each one takes its share of the work.
+        self._splits_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         self.ffn = build_module(
             submodules.ffn,
             config=_ffn_config(config, memory_config),
@@ -128,23 +132,51 @@ class FFNWithMemory(MegatronModule):
             perform_initialization=self.config.perform_initialization,
             ffn_gated=self.config.gated_linear_unit,
             ffn_activation=self.config.activation_func,
+            shard=_table_shard(self.memory_config),
         )
         if owns:
             self.tables.put(index, self.memory.table)
+        if self._splits_tokens:
+            self.memory.loss_scale = lambda: microbatch_scale(True)
+            for parameter in self.memory.parameters():
+                if not getattr(parameter, "is_memory_table", False):
+                    parameter.register_hook(_sum_over_tensor_parallel_ranks)
 
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **_: Any):
         """Normalised FFN input [s, b, H] -> (output [s, b, H], bias [H] or None).
 
         ``padding_mask`` is what mcore passes to experts; a memory layer treats every token alike.
         """
-        output, bias = self.ffn(hidden_states)
         if self.memory is None:
-            return output, bias
+            return self.ffn(hidden_states)
         if self.standalone:
             # Cores stay as they are between two optimizer steps, so refreshing in every forward (also in those of
             # activation recompute and of evaluation) gives what refreshing once per step would.
             self.memory.retrieval.refresh_due = True
-        return output + self.memory(hidden_states), bias
+        # The exchanges of sharded tables run while the FFN computes.
+        started = self._start_memory(hidden_states)
+        output, bias = self.ffn(hidden_states)
+        return output + self._finish_memory(started, hidden_states), bias
+
+    def _start_memory(self, hidden_states: torch.Tensor) -> Started:
+        """Start the memory layer on the tokens that are this rank's to look up."""
+        assert self.memory is not None
+        if not self._splits_tokens:
+            return self.memory.start(hidden_states)
+        tokens = hidden_states.reshape(-1, self.config.hidden_size)
+        padding = -tokens.shape[0] % self.config.tensor_model_parallel_size
+        if padding:
+            tokens = torch.cat([tokens, tokens.new_zeros(padding, tokens.shape[1])])
+        return self.memory.start(tensor_parallel.scatter_to_sequence_parallel_region(tokens))
+
+    def _finish_memory(self, started: Started, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The memory layer's output for all of ``hidden_states``."""
+        assert self.memory is not None
+        output = self.memory.finish(started)
+        if not self._splits_tokens:
+            return output
+        every = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
+        return every[: hidden_states.numel() // self.config.hidden_size].view_as(hidden_states)
 
     @property
     def linear_fc1(self) -> torch.nn.Module:
@@ -154,6 +186,22 @@ class FFNWithMemory(MegatronModule):
     def backward_dw(self) -> None:
         """Weight gradients that the FFN's linear layers put off (mcore's delayed weight gradients)."""
         self.ffn.backward_dw()
+
+
+def _table_shard(memory_config: MemoryConfig) -> TableShard:
+    """This rank's part of every value table."""
+    size = memory_config.parallel_size
+    if size == 1:
+        return TableShard()
+    assert groups.get_memory_parallel_world_size() == size, (groups.get_memory_parallel_world_size(), size)
+    return TableShard(memory_config.parallel_mode, size, groups.get_memory_parallel_rank())
+
+
+def _sum_over_tensor_parallel_ranks(grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of a replicated parameter of which each tensor-parallel rank has seen its share of the tokens."""
+    grad = grad.contiguous()
+    torch.distributed.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
+    return grad
 
 
 def _ffn_config(config: TransformerConfig, memory_config: MemoryConfig) -> TransformerConfig:

@@ -1,0 +1,121 @@
+"""Sharded lookups against a whole table: the same sums, scores' and inputs' gradients, and table gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import run_ranks
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.table_shard import TableShard
+
+TOKENS = 6
+FIELDS = {
+    "plain": {},
+    "three-cores": {"num_cores": 3, "value_dim": 24},
+    "one-core": {"num_cores": 1},
+    "no-pre-values": {"pre_value_dim": 0},
+    "gelu": {"pre_value_activation": "gelu"},
+    "two-heads": {"num_heads": 2},
+    "virtual-blocks": {"key_expansion": 2, "value_expansion": "per-block"},
+}
+PICKS = ("random", "one-row", "first-rank", "last-rank")
+
+
+def config_of(fields: dict) -> MemoryConfig:
+    return MemoryConfig(**{"num_keys": 7, "value_dim": 16, "pre_value_dim": 8, "topk": 5, "num_cores": 2, **fields})
+
+
+def inputs_of(config: MemoryConfig, size: int, picks: str, dtype: torch.dtype):
+    """What all ranks look up: the tables, and [size, T, ...] rows, blocks, scores, projected inputs, output gradient."""
+    generator = torch.Generator().manual_seed(3)
+    rows, width = config.rows_per_layer, config.num_heads * config.topk
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    values, pre_values = normal(rows, config.value_dim), normal(rows, config.pre_value_dim)
+    low, high = {"random": (0, rows), "one-row": (rows // 2, rows // 2 + 1), "first-rank": (0, 3),
+                 "last-rank": (rows - 3, rows)}[picks]
+    return {
+        "values": values,
+        "pre_values": pre_values if config.has_pre_values else None,
+        "rows": torch.randint(low, high, (size, TOKENS, width), generator=generator),
+        "blocks": torch.randint(0, config.num_blocks, (size, TOKENS, width), generator=generator),
+        "scores": normal(size, TOKENS, width, config.num_cores),
+        "projected": normal(size, TOKENS, config.pre_value_dim) if config.has_pre_values else None,
+        "grad": normal(size, TOKENS, config.num_blocks * config.value_dim),
+    }
+
+
+def look_up(table, inputs: dict, rank: int, main_grad: bool):
+    """Output and gradients (scores, projected, values, pre_values) of one rank's tokens."""
+    table.zero_grad()
+    for parameter in table.parameters():
+        if main_grad:
+            parameter.main_grad = torch.zeros_like(parameter)
+    scores = inputs["scores"][rank].clone().requires_grad_()
+    projected = None if inputs["projected"] is None else inputs["projected"][rank].clone().requires_grad_()
+    output = table(table.start(inputs["rows"][rank], inputs["blocks"][rank], scores, projected))
+    output.backward(inputs["grad"][rank])
+    grads = [parameter.main_grad if main_grad else parameter.grad for parameter in table.tables()]
+    return [output.detach(), scores.grad, None if projected is None else projected.grad, *grads]
+
+
+def filled_table(config: MemoryConfig, inputs: dict, shard: TableShard, dtype: torch.dtype):
+    from umv2_megatron.memory.value_table import ValueTable
+
+    table = ValueTable(config, config.rows_per_layer, dtype, shard=shard)
+    for name, parameter in table.named_parameters():
+        whole = inputs[name]
+        parameter.data.copy_(whole[slice(*shard.rows(whole.shape[0])), slice(*shard.columns(whole.shape[1]))])
+    return table
+
+
+def compare_on_ranks(size: int, mode: str, cases: list, dtype: torch.dtype) -> list[dict]:
+    """Largest error of each case on this rank, against a whole table that serves all ranks' tokens."""
+    from umv2_megatron.parallel import groups
+
+    groups.initialize_groups(memory_parallel_size=size)
+    rank = groups.get_memory_parallel_rank()
+    shard = TableShard(mode, size, rank)
+    errors = []
+    for fields, picks, main_grad in cases:
+        config = config_of(fields)
+        inputs = inputs_of(config, size, picks, dtype)
+        exact = {name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                 for name, value in inputs.items()}
+        whole = filled_table(config, exact, TableShard(), torch.float64)
+        expected = [look_up(whole, exact, other, False) for other in range(size)]
+        table = filled_table(config, inputs, shard, dtype)
+        found = look_up(table, inputs, rank, main_grad)
+        wanted = list(expected[rank][:3])
+        for place in range(3, len(found)):
+            total = sum(each[place] for each in expected)
+            wanted.append(total[slice(*shard.rows(total.shape[0])), slice(*shard.columns(total.shape[1]))])
+        scale = max(float(each.abs().max()) for each in wanted if each is not None)
+        errors.append(
+            {
+                "case": (fields, picks, main_grad),
+                "error": max(float((a.double() - b).abs().max()) / scale for a, b in zip(found, wanted) if b is not None),
+                "shapes": [tuple(a.shape) == tuple(b.shape) for a, b in zip(found, wanted) if b is not None],
+                "sent": dict(table.exchange.sent),
+            }
+        )
+    return errors
+
+
+@pytest.mark.parametrize("size, mode", [(2, "dim"), (4, "dim"), (2, "row"), (3, "row"), (4, "row")])
+def test_sharded_lookup_equals_the_whole_table(size, mode):
+    cases = [(fields, "random", True) for fields in FIELDS.values()]
+    cases += [({}, picks, False) for picks in PICKS]
+    for errors in run_ranks(size, compare_on_ranks, size, mode, cases, torch.float64):
+        for each in errors:
+            assert all(each["shapes"]), each
+            assert each["error"] < 1e-13, each
+
+
+@pytest.mark.parametrize("mode", ["dim", "row"])
+def test_bfloat16_tables_stay_close(mode):
+    for errors in run_ranks(2, compare_on_ranks, 2, mode, [({}, "random", True)], torch.bfloat16):
+        assert errors[0]["error"] < 0.02, errors

@@ -1,0 +1,193 @@
+"""The lookup in a table whose rows are shared out: every rank holds a range of whole rows and serves its picks.
+
+Each pick goes to the rank that holds its row, so a rank's work follows what is picked; rows are shuffled, so that
+neighbours in the grid of keys lie on different ranks. A rank may get all picks or none. Letters: T tokens of one rank,
+P picks of a token, C cores, E virtual blocks, n picks that a rank receives. Exchanges, each named by its step:
+
+    start      pick_counts    all-to-all      [M, T] picks of each token for each rank; waited for at once
+               rows, scores   all-to-all      the picks, in order of owner, then token -> [n], [n, C]
+               projected      all-gather      [T, Dp]                -> [M*T, Dp]
+    finish     output         reduce-scatter  [M*T, E * Dv] parts    -> [T, E * Dv]
+    backward   output_grad    all-gather      [T, E * Dv]            -> [M*T, E * Dv]
+    of finish  score_grads    all-to-all      [n, C]                 -> the picks as they were sent
+               projected_grad reduce-scatter  [M*T, Dp] parts        -> [T, Dp]
+               the last two are waited for in the backward of start
+
+Nothing of the size M*T*P is moved, which is why this mode sends less than ``dim_sharded.py`` when P is large. Which
+token a pick belongs to follows from the counts and is not sent. The sizes of the parts must be known on the host: one
+synchronisation per forward, as in any dropless mixture of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.table_shard import TableShard
+from umv2_megatron.memory.picked_cells import decode, encode
+from umv2_megatron.ops import ragged
+from umv2_megatron.ops.interface import activate, activation_backward
+from umv2_megatron.ops.main_grad import gradient_sum, hand_over
+from umv2_megatron.parallel.exchange import Exchange, Pending
+
+
+@dataclass
+class _Call:
+    """One use of the table, from its start to the end of its backward."""
+
+    exchange: Exchange
+    num_blocks: int
+    activation: str
+    order: Tensor
+    """[T * P] int64: the picks in the order in which they are sent."""
+    send: list[int]
+    receive: list[int]
+    counts: Tensor
+    """[M * T] int64: picks received for each token of each rank."""
+    cells: Pending
+    scores: Optional[Pending] = None
+    projected: Optional[Pending] = None
+    score_grads: Optional[Pending] = None
+    projected_grad: Optional[Pending] = None
+
+
+@dataclass
+class Started:
+    """What ``finish`` needs; the exchanges of ``start`` are under way."""
+
+    call: _Call
+    scores: Tensor
+    projected: Optional[Tensor]
+
+    @property
+    def received(self) -> int:
+        """Picks that this rank serves."""
+        return sum(self.call.receive)
+
+
+class RowShardedLookup:
+    """The lookup over ``exchange`` in tables of ``rows`` rows of which this rank holds a range."""
+
+    def __init__(self, config: MemoryConfig, rows: int, shard: TableShard, exchange: Exchange) -> None:
+        self.config, self.exchange = config, exchange
+        ranges = [TableShard(shard.mode, shard.size, rank).rows(rows) for rank in range(shard.size)]
+        self._starts = [start for start, _ in ranges]
+        self._largest = max(stop - start for start, stop in ranges)
+
+    def start(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Optional[Tensor]) -> Started:
+        """Send every pick to its owner; arguments as in ``ops.interface.TableLookup``."""
+        config, exchange, tokens = self.config, self.exchange, rows.shape[0]
+        starts = torch.tensor(self._starts, device=rows.device)
+        owners = torch.bucketize(rows, starts, right=True) - 1
+        token = torch.arange(tokens, device=rows.device).unsqueeze(1)
+        counts = torch.bincount((owners * tokens + token).flatten(), minlength=exchange.size * tokens)
+        counts = counts.view(exchange.size, tokens)
+        pending = exchange.all_to_all("pick_counts", counts.int())
+        # Picks lie in the order of tokens, which a stable sort keeps within an owner.
+        order = owners.flatten().sort(stable=True).indices
+        cells = encode(rows - starts[owners], blocks, config.num_blocks, self._largest).flatten()[order]
+        arriving = pending.wait().long()
+        send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
+        call = _Call(
+            exchange,
+            config.num_blocks,
+            config.pre_value_activation,
+            order,
+            send,
+            receive,
+            arriving.flatten(),
+            cells=exchange.all_to_all_ragged("rows", cells, send, receive),
+        )
+        return Started(call, *_Send.apply(scores, projected, call))
+
+    def finish(self, started: Started, pre_values: Optional[Tensor], values: Tensor) -> Tensor:
+        """The summed rows of this rank's tokens, [T, E * Dv]."""
+        return _Finish.apply(started.scores, started.projected, pre_values, values, started.call)
+
+
+class _Send(torch.autograd.Function):
+    """Scores [T, P, C] to [n, C] and projected inputs [T, Dp] to [M * T, Dp], both still on their way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, projected: Optional[Tensor], call: _Call
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        ctx.call, ctx.shape = call, scores.shape
+        ordered = scores.flatten(0, 1)[call.order]
+        call.scores = call.exchange.all_to_all_ragged("scores", ordered, call.send, call.receive)
+        if projected is None:
+            return call.scores.output, None
+        call.projected = call.exchange.all_gather("projected", projected)
+        return call.scores.output, call.projected.output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
+        # ``grads`` are what _Finish has already sent on its way; here they arrive.
+        call = ctx.call
+        assert call.score_grads is not None
+        arrived = call.score_grads.wait()
+        score_grad = torch.empty_like(arrived)
+        score_grad[call.order] = arrived
+        projected_grad = call.projected_grad.wait() if call.projected_grad is not None else None
+        return score_grad.view(ctx.shape), projected_grad, None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, projected: Optional[Tensor], pre_values: Optional[Tensor], values: Tensor, call: _Call
+    ) -> Tensor:
+        assert call.scores is not None
+        cells = call.cells.wait()
+        call.scores.wait()
+        rows, blocks = decode(cells, call.num_blocks)
+        tokens = _tokens(call, rows.shape[0])
+        rho: Optional[Tensor] = None
+        weights = scores
+        if pre_values is not None and projected is not None and call.projected is not None:
+            call.projected.wait()
+            rho = ragged.pre_scores(rows, tokens, projected, pre_values, scores.dtype)
+            weights = scores * activate(rho, call.activation).unsqueeze(-1)
+        parts = ragged.weighted_sum(rows, blocks, tokens, call.counts, weights, values, call.num_blocks)
+        ctx.save_for_backward(scores, projected, rho, cells)
+        # The tables are attributes: they are parameters, and their main_grad must be found again.
+        ctx.pre_values, ctx.values, ctx.call = pre_values, values, call
+        return call.exchange.reduce_scatter("output", parts).wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
+        scores, projected, rho, cells = ctx.saved_tensors
+        pre_values, values, call = ctx.pre_values, ctx.values, ctx.call
+        needs, exchange = ctx.needs_input_grad, call.exchange
+        arriving = exchange.all_gather("output_grad", grads[0])
+        rows, blocks = decode(cells, call.num_blocks)
+        tokens = _tokens(call, rows.shape[0])
+        active = activate(rho, call.activation).unsqueeze(-1) if rho is not None else None
+        weights = scores * active if active is not None else scores
+        value_sum = gradient_sum(values) if needs[3] else None
+        grad_out = arriving.wait().view(call.counts.shape[0], call.num_blocks, -1)
+        weight_grad = ragged.weighted_sum_backward(rows, blocks, tokens, weights, grad_out, values, value_sum)
+        score_grad = weight_grad * active if active is not None else weight_grad
+        call.score_grads = exchange.all_to_all_ragged("score_grads", score_grad, call.receive, call.send)
+        all_projected_grad, pre_value_sum = None, None
+        if rho is not None:
+            rho_grad = activation_backward((weight_grad * scores).sum(-1), rho, call.activation)
+            pre_value_sum = gradient_sum(pre_values) if needs[2] else None
+            all_projected_grad = ragged.pre_scores_backward(
+                rows, tokens, rho_grad, projected, pre_values, pre_value_sum
+            )
+            call.projected_grad = exchange.reduce_scatter("projected_grad", all_projected_grad)
+        return score_grad, all_projected_grad, hand_over(pre_values, pre_value_sum), hand_over(values, value_sum), None
+
+
+def _tokens(call: _Call, picks: int) -> Tensor:
+    """[n] int64: the token, among those of all ranks, of each pick received."""
+    every = torch.arange(call.counts.shape[0], device=call.counts.device)
+    return every.repeat_interleave(call.counts, output_size=picks)
