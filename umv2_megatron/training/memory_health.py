@@ -20,23 +20,39 @@ def start_counting(chunks: list[torch.nn.Module]) -> None:
 def summarize(chunks: list[torch.nn.Module]) -> dict[str, float]:
     """Statistics of every memory layer since ``start_counting``, as ``memory/<name>/layer_000``; a collective.
 
-    Rows are counted over all tokens of the interval: summed over the ranks that hold the same table shard, and
-    collected from all pipeline stages. The auxiliary losses are those of this data-parallel rank's last micro-batch.
+    Rows are counted over all tokens of the interval: summed over all ranks of a pipeline stage, and collected from all
+    stages. Tables sharded by row also report ``row_skew``: the picks that the busiest rank of a memory-parallel group
+    served, over those of an average rank (1 is even, M is all on one rank), the largest of all groups. The auxiliary
+    losses are those of this data-parallel rank's last micro-batch.
     """
     here: dict[str, float] = {}
     for chunk in chunks:
         for block, layer in memory_layers(unwrap(chunk)):
             statistics = layer.statistics
             assert statistics is not None, "start_counting was not called"
+            numbers = {name: float(loss) for name, loss in layer.last_losses.items()}
+            if layer.table.shard.by_row:
+                numbers["row_skew"] = _row_skew(statistics.served_picks, layer.perm.device)
             for tensor in statistics.tensors():
-                torch.distributed.all_reduce(tensor, group=groups.get_memory_data_parallel_group())
-            for name, value in statistics.summary(layer.retrieval.singular_values()).items():
-                here[f"memory/{name}/layer_{block:03d}"] = value
-            for name, loss in layer.last_losses.items():
-                here[f"memory/{name}/layer_{block:03d}"] = float(loss)
+                for group in (groups.get_memory_parallel_group(), groups.get_memory_data_parallel_group()):
+                    torch.distributed.all_reduce(tensor, group=group)
+            numbers.update(statistics.summary(layer.retrieval.singular_values()))
+            here.update({f"memory/{name}/layer_{block:03d}": value for name, value in numbers.items()})
     stages: list[dict[str, float]] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
     torch.distributed.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())
     return {name: value for stage in stages for name, value in stage.items()}
+
+
+def _row_skew(served: int, device: torch.device) -> float:
+    """Picks of the busiest rank over those of an average one, from what this rank ``served``; the worst group's."""
+    group = groups.get_memory_parallel_group()
+    busiest = torch.tensor(float(served), dtype=torch.float64, device=device)
+    total = busiest.clone()
+    torch.distributed.all_reduce(busiest, op=torch.distributed.ReduceOp.MAX, group=group)
+    torch.distributed.all_reduce(total, group=group)
+    skew = busiest * group.size() / total.clamp(min=1)
+    torch.distributed.all_reduce(skew, op=torch.distributed.ReduceOp.MAX, group=groups.get_memory_data_parallel_group())
+    return float(skew)
 
 
 def _sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
