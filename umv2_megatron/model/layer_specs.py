@@ -35,6 +35,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
+from umv2_megatron.model.context_parallel_attention import ContextParallelAttention
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
 
 MEMORY_CONFIG_VARIABLE = "UMV2_MEMORY_CONFIG"
@@ -84,6 +85,8 @@ def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
             qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm, normalization=config.normalization
         )
         norm = spec.submodules.pre_mlp_layernorm
+        if config.context_parallel_size > 1:
+            spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
     submodules = copy.copy(spec.submodules)
     submodules.pre_mlp_layernorm = norm
     # Both implementations write the attention's norm under one name and keep the norm before the slot as it is.

@@ -25,22 +25,33 @@ from umv2_megatron.training.optimizer import ParamScheduler, StepResult, guarded
 LOSS = "lm loss"
 
 
-def loss_of_microbatch(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def loss_of_microbatch(
+    loss_mask: torch.Tensor, per_token: bool, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """What mcore's schedule wants of the last stage: sum of the masked token losses, token count, and both to report.
 
-    ``losses`` and ``loss_mask`` are [b, s]; the sum is over this rank's part of the sequence.
+    ``losses`` and ``loss_mask`` are [b, s/CP]: this rank's part of the sequence. ``per_token``: the schedule divides by
+    the tokens of the whole global batch (--calculate-per-token-loss). Otherwise it divides by the count returned here,
+    and mcore averages gradients over data- and context-parallel ranks. As the parts of a sequence may bear different
+    numbers of losses, the count is then that of the whole micro-batch, and the sum is taken CP times.
     """
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
     tokens = mask.sum()
-    return total, tokens.to(torch.int), {LOSS: torch.stack([total.detach(), tokens])}
+    report = {LOSS: torch.stack([total.detach(), tokens])}
+    parts = parallel_state.get_context_parallel_world_size()
+    if parts > 1 and not per_token:
+        total, tokens = total * parts, tokens.clone()
+        torch.distributed.all_reduce(tokens, group=parallel_state.get_context_parallel_group())
+    return total, tokens.to(torch.int), report
 
 
 def forward_step(iterator: Iterator, model: torch.nn.Module):
     """mcore's ``forward_step_func``: one micro-batch through this stage."""
     batch = next_batch(iterator)
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
-    return output, functools.partial(loss_of_microbatch, batch["loss_mask"])
+    per_token = get_model_config(model).calculate_per_token_loss
+    return output, functools.partial(loss_of_microbatch, batch["loss_mask"], per_token)
 
 
 def connect(run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
