@@ -63,7 +63,7 @@ class Exchange:
         output = source.new_empty((self.size * source.shape[0], *source.shape[1:]))
         self._count(step, (self.size - 1) * _bytes(source))
         with self.watched(step):
-            work = distributed.all_gather_into_tensor(output, source, group=self.group, async_op=True)
+            work = distributed.all_gather_single(output, source, group=self.group, async_op=True)
         return Pending(self, step, output, source, work)
 
     def reduce_scatter(self, step: str, tensor: Tensor) -> Pending:
@@ -72,7 +72,7 @@ class Exchange:
         output = source.new_empty((source.shape[0] // self.size, *source.shape[1:]))
         self._count(step, (self.size - 1) * _bytes(output))
         with self.watched(step):
-            work = distributed.reduce_scatter_tensor(output, source, group=self.group, async_op=True)
+            work = distributed.reduce_scatter_single(output, source, group=self.group, async_op=True)
         return Pending(self, step, output, source, work)
 
     def all_to_all(self, step: str, tensor: Tensor) -> Pending:
