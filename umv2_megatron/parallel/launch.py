@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.parallel import cpu_platform, roll_call
 
 # Rank and size as MPICH (and Intel MPI), Open MPI and MVAPICH tell them to each process they start.
 _MPI_VARIABLES = (
@@ -92,6 +92,7 @@ def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
     torch.distributed.init_process_group(
         cpu_platform.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, **where
     )
+    roll_call.join(launch)
     return launch
 
 

@@ -1,7 +1,408 @@
-"""Stopgap: overwritten by the real one."""
+"""Who is missing when a collective fails.
+
+A collective that fails says little: gloo's "connection closed by peer" comes from any neighbour that gave up before,
+and its timeout blames whoever it waited for, which may itself have waited for another rank. So the ranks call the roll
+through the store that they met at:
+
+1. ``join``: every rank tells its host and process number, and starts a thread that looks at the store now and then.
+2. A rank whose collective fails raises the alarm and notes that it failed (``missing``). A rank that fails by itself
+   notes its own error (``explain``). A thread that finds a neighbour on its own host dead raises the alarm too.
+3. At the alarm every rank's thread answers, and tells where its main thread is; a stopped or lost process does not.
+4. The culprits are, the first that applies: ranks that told an error of their own; processes of this host that are
+   gone or stopped; ranks that do not answer; ranks that answer but do not come to the collective.
+5. Every rank ends. One whose main thread does not fail by itself soon is ended by its thread.
+
+The rank that hosts the store (rank 0, unless torchrun's agent does) leaves last. A run without faults pays one
+question to the store per rank every half second (in worlds above 500, less often).
+"""
+
+from __future__ import annotations
+
 import contextlib
+import datetime
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Optional
+
+import torch
+from torch.distributed import distributed_c10d
+
+from umv2_megatron.parallel.members import Member, member, myself
+
+GRACE = 5.0
+"""Seconds that the ranks have to answer."""
+PATIENCE = 4.0
+"""Seconds that a rank's main thread has to end by itself once the culprit is known."""
 
 
-@contextlib.contextmanager
-def watched(group, group_name, step):
-    yield
+class ExchangeError(RuntimeError):
+    """A collective failed; one sentence tells the group, the step, this rank, the culprits and the backend's error."""
+
+
+class watched:  # noqa: N801 - used as a function: ``with watched(group, "memory-parallel group", "weights"):``
+    """Context in which a failing collective of ``group`` becomes an ``ExchangeError``, after the roll call.
+
+    Args:
+        group: the ranks of the collective.
+        group_name: what the group is, for example "memory-parallel group".
+        step: what is done, for example "all-to-all 'weights' of memory layer 3".
+    """
+
+    __slots__ = ("_group", "_group_name", "_step")
+
+    def __init__(self, group: Any, group_name: str, step: str) -> None:
+        self._group, self._group_name, self._step = group, group_name, step
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        if error is None or isinstance(error, ExchangeError) or not is_collective_failure(error):
+            return
+        name = f"{self._group_name} {_told(_ranks(self._group))}"
+        culprits = missing(self._group, f"{name}: {self._step}")
+        raise ExchangeError(_sentence(f"{name}: {self._step}", culprits, error)) from error
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether ``error``, or what it was raised from, is a collective's complaint about other ranks or the network."""
+    seen: Optional[BaseException] = error
+    while seen is not None:
+        if isinstance(seen, (ExchangeError, torch.distributed.DistError)):
+            return True
+        text = str(seen).lower()
+        if isinstance(seen, RuntimeError) and any(word in text for word in _COMPLAINTS):
+            return True
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return False
+
+
+_COMPLAINTS = ("/gloo/", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out waiting")
+
+
+def missing(group: Any, name: str, seconds: float = GRACE) -> list[str]:
+    """The culprits of a failed collective, each as a clause ("rank 2 (pid 7 on host) is gone"); [] if none is found.
+
+    Args:
+        group: whose collective failed on this rank.
+        name: the group and the step, told to the other ranks.
+        seconds: how long the other ranks have to answer. The call takes at most about 2 s longer.
+    """
+    return [] if _roll is None else _roll.call(_ranks(group), name, seconds)
+
+
+def explain(error: BaseException) -> Optional[str]:
+    """For an exception that ends this rank: one sentence with the culprits if it is a collective's failure, else None.
+
+    The other ranks learn of it: in the second case that this rank is the culprit.
+    """
+    if isinstance(error, ExchangeError):
+        return str(error)
+    if not is_collective_failure(error):
+        if _roll is not None:
+            _roll.tell(f"failed: {type(error).__name__}: {_first_line(error)}")
+        return None
+    if _roll is None:
+        return None
+    group, where = _failed_group(error)
+    name = f"{_name(group)} {_told(_ranks(group))}: a collective at {where}"
+    return _sentence(name, missing(group, name), error)
+
+
+def join(launch: Any) -> None:
+    """Take part in roll calls from now on. To be called once the process group of the run exists, on every rank.
+
+    Args:
+        launch: this process among all (``launch.Launch``).
+    """
+    global _roll
+    if _roll is not None:
+        _roll.stop()
+    _roll = None
+    if launch.world_size > 1:
+        _roll = _RollCall(distributed_c10d._get_default_store(), launch.rank, launch.world_size)
+
+
+def leave(code: int) -> None:
+    """This rank is about to end with exit code ``code``; waits where others still need this rank's store."""
+    if _roll is not None:
+        _roll.leave(code)
+
+
+def joined() -> bool:
+    """Whether this process takes part in roll calls."""
+    return _roll is not None
+
+
+class _RollCall:
+    """One rank's part in the roll call."""
+
+    def __init__(self, store: Any, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.tick = max(0.5, world_size / 1000)
+        self._keep = store  # the server that the store may hold must outlive the process group
+        # a connection of its own: the process group may hold the other one for minutes
+        self._store = torch.distributed.PrefixStore("roll_call", store.clone())
+        self._store.set_timeout(datetime.timedelta(seconds=GRACE))
+        self._me = myself(rank)
+        self._here: dict[int, Member] = {}
+        self._over = threading.Event()
+        self._store.set(f"member/{rank}", self._me.to_text())
+        number = self._store.add(f"place/{self._me.place}", 1)
+        self._store.set(f"place/{self._me.place}/{number}", self._me.to_text())
+        threading.Thread(target=self._listen, name="roll call", daemon=True).start()
+
+    # -- what the main thread does -----------------------------------------------------------------------------------
+
+    def call(self, ranks: Sequence[int], name: str, seconds: float) -> list[str]:
+        """See ``missing``."""
+        found: list[str] = []
+        # asking a store whose process is stopped never returns
+        if self._ask(lambda: found.extend(self._search(ranks, name, seconds)), seconds + 2.0):
+            return found
+        return self._conditions() or [self._store_is_gone()]
+
+    def tell(self, what: str) -> None:
+        """Accuse this rank itself."""
+
+        def accuse() -> None:
+            self._accuse(self.rank, f"{self._me} {what}")
+
+        self._ask(accuse, 2.0)
+
+    def leave(self, code: int) -> None:
+        """See the function ``leave``."""
+        self._ask(lambda: self._store.set(f"left/{self.rank}", str(code)), 2.0)
+        self._over.set()
+        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            limit = GRACE + PATIENCE + 2 * self.tick if code else 30.0
+            self._ask(lambda: self._wait_for_others(limit), limit)
+
+    def stop(self) -> None:
+        """Take no part any more."""
+        self._over.set()
+
+    def _wait_for_others(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            accused = {rank for rank, _ in self._accusations()}
+            if accused.issuperset(self._absent("left", range(self.world_size))):
+                return
+            time.sleep(0.05)
+
+    @staticmethod
+    def _ask(question: Callable[[], object], seconds: float) -> bool:
+        """Do something with the store in at most ``seconds``; returns whether it was done."""
+        done = threading.Event()
+
+        def work() -> None:
+            with contextlib.suppress(RuntimeError):
+                question()
+                done.set()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return done.is_set()
+
+    # -- who is it ---------------------------------------------------------------------------------------------------
+
+    def _search(self, ranks: Sequence[int], name: str, seconds: float) -> list[str]:
+        self._store.set(f"failed/{self.rank}", name)
+        self._store.set("alarm", f"rank {self.rank}, {name}")
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            told = self._accusations()
+            if told:
+                return [text for _, text in told]
+            self._look_around(failing=True)
+            time.sleep(0.05)
+        for rank in self._absent("failed", self._absent("here", range(self.world_size))):
+            self._accuse(rank, f"{self._of(rank)} does not answer")
+        if not self._accusations():
+            self._accuse_late(ranks)
+        return [text for _, text in self._accusations()]
+
+    def _look_around(self, failing: bool) -> None:
+        """Accuse the processes of this host that are gone or, where a collective has failed, stopped or done."""
+        for rank, text in self._neighbours(failing):
+            self._accuse(rank, text)
+
+    def _neighbours(self, failing: bool) -> Iterable[tuple[int, str]]:
+        self._meet_neighbours()
+        for other in self._here.values():
+            condition = other.condition()
+            code = self._get(f"left/{other.rank}") if condition == "gone" else None
+            if condition == "stopped" and failing:
+                yield other.rank, f"{other} is stopped"
+            elif condition == "gone" and code is None:
+                yield other.rank, f"{other} is gone"
+            elif condition == "gone" and code == "0" and failing:
+                yield other.rank, f"{other} has ended with exit code 0 before the others"
+
+    def _conditions(self) -> list[str]:
+        """What can be said of this host's ranks without the store."""
+        told = [(str(other), other.condition()) for other in list(self._here.values())]
+        return [f"{who} is {condition}" for who, condition in told if condition]
+
+    def _accuse_late(self, ranks: Sequence[int]) -> None:
+        """All ranks answer: accuse those that did not fail in a collective too, first of this group, then of all."""
+        late = self._absent("failed", ranks) or self._absent("failed", range(self.world_size))
+        places = {rank: self._get(f"here/{rank}") or "an unknown place" for rank in late[:64]}
+        # the others may wait in a collective that has not timed out yet
+        elsewhere = {rank: place for rank, place in places.items() if not any(part in place for part in _WAITING)}
+        for rank, place in (elsewhere or places).items():
+            self._accuse(rank, f"{self._of(rank)} answers but does not come: it is at {place}")
+
+    def _absent(self, key: str, ranks: Sequence[int]) -> list[int]:
+        """Those of ``ranks`` without an entry ``key``; halving asks little where few are absent."""
+        if not ranks or self._store.check([f"{key}/{rank}" for rank in ranks]):
+            return []
+        if len(ranks) == 1:
+            return [ranks[0]]
+        half = len(ranks) // 2
+        return self._absent(key, ranks[:half]) + self._absent(key, ranks[half:])
+
+    # -- what the thread does ----------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        try:
+            while not self._over.wait(self.tick):
+                if self._store.check(["alarm"]):
+                    break
+                self._look_around(failing=False)
+            if not self._over.is_set():
+                self._store.set(f"here/{self.rank}", _main_thread_is_at())
+                self._await_accusation()
+            culprits = [text for _, text in self._accusations()]
+        except RuntimeError:
+            culprits = self._conditions() or [self._store_is_gone()]
+        # the main thread's own failure tells more: the group and the step
+        if not self._over.wait(PATIENCE):
+            because = ", ".join(culprits) or "a collective failed elsewhere"
+            print(f"error: rank {self.rank} ends because {because}", file=sys.stderr, flush=True)
+            self.leave(1)
+            os._exit(1)
+
+    def _await_accusation(self) -> None:
+        """Until somebody is accused, at most as long as the rank that raised the alarm may take to find out."""
+        deadline = time.monotonic() + GRACE + 2.0
+        while not self._accusations() and time.monotonic() < deadline and not self._over.is_set():
+            self._look_around(failing=True)
+            time.sleep(0.1)
+
+    # -- entries of the store ----------------------------------------------------------------------------------------
+
+    def _accuse(self, rank: int, text: str) -> None:
+        if self._store.add(f"accusers/{rank}", 1) == 1:
+            number = self._store.add("accusations", 1)
+            self._store.set(f"accusation/{number}", json.dumps([rank, text]))
+        self._store.set("alarm", text)
+
+    def _accusations(self) -> list[tuple[int, str]]:
+        """(rank, clause) of every accusation, in the order in which they were made."""
+        if not self._store.check(["alarm"]):
+            return []
+        count = self._store.add("accusations", 0)
+        texts = [self._get(f"accusation/{number}") for number in range(1, count + 1)]
+        return [(rank, text) for rank, text in (json.loads(text) for text in texts if text)]
+
+    def _meet_neighbours(self) -> None:
+        """Learn the members on this host that have joined since the last time."""
+        place = f"place/{self._me.place}"
+        count = self._store.add(place, 0)
+        if len(self._here) < count:
+            for number in range(1, count + 1):
+                text = self._get(f"{place}/{number}")
+                if text is not None:
+                    other = member(text)
+                    self._here[other.rank] = other
+
+    def _get(self, key: str) -> Optional[str]:
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _of(self, rank: int) -> str:
+        text = self._get(f"member/{rank}")
+        return f"rank {rank}" if text is None else str(member(text))
+
+    def _store_is_gone(self) -> str:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return "torchrun's agent, which hosts the store of the run, does not answer"
+        host = self._here.get(0)
+        return f"{host or 'rank 0'}, which hosts the store of the run, does not answer"
+
+
+_roll: Optional[_RollCall] = None
+_WAITING = ("torch/distributed/", "megatron/core/", "umv2_megatron/parallel/")
+_PACKAGES = ("/megatron/", "/umv2_megatron/")
+
+
+def _main_thread_is_at() -> str:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "an unknown place"
+    return _place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+def _place(file: str, line: Optional[int], function: str) -> str:
+    """File, line and function for a reader: the file without what leads to packages."""
+    return f"{'/'.join(file.rpartition('site-packages/')[2].split('/')[-4:])}:{line} in {function}"
+
+
+def _failed_group(error: BaseException) -> tuple[Any, str]:
+    """The group of the collective that raised ``error``, as far as the frames on its way tell, and the place.
+
+    torch's functions and mcore's buckets keep the group in a variable or attribute; None, all ranks, if none do.
+    """
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame, trace.tb_lineno))
+        trace = trace.tb_next
+    if not frames:
+        return None, "an unknown place"
+    telling = [item for item in frames if any(part in item[0].f_code.co_filename for part in _PACKAGES)]
+    frame, line = (telling or frames)[-1]
+    where = _place(frame.f_code.co_filename, line, frame.f_code.co_name)
+    for frame, _ in reversed(frames):
+        values = list(frame.f_locals.values())
+        values += list(getattr(frame.f_locals.get("self"), "__dict__", {}).values())
+        for value in values:
+            if isinstance(value, torch.distributed.ProcessGroup):
+                return value, where
+    return None, where
+
+
+def _ranks(group: Any) -> list[int]:
+    if not torch.distributed.is_initialized():
+        return [] if _roll is None else list(range(_roll.world_size))
+    return torch.distributed.get_process_group_ranks(group)
+
+
+def _name(group: Any) -> str:
+    if group is None or group is torch.distributed.group.WORLD:
+        return "all ranks"
+    return f"group {group.group_desc.removesuffix(':')}"
+
+
+def _told(ranks: list[int]) -> str:
+    return str(ranks) if len(ranks) <= 16 else f"[{', '.join(map(str, ranks[:15]))}, ... {ranks[-1]}]"
+
+
+def _first_line(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.partition(". ")[0]
+
+
+def _sentence(what: str, culprits: list[str], error: BaseException) -> str:
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "?"
+    because = f"because {', '.join(culprits)}" if culprits else "and no culprit was found"
+    return f"{what} failed on rank {rank} {because}; {_first_line(error)}"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from umv2_megatron.config.flags import UsageError
+from umv2_megatron.parallel import roll_call
 from umv2_megatron.training.durable_files import CheckpointError
 from umv2_megatron.training.loop import TrainingStopped
 
@@ -16,28 +17,42 @@ from umv2_megatron.training.loop import TrainingStopped
 def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) -> NoReturn:
     """Run ``main(argv)`` and exit: its code; 2 and one line for a usage error; 1 and one line for a failed run.
 
-    Ranks tell the same usage error, so only the first prints it. ``--debug`` shows the traceback.
+    Ranks tell the same usage error, so only the first prints it. A collective that failed is told with the ranks that
+    are to blame. ``--debug`` shows the traceback.
     """
     try:
         code = main(argv)
-    except (ValueError, OSError, CheckpointError, TrainingStopped) as error:
-        usage = isinstance(error, UsageError)
-        if "--debug" in argv:
-            traceback.print_exc()
-        if _rank() == 0 or not usage:
-            print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        code = 2 if usage else 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        roll_call.explain(error)
         code = 130
-    except Exception:
-        # a bug of ours: interpreter exit could wait for the other ranks for ever
-        traceback.print_exc()
+    except SystemExit as error:
+        if not roll_call.joined():
+            raise
+        # the other ranks would wait for this one
+        roll_call.explain(error)
+        print(f"{name}: error: rank {_rank()} called sys.exit({error.code!r}) in mid-run", file=sys.stderr, flush=True)
         code = 1
+    except Exception as error:
+        code = _failed(error, argv, name)
     sys.stdout.flush()
     sys.stderr.flush()
+    roll_call.leave(code)
     if code:
         os._exit(code)  # other ranks may wait in a collective: leave without joining them
     sys.exit(0)
+
+
+def _failed(error: Exception, argv: list[str], name: str) -> int:
+    """Print what ``error`` means to the user and tell the other ranks; returns the exit code."""
+    usage = isinstance(error, UsageError)
+    collective = roll_call.explain(error)
+    known = collective is not None or isinstance(error, (ValueError, OSError, CheckpointError, TrainingStopped))
+    if "--debug" in argv or not known:
+        traceback.print_exc()
+    if known and (_rank() == 0 or not usage):
+        text = str(error) if collective is None else collective
+        print(f"{name}: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return 2 if usage else 1
 
 
 def _rank() -> int:
