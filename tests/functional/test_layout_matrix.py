@@ -1,0 +1,40 @@
+"""A pruned set of the layouts that ``make layouts`` runs, with fewer steps; and recomputation, which it leaves out."""
+
+from __future__ import annotations
+
+import pytest
+from layout_matrix import LIMITS, Layout, Matrix, all_layouts
+
+FULL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
+SELECTIVE = (("recompute_granularity", "selective"), ("recompute_modules", "mlp"))
+INTERLEAVED = (("num_layers_per_virtual_pipeline_stage", 1),)
+PRUNED = [
+    Layout(2, m=2, mode="dim", distributed_optimizer=True, extra=FULL),
+    Layout(2, m=2, mode="row", extra=SELECTIVE),
+    Layout(2, tp=2),
+    Layout(4, tp=2, m=2, mode="row", distributed_optimizer=True),
+    Layout(4, tp=2, sp=True, m=4, mode="row", distributed_optimizer=True, sharing="block"),
+    Layout(4, tp=2, sp=True, cp=2, m=2, mode="dim"),
+    Layout(4, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="block"),
+    Layout(4, pp=2, m=2, mode="dim", extra=INTERLEAVED),
+    Layout(4, m=2, mode="dim", sharing="block", extra=SELECTIVE),
+]
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory) -> Matrix:
+    return Matrix(tmp_path_factory.mktemp("layouts"), steps=4)
+
+
+@pytest.mark.parametrize("layout", PRUNED, ids=lambda layout: f"{layout.world}-{layout.name}")
+def test_layout_equals_one_rank(layout, matrix):
+    figures = matrix.compare(layout)
+    assert all(figures[name] <= limit for name, limit in LIMITS.items()), figures
+
+
+def test_the_whole_matrix_has_every_combination():
+    layouts = all_layouts()
+    wanted = {"tp": (1, 2), "pp": (1, 2), "cp": (1, 2), "m": (1, 2, 4), "sharing": ("none", "block")}
+    for field, values in wanted.items():
+        assert {getattr(layout, field) for layout in layouts} == set(values)
+    assert {(layout.tp, layout.pp, layout.cp) for layout in layouts if layout.m == 4} >= {(2, 2, 2), (1, 1, 1)}
