@@ -235,7 +235,6 @@ def _check_counts(run: RunConfig) -> None:
             "exit_duration_in_mins",
             "memory_log_interval",
             "save_retain_interval",
-            "distributed_timeout_minutes",
         ),
     }
     for least, keys in at_least.items():
@@ -243,6 +242,8 @@ def _check_counts(run: RunConfig) -> None:
             value = run.values[key]
             if value is not None and value < least:
                 _refuse(key.replace("_", "-"), value, f"an integer of at least {least}")
+    if run.training.distributed_timeout_minutes <= 0:
+        _refuse("distributed-timeout-minutes", run.training.distributed_timeout_minutes, "a number above 0")
     fraction = run.training.lr_warmup_fraction
     if fraction is not None and not 0 <= fraction < 1:
         _refuse("lr-warmup-fraction", fraction, "a number from 0 up to, but not, 1")

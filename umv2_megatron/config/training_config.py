@@ -118,6 +118,6 @@ class TrainingConfig:
     profile_step_start: int = option(10, "first profiled iteration")
     profile_step_end: int = option(12, "iteration before which profiling ends")
     profile_ranks: str = option("0", "ranks to profile, separated by commas")
-    distributed_timeout_minutes: int = option(10, "time limit of a collective")
+    distributed_timeout_minutes: float = option(10, "time limit of a collective in minutes, 0.5 for 30 seconds")
     dry_run: bool = option(False, "check the configuration, print it and exit")
     debug: bool = option(False, "show the traceback of an error")
