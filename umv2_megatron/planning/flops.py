@@ -71,7 +71,7 @@ def flops_per_token(model_fields: Mapping[str, Any], memory_config: MemoryConfig
         attention_projections=layers * 2 * projections,
         # two products (scores, weighted values) of 2 * S/2 operations per channel
         attention_scores=layers * 2 * shape.seq_length * shape.query_size,
-        ffn=layers * 2 * hidden * shape.ffn_hidden_size * (3 if shape.gated else 2),
+        ffn=layers * _ffn(shape),
         memory_projections=memory_layers * memory[0],
         memory_scoring=memory_layers * memory[1],
         memory_grid=memory_layers * memory[2],
@@ -83,6 +83,16 @@ def flops_per_token(model_fields: Mapping[str, Any], memory_config: MemoryConfig
 def training_flops(model_fields: Mapping[str, Any], memory_config: MemoryConfig | None, tokens: int) -> int:
     """Operations that training on ``tokens`` tokens takes, forward and backward, over all ranks together."""
     return flops_per_token(model_fields, memory_config).training * tokens
+
+
+def _ffn(shape: ModelShape) -> int:
+    """One block's FFN; or its router, the experts that a token goes to, and the shared expert with its gate."""
+    matrices = 3 if shape.gated else 2
+    if not shape.num_experts:
+        return 2 * shape.hidden_size * shape.ffn_hidden_size * matrices
+    used = shape.experts_per_token * shape.expert_hidden_size + shape.shared_expert_hidden_size
+    routed = shape.num_experts + (1 if shape.shared_expert_gate else 0)
+    return 2 * shape.hidden_size * (used * matrices + routed)
 
 
 def _memory_layer(m: MemoryConfig, hidden: int) -> tuple[int, int, int, int]:

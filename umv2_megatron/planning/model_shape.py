@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FFN_VARIANTS = ("umv2", "dense")
+"""What ``tools/plan.py`` plans. Counts of parameters and operations know experts ("moe") too."""
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int = 1) -> int:
@@ -19,6 +20,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
 class ModelShape:
     """Sizes of a decoder-only model without its memory layers. ``vocab_size`` is the padded one.
 
+    ``num_experts`` is 0 where blocks have an FFN; ``shared_expert_hidden_size`` is 0 without a shared expert.
     ``query_size`` is heads * head dim, ``key_value_size`` groups * head dim; all sizes are counts of elements.
     """
 
@@ -38,6 +40,11 @@ class ModelShape:
     norm_bias: bool
     qk_norm: bool
     has_memory: bool
+    num_experts: int
+    experts_per_token: int
+    expert_hidden_size: int
+    shared_expert_hidden_size: int
+    shared_expert_gate: bool
 
     @property
     def query_size(self) -> int:
@@ -68,15 +75,18 @@ class ModelShape:
         # Megatron-LM's default: 4H, or the multiple of 64 below 8/3 H that gives SwiGLU about as many weights.
         ffn_default = int(hidden * 4 * 2 / 3) // 64 * 64 if gated else 4 * hidden
         variant = fields.get("ffn_variant", "umv2")
-        if variant not in FFN_VARIANTS:
+        has_experts = variant == "moe"
+        if variant not in FFN_VARIANTS and not has_experts:
             raise ValueError(f"--ffn-variant is {variant!r}; planning knows {' and '.join(FFN_VARIANTS)} only")
         seq_length = _size(fields, "seq_length")
         positions = _size(fields, "max_position_embeddings", seq_length)
         linear_bias = not fields.get("disable_bias_linear", not fields.get("add_bias_linear", True))
+        ffn = _size(fields, "ffn_hidden_size", ffn_default)
+        shared = fields.get("moe_shared_expert_intermediate_size") if has_experts else None
         return cls(
             num_layers=_size(fields, "num_layers"),
             hidden_size=hidden,
-            ffn_hidden_size=_size(fields, "ffn_hidden_size", ffn_default),
+            ffn_hidden_size=ffn,
             num_attention_heads=heads,
             num_query_groups=groups,
             kv_channels=_size(fields, "kv_channels", hidden // heads),
@@ -93,6 +103,11 @@ class ModelShape:
             norm_bias=fields.get("normalization", "LayerNorm") == "LayerNorm",
             qk_norm=bool(fields.get("qk_layernorm", False)),
             has_memory=variant == "umv2",
+            num_experts=_size(fields, "num_experts", fields.get("num_moe_experts")) if has_experts else 0,
+            experts_per_token=_size(fields, "moe_router_topk", 2) if has_experts else 0,
+            expert_hidden_size=_size(fields, "moe_ffn_hidden_size", ffn) if has_experts else 0,
+            shared_expert_hidden_size=_size(fields, "moe_shared_expert_intermediate_size") if shared else 0,
+            shared_expert_gate=bool(shared and fields.get("moe_shared_expert_gate", False)),
         )
 
 

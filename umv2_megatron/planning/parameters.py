@@ -57,12 +57,16 @@ class MemoryCount:
 
 @dataclass(frozen=True)
 class BlockCount:
-    """Parameters of one block. ``memory`` is None in a block without a memory layer."""
+    """Parameters of one block. ``memory`` is None in a block without a memory layer.
+
+    With experts ``ffn`` counts the router, all experts and the shared one; a token does not use ``idle`` of them.
+    """
 
     attention: int
     ffn: int
     norms: int
     memory: MemoryCount | None
+    idle: int = 0
 
     @property
     def dense(self) -> int:
@@ -96,8 +100,13 @@ class ParameterCount:
 
     @property
     def ffn(self) -> int:
-        """FFNs of all blocks."""
+        """FFNs of all blocks, or their experts."""
         return sum(block.ffn for block in self.blocks)
+
+    @property
+    def idle(self) -> int:
+        """Parameters of the experts that a token does not go to."""
+        return sum(block.idle for block in self.blocks)
 
     @property
     def norms(self) -> int:
@@ -126,8 +135,8 @@ class ParameterCount:
 
     @property
     def activated_without_embeddings(self) -> int:
-        """What one token uses: all dense parameters of the blocks and the final norm, and the rows it picks."""
-        return self.attention + self.ffn + self.norms + self.memory + self.picked
+        """What one token uses: the blocks and the final norm without idle experts, and the rows it picks."""
+        return self.attention + self.ffn - self.idle + self.norms + self.memory + self.picked
 
     @property
     def activated(self) -> int:
@@ -158,7 +167,7 @@ def count_parameters(model_fields: Mapping[str, Any], memory_config: MemoryConfi
     """Parameters of the model that these flags describe.
 
     Args:
-        model_fields: Megatron's flag names with underscores -> values; ``ffn_variant`` umv2 (default) or dense.
+        model_fields: Megatron's flag names with underscores -> values; ``ffn_variant`` umv2 (default), dense, moe.
         memory_config: the memory layers; None for none.
 
     Raises:
@@ -169,13 +178,14 @@ def count_parameters(model_fields: Mapping[str, Any], memory_config: MemoryConfi
     layer = MemoryCount.of(memory_config, shape.hidden_size) if memory_config else None
     present = memory_config.memory_layers(shape.num_layers) if memory_config else [False] * shape.num_layers
     norm = shape.hidden_size * (2 if shape.norm_bias else 1)
-    attention, ffn = _attention(shape), _ffn(shape)
+    attention = _attention(shape)
+    ffn, idle = _experts(shape) if shape.num_experts else (_ffn(shape, shape.ffn_hidden_size), 0)
     return ParameterCount(
         embedding=shape.vocab_size * shape.hidden_size,
         positions=shape.learned_positions * shape.hidden_size,
         output=shape.vocab_size * shape.hidden_size if shape.untied else 0,
         final_norm=norm,
-        blocks=tuple(BlockCount(attention, ffn, 2 * norm, layer if here else None) for here in present),
+        blocks=tuple(BlockCount(attention, ffn, 2 * norm, layer if here else None, idle) for here in present),
     )
 
 
@@ -188,8 +198,18 @@ def _attention(shape: ModelShape) -> int:
     return weights + biases + qk_norms
 
 
-def _ffn(shape: ModelShape) -> int:
-    """Up (and gate) and down projection."""
-    inner = shape.ffn_hidden_size * (2 if shape.gated else 1)
-    weights = shape.hidden_size * (inner + shape.ffn_hidden_size)
+def _ffn(shape: ModelShape, width: int) -> int:
+    """Up (and gate) and down projection of an FFN of ``width``."""
+    inner = width * (2 if shape.gated else 1)
+    weights = shape.hidden_size * (inner + width)
     return weights + (inner + shape.hidden_size if shape.linear_bias else 0)
+
+
+def _experts(shape: ModelShape) -> tuple[int, int]:
+    """Router, experts and shared expert of a block, and those of them that a token does not use."""
+    expert = _ffn(shape, shape.expert_hidden_size)
+    router = shape.num_experts * (shape.hidden_size + (1 if shape.linear_bias else 0))
+    shared = _ffn(shape, shape.shared_expert_hidden_size) if shape.shared_expert_hidden_size else 0
+    gate = shape.hidden_size if shape.shared_expert_gate else 0
+    idle = (shape.num_experts - shape.experts_per_token) * expert
+    return router + shape.num_experts * expert + shared + gate, idle

@@ -1,0 +1,157 @@
+"""The planner's bytes against those of real ranks: parameters, gradients and optimizer state exactly, exchanges exactly,
+activations within 15%.
+
+Every rank builds the model, DDP and the optimizer of a command line, takes one step, and compares what it holds with
+what ``umv2_megatron.planning`` says about its place in the layout; a test fails with every difference found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SMALL: dict[str, Any] = {
+    "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 80, "num_attention_heads": 4, "num_query_groups": 2,
+    "group_query_attention": True, "kv_channels": 8, "seq_length": 16, "max_position_embeddings": 16, "vocab_size": 250,
+    "memory_num_keys": 9, "memory_key_dim": 6, "memory_value_dim": 16, "memory_pre_value_dim": 8, "memory_topk": 5,
+    "memory_init": "fixed", "micro_batch_size": 1, "make_vocab_size_divisible_by": 16,
+}
+
+
+def prepare(preset: str, changes: dict[str, Any]) -> Any:
+    """The run of a preset and changed flags on this world, with mcore's groups made."""
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+
+    from umv2_megatron.config.flags import read_mapping
+    from umv2_megatron.config.presets import PRESETS
+    from umv2_megatron.config.resolve import from_layers
+    from umv2_megatron.parallel import groups
+    from umv2_megatron.training.initialize import seed_everything
+
+    world = torch.distributed.get_world_size()
+    layers = [("preset", read_mapping(PRESETS[preset].flags(), "preset")), ("flag", read_mapping(changes, "flag"))]
+    run = from_layers(layers, world, for_training=False)
+    groups.initialize_groups(
+        tp=run.tensor_model_parallel_size,
+        pp=run.pipeline_model_parallel_size,
+        vpp=run.virtual_pipeline_size,
+        cp=run.context_parallel_size,
+        memory_parallel_size=run.memory.parallel_size,
+    )
+    init_num_microbatches_calculator(
+        torch.distributed.get_rank(), None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size
+    )
+    seed_everything(run.training.seed)
+    return run
+
+
+def plan_of(run: Any) -> tuple[Any, Any, Any]:
+    """Shape, memory and layout as the planner reads them."""
+    from umv2_megatron.planning.layout import Layout
+    from umv2_megatron.planning.model_shape import ModelShape
+
+    layout = Layout.from_values(run.values, run.world_size)
+    shape = ModelShape.from_fields(run.values)
+    memory = run.memory if run.has_memory else None
+    assert layout.complaint(shape, memory) is None
+    return shape, memory, layout
+
+
+# -- what stays from step to step --------------------------------------------------------------------------------------
+
+
+def state_differences(changes: dict[str, Any]) -> list[str]:
+    """What this rank holds against the plan, one sentence for each difference."""
+    from megatron.core import parallel_state
+
+    from umv2_megatron.model.builder import unwrap
+    from umv2_megatron.parallel import groups
+    from umv2_megatron.planning.rank_parameters import chunk_parameters
+    from umv2_megatron.planning.state_bytes import state_bytes
+    from umv2_megatron.training.initialize import build_training_state
+
+    run = prepare("umv2-tiny", {**SMALL, **changes})
+    state = build_training_state(run, run.values["vocab_size"])
+    state.optimizer.step()  # Adam makes its moments in the first step
+    shape, memory, layout = plan_of(run)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    place = groups.get_memory_parallel_rank()
+    differences = []
+    for index, chunk in enumerate(state.chunks):
+        built = [(name, each.numel()) for name, each in unwrap(chunk).named_parameters()]
+        planned = [(each.name, each.elements) for each in chunk_parameters(shape, memory, layout, stage, index, place)]
+        differences += [f"{one} planned as {other}"
+                        for one, other in itertools.zip_longest(built, planned) if one != other]
+    dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    planned_bytes = state_bytes(shape, memory, layout, stage, place, dense.rank(),
+                                groups.get_memory_data_parallel_group().rank())
+    upper = state_bytes(shape, memory, layout, stage)
+    for name, held in held_bytes(state).items():
+        if held != getattr(planned_bytes, name):
+            differences.append(f"{name}: {held} bytes held, {getattr(planned_bytes, name)} planned")
+        if held > getattr(upper, name):
+            differences.append(f"{name}: {held} bytes held, at most {getattr(upper, name)} planned for any rank")
+    return differences
+
+
+def held_bytes(state: Any) -> dict[str, int]:
+    """Bytes of this rank's weights, gradients, optimizer state and buffers, each storage once."""
+    from umv2_megatron.model.builder import unwrap
+
+    weights = {each.untyped_storage().data_ptr(): each for chunk in state.chunks for each in chunk.parameters()}
+    buffers = [each for chunk in state.chunks for each in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    kept: dict[int, torch.Tensor] = {}
+    for part in state.optimizer.chained_optimizers:
+        if getattr(part, "optimizer", None) is None:
+            continue
+        tensors = [each for group in part.optimizer.param_groups for each in group["params"]]
+        for moments in part.optimizer.state.values():
+            tensors += [each for each in moments.values() if torch.is_tensor(each) and each.dim() > 0]
+        for each in tensors:
+            if each.untyped_storage().data_ptr() not in weights:
+                kept[id(each)] = each
+    layers = [buffer for chunk in state.chunks for name, buffer in unwrap(chunk).named_buffers() if ".memory." in name]
+    return {
+        "parameters": sum(each.numel() for chunk in state.chunks for each in chunk.parameters()),
+        "weights": sum(each.untyped_storage().nbytes() for each in weights.values()),
+        "gradients": sum(each.grad_data.untyped_storage().nbytes() for each in buffers),
+        "optimizer": sum(each.numel() * each.element_size() for each in kept.values()),
+        "buffers": sum(each.numel() * each.element_size() for each in layers),
+    }
+
+
+SHARDED = {"use_distributed_optimizer": True}
+DIM2 = {"memory_parallel_size": 2}
+ROW2 = {"memory_parallel_size": 2, "memory_parallel_mode": "row"}
+STATE_CASES: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (1, {"bf16": True, "ffn_variant": "dense", "disable_bias_linear": False, "normalization": "LayerNorm",
+         "position_embedding_type": "learned_absolute", "add_qkv_bias": True}),
+    (1, {"bf16": True, "grad_reduce_in_fp32": False, "memory_pre_value_dim": 0, "memory_query_mode": "shared",
+         "memory_key_expansion": 2, "memory_value_expansion": "per-block", "memory_layer_freq": "2"}),
+    (2, {**SHARDED, "bf16": True}),
+    (2, {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000, "swiglu": False}),
+    (2, {**SHARDED, **DIM2, "bf16": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    (2, {**ROW2, "tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
+    (2, {**SHARDED, "pipeline_model_parallel_size": 2, "memory_sharing": "block", "memory_sharing_size": 2}),
+    (2, {"bf16": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
+         "global_batch_size": 2}),
+    (2, {**SHARDED, **ROW2, "context_parallel_size": 2, "memory_sharing": "noring", "memory_sharing_size": 3}),
+    (4, {**SHARDED, **ROW2, "bf16": True, "overlap_grad_reduce": True, "bucket_size": 2000}),
+    (4, {**SHARDED, **DIM2, "pipeline_model_parallel_size": 2}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(STATE_CASES)),
+                         ids=["-".join([str(world), *changes]) for world, changes in STATE_CASES])
+def test_weights_gradients_and_optimizer_state_are_those_of_the_ranks(case: int) -> None:
+    world, changes = STATE_CASES[case]
+    for rank, differences in enumerate(run_ranks(world, state_differences, changes)):
+        assert not differences, f"rank {rank}: " + "; ".join(differences)

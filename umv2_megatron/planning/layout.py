@@ -1,0 +1,214 @@
+"""How a run is spread over ranks and what it keeps in which precision: all that bytes and times depend on but the sizes.
+
+A ``Layout`` is read from the same flag values as the run itself (``Layout.from_values``) and is legal under the same
+rules (``Layout.complaint``, which restates ``config/checks.py`` and ``parallel/groups.check_sizes`` in arithmetic alone,
+because the search asks thousands of times).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.table_shard import TableShard
+from umv2_megatron.planning.model_shape import ModelShape
+
+# Flags of megatron-core that move layers between stages in ways that are not counted here.
+UNKNOWN_SPLITS = (
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes, batch, precision and recomputation of one run.
+
+    ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
+    ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and step;
+    ``engine``: Transformer Engine's fused attention and norms instead of megatron-core's own modules;
+    ``bucket_elements``: --ddp-bucket-size; ``first_stage``/``last_stage``: layers there, None for an even split.
+    """
+
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    chunks: int = 1
+    memory_size: int = 1
+    memory_mode: str = "dim"
+    sequence_parallel: bool = False
+    micro_batch: int = 1
+    micro_batches: int = 1
+    bf16: bool = False
+    grads_in_fp32: bool = True
+    distributed_optimizer: bool = False
+    optimizer_instances: int = 1
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    bucket_elements: int | None = None
+    recompute: str = "none"
+    recompute_method: str = "uniform"
+    recompute_layers: int = 1
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    engine: bool = True
+    fused_activation: bool = False
+    first_stage: int | None = None
+    last_stage: int | None = None
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], world_size: int) -> Layout:
+        """The layout that flag values (by key, all of them) describe on ``world_size`` ranks.
+
+        Raises ``ValueError`` naming a flag that planning cannot follow or a batch that does not divide.
+        """
+        for key in UNKNOWN_SPLITS:
+            if values.get(key):
+                raise ValueError(f"--{key.replace('_', '-')} is given; planning knows even stages and "
+                                 "--num-layers-in-first-pipeline-stage and -last-pipeline-stage only")
+        tp, pp, cp = (values[f"{kind}_parallel_size"] for kind in ("tensor_model", "pipeline_model", "context"))
+        per_chunk = values.get("num_layers_per_virtual_pipeline_stage")
+        memory = values.get("ffn_variant", "umv2") == "umv2"
+        micro = values["micro_batch_size"]
+        replicas = max(1, world_size // (tp * pp * cp))
+        batch = values.get("global_batch_size") or micro * replicas
+        if batch % (micro * replicas):
+            raise ValueError(f"--global-batch-size is {batch}; expected a multiple of --micro-batch-size x data-parallel "
+                             f"size = {micro} x {replicas} = {micro * replicas}")
+        return cls(
+            world=world_size, tp=tp, pp=pp, cp=cp,
+            chunks=values["num_layers"] // pp // per_chunk if per_chunk else 1,
+            memory_size=values["memory_parallel_size"] if memory else 1,
+            memory_mode=values["memory_parallel_mode"],
+            sequence_parallel=bool(values["sequence_parallel"]) and tp > 1,
+            micro_batch=micro,
+            micro_batches=batch // (micro * replicas),
+            bf16=bool(values["bf16"]),
+            grads_in_fp32=bool(values["grad_reduce_in_fp32"]),
+            distributed_optimizer=bool(values["use_distributed_optimizer"]),
+            optimizer_instances=values.get("num_distributed_optimizer_instances") or 1,
+            overlap_grad_reduce=bool(values["overlap_grad_reduce"]),
+            overlap_param_gather=bool(values["overlap_param_gather"]),
+            bucket_elements=values.get("bucket_size"),
+            recompute=values.get("recompute_granularity") or "none",
+            recompute_method=values.get("recompute_method") or "uniform",
+            recompute_layers=values.get("recompute_num_layers") or 1,
+            recompute_modules=tuple(values.get("recompute_modules") or ("core_attn",)),
+            engine=values.get("transformer_impl") != "local",
+            fused_activation=bool(values.get("bias_activation_fusion")),
+            first_stage=values.get("num_layers_in_first_pipeline_stage"),
+            last_stage=values.get("num_layers_in_last_pipeline_stage"),
+        )
+
+    # -- derived sizes -------------------------------------------------------------------------------------------
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size: replicas of the dense model that see different samples."""
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def dense_replicas(self) -> int:
+        """Ranks over which a dense gradient is reduced: DP x CP."""
+        return self.dp * self.cp
+
+    @property
+    def table_replicas(self) -> int:
+        """Ranks that hold the same part of a value table: those of a pipeline stage over M."""
+        return self.world // self.pp // self.memory_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight and of an activation in the run's precision."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of an element of DDP's gradient buffer."""
+        return 4 if self.grads_in_fp32 or not self.bf16 else 2
+
+    def tokens(self, seq_length: int) -> int:
+        """Tokens of a micro-batch that a tensor-parallel group works on: micro batch x sequence / CP."""
+        return self.micro_batch * seq_length // self.cp
+
+    def own_tokens(self, seq_length: int) -> int:
+        """T: tokens that one rank looks up; tensor-parallel ranks have different ones, with padding when not even."""
+        return -(-self.tokens(seq_length) // self.tp)
+
+    def resident_tokens(self, seq_length: int) -> int:
+        """Tokens whose hidden state a rank holds between layers: all of the group's without sequence parallelism."""
+        tokens = self.tokens(seq_length)
+        return tokens // self.tp if self.sequence_parallel else tokens
+
+    def shard(self, rank: int = 0) -> TableShard:
+        """The part of every value table that rank ``rank`` of a memory-parallel group holds."""
+        return TableShard(self.memory_mode, self.memory_size, rank)
+
+    def stage_blocks(self, num_layers: int, stage: int, chunk: int = 0) -> range:
+        """The blocks, 0-based in the whole model, of virtual stage ``chunk`` of pipeline stage ``stage``."""
+        if self.first_stage is None and self.last_stage is None:
+            per_chunk = num_layers // (self.pp * self.chunks)
+            start = (chunk * self.pp + stage) * per_chunk
+            return range(start, start + per_chunk)
+        first, last = self.first_stage or 0, self.last_stage or 0
+        between = self.pp - (self.first_stage is not None) - (self.last_stage is not None)
+        each = (num_layers - first - last) // between if between else 0
+        sizes = [each] * self.pp
+        if self.first_stage is not None:
+            sizes[0] = first
+        if self.last_stage is not None:
+            sizes[-1] = last
+        start = sum(sizes[:stage])
+        return range(start, start + sizes[stage])
+
+    def is_first(self, stage: int, chunk: int = 0) -> bool:
+        """Whether this virtual stage holds the embedding."""
+        return stage == 0 and chunk == 0
+
+    def is_last(self, stage: int, chunk: int | None = None) -> bool:
+        """Whether this virtual stage (None: the last one of the rank) holds the output matrix."""
+        return stage == self.pp - 1 and (chunk is None or chunk == self.chunks - 1)
+
+    # -- legality ------------------------------------------------------------------------------------------------
+
+    def complaint(self, shape: ModelShape, memory: MemoryConfig | None) -> str | None:
+        """What makes this layout impossible for the model, in a few words; None when it can be trained."""
+        tp, pp, cp, size = self.tp, self.pp, self.cp, self.memory_size
+        if self.world % (tp * pp * cp):
+            return f"TP x PP x CP = {tp * pp * cp} does not divide {self.world} ranks"
+        if self.first_stage is None and self.last_stage is None and shape.num_layers % (pp * self.chunks):
+            return f"{shape.num_layers} blocks do not split over {pp * self.chunks} stages"
+        if shape.num_attention_heads % tp or shape.ffn_hidden_size % tp:
+            return f"heads or FFN do not split over TP {tp}"
+        if shape.num_query_groups % tp and tp % shape.num_query_groups:
+            return f"{shape.num_query_groups} query groups and TP {tp}: neither divides the other"
+        if cp > 1 and shape.seq_length % (2 * cp):
+            return f"sequence of {shape.seq_length} over CP {cp}"
+        if self.sequence_parallel and shape.seq_length % (tp * cp):
+            return f"sequence of {shape.seq_length} over TP {tp} x CP {cp}"
+        if self.chunks > 1 and self.micro_batches % pp:
+            return f"{self.micro_batches} micro-batches over {pp} stages in turns"
+        return self._table_complaint(shape, memory) if memory is not None else None
+
+    def _table_complaint(self, shape: ModelShape, memory: MemoryConfig) -> str | None:
+        size = self.memory_size
+        if size > 1:
+            if self.world // self.pp % size:
+                return f"M {size} does not divide the {self.world // self.pp} ranks of a stage"
+            if self.memory_mode == "dim" and (memory.value_dim % size or memory.pre_value_dim % size):
+                return f"Dv {memory.value_dim} and Dp {memory.pre_value_dim} by dimension over M {size}"
+            if self.memory_mode == "row" and memory.rows_per_layer < size:
+                return f"{memory.rows_per_layer} rows over M {size}"
+        if self.pp == 1 or memory.sharing == "none":
+            return None
+        if memory.sharing != "block":
+            return f"{memory.sharing} sharing over {self.pp} stages"
+        owners = memory.memory_layers(shape.num_layers)
+        per_chunk = shape.num_layers // (self.pp * self.chunks)
+        ends = range(per_chunk, shape.num_layers + 1, per_chunk)
+        if any(sum(owners[:end]) % memory.sharing_size for end in ends):
+            return f"shared blocks of {memory.sharing_size} straddle the stages"
+        return None

@@ -1,0 +1,139 @@
+"""The parameters that one rank holds, one by one and in the order of ``named_parameters``.
+
+The order matters to the byte: mcore's DDP lays gradients out in it, pads between parameters with the distributed
+optimizer, and cuts the buffer into buckets of a certain size. ``tests/distributed/test_planner_against_ranks.py`` compares
+names and sizes with those of built models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.planning.layout import Layout
+from umv2_megatron.planning.model_shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """``elements`` on this rank; ``kind``: embedding, attention, ffn, norms, memory or tables.
+
+    ``ends_bucket``: the embedding of a tied model with several stages, which mcore reduces in a bucket of its own.
+    """
+
+    name: str
+    elements: int
+    kind: str
+    ends_bucket: bool = False
+
+    @property
+    def is_table(self) -> bool:
+        """Whether this is a part of a value table (reduced over the ranks with the same part)."""
+        return self.kind == "tables"
+
+
+def chunk_parameters(
+    shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stage: int, chunk: int = 0, memory_rank: int = 0
+) -> list[Parameter]:
+    """Parameters of virtual stage ``chunk`` of a rank of pipeline stage ``stage``.
+
+    ``memory_rank``: the rank's place in its memory-parallel group. ``memory`` is None without memory layers.
+    """
+    first, last = layout.is_first(stage, chunk), layout.is_last(stage, chunk)
+    vocabulary = shape.vocab_size // layout.tp * shape.hidden_size
+    alone = not shape.untied and layout.pp > 1
+    found: list[Parameter] = []
+    if first:
+        found.append(Parameter("embedding.word_embeddings.weight", vocabulary, "embedding", alone and not last))
+        if shape.learned_positions:
+            positions = shape.learned_positions * shape.hidden_size
+            found.append(Parameter("embedding.position_embeddings.weight", positions, "embedding"))
+    for place, block in enumerate(layout.stage_blocks(shape.num_layers, stage, chunk)):
+        found += [
+            Parameter(f"decoder.layers.{place}.{each.name}", each.elements, each.kind)
+            for each in _block(shape, memory, layout, block, memory_rank)
+        ]
+    if last:
+        found += list(_norm("decoder.final_layernorm", shape.hidden_size, shape.norm_bias))
+        if shape.untied or not first:
+            found.append(Parameter("output_layer.weight", vocabulary, "embedding", alone))
+    return found
+
+
+def _block(
+    shape: ModelShape, memory: MemoryConfig | None, layout: Layout, block: int, memory_rank: int
+) -> Iterator[Parameter]:
+    """One block: norm, attention, norm, FFN, memory layer."""
+    hidden, tp = shape.hidden_size, layout.tp
+    qkv = (shape.query_size + 2 * shape.key_value_size) // tp
+    yield from _norm("input_layernorm", hidden, shape.norm_bias)
+    yield from _linear("self_attention.linear_proj", shape.query_size // tp * hidden, hidden, shape.linear_bias,
+                       "attention")
+    yield from _linear("self_attention.linear_qkv", qkv * hidden, qkv, shape.qkv_bias, "attention")
+    if shape.qk_norm:
+        for side in ("q", "k"):
+            yield from _norm(f"self_attention.{side}_layernorm", shape.kv_channels, shape.norm_bias, "attention")
+    yield from _norm("pre_mlp_layernorm", hidden, shape.norm_bias)
+    inner = shape.ffn_hidden_size // tp
+    up = inner * (2 if shape.gated else 1)
+    yield from _linear("mlp.ffn.linear_fc1", up * hidden, up, shape.linear_bias, "ffn")
+    yield from _linear("mlp.ffn.linear_fc2", inner * hidden, hidden, shape.linear_bias, "ffn")
+    if memory is not None and memory.memory_layers(shape.num_layers)[block]:
+        yield from _memory_layer(shape, memory, layout, block, memory_rank)
+
+
+def _memory_layer(
+    shape: ModelShape, m: MemoryConfig, layout: Layout, block: int, memory_rank: int
+) -> Iterator[Parameter]:
+    """All but the table is the same on every rank; the layer that owns a table has its part of it."""
+    hidden, prefix = shape.hidden_size, "mlp.memory."
+    sizes = {
+        "retrieval.keys": m.num_heads * 2 * m.scored_keys * m.key_dim * m.tucker_rank,
+        "retrieval.query_norm": m.key_dim,
+        "retrieval.key_norm": m.key_dim,
+        "retrieval.cores": m.num_cores * m.num_heads * m.tucker_rank**2,
+        "retrieval.query.weight": m.query_rows * hidden,
+    }
+    if m.has_pre_values:
+        sizes["pre_proj.weight"] = m.pre_value_dim * hidden
+    if m.value_expansion != "none":
+        sizes["value_proj.weight"] = hidden * m.value_dim * m.num_blocks
+    for name, elements in sizes.items():
+        yield Parameter(prefix + name, elements, "memory")
+    rows = owned_rows(shape, m, block)
+    if rows:
+        shard = layout.shard(memory_rank)
+        top, bottom = shard.rows(rows)
+        for name, width in (("values", m.value_dim), ("pre_values", m.pre_value_dim)):
+            left, right = shard.columns(width)
+            if width:
+                yield Parameter(f"{prefix}table.{name}", (bottom - top) * (right - left), "tables")
+
+
+def owned_rows(shape: ModelShape, m: MemoryConfig, block: int) -> int:
+    """A: rows of the table that the memory layer of ``block`` owns; 0 when it uses that of another layer."""
+    layers = m.memory_layers(shape.num_layers)
+    index = sum(layers[:block])
+    if m.sharing == "none":
+        return m.rows_per_layer
+    if m.sharing == "block":
+        return m.rows_per_layer * m.sharing_size if index % m.sharing_size == 0 else 0
+    return m.rows_per_layer * sum(layers) if index == 0 else 0
+
+
+def table_rows(m: MemoryConfig, memory_layers: int) -> int:
+    """A: rows of the table that a memory layer looks up in, whoever owns it."""
+    return m.rows_per_layer * {"none": 1, "block": m.sharing_size}.get(m.sharing, memory_layers)
+
+
+def _norm(name: str, size: int, bias: bool, kind: str = "norms") -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", size, kind)
+    if bias:
+        yield Parameter(f"{name}.bias", size, kind)
+
+
+def _linear(name: str, weights: int, outputs: int, bias: bool, kind: str) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", weights, kind)
+    if bias:
+        yield Parameter(f"{name}.bias", outputs, kind)

@@ -1,0 +1,165 @@
+"""Bytes of weights, gradients, optimizer state and buffers that a rank allocates, exact.
+
+mcore's DDP keeps one gradient buffer per model chunk for dense parameters and one for the tables. With the distributed
+optimizer the weights lie in such a buffer too, and both are padded: parameters start at multiples of 64 elements, and
+buckets end at multiples of 128 and of the number of replicas, so that every replica owns an equal part of each bucket.
+The optimizer's state of a replica is that of its parts (without the padding). Adam's step count, one number per
+parameter with torch's own AdamW, is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.planning.layout import Layout
+from umv2_megatron.planning.model_shape import ModelShape
+from umv2_megatron.planning.rank_parameters import Parameter, chunk_parameters
+
+# mcore's default bucket: this many elements, or a million for each data-parallel rank.
+SMALLEST_BUCKET = 40_000_000
+ADAM_STATES = 2
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on one rank. ``weights`` include the padding of the distributed optimizer, ``gradients`` are DDP's buffers,
+    ``optimizer`` holds float32 main weights (in bf16 runs) and both Adam moments, ``buffers`` the shuffles."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    table_weights: int
+    table_gradients: int
+    table_optimizer: int
+
+    @property
+    def all(self) -> int:
+        """Everything that stays from step to step."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Elements ``start`` to ``stop`` of a gradient buffer, and where in them each parameter lies."""
+
+    start: int
+    stop: int
+    parameters: tuple[tuple[int, int], ...]
+
+
+def buckets_of(parameters: Sequence[Parameter], replicas: int, sharded: bool, limit: int | None) -> list[Bucket]:
+    """How mcore lays ``parameters`` out: from the last to the first, in buckets of at least ``limit`` elements.
+
+    ``replicas``: ranks that own an equal part each; ``sharded``: with the distributed optimizer; ``limit`` None: one.
+    """
+    start = 64 if sharded else 1
+    end = math.lcm(replicas, 128) if sharded else 1
+    buckets: list[Bucket] = []
+    places: list[tuple[int, int]] = []
+    begin = position = 0
+
+    def close() -> None:
+        nonlocal begin, position, places
+        position = -(-position // end) * end
+        buckets.append(Bucket(begin, position, tuple(places)))
+        begin, places = position, []
+
+    for parameter in reversed(parameters):
+        position = -(-position // start) * start
+        alone = parameter.ends_bucket and sharded
+        if alone and places:
+            close()
+        places.append((position, position + parameter.elements))
+        position += parameter.elements
+        if alone or (limit is not None and position - begin >= limit):
+            close()
+    if places:
+        close()
+    return buckets
+
+
+def owned_elements(buckets: Sequence[Bucket], replicas: int, replica: int | None) -> int:
+    """Elements of parameters in the parts that ``replica`` owns; None: in the largest part, padding included."""
+    if replica is None:
+        return sum((bucket.stop - bucket.start) // replicas for bucket in buckets)
+    total = 0
+    for bucket in buckets:
+        part = (bucket.stop - bucket.start) // replicas
+        low, high = bucket.start + replica * part, bucket.start + (replica + 1) * part
+        total += sum(max(0, min(stop, high) - max(begin, low)) for begin, stop in bucket.parameters)
+    return total
+
+
+def state_bytes(
+    shape: ModelShape,
+    memory: MemoryConfig | None,
+    layout: Layout,
+    stage: int,
+    memory_rank: int | None = None,
+    dense_replica: int | None = None,
+    table_replica: int | None = None,
+) -> StateBytes:
+    """Bytes on a rank of pipeline stage ``stage``.
+
+    Args:
+        memory_rank: its place in the memory-parallel group; None for the last one, which has the most rows.
+        dense_replica, table_replica: its places among the ranks that reduce dense and table gradients; None for an
+            upper bound that holds on all of them (padding counted).
+    """
+    memory_rank = layout.memory_size - 1 if memory_rank is None else memory_rank
+    totals = dict.fromkeys(("parameters", "weights", "gradients", "optimizer"), 0)
+    tables = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
+    for chunk in range(layout.chunks):
+        parameters = chunk_parameters(shape, memory, layout, stage, chunk, memory_rank)
+        totals["parameters"] += sum(each.elements for each in parameters)
+        for is_table, replicas, replica in (
+            (False, layout.dense_replicas, dense_replica), (True, layout.table_replicas, table_replica)
+        ):
+            own = [each for each in parameters if each.is_table is is_table]
+            added = _buffer_bytes(own, layout, replicas // layout.optimizer_instances, replica,
+                                  bucket_limit(layout, stage, chunk))
+            for name, count in added.items():
+                totals[name] += count
+                if is_table:
+                    tables[name] += count
+    buffers = _buffer_size(shape, memory, layout, stage)
+    return StateBytes(buffers=buffers, table_weights=tables["weights"], table_gradients=tables["gradients"],
+                      table_optimizer=tables["optimizer"], **totals)
+
+
+def bucket_limit(layout: Layout, stage: int, chunk: int) -> int | None:
+    """Elements after which DDP closes a bucket; None for one bucket."""
+    whole = stage > 0 or chunk > 0 or (layout.overlap_param_gather and layout.chunks > 1)
+    if not layout.overlap_grad_reduce or whole:
+        return None
+    return layout.bucket_elements or max(SMALLEST_BUCKET, 1_000_000 * layout.dp)
+
+
+def _buffer_bytes(
+    parameters: list[Parameter], layout: Layout, replicas: int, replica: int | None, limit: int | None
+) -> dict[str, int]:
+    """Weights, gradients and optimizer state of the parameters that share a gradient buffer."""
+    sharded = layout.distributed_optimizer
+    buckets = buckets_of(parameters, replicas, sharded, limit)
+    elements = buckets[-1].stop if buckets else 0
+    owned = owned_elements(buckets, replicas, replica) if sharded else elements
+    kept = FP32 * (ADAM_STATES + (1 if layout.bf16 else 0))
+    return {"weights": elements * layout.weight_bytes, "gradients": elements * layout.grad_bytes,
+            "optimizer": owned * kept}
+
+
+def _buffer_size(shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stage: int) -> int:
+    """The shuffle [N^2] of every memory layer on the stage, int32 where that can number the cells, and u, t [h, R]."""
+    if memory is None:
+        return 0
+    layers = memory.memory_layers(shape.num_layers)
+    here = sum(layers[block] for chunk in range(layout.chunks)
+               for block in layout.stage_blocks(shape.num_layers, stage, chunk))
+    cells = memory.scored_keys**2
+    return here * (cells * (4 if cells <= 2**31 else 8) + 2 * memory.num_heads * memory.tucker_rank * FP32)
