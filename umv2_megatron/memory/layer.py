@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from umv2_megatron.config.memory_config import MemoryConfig
@@ -158,6 +161,22 @@ class MemoryLayer(nn.Module):
             output = attach_loss(output, loss, self.loss_scale)
         self.last_losses = {name: loss.detach() for name, loss in losses.items()}
         return output
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None
+    ) -> ShardedStateDict:
+        """For mcore's checkpoints: everything is the same on all ranks of the stage, but for the table's parts."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        replicated = {
+            name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if not name.startswith("table.")
+        }
+        state = make_sharded_tensors_for_checkpoint(
+            replicated, prefix, {}, sharded_offsets, dp_cp_group=metadata["dp_cp_group"],
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )  # fmt: skip
+        if self.owns_table:
+            state.update(self.table.sharded_state_dict(f"{prefix}table.", sharded_offsets, metadata))
+        return state
 
     def refresh_singular_vectors(self) -> Tensor:
         """See ``Retrieval.refresh_singular_vectors``: once per optimizer step, at build and after load."""

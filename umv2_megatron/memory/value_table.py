@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from umv2_megatron.config.memory_config import MemoryConfig
@@ -116,6 +119,36 @@ class ValueTable(nn.Module):
             config.num_blocks,
             config.pre_value_activation,
         )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None
+    ) -> ShardedStateDict:
+        """For mcore's checkpoints: this rank's part of each table, and where it lies in the whole one [A, D].
+
+        Any other layout finds its own parts in these. A whole table is stored as mcore stores any replicated tensor.
+        """
+        if self.shard.size == 1:
+            return make_sharded_tensors_for_checkpoint(
+                self.state_dict(keep_vars=True), prefix, {}, sharded_offsets,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+            )  # fmt: skip
+        assert not sharded_offsets, f"tables of several layers under one key: {sharded_offsets}"
+        replica = (0, 0, groups.get_memory_data_parallel_group().rank())
+        widths = {"values": self.config.value_dim, "pre_values": self.config.pre_value_dim}
+        return {
+            prefix + name: ShardedTensor(
+                prefix + name,
+                part,
+                part.dtype,
+                tuple(part.shape),
+                (self.rows, widths[name]),
+                (self.shard.rows(self.rows)[0], self.shard.columns(widths[name])[0]),
+                None,  # no grid: the parts need not be equally large
+                replica,
+            )
+            for name, part in self.named_parameters()
+        }
 
     def tables(self) -> Iterator[nn.Parameter]:
         """The parameters of this table, values first."""
