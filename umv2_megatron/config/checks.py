@@ -8,6 +8,9 @@ from typing import Any
 from umv2_megatron.config.flags import UsageError, option_table
 from umv2_megatron.config.run_config import RunConfig
 
+_EXPERT_SETTINGS = ("num_moe_experts", "expert_model_parallel_size")
+_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
+
 
 def check(run: RunConfig, *, for_training: bool = True) -> None:
     """Raise ``UsageError`` naming the flag when the settings cannot work together on ``run.world_size`` ranks."""
@@ -16,6 +19,7 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
             raise UsageError(f"--{key.replace('_', '-')} is missing; give it or choose a --model-preset")
     _check_shapes(run)
     _check_layout(run)
+    _check_experts(run)
     if run.has_memory:
         try:
             run.memory.validate(run.hidden_size, run.num_layers)
@@ -73,8 +77,6 @@ def _check_shapes(run: RunConfig) -> None:
         _refuse("rotary-base", run.model.rotary_base, "a number above 0")
     if run.training.seed < 0:
         _refuse("seed", run.training.seed, "an integer of at least 0")
-    if run.num_moe_experts:
-        _refuse("num-experts", run.num_moe_experts, "no value; blocks of experts are not built by this program yet")
 
 
 def _check_layout(run: RunConfig) -> None:
@@ -102,8 +104,6 @@ def _check_layout(run: RunConfig) -> None:
         _refuse("seq-length", run.model.seq_length, f"a multiple of {times}")
     if run.ffn_hidden_size and run.ffn_hidden_size % tp:
         _refuse("ffn-hidden-size", run.ffn_hidden_size, f"a multiple of --tensor-model-parallel-size ({tp})")
-    if run.expert_model_parallel_size != 1:
-        _refuse("expert-model-parallel-size", run.expert_model_parallel_size, "1; no blocks of experts are built yet")
     if run.transformer_impl == "local" and run.cp_comm_type not in (None, "all_gather"):
         _refuse("cp-comm-type", run.cp_comm_type, "no value or all_gather with --transformer-impl local")
     if run.fp8 and run.transformer_impl != "transformer_engine":
@@ -120,6 +120,48 @@ def _check_layout(run: RunConfig) -> None:
         raise UsageError(
             "--overlap-param-gather is on; expected --use-distributed-optimizer and --overlap-grad-reduce too"
         )
+
+
+def _check_experts(run: RunConfig) -> None:
+    """Experts: their settings only with --ffn-variant moe, and then sizes that fit each other and the ranks."""
+    size = run.expert_model_parallel_size
+    if not run.has_experts:
+        for key, made in option_table().items():
+            if (key.startswith("moe_") or key in _EXPERT_SETTINGS) and run.values[key] != made.default:
+                flag = "num-experts" if key == "num_moe_experts" else key.replace("_", "-")
+                _refuse(flag, run.values[key], "no value without --ffn-variant moe")
+        return
+    experts, topk, tp = run.num_moe_experts, run.moe_router_topk, run.tensor_model_parallel_size
+    if not experts or experts < 1:
+        _refuse("num-experts", experts, "the number of experts of a block with --ffn-variant moe")
+    if not 1 <= topk <= experts:
+        _refuse("moe-router-topk", topk, f"an integer from 1 to --num-experts ({experts})")
+    if run.moe_ffn_hidden_size is not None and run.moe_ffn_hidden_size < 1:
+        _refuse("moe-ffn-hidden-size", run.moe_ffn_hidden_size, "an integer of at least 1")
+    if run.memory.parallel_size != 1:
+        _refuse(
+            "memory-parallel-size",
+            run.memory.parallel_size,
+            "1 with --ffn-variant moe, which has no value tables; split the experts over a group of that size with "
+            f"--expert-model-parallel-size {run.memory.parallel_size}",
+        )
+    if size < 1 or experts % size:
+        _refuse("expert-model-parallel-size", size, f"a divisor of --num-experts ({experts})")
+    per_stage = run.world_size // run.pipeline_model_parallel_size
+    if per_stage % size:
+        _refuse("expert-model-parallel-size", size, f"a divisor of the {per_stage} ranks of a pipeline stage")
+    if tp > 1 and not run.sequence_parallel:
+        _refuse("tensor-model-parallel-size", tp, "1, or --sequence-parallel too, with --ffn-variant moe")
+    kinds = run.moe_router_load_balancing_type
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if kind not in _BALANCING:
+            _refuse("moe-router-load-balancing-type", kind, "one or several of " + ", ".join(_BALANCING))
+    shared = run.moe_shared_expert_intermediate_size
+    if shared is not None and (shared < 1 or shared % tp or run.add_bias_linear):
+        expected = "no value with --add-bias-linear" if run.add_bias_linear else f"a positive multiple of {tp} (TP)"
+        _refuse("moe-shared-expert-intermediate-size", shared, expected)
+    if run.moe_grouped_gemm and run.transformer_impl == "local":
+        _refuse("moe-grouped-gemm", "on", "off with --transformer-impl local, or Transformer Engine")
 
 
 def _check_memory_layout(run: RunConfig) -> None:

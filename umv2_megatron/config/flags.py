@@ -93,7 +93,24 @@ NOT_FLAGS = {
     # the check before the update is our own (--nan-policy)
     "check_for_nan_in_grad",
     "check_for_large_grads",
-    # blocks of experts are not built yet
+    # experts: every block has them; and what needs other packages, another schedule, or is deprecated
+    "moe_layer_freq",
+    "moe_enable_routing_replay",
+    "moe_router_topk_limited_devices",
+    "moe_router_padding_for_quantization",
+    "moe_router_padding_for_fp8",
+    "moe_router_force_load_balancing",
+    "moe_use_legacy_grouped_gemm",
+    "moe_token_dropping",
+    "moe_enable_deepep",
+    "moe_flex_dispatcher_backend",
+    "moe_deepep_num_sms",
+    "moe_hybridep_num_sms",
+    "moe_shared_expert_overlap",
+    "moe_per_layer_logging",
+    "moe_layer_recompute",
+    "moe_apply_probs_on_input",
+    "moe_latent_size",
     "overlap_moe_expert_parallel_comm",
     "ep_overlap_early_attn_memory_release",
     # nothing here reads them
@@ -134,7 +151,6 @@ NOT_FLAG_PREFIXES = (
     "fine_grained",
     "offload_",
     "min_offloaded",
-    "moe_",  # blocks of experts are not built yet
     "tp_comm_",  # Transformer Engine's user buffers are not set up
     "cuda_graph_",  # u and t are refreshed inside a forward, which a captured graph would leave out
 )
@@ -156,6 +172,7 @@ DEFAULTS: dict[str, Any] = {
     "adam_beta2": 0.95,
     "grad_reduce_in_fp32": True,
     "optimizer": "adam",
+    "moe_token_dispatcher_type": "alltoall",
 }
 # Megatron-LM's names where they differ from the field's.
 ALIASES = {
@@ -163,7 +180,11 @@ ALIASES = {
     "bucket_size": ("ddp-bucket-size",),
     "grad_reduce_in_fp32": ("accumulate-allreduce-grads-in-fp32",),
 }
-EXTRA_CHOICES = {"transformer_impl": ("auto", "local", "transformer_engine"), "optimizer": ("adam",)}
+EXTRA_CHOICES = {
+    "transformer_impl": ("auto", "local", "transformer_engine"),
+    "optimizer": ("adam",),
+    "moe_token_dispatcher_type": ("alltoall", "allgather"),
+}
 SECTIONS = {
     ModelConfig: "model",
     TransformerConfig: "transformer (megatron-core)",

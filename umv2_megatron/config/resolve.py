@@ -83,6 +83,8 @@ def _is_layout(key: str) -> bool:
         "virtual",
         "wgrad",
         "microbatch",
+        "dispatcher",
+        "grouped_gemm",
         "saved_activations",
         "p2p",
     )

@@ -62,6 +62,11 @@ class RunConfig:
         return self.model.ffn_variant == "umv2"
 
     @property
+    def has_experts(self) -> bool:
+        """Whether megatron-core's experts stand in the place of the FFN."""
+        return self.model.ffn_variant == "moe"
+
+    @property
     def data_parallel_size(self) -> int:
         """Replicas of the dense model."""
         return self.world_size // (
@@ -103,7 +108,11 @@ class RunConfig:
         arguments["params_dtype"] = self.params_dtype
         arguments["pipeline_dtype"] = self.params_dtype
         arguments["hetereogenous_dist_checkpoint"] = True  # keys by layer: memory layers need not be in every block
-        arguments["expert_model_parallel_size"] = 1  # the memory groups use mcore's expert groups; mcore has no experts
+        arguments["expert_tensor_parallel_size"] = 1
+        if self.has_experts:
+            arguments["moe_ffn_hidden_size"] = self.moe_ffn_hidden_size or self.ffn_hidden_size
+        else:  # value tables are split over mcore's expert groups, but mcore is to know of no experts
+            arguments["expert_model_parallel_size"] = 1
         arguments["num_query_groups"] = self.num_query_groups if self.model.group_query_attention else None
         arguments["virtual_pipeline_model_parallel_size"] = self.virtual_pipeline_size
         arguments["fp8_param"] = self.fp8_param_gather

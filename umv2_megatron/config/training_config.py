@@ -11,7 +11,7 @@ from typing import Optional
 
 from umv2_megatron.config.memory_config import option
 
-FFN_VARIANTS = ("umv2", "dense")
+FFN_VARIANTS = ("umv2", "dense", "moe")
 
 
 @dataclass
@@ -20,7 +20,7 @@ class ModelConfig:
 
     ffn_variant: str = option(
         "umv2",
-        "what stands in the FFN slot of the blocks: FFN with UltraMemV2 memory, or the FFN alone",
+        "what stands in the FFN slot of the blocks: FFN with UltraMemV2 memory, the FFN alone, or mcore's experts",
         choices=FFN_VARIANTS,
     )
     seq_length: int = option(1024, "tokens per sample")

@@ -36,6 +36,7 @@ from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.model.context_parallel_attention import ContextParallelAttention
+from umv2_megatron.model.experts import experts_spec
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
 
 MEMORY_CONFIG_VARIABLE = "UMV2_MEMORY_CONFIG"
@@ -56,9 +57,14 @@ def umv2_layer_spec(
 ) -> ModuleSpec:
     """The spec of one transformer layer for ``config.transformer_impl`` ("local" or "transformer_engine").
 
-    ``with_memory=False`` leaves the FFN alone in the slot, with the same initialisation and parameter names.
+    ``with_memory=False`` leaves the FFN alone in the slot, with the same initialisation and parameter names. Where
+    ``config.num_moe_experts`` is set, mcore's experts stand in the slot, without memory.
     """
-    spec = _base_spec(config, config.transformer_impl == "transformer_engine")
+    use_engine = config.transformer_impl == "transformer_engine"
+    spec = _base_spec(config, use_engine)
+    if config.num_moe_experts is not None:
+        spec.submodules.mlp = experts_spec(config, use_engine)
+        return spec
     spec.submodules.mlp.params.update(memory_config=memory_config, tables=SharedTables(), standalone=standalone)
     if not with_memory:
         spec.submodules.mlp.submodules.memory = None

@@ -56,6 +56,7 @@ def start_processes(run: RunConfig) -> launch.Launch:
         vpp=run.virtual_pipeline_size,
         cp=run.context_parallel_size,
         memory_parallel_size=run.memory.parallel_size,
+        expert_model_parallel_size=run.expert_model_parallel_size,
         num_distributed_optimizer_instances=run.num_distributed_optimizer_instances,
         timeout_minutes=run.training.distributed_timeout_minutes,
     )

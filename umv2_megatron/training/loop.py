@@ -15,7 +15,7 @@ import torch
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
-from umv2_megatron.training import memory_health
+from umv2_megatron.training import expert_losses, memory_health
 from umv2_megatron.training.checkpointing import gathered_parameters
 from umv2_megatron.training.initialize import TrainingState, device_memory_gib
 from umv2_megatron.training.profiling import StepProfiler
@@ -79,8 +79,8 @@ class Trainer:
                 profiler.step(progress.iteration)
                 if progress.iteration % run.training.log_interval == 0 or progress.iteration == run.train_iters:
                     cpu_platform.synchronize()
-                    elapsed = (time.perf_counter() - interval_start) / (progress.iteration - interval_first)
-                    self._report(step, elapsed)
+                    steps = progress.iteration - interval_first
+                    self._report(step, steps, (time.perf_counter() - interval_start) / steps)
                     interval_start, interval_first = time.perf_counter(), progress.iteration
                 self._report_memory_health()
                 pause = time.perf_counter()
@@ -128,8 +128,8 @@ class Trainer:
                 "steps in a row were skipped"
             )
 
-    def _report(self, step: TrainStep, seconds: float) -> None:
-        """The console line and the numbers of an interval; its losses are averaged."""
+    def _report(self, step: TrainStep, steps: int, seconds: float) -> None:
+        """The console line and the numbers of an interval of ``steps`` steps; its losses are averaged."""
         run, progress, scheduler = self.run, self.state.progress, self.state.scheduler
         loss = progress.interval_loss_sum / progress.interval_steps if progress.interval_steps else None
         progress.interval_loss_sum, progress.interval_steps = 0.0, 0
@@ -163,9 +163,11 @@ class Trainer:
                 }
             )
         )
+        experts = expert_losses.take(steps * run.num_microbatches) if run.has_experts else {}
         self.reporter.numbers(
             progress.iteration,
             {
+                **experts,
                 "lm loss": loss,
                 "learning-rate": scheduler.dense_lr,
                 "value-learning-rate": scheduler.value_lr,

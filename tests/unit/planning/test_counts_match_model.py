@@ -13,6 +13,9 @@ from umv2_megatron.config.presets import PRESETS
 HERE = Path(__file__).resolve().parent
 CASES = [(name, {}) for name in PRESETS] + [
     ("umv2-8m", {"ffn_variant": "dense"}),
+    ("umv2-8m", {"ffn_variant": "moe", "num_experts": 6, "moe_ffn_hidden_size": 40,
+                 "moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True}),
+    ("umv2-8m", {"ffn_variant": "moe", "num_experts": 4, "disable_bias_linear": False, "swiglu": False}),
     ("umv2-8m", {"memory_layer_freq": "2"}),
     ("umv2-8m", {"memory_sharing": "block", "memory_sharing_size": 2}),
     ("umv2-8m", {"memory_sharing": "ring", "memory_sharing_size": 3}),

@@ -118,6 +118,21 @@ def test_dense_variant_ignores_memory():
     assert flops_per_token({**SMALL, "ffn_variant": "dense"}, SMALL_MEMORY).memory_share == 0
 
 
+def test_experts():
+    """A token uses the router, 3 of 7 experts, and the shared expert with its gate."""
+    fields = {**SMALL, "ffn_variant": "moe", "num_experts": 7, "moe_router_topk": 3, "moe_ffn_hidden_size": 5,
+              "moe_shared_expert_intermediate_size": 4, "moe_shared_expert_gate": True}
+    count, dense = count_parameters(fields, None), count_parameters(SMALL, None)
+    layers, hidden = SMALL["num_layers"], SMALL["hidden_size"]
+    expert = 3 * hidden * 5
+    assert count.ffn == layers * (7 * hidden + 7 * expert + 3 * hidden * 4 + hidden)
+    assert count.total - dense.total == count.ffn - dense.ffn
+    assert count.total - count.activated_without_embeddings == layers * 4 * expert
+    operations = flops_per_token(fields, SMALL_MEMORY)
+    assert operations.ffn == layers * 2 * (3 * expert + 3 * hidden * 4 + 8 * hidden)
+    assert operations.memory == 0
+
+
 def test_megatron_core_names_and_defaults():
     by_core = {**{key: value for key, value in SMALL.items() if key not in ("disable_bias_linear", "swiglu")},
                "add_bias_linear": False, "gated_linear_unit": True}
@@ -196,7 +211,8 @@ def test_memory_reads_much_less_than_experts_in_a_batch():
     ({"hidden_size": None}, "--hidden-size is missing; expected a positive integer"),
     ({"num_layers": -1}, "--num-layers is -1; expected a positive integer"),
     ({"num_query_groups": 3}, "--num-query-groups is 3; expected a divisor of --num-attention-heads"),
-    ({"ffn_variant": "moe"}, "--ffn-variant is 'moe'"),
+    ({"ffn_variant": "moe"}, "--num-experts is missing; expected a positive integer"),
+    ({"ffn_variant": "none"}, "--ffn-variant is 'none'"),
     ({"kv_channels": None, "num_attention_heads": 6, "num_query_groups": 6}, "--hidden-size is 8; expected a multiple"),
 ])
 def test_mistakes_name_the_flag(changes, words):
