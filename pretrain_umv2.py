@@ -13,10 +13,12 @@ import sys
 
 from umv2_megatron.parallel import cpu_platform
 
-cpu_platform.install()  # before megatron.core is imported; does nothing where there is a CUDA device
+# before megatron.core is imported; does nothing where there is a CUDA device, which a dry run leaves alone
+cpu_platform.install(ignore_cuda="--dry-run" in sys.argv)
 
 from umv2_megatron.config.resolve import resolve  # noqa: E402
 from umv2_megatron.parallel.launch import discover  # noqa: E402
+from umv2_megatron.training.dry_run import dry_run, virtual_world_size  # noqa: E402
 from umv2_megatron.training.pretrain import check_data, pretrain  # noqa: E402
 from umv2_megatron.training.program import run_program  # noqa: E402
 from umv2_megatron.training.resume import checkpoint_values  # noqa: E402
@@ -24,7 +26,12 @@ from umv2_megatron.training.resume import checkpoint_values  # noqa: E402
 
 def main(argv: list[str]) -> int:
     """Parse, check, train; returns the exit code."""
-    run = resolve(argv, discover().world_size, description=__doc__ or "", checkpoint_values=checkpoint_values)
+    description = __doc__ or ""
+    virtual = virtual_world_size(argv, "pretrain_umv2.py", description)
+    run = resolve(argv, virtual or discover().world_size, description=description, checkpoint_values=checkpoint_values)
+    if virtual is not None:
+        print(run.describe())
+        return dry_run(run)
     check_data(run)
     if run.training.dry_run:
         print(run.describe())

@@ -110,12 +110,27 @@ def _check_layout(run: RunConfig) -> None:
         _refuse(
             "fp8-format", run.fp8, "no value without Transformer Engine; install requirements-gpu.txt on a GPU machine"
         )
-    if run.transformer_impl == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+    if (
+        run.transformer_impl == "transformer_engine"
+        and run.training.dry_run_world_size is None  # builds shapes, for which local layers will do
+        and importlib.util.find_spec("transformer_engine") is None
+    ):
         _refuse(
             "transformer-impl",
             "transformer_engine",
             "local, or a machine with Transformer Engine (requirements-gpu.txt)",
         )
+    instances, replicas = run.num_distributed_optimizer_instances, run.data_parallel_size * cp
+    table_replicas = run.world_size // pp // max(run.memory.parallel_size, run.expert_model_parallel_size, 1)
+    if instances < 1 or replicas % instances or table_replicas % instances:
+        _refuse(
+            "num-distributed-optimizer-instances",
+            instances,
+            f"a divisor of the {replicas} replicas of the dense parameters and of the {table_replicas} of the shards "
+            "of tables or experts",
+        )
+    if instances > 1 and importlib.util.find_spec("einops") is None:
+        _refuse("num-distributed-optimizer-instances", instances, "1, or the package einops, which megatron-core needs")
     if run.overlap_param_gather and not (run.use_distributed_optimizer and run.overlap_grad_reduce):
         raise UsageError(
             "--overlap-param-gather is on; expected --use-distributed-optimizer and --overlap-grad-reduce too"
@@ -235,6 +250,8 @@ def _check_schedule(run: RunConfig) -> None:
             f"a multiple of --micro-batch-size x data-parallel size = {training.micro_batch_size} x "
             f"{run.data_parallel_size} = {unit}",
         )
+    if run.virtual_pipeline_size:
+        _check_interleaving(run)
     if run.lr is None or run.lr <= 0 or run.min_lr > run.lr or run.min_lr < 0:
         _refuse("lr", run.lr, f"a number above 0 and at least --min-lr ({run.min_lr})")
     horizon = training.lr_decay_iters or run.train_iters
@@ -251,6 +268,21 @@ def _check_schedule(run: RunConfig) -> None:
         raise UsageError("--async-save is not supported; leave it out: checkpoints are written between two steps")
     if not all(rank.strip().isdigit() for rank in training.profile_ranks.split(",")):
         _refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
+
+
+def _check_interleaving(run: RunConfig) -> None:
+    """What mcore's interleaved schedule asks of the number of micro-batches; else it ends the run in the first step."""
+    stages, batches = run.pipeline_model_parallel_size, run.num_microbatches
+    group = run.microbatch_group_size_per_vp_stage or stages
+    if group < stages:
+        _refuse("microbatch-group-size-per-vp-stage", group, f"at least --pipeline-model-parallel-size ({stages})")
+    if batches < group or 0 < batches % group < stages:
+        _refuse(
+            "global-batch-size",
+            run.global_batch_size,
+            f"a multiple of {group} micro-batches on each data-parallel rank with "
+            f"--num-layers-per-virtual-pipeline-stage, not {batches}",
+        )
 
 
 def _check_optimizer(run: RunConfig) -> None:

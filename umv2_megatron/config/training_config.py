@@ -120,4 +120,10 @@ class TrainingConfig:
     profile_ranks: str = option("0", "ranks to profile, separated by commas")
     distributed_timeout_minutes: float = option(10, "time limit of a collective in minutes, 0.5 for 30 seconds")
     dry_run: bool = option(False, "check the configuration, print it and exit")
+    dry_run_world_size: Optional[int] = option(
+        None, "with --dry-run: build ranks of this many without devices, network or data, and report what they hold"
+    )
+    dry_run_rank: Optional[str] = option(
+        None, "with --dry-run: ranks to build, separated by commas (default: the first of every pipeline stage)"
+    )
     debug: bool = option(False, "show the traceback of an error")

@@ -47,7 +47,10 @@ def build_model(
 
 
 def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool = True) -> list[torch.nn.Module]:
-    """All virtual stages of this rank, on its device, in the run's precision, wrapped by mcore's DDP."""
+    """All virtual stages of this rank, on its device, in the run's precision, wrapped by mcore's DDP.
+
+    Inside ``cpu_platform.shapes_only()`` there are no values, so nothing is derived from them or sent.
+    """
     stages = run.virtual_pipeline_size
     config = run.transformer_config()
     chunks: list[torch.nn.Module] = [
@@ -59,8 +62,9 @@ def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool =
         chunk.to(cpu_platform.device())
         if run.bf16:
             chunks[index] = Float16Module(config, chunk)
-        for _, layer in memory_layers(chunk):
-            layer.refresh_singular_vectors()
+        if not cpu_platform.builds_shapes_only():
+            for _, layer in memory_layers(chunk):
+                layer.refresh_singular_vectors()
     if not wrap_with_ddp:
         return chunks
     ddp_config = run.ddp_config()
@@ -75,8 +79,9 @@ def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool =
                 disable_bucketing=index > 0 or (run.overlap_param_gather and len(chunks) > 1),
             )
         )
-    for chunk in wrapped:
-        chunk.broadcast_params()
+    if not cpu_platform.builds_shapes_only():
+        for chunk in wrapped:
+            chunk.broadcast_params()
     return wrapped
 
 

@@ -12,6 +12,9 @@ one global change is ``torch.Tensor.cuda``, which returns the tensor instead of 
 
 The functions after ``install`` (``device``, ``backend``, ``synchronize``, ``memory_allocated`` ...) are what the rest
 of the package calls, so that nothing else branches on CPU or GPU.
+
+Inside ``shapes_only()`` the stand-in for CUDA is torch's meta device: models, gradient buffers and optimizers are built
+with their shapes but without memory, by mcore's own code. A dry run uses it, with or without a CUDA device.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ import importlib.abc
 import importlib.machinery
 import logging
 import os
+import re
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -41,13 +45,16 @@ _CPU = torch.device("cpu")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def install() -> None:
+def install(ignore_cuda: bool = False) -> None:
     """Make mcore 0.16.1 work without a CUDA device. Does nothing where there is one; safe to call again.
 
     Call it before the first process group or model is made; before or after ``import megatron.core``. Before is
     quicker (about 1.5 s), because mcore then does not load torch's compiler.
+
+    Args:
+        ignore_cuda: bridge also where there is a CUDA device, for a process that will only build shapes.
     """
-    if torch.cuda.is_available() or any(isinstance(finder, _BridgingFinder) for finder in sys.meta_path):
+    if (torch.cuda.is_available() and not ignore_cuda) or _installed():
         return
     # Without CUDA there is neither Apex nor Transformer Engine; saying so once per module and rank helps nobody.
     for message in ("Apex is not installed", "Transformer Engine and Apex are not installed"):
@@ -60,11 +67,38 @@ def install() -> None:
             _bridge(module)
 
 
+def _installed() -> bool:
+    return any(isinstance(finder, _BridgingFinder) for finder in sys.meta_path)
+
+
 def device() -> torch.device:
-    """The device of this rank: its current CUDA device, or the CPU."""
+    """The device of this rank: its current CUDA device, or the CPU; the meta device inside ``shapes_only``."""
+    if builds_shapes_only():
+        return torch.device("meta")
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return _CPU
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, what this process builds has shapes and no memory; ``install`` must have bridged mcore."""
+    assert _installed(), "install(ignore_cuda=True) comes first"
+    functions = _functions_that_check_types()
+    codes = [function.__code__ for function in functions]
+    for function in functions:
+        _accept_types(function, "torch.meta.")
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        for function, code in zip(functions, codes):
+            function.__code__ = code
+
+
+def builds_shapes_only() -> bool:
+    """Whether tensors are made on the meta device now, so that there are no values to start, to send or to read."""
+    return torch.get_default_device().type == "meta"
 
 
 def backend() -> str:
@@ -146,13 +180,18 @@ _FACTORIES = (
 )
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """``factory`` with a CUDA ``device`` read as the CPU, and no pinned memory."""
+def _stand_in() -> torch.device:
+    """Where mcore's CUDA tensors go."""
+    return torch.device("meta") if builds_shapes_only() else _CPU
+
+
+def _on_stand_in(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """``factory`` with a CUDA ``device`` read as the one that stands for it, and no pinned memory."""
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
-            kwargs["device"] = _CPU
+            kwargs["device"] = _stand_in()
         kwargs.pop("pin_memory", None)  # utils.py:2117: pinning needs CUDA
         return factory(*args, **kwargs)
 
@@ -211,7 +250,7 @@ def _torch_for_mcore() -> ModuleType:
     cuda = _view_of(
         torch.cuda,
         # p2p_communication.py:313, param_and_grad_buffer.py:783, layers.py:261, mappings.py:91: used as `device=`.
-        current_device=lambda: _CPU,
+        current_device=_stand_in,
         # async_utils.py:488: `rank % torch.cuda.device_count()`.
         device_count=lambda: 1,
         set_device=_nothing,
@@ -233,7 +272,7 @@ def _torch_for_mcore() -> ModuleType:
         # utils.py:2186, pipeline_parallel/utils.py:212.
         nvtx=_view_of(torch.cuda.nvtx, range_push=_nothing, range_pop=_nothing),
     )
-    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    factories = {name: _on_stand_in(getattr(torch, name)) for name in _FACTORIES}
     return _view_of(torch, cuda=cuda, autocast=_autocast, **factories)
 
 
@@ -295,26 +334,39 @@ def _bridge_dispatcher(module: ModuleType) -> None:
 
 def _bridge_optimizer(module: ModuleType) -> None:
     """optimizer.py:671 and 690."""
-    _accept_cpu_types(module.Float16OptimizerWithFloat16Params.__init__)
+    _accept_types(module.Float16OptimizerWithFloat16Params.__init__)
 
 
 def _bridge_distributed_optimizer(module: ModuleType) -> None:
     """distrib_optimizer.py:361, 420 and 582. What loading into torch's AdamW needs is in training/checkpointing.py."""
-    _accept_cpu_types(module.DistributedOptimizer.__init__)
-    _accept_cpu_types(module.DistributedOptimizer._build_model_and_main_param_groups.__func__)
+    _accept_types(module.DistributedOptimizer.__init__)
+    _accept_types(module.DistributedOptimizer._build_model_and_main_param_groups.__func__)
 
 
 def _bridge_clip(module: ModuleType) -> None:
     """clip_grads.py:167."""
-    _accept_cpu_types(module.clip_grad_by_total_norm_fp32)
+    _accept_types(module.clip_grad_by_total_norm_fp32)
 
 
-def _accept_cpu_types(function: FunctionType) -> None:
-    """Let ``function`` compare ``Tensor.type()`` with "torch.FloatTensor" where it says "torch.cuda.FloatTensor"."""
+def _functions_that_check_types() -> list[FunctionType]:
+    """Those that building an optimizer runs through."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    return [
+        Float16OptimizerWithFloat16Params.__init__,
+        DistributedOptimizer.__init__,
+        DistributedOptimizer._build_model_and_main_param_groups.__func__,
+    ]
+
+
+def _accept_types(function: FunctionType, prefix: str = "torch.") -> None:
+    """Let ``function`` compare ``Tensor.type()`` with ``prefix`` + "FloatTensor" where it says "torch.cuda.FloatTensor"
+    (or already "torch.FloatTensor"); likewise for the other types."""
 
     def translate(constant: Any) -> Any:
         if isinstance(constant, str):
-            return constant.replace("torch.cuda.", "torch.")
+            return re.sub(r"torch\.(cuda\.)?(?=[A-Z]\w*Tensor\b)", prefix, constant)
         if isinstance(constant, tuple):
             return tuple(translate(item) for item in constant)
         if isinstance(constant, CodeType):

@@ -110,12 +110,15 @@ class ParamScheduler(OptimizerParamScheduler):
         return next(group["lr"] for group in self.optimizer.param_groups if VALUE_GROUP not in group)
 
 
-def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module]) -> MegatronOptimizer:
-    """mcore's optimizer over ``chunks`` (wrapped by DDP): dense groups, and the value tables with weight decay on."""
+def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_groups: bool = True) -> MegatronOptimizer:
+    """mcore's optimizer over ``chunks`` (wrapped by DDP): dense groups, and the value tables with weight decay on.
+
+    ``use_gloo_groups``: let checkpointing use the gloo twins of the data-parallel groups, which must exist then.
+    """
     config = run.optimizer_config()
     overrides = dict(get_standard_config_overrides(config))
     overrides[ParamKey(attr=TABLE_ATTRIBUTE)] = {VALUE_GROUP: run.memory.value_lr_mult}  # type: ignore[typeddict-unknown-key]
-    return get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=True)
+    return get_megatron_optimizer(config, chunks, config_overrides=overrides, use_gloo_process_groups=use_gloo_groups)
 
 
 def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamScheduler:
