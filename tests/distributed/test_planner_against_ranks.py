@@ -155,3 +155,92 @@ def test_weights_gradients_and_optimizer_state_are_those_of_the_ranks(case: int)
     world, changes = STATE_CASES[case]
     for rank, differences in enumerate(run_ranks(world, state_differences, changes)):
         assert not differences, f"rank {rank}: " + "; ".join(differences)
+
+
+# -- exchanges ---------------------------------------------------------------------------------------------------------
+
+
+def batches(run: Any) -> Any:
+    """Random micro-batches, the same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+    size, length = run.training.micro_batch_size, run.model.seq_length // run.context_parallel_size
+    while True:
+        tokens = torch.randint(0, run.values["vocab_size"], (size, length), generator=generator)
+        positions = torch.arange(length).expand(size, length).contiguous()
+        yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(size, length), "position_ids": positions,
+               "attention_mask": None}
+
+
+def forward_backward(run: Any, state: Any) -> None:
+    """All micro-batches of a step, forward and backward."""
+    from umv2_megatron.training import step
+
+    step.next_batch = next
+    step.connect(run, state.chunks, state.optimizer)
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    step._run_schedule(run, state.chunks, batches(run), forward_only=False)
+
+
+def exchange_differences(changes: dict[str, Any]) -> list[str]:
+    """Bytes by step that the counter found in one micro-batch of every layer, where they are not the planned ones."""
+    from umv2_megatron.memory import row_sharded
+    from umv2_megatron.model.builder import unwrap
+    from umv2_megatron.model.ffn_with_memory import memory_layers
+    from umv2_megatron.parallel.exchange import total_sent
+    from umv2_megatron.planning.exchange import FORWARD, exchange_bytes
+    from umv2_megatron.planning.rank_parameters import table_rows
+    from umv2_megatron.training.initialize import build_training_state
+
+    run = prepare("umv2-tiny", {**SMALL, **changes})
+    state = build_training_state(run, run.values["vocab_size"])
+    shape, memory, layout = plan_of(run)
+    passes: list[tuple[int, int]] = []
+    start = row_sharded.RowShardedLookup.start
+
+    def recording(self: Any, *arguments: Any) -> Any:
+        started = start(self, *arguments)
+        rank = self.exchange.rank
+        passes.append(tuple(sum(each) - each[rank] for each in (started.call.send, started.call.receive)))
+        return started
+
+    row_sharded.RowShardedLookup.start = recording
+    forward_backward(run, state)
+    layers = [layer for chunk in state.chunks for _, layer in memory_layers(unwrap(chunk))]
+    found = total_sent([layer.table.exchange for layer in layers if layer.owns_table])
+    again = layout.recompute == "full"
+    planned: Counter[str] = Counter()
+    tokens = layout.own_tokens(shape.seq_length)
+    rows = table_rows(memory, sum(memory.memory_layers(shape.num_layers)))
+    times = len(layers) * run.num_microbatches
+    for index in range(times):
+        # with recomputation every layer has two forward passes, with the same picks
+        sent, received = passes[index] if passes else (None, None)
+        for name, count in exchange_bytes(memory, layout.memory_mode, layout.memory_size, tokens, rows,
+                                          layout.weight_bytes, sent, received).items():
+            planned[name] += count * (2 if again and name in FORWARD else 1)
+    return [f"{name}: {found[name]} bytes sent, {planned[name]} planned"
+            for name in {*found, *planned} if found[name] != planned[name]]
+
+
+EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
+    (2, DIM2),
+    (2, {**ROW2, "bf16": True}),
+    (2, {**ROW2, "memory_pre_value_dim": 0, "recompute_granularity": "full", "recompute_method": "uniform",
+         "recompute_num_layers": 1, "memory_query_mode": "shared", "memory_key_expansion": 2,
+         "memory_value_expansion": "per-block"}),
+    (2, {**DIM2, "tensor_model_parallel_size": 2, "seq_length": 15, "max_position_embeddings": 15,
+         "memory_num_heads": 2, "memory_sharing": "block", "memory_sharing_size": 2}),
+    (4, {"memory_parallel_size": 4, "memory_num_cores": 1, "bf16": True, "memory_layer_freq": "2",
+         "global_batch_size": 8, "recompute_granularity": "full", "recompute_method": "uniform",
+         "recompute_num_layers": 1}),
+    (4, {"memory_parallel_size": 4, "memory_parallel_mode": "row", "memory_num_keys": 11}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(EXCHANGE_CASES)),
+                         ids=["-".join([str(world), *changes]) for world, changes in EXCHANGE_CASES])
+def test_exchanged_bytes_are_those_of_the_counter(case: int) -> None:
+    world, changes = EXCHANGE_CASES[case]
+    for rank, differences in enumerate(run_ranks(world, exchange_differences, changes)):
+        assert not differences, f"rank {rank}: " + "; ".join(differences)
