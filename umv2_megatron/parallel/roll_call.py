@@ -18,6 +18,7 @@ question to the store per rank every half second (in worlds above 500, less ofte
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -25,6 +26,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Optional
@@ -36,7 +38,7 @@ from umv2_megatron.parallel.members import Member, member, myself
 
 GRACE = 5.0
 """Seconds that the ranks have to answer."""
-PATIENCE = 4.0
+PATIENCE = 3.0
 """Seconds that a rank's main thread has to end by itself once the culprit is known."""
 
 
@@ -59,16 +61,20 @@ class watched:  # noqa: N801 - used as a function: ``with watched(group, "memory
         self._group, self._group_name, self._step = group, group_name, step
 
     def __enter__(self) -> None:
-        return None
+        global _inside
+        _inside = self
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
+        global _inside
+        _inside = None
         if error is None or isinstance(error, ExchangeError) or not is_collective_failure(error):
             return
-        name = f"{self._group_name} {_told(_ranks(self._group))}"
-        culprits = missing(self._group, f"{name}: {self._step}")
-        raise ExchangeError(_sentence(f"{name}: {self._step}", culprits, error)) from error
+        raise ExchangeError(_sentence(str(self), missing(self._group, str(self)), error)) from error
+
+    def __str__(self) -> str:
+        return f"{self._group_name} {_told(_ranks(self._group))}: {self._step}"
 
 
 def is_collective_failure(error: BaseException) -> bool:
@@ -87,15 +93,15 @@ def is_collective_failure(error: BaseException) -> bool:
 _COMPLAINTS = ("/gloo/", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out waiting")
 
 
-def missing(group: Any, name: str, seconds: float = GRACE) -> list[str]:
+def missing(group: Any, name: str, seconds: Optional[float] = None) -> list[str]:
     """The culprits of a failed collective, each as a clause ("rank 2 (pid 7 on host) is gone"); [] if none is found.
 
     Args:
         group: whose collective failed on this rank.
         name: the group and the step, told to the other ranks.
-        seconds: how long the other ranks have to answer. The call takes at most about 2 s longer.
+        seconds: how long the other ranks have to answer (default: GRACE). The call takes at most about 2 s longer.
     """
-    return [] if _roll is None else _roll.call(_ranks(group), name, seconds)
+    return [] if _roll is None else _roll.call(_ranks(group), name, GRACE if seconds is None else seconds)
 
 
 def explain(error: BaseException) -> Optional[str]:
@@ -111,8 +117,7 @@ def explain(error: BaseException) -> Optional[str]:
         return None
     if _roll is None:
         return None
-    group, where = _failed_group(error)
-    name = f"{_name(group)} {_told(_ranks(group))}: a collective at {where}"
+    group, name = _collective([(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)])
     return _sentence(name, missing(group, name), error)
 
 
@@ -127,7 +132,7 @@ def join(launch: Any) -> None:
         _roll.stop()
     _roll = None
     if launch.world_size > 1:
-        _roll = _RollCall(distributed_c10d._get_default_store(), launch.rank, launch.world_size)
+        _roll = _RollCall(distributed_c10d._get_default_store(), launch)
 
 
 def leave(code: int) -> None:
@@ -144,20 +149,26 @@ def joined() -> bool:
 class _RollCall:
     """One rank's part in the roll call."""
 
-    def __init__(self, store: Any, rank: int, world_size: int) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.tick = max(0.5, world_size / 1000)
+    def __init__(self, store: Any, launch: Any) -> None:
+        self.rank: int = launch.rank
+        self.world_size: int = launch.world_size
+        self.tick = max(0.5, self.world_size / 1000)
+        self._local_world_size: int = launch.local_world_size
         self._keep = store  # the server that the store may hold must outlive the process group
         # a connection of its own: the process group may hold the other one for minutes
         self._store = torch.distributed.PrefixStore("roll_call", store.clone())
         self._store.set_timeout(datetime.timedelta(seconds=GRACE))
-        self._me = myself(rank)
+        self._me = myself(self.rank)
         self._here: dict[int, Member] = {}
         self._over = threading.Event()
-        self._store.set(f"member/{rank}", self._me.to_text())
+        self._lost = False
+        self._hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        """Whether rank 0 hosts the store; torchrun's agent does otherwise."""
+        self._store.set(f"member/{self.rank}", self._me.to_text())
         number = self._store.add(f"place/{self._me.place}", 1)
         self._store.set(f"place/{self._me.place}/{number}", self._me.to_text())
+        self._meet_neighbours()
+        atexit.register(self._end)
         threading.Thread(target=self._listen, name="roll call", daemon=True).start()
 
     # -- what the main thread does -----------------------------------------------------------------------------------
@@ -165,10 +176,11 @@ class _RollCall:
     def call(self, ranks: Sequence[int], name: str, seconds: float) -> list[str]:
         """See ``missing``."""
         found: list[str] = []
-        # asking a store whose process is stopped never returns
+        known = self._host_of_store_is()
+        self._lost |= known is not None
         if self._ask(lambda: found.extend(self._search(ranks, name, seconds)), seconds + 2.0):
             return found
-        return self._conditions() or [self._store_is_gone()]
+        return [known or self._without_store()]
 
     def tell(self, what: str) -> None:
         """Accuse this rank itself."""
@@ -182,7 +194,7 @@ class _RollCall:
         """See the function ``leave``."""
         self._ask(lambda: self._store.set(f"left/{self.rank}", str(code)), 2.0)
         self._over.set()
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self.rank == 0 and self._hosts_store:
             limit = GRACE + PATIENCE + 2 * self.tick if code else 30.0
             self._ask(lambda: self._wait_for_others(limit), limit)
 
@@ -190,27 +202,39 @@ class _RollCall:
         """Take no part any more."""
         self._over.set()
 
+    def _end(self) -> None:
+        """The interpreter ends, and ``leave`` may not have been called."""
+        if not self._over.is_set():
+            self._over.set()
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"left/{self.rank}", "unknown")
+
     def _wait_for_others(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            accused = {rank for rank, _ in self._accusations()}
-            if accused.issuperset(self._absent("left", range(self.world_size))):
+            lost = self._absent("here", [rank for rank, _ in self._accusations()])
+            if set(lost).issuperset(self._absent("left", range(self.world_size))):
                 return
             time.sleep(0.05)
 
-    @staticmethod
-    def _ask(question: Callable[[], object], seconds: float) -> bool:
-        """Do something with the store in at most ``seconds``; returns whether it was done."""
+    def _ask(self, question: Callable[[], object], seconds: float) -> bool:
+        """Do something with the store in at most ``seconds``; returns whether it was done.
+
+        In a thread: asking a store whose process is stopped never returns. A store that failed once is not asked again.
+        """
         done = threading.Event()
 
         def work() -> None:
-            with contextlib.suppress(RuntimeError):
+            try:
                 question()
                 done.set()
+            except RuntimeError:
+                self._lost = True
 
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(seconds)
+        if not self._lost:
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            thread.join(seconds)
         return done.is_set()
 
     # -- who is it ---------------------------------------------------------------------------------------------------
@@ -237,29 +261,36 @@ class _RollCall:
             self._accuse(rank, text)
 
     def _neighbours(self, failing: bool) -> Iterable[tuple[int, str]]:
-        self._meet_neighbours()
-        for other in self._here.values():
-            condition = other.condition()
-            code = self._get(f"left/{other.rank}") if condition == "gone" else None
-            if condition == "stopped" and failing:
+        conditions = [(other, other.condition()) for other in self._here.values()]
+        gone = [other for other, condition in conditions if condition == "gone"]
+        codes = {other.rank: self._get(f"left/{other.rank}") for other in gone}
+        for other, condition in conditions:  # first, as others may have died of waiting for it
+            if condition == "stopped" and (failing or None in codes.values()):
                 yield other.rank, f"{other} is stopped"
-            elif condition == "gone" and code is None:
+        for other in gone:
+            code = codes[other.rank]
+            if code is None:
                 yield other.rank, f"{other} is gone"
-            elif condition == "gone" and code == "0" and failing:
-                yield other.rank, f"{other} has ended with exit code 0 before the others"
+            elif code in ("0", "unknown") and failing:
+                yield other.rank, f"{other} has ended with exit code {code} before the others"
 
-    def _conditions(self) -> list[str]:
-        """What can be said of this host's ranks without the store."""
-        told = [(str(other), other.condition()) for other in list(self._here.values())]
-        return [f"{who} is {condition}" for who, condition in told if condition]
+    def _host_of_store_is(self) -> Optional[str]:
+        """That the rank that hosts the store is gone or stopped, if it can be seen from here."""
+        host = self._here.get(0) if self._hosts_store else None
+        return f"{host} is {host.condition()}" if host is not None and host.condition() else None
+
+    def _without_store(self) -> str:
+        if not self._hosts_store:
+            return "torchrun's agent, which hosts the store of the run, does not answer"
+        return f"{self._here.get(0, 'rank 0')}, which hosts the store of the run, does not answer"
 
     def _accuse_late(self, ranks: Sequence[int]) -> None:
         """All ranks answer: accuse those that did not fail in a collective too, first of this group, then of all."""
         late = self._absent("failed", ranks) or self._absent("failed", range(self.world_size))
-        places = {rank: self._get(f"here/{rank}") or "an unknown place" for rank in late[:64]}
+        places = {rank: json.loads(self._get(f"here/{rank}") or '["?", false]') for rank in late[:64]}
         # the others may wait in a collective that has not timed out yet
-        elsewhere = {rank: place for rank, place in places.items() if not any(part in place for part in _WAITING)}
-        for rank, place in (elsewhere or places).items():
+        elsewhere = {rank: place for rank, (place, waits) in places.items() if not waits}
+        for rank, place in (elsewhere or {rank: place for rank, (place, _) in places.items()}).items():
             self._accuse(rank, f"{self._of(rank)} answers but does not come: it is at {place}")
 
     def _absent(self, key: str, ranks: Sequence[int]) -> list[int]:
@@ -279,16 +310,19 @@ class _RollCall:
                 if self._store.check(["alarm"]):
                     break
                 self._look_around(failing=False)
+            doing, waits = _main_thread()
             if not self._over.is_set():
-                self._store.set(f"here/{self.rank}", _main_thread_is_at())
+                self._store.set(f"here/{self.rank}", json.dumps([doing, waits]))
                 self._await_accusation()
             culprits = [text for _, text in self._accusations()]
         except RuntimeError:
-            culprits = self._conditions() or [self._store_is_gone()]
-        # the main thread's own failure tells more: the group and the step
+            self._lost = True
+            doing, _ = _main_thread()
+            culprits = [self._host_of_store_is() or self._without_store()]
+        # the main thread's own failure tells more
         if not self._over.wait(PATIENCE):
-            because = ", ".join(culprits) or "a collective failed elsewhere"
-            print(f"error: rank {self.rank} ends because {because}", file=sys.stderr, flush=True)
+            because = ", ".join(culprits) or "a collective failed on another rank"
+            print(f"error: rank {self.rank} ends, from {doing}, because {because}", file=sys.stderr, flush=True)
             self.leave(1)
             os._exit(1)
 
@@ -316,11 +350,11 @@ class _RollCall:
         return [(rank, text) for rank, text in (json.loads(text) for text in texts if text)]
 
     def _meet_neighbours(self) -> None:
-        """Learn the members on this host that have joined since the last time."""
+        """Learn who else is on this host; they join at about the same time as this rank."""
+        deadline = time.monotonic() + 1.0
         place = f"place/{self._me.place}"
-        count = self._store.add(place, 0)
-        if len(self._here) < count:
-            for number in range(1, count + 1):
+        while len(self._here) < self._local_world_size and time.monotonic() < deadline:
+            for number in range(1, self._store.add(place, 0) + 1):
                 text = self._get(f"{place}/{number}")
                 if text is not None:
                     other = member(text)
@@ -333,52 +367,43 @@ class _RollCall:
         text = self._get(f"member/{rank}")
         return f"rank {rank}" if text is None else str(member(text))
 
-    def _store_is_gone(self) -> str:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return "torchrun's agent, which hosts the store of the run, does not answer"
-        host = self._here.get(0)
-        return f"{host or 'rank 0'}, which hosts the store of the run, does not answer"
-
 
 _roll: Optional[_RollCall] = None
-_WAITING = ("torch/distributed/", "megatron/core/", "umv2_megatron/parallel/")
-_PACKAGES = ("/megatron/", "/umv2_megatron/")
+_inside: Optional[watched] = None
+_WAITING = ("/torch/distributed/", "/megatron/core/", "/umv2_megatron/parallel/")
+_TELLING = ("/megatron/", "/umv2_megatron/")
 
 
-def _main_thread_is_at() -> str:
+def _main_thread() -> tuple[str, bool]:
+    """What the main thread does, and whether it seems to wait in a collective."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    if frame is None:
-        return "an unknown place"
-    return _place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+    inside = _inside
+    if frame is None or inside is not None:
+        return str(inside or "an unknown place"), True
+    if any(part in frame.f_code.co_filename for part in _WAITING):
+        return _collective(list(traceback.walk_stack(frame))[::-1])[1], True
+    return _place(frame, frame.f_lineno), False
 
 
-def _place(file: str, line: Optional[int], function: str) -> str:
-    """File, line and function for a reader: the file without what leads to packages."""
-    return f"{'/'.join(file.rpartition('site-packages/')[2].split('/')[-4:])}:{line} in {function}"
+def _collective(frames: list[tuple[Any, int]]) -> tuple[Any, str]:
+    """The group of the collective in the innermost of ``frames``, None if it is not told there, and a name for both.
 
-
-def _failed_group(error: BaseException) -> tuple[Any, str]:
-    """The group of the collective that raised ``error``, as far as the frames on its way tell, and the place.
-
-    torch's functions and mcore's buckets keep the group in a variable or attribute; None, all ranks, if none do.
+    torch's functions and mcore's buckets keep the group in a variable or attribute.
     """
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame, trace.tb_lineno))
-        trace = trace.tb_next
-    if not frames:
-        return None, "an unknown place"
-    telling = [item for item in frames if any(part in item[0].f_code.co_filename for part in _PACKAGES)]
-    frame, line = (telling or frames)[-1]
-    where = _place(frame.f_code.co_filename, line, frame.f_code.co_name)
+    telling = [item for item in frames if any(part in item[0].f_code.co_filename for part in _TELLING)]
+    where = _place(*(telling or frames)[-1]) if frames else "an unknown place"
+    values: list[Any] = []
     for frame, _ in reversed(frames):
-        values = list(frame.f_locals.values())
-        values += list(getattr(frame.f_locals.get("self"), "__dict__", {}).values())
-        for value in values:
-            if isinstance(value, torch.distributed.ProcessGroup):
-                return value, where
-    return None, where
+        values += frame.f_locals.values()
+        values += getattr(frame.f_locals.get("self"), "__dict__", {}).values()
+    group = next((value for value in values if isinstance(value, torch.distributed.ProcessGroup)), None)
+    return group, f"{_name(group)} {_told(_ranks(group))}: a collective at {where}"
+
+
+def _place(frame: Any, line: int) -> str:
+    """File, line and function for a reader: the file without what leads to packages."""
+    file = frame.f_code.co_filename.rpartition("site-packages/")[2]
+    return f"{'/'.join(file.split('/')[-4:])}:{line} in {frame.f_code.co_name}"
 
 
 def _ranks(group: Any) -> list[int]:
