@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tiny_gpt import Layout
 
 from umv2_megatron.parallel import groups
-from umv2_megatron.training import checkpoint_store, checkpointing, torch_dist_io
+from umv2_megatron.training import checkpoint_store, checkpointing, mcore_optimizer_state, torch_dist_io
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.checkpointing import load_checkpoint, read_config, save_checkpoint, weights_digest
 from umv2_megatron.training.durable_files import CheckpointError
@@ -63,13 +63,47 @@ def optimizer_digest(optimizer: Any) -> str:
     return digest.hexdigest()
 
 
-def saved_and_continued(root: str, layout: Layout, sharding: str) -> dict[str, Any]:
+class AsMcoreStores:
+    """Stands for `OptimizerState`: saves what this program saved before, in mcore's types (None: without the
+    distributed optimizer)."""
+
+    kind: str | None = None
+
+    def __init__(self, optimizer: Any, model_state: dict) -> None:
+        self.given = (optimizer, model_state)
+
+    def sharded(self) -> dict:
+        metadata = checkpointing._content_metadata() | ({"distrib_optim_sharding_type": self.kind} if self.kind else {})
+        return mcore_optimizer_state.collect(*self.given, metadata, is_loading=False)
+
+
+def save_as_before(root: str, run: tuple, kind: str | None, *others: Any) -> None:
+    """A checkpoint of the kind that was written until optimizer state was stored by parameter."""
+    preprocess = checkpointing.save_preprocess
+    told = {"distrib_optim_sharding_type": kind} if kind else {}
+
+    def rearranged(state: dict) -> Any:
+        state["optimizer"] = state.pop("optimizer_state")
+        del state["optimizer_groups"]
+        state["content_metadata"] |= told
+        return preprocess(state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AsMcoreStores, "kind", kind)
+        patch.setattr(checkpointing, "OptimizerState", AsMcoreStores)
+        patch.setattr(checkpointing, "save_preprocess", rearranged)
+        save_checkpoint(CheckpointStore(root), 3, *run, *others)
+
+
+def saved_and_continued(root: str, layout: Layout, sharding: str | None = "by parameter") -> dict[str, Any]:
     run = make(layout)
     train(layout, run, range(3))
     here = {"weights": weights_digest(run[0]), "optimizer": optimizer_digest(run[1])}
-    save_checkpoint(
-        CheckpointStore(root), 3, *run, {"consumed_samples": 12}, {"model": {"tiny": 1}}, optim_sharding=sharding
-    )
+    others = ({"consumed_samples": 12}, {"model": {"tiny": 1}})
+    if sharding == "by parameter":
+        save_checkpoint(CheckpointStore(root), 3, *run, *others)
+    else:
+        save_as_before(root, run, sharding, *others)
     assert here == {"weights": weights_digest(run[0]), "optimizer": optimizer_digest(run[1])}, "saving changed the run"
     losses = train(layout, run, range(3, 6))
     return {"saved": here, "losses": losses, "weights": weights_digest(run[0]), "optimizer": optimizer_digest(run[1])}
@@ -93,55 +127,63 @@ def resumed(root: str, layout: Layout, used: bool = False) -> dict[str, Any]:
 
 
 CASES = {
-    "1 rank, plain": (1, Layout(), "dp_reshardable"),
-    "1 rank, distributed": (1, Layout(distributed_optimizer=True), "dp_reshardable"),
-    "2 ranks, plain": (2, Layout(), "dp_reshardable"),
-    "2 ranks, distributed": (2, Layout(distributed_optimizer=True), "dp_reshardable"),
-    "2 ranks, bf16, distributed, full": (2, Layout(distributed_optimizer=True, bf16=True), "fully_reshardable"),
-    "PP 2, two chunks each": (2, Layout(pp=2, vpp=2, distributed_optimizer=True, untied=True), "dp_reshardable"),
-    "2 ranks, distributed, overlap": (2, Layout(distributed_optimizer=True, overlap=True), "dp_reshardable"),
-    "TP 2, distributed": (2, Layout(tp=2, distributed_optimizer=True), "fully_reshardable"),
+    "1 rank": (1, Layout()),
+    "1 rank, distributed": (1, Layout(distributed_optimizer=True)),
+    "2 ranks, used": (2, Layout()),
+    "2 ranks, distributed": (2, Layout(distributed_optimizer=True)),
+    "2 ranks, bf16, distributed, used": (2, Layout(distributed_optimizer=True, bf16=True)),
+    "PP 2, two chunks each": (2, Layout(pp=2, vpp=2, distributed_optimizer=True, untied=True)),
+    "2 ranks, distributed, overlap": (2, Layout(distributed_optimizer=True, overlap=True)),
+    "TP 2, distributed": (2, Layout(tp=2, distributed_optimizer=True)),
 }
 SLOW_CASES = {
-    "2 ranks, distributed, full": (2, Layout(distributed_optimizer=True), "fully_reshardable"),
-    "2 ranks, bf16, distributed": (2, Layout(distributed_optimizer=True, bf16=True), "dp_reshardable"),
-    "2 ranks, bf16, plain": (2, Layout(bf16=True), "dp_reshardable"),
+    "2 ranks, distributed, used": (2, Layout(distributed_optimizer=True)),
+    "2 ranks, bf16": (2, Layout(bf16=True)),
+    "PP 2, bf16, distributed, used": (2, Layout(pp=2, bf16=True, distributed_optimizer=True)),
 }
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_CASES)])
 def test_resume_is_bitwise(tmp_path, case):
-    world, layout, sharding = (CASES | SLOW_CASES)[case]
+    world, layout = (CASES | SLOW_CASES)[case]
     layout.table, layout.model = True, DROPOUT
-    whole = run_ranks(world, saved_and_continued, str(tmp_path), layout, sharding)
-    again = run_ranks(world, resumed, str(tmp_path), layout, used="full" in case or "plain" in case)
+    whole = run_ranks(world, saved_and_continued, str(tmp_path), layout)
+    again = run_ranks(world, resumed, str(tmp_path), layout, used="used" in case)
     assert all(result.pop("rng") for result in again)
     assert again == whole
     assert read_config(CheckpointStore(tmp_path), 3) == {"model": {"tiny": 1}}
 
 
-@pytest.mark.parametrize("before,after", [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_the_number_of_ranks_may_change(tmp_path, before, after):
-    layout = Layout(table=True, distributed_optimizer=True)
-    whole = run_ranks(before, saved_and_continued, str(tmp_path), layout, "dp_reshardable")
-    again = run_ranks(after, resumed, str(tmp_path), layout)
-    assert again[0]["saved"]["weights"] == whole[0]["saved"]["weights"]
-    assert again[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-6)
-    assert not again[0]["rng"]
+BEFORE = {
+    "dp_reshardable": (Layout(distributed_optimizer=True), "dp_reshardable"),
+    "dp_reshardable, bf16": (Layout(distributed_optimizer=True, bf16=True), "dp_reshardable"),
+    "fully_reshardable": (Layout(distributed_optimizer=True), "fully_reshardable"),
+    "fully_reshardable, bf16": (Layout(distributed_optimizer=True, bf16=True), "fully_reshardable"),
+    "no distributed optimizer, bf16": (Layout(bf16=True), None),
+}
+QUICK_BEFORE = ("dp_reshardable", "fully_reshardable, bf16", "no distributed optimizer, bf16")
 
 
-def test_tensor_parallel_may_change_when_fully_reshardable(tmp_path):
-    layout = Layout(tp=2, table=True, distributed_optimizer=True)
-    whole = run_ranks(2, saved_and_continued, str(tmp_path), layout, "fully_reshardable")
-    again = run_ranks(1, resumed, str(tmp_path), Layout(table=True, distributed_optimizer=True))
-    assert again[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-5)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK_BEFORE else pytest.param(case, marks=pytest.mark.slow) for case in BEFORE]
+)
+def test_checkpoints_of_before_still_load(tmp_path, case):
+    layout, kind = BEFORE[case]
+    layout.table, layout.model = True, DROPOUT
+    whole = run_ranks(2, saved_and_continued, str(tmp_path), layout, kind)
+    again = run_ranks(2, resumed, str(tmp_path), layout, used=True)
+    assert all(result.pop("rng") for result in again)
+    assert again == whole
 
 
-def test_another_layout_is_refused_unless_fully_reshardable(tmp_path):
+def test_dp_reshardable_of_another_layout_is_refused(tmp_path):
     table = {"table": True, "distributed_optimizer": True, "untied": True}
     run_ranks(2, saved_and_continued, str(tmp_path), Layout(tp=2, **table), "dp_reshardable")
-    for (message,) in run_ranks(2, refused, str(tmp_path), Layout(pp=2, **table)):
-        assert "saved with tensor parallel size 2 and dp_reshardable" in message and "but this run has 1" in message
+    without = Layout(tp=2, table=True, untied=True)
+    for other_layout, other_optimizer in run_ranks(2, refused, str(tmp_path), Layout(pp=2, **table), without):
+        assert "saved with tensor parallel size 2 and dp_reshardable" in other_layout
+        assert "but this run has 1" in other_layout
+        assert "--use-distributed-optimizer" in other_optimizer
 
 
 def read_by_mcore(root: str) -> tuple[str, str]:
@@ -217,7 +259,7 @@ def test_nothing_to_load_is_told_alike_on_every_rank(tmp_path):
 
 def test_another_model_is_refused_by_name_on_every_rank(tmp_path):
     layout = Layout(distributed_optimizer=True)
-    run_ranks(2, saved_and_continued, str(tmp_path), layout, "fully_reshardable")
+    run_ranks(2, saved_and_continued, str(tmp_path), layout)
     larger = Layout(distributed_optimizer=True, model={"ffn_hidden_size": 96, "num_layers": 5})
     smaller = Layout(distributed_optimizer=True, model={"num_layers": 3})
     for of_larger, of_smaller in run_ranks(2, refused, str(tmp_path), larger, smaller):

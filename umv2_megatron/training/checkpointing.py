@@ -7,22 +7,14 @@ byte, then all ranks load what they own, refusing any key or shape that differs 
 What a resumed run needs to continue bitwise: parameters and persistent buffers, the optimizer's moments, fp32 main
 parameters and step count, the scheduler, the random states of every rank, and the caller's counters (`extra_state`).
 
-The optimizer's shards come in two types (mcore's `distrib_optim_sharding_type`), used only with the distributed
-optimizer:
-
-- "dp_reshardable" (default): each rank writes its part of the gradient-buffer layout. No communication, no copies;
-  the data-parallel size may change on load, the tensor-, pipeline- and memory-parallel sizes may not.
-- "fully_reshardable": tensors have the parameters' names and shapes, so any layout can load them, but saving gathers
-  every buffer, in fp32, on every data-parallel rank.
-
-Without the distributed optimizer the moments always have the parameters' names and shapes.
+Everything but the random states can be loaded in another layout: weights and optimizer state are stored as parts of
+global tensors (`optimizer_state.py`), and no rank ever holds more than its own parts.
 """
 
 import contextlib
 import hashlib
 import json
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +28,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.training import mcore_optimizer_state
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.training.optimizer_state import (
+    OptimizerState,
+    groups_of_mcore,
+    is_main_param,
+    local_groups,
+    main_param_name,
+    merge_groups,
+)
 from umv2_megatron.training.torch_dist_io import (
     InProcessSave,
     SafeCommonLoad,
@@ -50,11 +50,11 @@ from umv2_megatron.training.torch_dist_io import (
     count_model,
     count_written,
     is_extra_state,
+    is_optimizer_state,
+    read_metadata_safely,
 )
 
 CONFIG_FILE = "config.json"
-OPTIMIZER_SHARDINGS = ("dp_reshardable", "fully_reshardable")
-_OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
 _RNG_KEY = "rng_state"
 
 
@@ -79,8 +79,6 @@ def save_checkpoint(
     scheduler: Any = None,
     extra_state: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
-    *,
-    optim_sharding: str = "dp_reshardable",
 ) -> Path:
     """Save and publish one checkpoint. Collective over all ranks; on return it is published and verified by counts.
 
@@ -89,7 +87,6 @@ def save_checkpoint(
     resolved configuration, written as config.json beside the shards. Raises CheckpointError on every rank when any
     rank fails; the earlier checkpoints are then untouched.
     """
-    assert optim_sharding in OPTIMIZER_SHARDINGS, optim_sharding
     is_main = torch.distributed.get_rank() == 0
     directory = store.temporary_path(iteration)
     common_extra = {
@@ -102,8 +99,10 @@ def save_checkpoint(
         common_extra["opt_param_scheduler"] = scheduler.state_dict()
 
     def collect() -> ShardedStateDict:
-        metadata = _content_metadata(optimizer, optim_sharding)
-        state = _sharded_state(model_chunks, optimizer, metadata, is_loading=False)
+        metadata = _content_metadata()
+        state = _model_state(model_chunks, metadata)
+        if optimizer is not None:
+            state["optimizer_state"] = OptimizerState(optimizer, state).sharded()
         return state | common_extra | {_RNG_KEY: _sharded_rng_state(), "content_metadata": metadata}
 
     def write_common() -> None:
@@ -117,6 +116,8 @@ def save_checkpoint(
 
     with gathered_parameters(model_chunks):
         try:
+            if optimizer is not None:
+                common_extra["optimizer_groups"] = _optimizer_groups(optimizer)
             state = attempt("collecting the state to save", collect)
             sharded, common = attempt("checking the shards to save", lambda: save_preprocess(state))
             num_keys, tensor_bytes = count_model(sharded)
@@ -194,21 +195,20 @@ def load_checkpoint(
     assert isinstance(iteration, int)
     path = store.path(iteration)
     common = attempt("reading the common state", lambda: SafeCommonLoad().load_common(path))
-    stored_metadata = load_content_metadata(preloaded_state_dict=common) or {}
     load_rng = load_rng and common.get("layout") == _layout()
-    with_optimizer = optimizer if load_optim else None
+    saved_optimizer = _SavedOptimizer(path, common) if load_optim and optimizer is not None else None
 
     def collect() -> ShardedStateDict:
-        metadata = _content_metadata(with_optimizer, stored_metadata.get("distrib_optim_sharding_type"))
-        if metadata.get("distrib_optim_sharding_type") == "dp_reshardable":
-            _check_layout(common.get("layout", {}), path)
-        state = _sharded_state(model_chunks, with_optimizer, metadata, is_loading=True)
+        metadata = _content_metadata()
+        state = _model_state(model_chunks, metadata)
+        if saved_optimizer is not None:
+            state |= saved_optimizer.collect(optimizer, state, metadata)
         return state | ({_RNG_KEY: _sharded_rng_state()} if load_rng else {})
 
     def may_remain(key: str) -> bool:
-        return (with_optimizer is None and _OPTIMIZER_KEY.match(key) is not None) or (
-            not load_rng and key.startswith(f"{_RNG_KEY}/")
-        )
+        if is_optimizer_state(key):
+            return saved_optimizer is None or (is_main_param(key) and not _has_main_params(optimizer))
+        return not load_rng and key.startswith(f"{_RNG_KEY}/")
 
     wanted = attempt("collecting the state to load", collect)
     # The shards are compared, key by key, by SafeLoad: more exactly and on all ranks at once than `strict` would.
@@ -217,7 +217,7 @@ def load_checkpoint(
     )
     attempt(
         "restoring the state",
-        lambda: _restore(loaded, model_chunks, optimizer, scheduler, load_optim=load_optim, load_rng=load_rng),
+        lambda: _restore(loaded, model_chunks, optimizer, scheduler if load_optim else None, saved_optimizer, load_rng),
     )
     return LoadedCheckpoint(iteration, dict(common.get("extra_state", {})), load_rng, path)
 
@@ -227,23 +227,54 @@ def _restore(
     model_chunks: Sequence[torch.nn.Module],
     optimizer: Any,
     scheduler: Any,
-    *,
-    load_optim: bool,
+    saved_optimizer: "_SavedOptimizer | None",
     load_rng: bool,
 ) -> None:
     for name, chunk in zip(_chunk_names(model_chunks), model_chunks):
         _load_model(unwrap(chunk), loaded[name])
-    if optimizer is not None and load_optim:
-        _load_optimizer(optimizer, loaded["optimizer"])
+    if saved_optimizer is not None:
+        saved_optimizer.restore(optimizer, loaded)
     elif optimizer is not None:
         optimizer.reload_model_params()  # fp32 main parameters follow the loaded weights
-    if scheduler is not None and load_optim:
+    if scheduler is not None:
         if "opt_param_scheduler" not in loaded:
             raise CheckpointError("the checkpoint holds no learning rate schedule: give --no-load-optim")
         scheduler.num_steps = 0  # mcore adds the saved steps to those already counted
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if load_rng:
         _set_rng_state(loaded[_RNG_KEY])
+
+
+class _SavedOptimizer:
+    """The optimizer's state in the checkpoint at ``path``, of whichever type; ``common`` is its common state."""
+
+    def __init__(self, path: Path, common: dict[str, Any]) -> None:
+        self._path = path
+        self._common = common
+        metadata = load_content_metadata(preloaded_state_dict=common) or {}
+        self._mcore_type = metadata.get("distrib_optim_sharding_type")
+        self._state: OptimizerState | None = None
+
+    def collect(self, optimizer: Any, model_state: ShardedStateDict, metadata: dict[str, Any]) -> ShardedStateDict:
+        """What to ask for, to be added to the model's state."""
+        if self._mcore_type == mcore_optimizer_state.DP_RESHARDABLE:
+            mcore_optimizer_state.check(optimizer, self._common.get("layout", {}), _layout(), self._path)
+            metadata = metadata | {"distrib_optim_sharding_type": self._mcore_type}
+            return {"optimizer": mcore_optimizer_state.collect(optimizer, model_state, metadata, is_loading=True)}
+        self._state = OptimizerState(optimizer, model_state)
+        stored = read_metadata_safely(self._path).state_dict_metadata
+        return {"optimizer_state": self._state.sharded(main_param_name(list(stored)))}
+
+    def restore(self, optimizer: Any, loaded: dict[str, Any]) -> None:
+        """Finish after the tensors were read and the model has its weights."""
+        if self._state is None:
+            mcore_optimizer_state.restore(optimizer, loaded["optimizer"])
+        elif "optimizer_groups" in self._common:
+            self._state.restore(self._common["optimizer_groups"])
+        elif "optimizer" in self._common:
+            self._state.restore(groups_of_mcore(self._common["optimizer"]))
+        else:
+            raise CheckpointError(f"{self._path} holds no optimizer state: give --no-load-optim")
 
 
 def read_config(store: CheckpointStore, iteration: int) -> dict[str, Any]:
@@ -258,35 +289,35 @@ def read_config(store: CheckpointStore, iteration: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------- states
 
 
-def _content_metadata(optimizer: Any, optim_sharding: str | None) -> dict[str, Any]:
-    """Metadata that steers `sharded_state_dict` of mcore's modules and optimizers; stored in the checkpoint."""
-    metadata: dict[str, Any] = {
+def _content_metadata() -> dict[str, Any]:
+    """Metadata that steers `sharded_state_dict` of mcore's modules; stored in the checkpoint."""
+    return {
         # Every layer has its own keys: layers with and without memory differ.
         "non_homogeneous_layers": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    if any(isinstance(part, DistributedOptimizer) for part in _optimizer_parts(optimizer)):
-        if optim_sharding is None:
-            raise CheckpointError(
-                "the checkpoint was saved without --use-distributed-optimizer: load it without, or give --no-load-optim"
-            )
-        metadata["distrib_optim_sharding_type"] = optim_sharding
-    return metadata
 
 
-def _sharded_state(
-    model_chunks: Sequence[torch.nn.Module], optimizer: Any, metadata: dict[str, Any], *, is_loading: bool
-) -> ShardedStateDict:
-    state: ShardedStateDict = {}
-    for name, chunk in zip(_chunk_names(model_chunks), model_chunks):
-        state[name] = unwrap(chunk).sharded_state_dict(metadata=metadata)
-    if optimizer is not None:
-        for part in _optimizer_parts(optimizer):
-            _allocate_moments(part)
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    return state
+def _model_state(model_chunks: Sequence[torch.nn.Module], metadata: dict[str, Any]) -> ShardedStateDict:
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(_chunk_names(model_chunks), model_chunks)
+    }
+
+
+def _optimizer_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """Settings and step counts of the parameter groups of all ranks. Collective."""
+    mine = attempt("collecting the optimizer's settings", lambda: local_groups(optimizer))
+    everyone: list[list[dict[str, Any]]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return attempt("comparing the optimizers' settings", lambda: merge_groups(everyone))
+
+
+def _has_main_params(optimizer: Any) -> bool:
+    """Whether the run trains in 16 bits."""
+    return optimizer.config.bf16 or optimizer.config.fp16
 
 
 def _layout() -> dict[str, int]:
@@ -301,17 +332,6 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _check_layout(saved: dict[str, int], path: Path) -> None:
-    """Gradient buffers of another layout may have equal sizes by chance; their moments must not be mixed up."""
-    for name, size in _layout().items():
-        if name not in ("world", "context") and saved.get(name) != size:
-            raise CheckpointError(
-                f"{path} was saved with {name} parallel size {saved.get(name)} and dp_reshardable optimizer shards, "
-                f"but this run has {size}: resume with the size it was saved with, save as fully_reshardable, or give "
-                "--no-load-optim"
-            )
-
-
 def _chunk_names(model_chunks: Sequence[torch.nn.Module]) -> list[str]:
     """Megatron-LM's names: "model", or "model0", "model1" ... with virtual pipeline stages."""
     return ["model"] if len(model_chunks) == 1 else [f"model{i}" for i in range(len(model_chunks))]
@@ -323,67 +343,6 @@ def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
     missing = [key for key in missing if not is_extra_state(key)]
     if missing or unexpected:
         raise CheckpointError(f"the loaded state lacks {missing} and holds unexpected {unexpected}")
-
-
-def _optimizer_parts(optimizer: Any) -> list[Any]:
-    if optimizer is None:
-        return []
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _has_step_tensors(part: Any) -> bool:
-    """torch's own Adam keeps a step count per parameter; the fused ones of TE and Apex keep it in the group."""
-    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
-
-
-def _allocate_moments(part: Any) -> None:
-    """Give torch's Adam the state it has before its first step, so that saving and loading then work as later.
-
-    mcore's distributed optimizer (distrib_optimizer.py `state_dict`) asserts that a step count exists; its own remedy,
-    a step with zero gradients, would decay the weights.
-    """
-    if not _has_step_tensors(part):
-        return
-    for group in part.optimizer.param_groups:
-        for param in group["params"]:
-            if not part.optimizer.state[param]:
-                part.optimizer.state[param] = {
-                    "step": torch.tensor(0.0, dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
-
-
-@torch.no_grad()  # fp32 main parameters are views of the model's parameters
-def _load_optimizer(optimizer: Any, state: Any) -> None:
-    parts = _optimizer_parts(optimizer)
-    states = [state] if len(parts) == 1 else [state[index] for index in range(len(parts))]
-    for part, part_state in zip(parts, states):
-        if _has_step_tensors(part):
-            if isinstance(part, DistributedOptimizer):
-                _load_distributed_adam(part, part_state)
-                continue
-            # mcore leaves out a step count of 0, and torch's Adam wants one.
-            part_state.get("optimizer", part_state)["state"].setdefault("common_step", torch.tensor(0.0))
-        part.load_state_dict(part_state)
-
-
-def _load_distributed_adam(part: Any, state: dict[str, Any]) -> None:
-    """Load in two halves, and keep the step counts out of the second.
-
-    mcore 0.16.1 with torch's Adam makes all parameters share one step tensor (which then counts every parameter's
-    update), and with the moments it puts back the step from before the load (dp_reshardable) or misses it
-    (fully_reshardable).
-    """
-    kind, moments = state.pop("param_state_sharding_type"), state.pop("param_state")
-    part.load_state_dict(state)
-    steps = {param: entry.pop("step") for param, entry in part.optimizer.state.items()}
-    if kind == "fully_reshardable":
-        part.load_parameter_state_from_fully_reshardable(moments)
-    else:
-        part.load_parameter_state_from_dp_reshardable(moments)
-    for param, step in steps.items():
-        part.optimizer.state[param]["step"] = step.clone()
 
 
 def _sharded_rng_state() -> ShardedObject:

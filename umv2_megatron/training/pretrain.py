@@ -149,7 +149,6 @@ def _saver(
             state.scheduler,
             dataclasses.asdict(state.progress),
             config,
-            optim_sharding="fully_reshardable" if run.training.dist_ckpt_optim_fully_reshardable else "dp_reshardable",
         )
         print_rank_0(f" saved checkpoint of iteration {iteration} to {store.path(iteration)}")
 

@@ -138,6 +138,14 @@ def is_extra_state(key: str) -> bool:
     return key.split("/")[0].endswith("._extra_state")  # objects are named KEY/shard_0_1
 
 
+_OPTIMIZER_KEY = re.compile(r"(chained_\d+\.)?optimizer\.")
+
+
+def is_optimizer_state(key: str) -> bool:
+    """Whether a tensor's or object's name is that of optimizer state (a chain's parts once had a prefix)."""
+    return _OPTIMIZER_KEY.match(key) is not None
+
+
 def unique_key(item: ShardedTensor | ShardedObject) -> str:
     """The name of one tensor or object inside the checkpoint."""
     return item.unique_key if isinstance(item, ShardedObject) else item.key
@@ -265,7 +273,9 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
             found = stored.get(unique_key(item))
             if not isinstance(found, TensorStorageMetadata) or not isinstance(item, ShardedTensor):
                 continue
-            if tuple(found.size) != tuple(item.global_shape) and not item.allow_shape_mismatch:
+            # mcore lets embeddings differ, for the sake of padded vocabularies: that concerns the first axis.
+            compared = slice(1, None) if item.allow_shape_mismatch else slice(None)
+            if tuple(found.size)[compared] != tuple(item.global_shape)[compared]:
                 shapes.append(f"{item.key}: {tuple(found.size)} there, {tuple(item.global_shape)} here")
         mine = (set(requested), sorted(shapes))
         everyone: list[tuple[set[str], list[str]]] = [mine] * torch.distributed.get_world_size()
@@ -279,7 +289,7 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         found = [f"{what}: {_first(names)}" for what, names in differences if names]
         if found:
             raise CheckpointError(
-                f"{directory} does not fit this model and layout ({'; '.join(found)}): use the model and parallel "
+                f"{directory} does not fit this model and layout ({'; '.join(found)}): use the model's "
                 "flags it was saved with (config.json beside the shards)"
             )
 
