@@ -24,7 +24,7 @@ def lookup_on(device: str, backend: str) -> list[torch.Tensor]:
     shapes = [(TOKENS, PICKS, CORES), (TOKENS, DP), (ROWS, DP), (ROWS, DV)]
     inputs = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
     upstream = torch.randn(TOKENS, DV, generator=generator).to(device)
-    out = get_backend(backend, device)(rows, None, *inputs, 1, "none")
+    out = get_backend(backend, device).lookup(rows, None, *inputs, 1, "none")
     out.backward(upstream)
     gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
     assert len(gradients) == len(inputs)

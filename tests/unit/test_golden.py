@@ -109,21 +109,19 @@ def check_layers(hyper, tensors, backend, dtype, suffix, tolerance, balance_only
 def capture(layer: MemoryLayer, seen: dict) -> None:
     """Keep what passes between the parts of ``layer``."""
     layer.retrieval.register_forward_hook(lambda module, args, picks: seen.update(picks=picks))
-    layer.table.register_forward_pre_hook(lambda module, args: seen.update(lookup_args=seen.get("lookup_args", args)))
+    layer.table.register_forward_pre_hook(lambda module, args: seen.update(started=seen.get("started", args[0])))
     assert layer.value_proj is not None
     layer.value_proj.register_forward_pre_hook(lambda module, args: seen.update(lookup=args[0]))
 
 
 def selection(layer: MemoryLayer, seen: dict) -> dict[str, torch.Tensor]:
-    rows, block = seen["lookup_args"][:2]
-    grid = seen["picks"].grid
-    return {"grid": grid, "virtual": layer.perm[grid].long(), "block": block, "phys": rows}
+    started, grid = seen["started"], seen["picks"].grid
+    return {"grid": grid, "virtual": layer.perm[grid].long(), "block": started.blocks, "phys": started.rows}
 
 
 def check_output(layers, captured, outputs, owner, rest, expected, tolerance) -> None:
     index = int(owner.removeprefix("layer"))
     layer, seen = layers[index], captured[index]
-    rows, _, _, projected = seen["lookup_args"]
     if rest == "y":
         actual = outputs[index]
     elif rest == "lookup":
@@ -131,7 +129,7 @@ def check_output(layers, captured, outputs, owner, rest, expected, tolerance) ->
     elif rest == "best_scores":
         actual = seen["picks"].scores
     elif rest == "pre_scores":
-        actual = pre_value_scores(rows, projected, layer.table.pre_values)
+        actual = pre_value_scores(seen["started"].rows, seen["started"].projected, layer.table.pre_values)
     else:
         assert rest == "balance_loss", f"unknown output {rest}"
         actual = layer.last_losses["balance_loss"] / layer.config.balance_loss_coeff

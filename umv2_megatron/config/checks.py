@@ -221,7 +221,7 @@ def _check_table_shards(run: RunConfig) -> None:
     if per_stage % size:
         _refuse("memory-parallel-size", size, f"a divisor of the {per_stage} ranks of a pipeline stage")
     if memory.backend == "reference":
-        _refuse("memory-backend", memory.backend, "auto or scatter with --memory-parallel-size above 1")
+        _refuse("memory-backend", memory.backend, "auto, scatter, cpu or triton with --memory-parallel-size above 1")
     if memory.parallel_mode == "row":
         rows = memory.rows_per_layer
         if rows < size:

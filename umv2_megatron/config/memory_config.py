@@ -81,7 +81,9 @@ class MemoryConfig:
         0.4, "x: the fixed initialisation starts the gains of query and key norms at Dk**-x (UltraMem v1: 0.33)"
     )
     backend: str = option(
-        "auto", "implementation of the table lookup; auto picks by device", choices=("auto", "reference", "scatter")
+        "auto",
+        "implementation of the table lookup; auto picks the fastest that runs on the device",
+        choices=("auto", "reference", "scatter", "cpu", "triton"),
     )
     parallel_size: int = option(1, "M: ranks over which a value table is sharded")
     parallel_mode: str = option("dim", "how a table is sharded: by dimension or by row", choices=("dim", "row"))

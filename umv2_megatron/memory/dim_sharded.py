@@ -31,8 +31,8 @@ from torch.autograd.function import once_differentiable
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory.picked_cells import decode, encode
-from umv2_megatron.ops import scatter
-from umv2_megatron.ops.interface import activate, activation_backward
+from umv2_megatron.ops import get_backend
+from umv2_megatron.ops.interface import GridParts, activate, activation_backward
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
 from umv2_megatron.parallel.exchange import Exchange, Pending
 
@@ -42,6 +42,7 @@ class _Call:
     """One use of the table, from its start to the end of its backward."""
 
     exchange: Exchange
+    parts: GridParts
     cores: Tensor
     """[M, C'] int64: the core of each slice of each rank's columns."""
     num_blocks: int
@@ -66,15 +67,19 @@ class DimShardedLookup:
     def __init__(self, config: MemoryConfig, rows: int, shard: TableShard, exchange: Exchange) -> None:
         self.config, self.rows, self.exchange = config, rows, exchange
         ranks = [TableShard(shard.mode, shard.size, rank) for rank in range(shard.size)]
-        self._cores = [each.cores(config.value_dim, config.num_cores) for each in ranks]
+        self._cores = torch.tensor([each.cores(config.value_dim, config.num_cores) for each in ranks], device="cpu")
 
     def start(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Optional[Tensor]) -> Started:
         """Send picks and projected inputs off; arguments as in ``ops.interface.TableLookup``."""
         config = self.config
+        self._cores = self._cores.to(rows.device)  # moved once
         cells = encode(rows, blocks, config.num_blocks, self.rows)
+        parts = get_backend(config.backend, rows.device).grid
+        assert parts is not None, config.backend
         call = _Call(
             self.exchange,
-            torch.tensor(self._cores, device=rows.device),
+            parts,
+            self._cores,
             config.num_blocks,
             config.pre_value_activation,
             cells=self.exchange.all_gather("rows", cells),
@@ -117,13 +122,13 @@ class _Finish(torch.autograd.Function):
         weights = scores
         if pre_values is not None and slices is not None and call.projected is not None:
             call.projected.wait()
-            parts = scatter.pre_scores(rows, slices, pre_values, scores.dtype)
+            parts = call.parts.pre_scores(rows, slices, pre_values, scores.dtype)
             rho = exchange.reduce_scatter("pre_scores", parts).wait()
             weights = scores * activate(rho, call.activation).unsqueeze(-1)
         # [T, P, M, C'] of the weights that each rank's columns need, rank first
         needed = weights[..., call.cores].permute(2, 0, 1, 3)
         weights = exchange.all_to_all("weights", needed).wait().flatten(0, 1)
-        out = scatter.weighted_sum(rows, blocks, weights, values, call.num_blocks)
+        out = call.parts.weighted_sum(rows, blocks, weights, values, call.num_blocks)
         out = exchange.all_to_all("output", out.view(size, tokens, -1)).wait()
         ctx.save_for_backward(scores, slices, rho, cells, weights)
         # The tables are attributes: they are parameters, and their main_grad must be found again.
@@ -142,7 +147,7 @@ class _Finish(torch.autograd.Function):
         grad_out = exchange.all_to_all("output_grad", grad_out).wait().flatten(0, 1)
         rows, blocks = decode(cells, call.num_blocks)
         value_sum = gradient_sum(values) if needs[3] else None
-        parts = scatter.weighted_sum_backward(rows, blocks, weights, grad_out, values, value_sum)
+        parts = call.parts.weighted_sum_backward(rows, blocks, weights, grad_out, values, value_sum)
         arrived = exchange.all_to_all("weight_grads", parts.view(size, *scores.shape[:2], -1)).wait()
         weight_grad = torch.zeros_like(scores)
         weight_grad.index_add_(2, call.cores.flatten(), arrived.permute(1, 2, 0, 3).flatten(2))
@@ -152,7 +157,7 @@ class _Finish(torch.autograd.Function):
             rho_grad = activation_backward((weight_grad * scores).sum(-1), rho, call.activation)
             rho_grad = exchange.all_gather("rho_grads", rho_grad).wait()
             pre_value_sum = gradient_sum(pre_values) if needs[2] else None
-            slices_grad = scatter.pre_scores_backward(rows, rho_grad, slices, pre_values, pre_value_sum)
+            slices_grad = call.parts.pre_scores_backward(rows, rho_grad, slices, pre_values, pre_value_sum)
             call.projected_grad = exchange.all_to_all("projected_grad", slices_grad.view(size, tokens, -1))
         return score_grad, slices_grad, hand_over(pre_values, pre_value_sum), hand_over(values, value_sum), None
 

@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory.picked_cells import decode, encode
-from umv2_megatron.ops import ragged
-from umv2_megatron.ops.interface import activate, activation_backward
+from umv2_megatron.ops import get_backend
+from umv2_megatron.ops.interface import RaggedParts, activate, activation_backward
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
 from umv2_megatron.parallel.exchange import Exchange, Pending
 
@@ -41,6 +41,7 @@ class _Call:
     """One use of the table, from its start to the end of its backward."""
 
     exchange: Exchange
+    parts: RaggedParts
     num_blocks: int
     activation: str
     order: Tensor
@@ -76,25 +77,28 @@ class RowShardedLookup:
     def __init__(self, config: MemoryConfig, rows: int, shard: TableShard, exchange: Exchange) -> None:
         self.config, self.exchange = config, exchange
         ranges = [TableShard(shard.mode, shard.size, rank).rows(rows) for rank in range(shard.size)]
-        self._starts = [start for start, _ in ranges]
+        self._starts = torch.tensor([start for start, _ in ranges], device="cpu")
         self._largest = max(stop - start for start, stop in ranges)
 
     def start(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Optional[Tensor]) -> Started:
         """Send every pick to its owner; arguments as in ``ops.interface.TableLookup``."""
         config, exchange, tokens = self.config, self.exchange, rows.shape[0]
-        starts = torch.tensor(self._starts, device=rows.device)
-        owners = torch.bucketize(rows, starts, right=True) - 1
+        self._starts = self._starts.to(rows.device)  # moved once
+        owners = torch.bucketize(rows, self._starts, right=True) - 1
         token = torch.arange(tokens, device=rows.device).unsqueeze(1)
         counts = torch.bincount((owners * tokens + token).flatten(), minlength=exchange.size * tokens)
         counts = counts.view(exchange.size, tokens)
         pending = exchange.all_to_all("pick_counts", counts.int())
         # Picks lie in the order of tokens, which a stable sort keeps within an owner.
         order = owners.flatten().sort(stable=True).indices
-        cells = encode(rows - starts[owners], blocks, config.num_blocks, self._largest).flatten()[order]
+        cells = encode(rows - self._starts[owners], blocks, config.num_blocks, self._largest).flatten()[order]
         arriving = pending.wait().long()
         send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
+        parts = get_backend(config.backend, rows.device).ragged
+        assert parts is not None, config.backend
         call = _Call(
             exchange,
+            parts,
             config.num_blocks,
             config.pre_value_activation,
             order,
@@ -152,9 +156,9 @@ class _Finish(torch.autograd.Function):
         weights = scores
         if pre_values is not None and projected is not None and call.projected is not None:
             call.projected.wait()
-            rho = ragged.pre_scores(rows, tokens, projected, pre_values, scores.dtype)
+            rho = call.parts.pre_scores(rows, tokens, projected, pre_values, scores.dtype)
             weights = scores * activate(rho, call.activation).unsqueeze(-1)
-        parts = ragged.weighted_sum(rows, blocks, tokens, call.counts, weights, values, call.num_blocks)
+        parts = call.parts.weighted_sum(rows, blocks, tokens, call.counts, weights, values, call.num_blocks)
         ctx.save_for_backward(scores, projected, rho, cells)
         # The tables are attributes: they are parameters, and their main_grad must be found again.
         ctx.pre_values, ctx.values, ctx.call = pre_values, values, call
@@ -173,14 +177,14 @@ class _Finish(torch.autograd.Function):
         weights = scores * active if active is not None else scores
         value_sum = gradient_sum(values) if needs[3] else None
         grad_out = arriving.wait().view(call.counts.shape[0], call.num_blocks, -1)
-        weight_grad = ragged.weighted_sum_backward(rows, blocks, tokens, weights, grad_out, values, value_sum)
+        weight_grad = call.parts.weighted_sum_backward(rows, blocks, tokens, weights, grad_out, values, value_sum)
         score_grad = weight_grad * active if active is not None else weight_grad
         call.score_grads = exchange.all_to_all_ragged("score_grads", score_grad, call.receive, call.send)
         all_projected_grad, pre_value_sum = None, None
         if rho is not None:
             rho_grad = activation_backward((weight_grad * scores).sum(-1), rho, call.activation)
             pre_value_sum = gradient_sum(pre_values) if needs[2] else None
-            all_projected_grad = ragged.pre_scores_backward(
+            all_projected_grad = call.parts.pre_scores_backward(
                 rows, tokens, rho_grad, projected, pre_values, pre_value_sum
             )
             call.projected_grad = exchange.reduce_scatter("projected_grad", all_projected_grad)

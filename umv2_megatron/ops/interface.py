@@ -11,12 +11,13 @@ A lookup computes, for token t and the slice of the value dimension that core c 
     rho[t, p]          = activation(<pre_values[rows[t, p]], projected[t]>), or 1 without pre-values
 
 (arXiv 2508.18756, the PEER form of section 4; virtual blocks: arXiv 2411.12364, implicit value expansion).
-A row picked twice contributes twice. A new backend is a new file with one function of this signature and one line
-in ``get_backend``.
+A row picked twice contributes twice. A backend is this whole lookup, differentiable, and for tables that are shared
+out over ranks its parts without autograd, on a [T, P] grid of picks and on a list of picks. ``registry.py`` has them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Optional, Protocol
 
 import torch
@@ -58,20 +59,103 @@ class TableLookup(Protocol):
         ...
 
 
-def get_backend(name: str, device: torch.device | str) -> TableLookup:
-    """Return the lookup called ``name``: "reference", "scatter", or "auto" (the fastest there is for ``device``).
+class GridParts(Protocol):
+    """Steps of the lookup without autograd, for picks on a [T, P] grid; ``scatter.py`` states them in plain PyTorch."""
 
-    Raises ``ValueError`` for a name that is none of these.
+    def pre_scores(self, rows: Tensor, projected: Tensor, pre_values: Tensor, dtype: torch.dtype) -> Tensor:
+        """rho before its activation, [T, P] in ``dtype``; with some of the Dp columns, their part of the sum."""
+        ...
+
+    def weighted_sum(
+        self, rows: Tensor, blocks: Optional[Tensor], weights: Tensor, values: Tensor, num_blocks: int
+    ) -> Tensor:
+        """[T, E * Dv] in the dtype of ``values``: the sum at the top, ``weights`` [T, P, C] being scores * rho."""
+        ...
+
+    def weighted_sum_backward(
+        self,
+        rows: Tensor,
+        blocks: Optional[Tensor],
+        weights: Tensor,
+        grad_out: Tensor,
+        values: Tensor,
+        value_sum: Optional[Tensor],
+    ) -> Tensor:
+        """From ``grad_out`` [T, E, Dv] to the gradient of ``weights``; that of the table is added to ``value_sum``
+        [A, Dv], in a floating-point dtype of its own, unless that is None."""
+        ...
+
+    def pre_scores_backward(
+        self, rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor]
+    ) -> Tensor:
+        """From ``rho_grad`` [T, P] to the gradient of ``projected`` [T, Dp]; the table's is added to
+        ``pre_value_sum`` unless that is None."""
+        ...
+
+
+class RaggedParts(Protocol):
+    """The same steps for n picks in a list, sorted by token; a token may have none. See ``ragged.py``.
+
+    ``rows``, ``tokens`` and ``blocks`` are [n] int64, ``weights`` is [n, C], ``counts`` [T] int64 has the picks of each
+    token, ``projected`` is [T, Dp] and ``grad_out`` [T, E, Dv].
     """
-    # Imported here because each backend imports pre_value_scores from this file.
-    from umv2_megatron.ops import reference, scatter
 
-    lookups: dict[str, TableLookup] = {"reference": reference.lookup, "scatter": scatter.lookup}
-    if name == "auto":
-        name = "scatter"  # as yet the fastest on every device
-    if name not in lookups:
-        raise ValueError(f"--memory-backend is {name}; expected one of auto, {', '.join(lookups)}")
-    return lookups[name]
+    def pre_scores(
+        self, rows: Tensor, tokens: Tensor, projected: Tensor, pre_values: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """rho before its activation, [n] in ``dtype``."""
+        ...
+
+    def weighted_sum(
+        self,
+        rows: Tensor,
+        blocks: Optional[Tensor],
+        tokens: Tensor,
+        counts: Tensor,
+        weights: Tensor,
+        values: Tensor,
+        num_blocks: int,
+    ) -> Tensor:
+        """[T, E * Dv] in the dtype of ``values``."""
+        ...
+
+    def weighted_sum_backward(
+        self,
+        rows: Tensor,
+        blocks: Optional[Tensor],
+        tokens: Tensor,
+        weights: Tensor,
+        grad_out: Tensor,
+        values: Tensor,
+        value_sum: Optional[Tensor],
+    ) -> Tensor:
+        """The gradient of ``weights``, [n, C]."""
+        ...
+
+    def pre_scores_backward(
+        self,
+        rows: Tensor,
+        tokens: Tensor,
+        rho_grad: Tensor,
+        projected: Tensor,
+        pre_values: Tensor,
+        pre_value_sum: Optional[Tensor],
+    ) -> Tensor:
+        """The gradient of ``projected``, [T, Dp]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute lookups. A module with the functions of ``GridParts`` is a ``GridParts``."""
+
+    name: str
+    lookup: TableLookup
+    """In a whole table."""
+    grid: Optional[GridParts] = None
+    """For tables shared out by column; None: such tables are refused."""
+    ragged: Optional[RaggedParts] = None
+    """For tables shared out by row; None: such tables are refused."""
 
 
 def pre_value_scores(rows: Tensor, projected: Tensor, pre_values: Tensor) -> Tensor:

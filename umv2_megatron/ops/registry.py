@@ -1,0 +1,80 @@
+"""Which lookups there are, and which one a device gets: ``--memory-backend``.
+
+    reference  plain PyTorch, the oracle of the tests; no sharded tables
+    scatter    embedding_bag and index_add_, wherever PyTorch runs
+    cpu        compiled C++, built at first use
+    triton     kernels for NVIDIA GPUs
+
+Backends are imported when they are asked for, because some need what a machine may lack. To add one: a file with the
+functions of ``interface.TableLookup``, ``GridParts`` and ``RaggedParts`` and one function here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from umv2_megatron.ops.interface import Backend
+
+logger = logging.getLogger(__name__)
+
+
+def _reference() -> Backend:
+    from umv2_megatron.ops import reference
+
+    return Backend("reference", reference.lookup)
+
+
+def _scatter() -> Backend:
+    from umv2_megatron.ops import ragged, scatter
+
+    return Backend("scatter", scatter.lookup, scatter, ragged)
+
+
+def _triton() -> Backend:
+    from umv2_megatron.ops import ragged
+
+    triton_lookup = importlib.import_module("umv2_megatron.ops.triton_lookup")
+    return Backend("triton", triton_lookup.lookup, triton_lookup, ragged)
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "reference": _reference,
+    "scatter": _scatter,
+    "triton": _triton,
+}
+"""By name. Each raises ImportError with a reason where it cannot run on this machine."""
+
+PREFERRED = {"cuda": "triton"}
+"""What ``auto`` takes on a kind of device, where it can run; scatter elsewhere."""
+
+
+def get_backend(name: str, device: torch.device | str) -> Backend:
+    """Return the backend called ``name``; "auto" is the fastest there is for ``device``.
+
+    Raises ``ValueError`` for an unknown name, and for a backend that was asked for by name and cannot run here.
+    """
+    return _get_backend(name, torch.device(device).type)
+
+
+@cache
+def _get_backend(name: str, device: str) -> Backend:
+    if name == "auto":
+        preferred = PREFERRED.get(device, "scatter")
+        try:
+            return BACKENDS[preferred]()
+        except ImportError as problem:
+            logger.warning("lookups use --memory-backend scatter, because %s cannot run: %s", preferred, problem)
+            return BACKENDS["scatter"]()
+    if name not in BACKENDS:
+        raise ValueError(f"--memory-backend is {name}; expected one of auto, {', '.join(BACKENDS)}")
+    try:
+        return BACKENDS[name]()
+    except ImportError as problem:
+        raise ValueError(
+            f"--memory-backend is {name}, which cannot run here ({problem}); expected auto or scatter"
+        ) from problem
