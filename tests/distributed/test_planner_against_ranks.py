@@ -179,7 +179,8 @@ def forward_backward(run: Any, state: Any) -> None:
     step.connect(run, state.chunks, state.optimizer)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
-    step._run_schedule(run, state.chunks, batches(run), forward_only=False)
+    iterators = [batches(run) for _ in state.chunks]
+    step._run_schedule(run, state.chunks, iterators if len(iterators) > 1 else iterators[0], forward_only=False)
 
 
 def exchange_differences(changes: dict[str, Any]) -> list[str]:
@@ -244,3 +245,87 @@ def test_exchanged_bytes_are_those_of_the_counter(case: int) -> None:
     world, changes = EXCHANGE_CASES[case]
     for rank, differences in enumerate(run_ranks(world, exchange_differences, changes)):
         assert not differences, f"rank {rank}: " + "; ".join(differences)
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensor storages made inside this context that are alive, and the most there ever were."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {each.untyped_storage()._cdata for each in known}
+        self.alive: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.alive and key not in self.known:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
+
+
+def activation_peak(preset: str, changes: dict[str, Any]) -> tuple[int, int]:
+    """(measured, planned) peak bytes of activations of one step on this rank."""
+    from megatron.core import parallel_state
+
+    from umv2_megatron.planning.activations import activation_bytes
+    from umv2_megatron.training.initialize import build_training_state
+
+    run = prepare(preset, {"memory_init": "fixed", **changes})
+    state = build_training_state(run, run.values["vocab_size"])
+    shape, memory, layout = plan_of(run)
+    known = [each for chunk in state.chunks for each in (*chunk.parameters(), *chunk.module.buffers())]
+    known += [each.grad_data for chunk in state.chunks for each in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    live = LiveBytes(known)
+    with live:
+        forward_backward(run, state)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    return live.peak, activation_bytes(shape, memory, layout, stage).peak
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+MID: dict[str, Any] = {"num_layers": 4, "micro_batch_size": 2}
+ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
+    (1, {**MID}),
+    (1, {**MID, "bf16": True}),
+    (1, {**MID, "vocab_size": 256}),
+    (1, {**MID, "vocab_size": 256, "bf16": True}),
+    (1, {**MID, "vocab_size": 256, **FULL}),
+    (1, {**MID, "vocab_size": 256, **FULL, "bf16": True, "num_layers": 8}),
+    (1, {**MID, "vocab_size": 256, "recompute_granularity": "selective"}),
+    (1, {**MID, "vocab_size": 256, "memory_num_keys": 400, "memory_topk": 64, "bf16": True,
+         "group_query_attention": True, "num_query_groups": 2}),
+    (1, {**MID, "vocab_size": 256, "memory_num_keys": 400, "memory_topk": 8, **FULL}),
+    (1, {**MID, "vocab_size": 256, "ffn_variant": "dense"}),
+    (1, {**MID, "vocab_size": 256, "seq_length": 512, "max_position_embeddings": 512, "micro_batch_size": 1}),
+    (2, {**MID, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    (2, {**MID, "tensor_model_parallel_size": 2, "bf16": True}),
+    (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "bf16": True}),
+    (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "num_layers_per_virtual_pipeline_stage": 1}),
+    (2, {**MID, **DIM2, "vocab_size": 256, "memory_topk": 64}),
+    (2, {**MID, **ROW2, "vocab_size": 256, "bf16": True, "memory_topk": 64}),
+    (2, {**MID, "context_parallel_size": 2, "vocab_size": 256}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(ACTIVATION_CASES)),
+                         ids=["-".join([str(world), *changes]) for world, changes in ACTIVATION_CASES])
+def test_peak_of_activations_is_within_15_percent(case: int) -> None:
+    world, changes = ACTIVATION_CASES[case]
+    for rank, (measured, planned) in enumerate(run_ranks(world, activation_peak, "umv2-8m", changes)):
+        print(f"rank {rank}: measured {measured:,} planned {planned:,} {planned / measured - 1:+.1%}")
+        assert abs(planned / measured - 1) < 0.15, f"rank {rank}: {measured:,} bytes measured, {planned:,} planned"
