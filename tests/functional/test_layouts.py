@@ -94,7 +94,14 @@ MODEL_PARALLEL = {
 }
 
 
-@pytest.mark.parametrize("changes", MODEL_PARALLEL.values(), ids=MODEL_PARALLEL)
+SLOW = ("context-recompute",)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(case, marks=pytest.mark.slow if name in SLOW else ()) for name, case in MODEL_PARALLEL.items()],
+    ids=MODEL_PARALLEL,
+)
 def test_model_parallel_layouts_continue_alike(changes, start, continued, tmp_path):
     settings = {"load": start, "finetune": True, "make_vocab_size_divisible_by": 1024, **changes}
     ranks = settings.pop("ranks", 2)

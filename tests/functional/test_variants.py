@@ -12,6 +12,15 @@ from umv2_megatron.training.metrics import read_metrics
 
 VARIANTS = {
     "dense": {"ffn_variant": "dense"},
+    "experts-bf16": {
+        "ffn_variant": "moe",
+        "num_experts": 4,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_dtype": "fp32",
+        "bf16": True,
+        "log_params_norm": True,
+    },
     "bf16": {"bf16": True},
     "bf16-distributed": {"bf16": True, "use_distributed_optimizer": True},
     "block": {"memory_sharing": "block", "memory_sharing_size": 2},

@@ -171,6 +171,15 @@ def _check_experts(run: RunConfig) -> None:
     for kind in kinds if isinstance(kinds, list) else [kinds]:
         if kind not in _BALANCING:
             _refuse("moe-router-load-balancing-type", kind, "one or several of " + ", ".join(_BALANCING))
+    for key in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        coefficients = run.values[key] if isinstance(run.values[key], list) else [run.values[key]]
+        if run.calculate_per_token_loss and tp * run.context_parallel_size > 1 and any(coefficients):
+            _refuse(
+                key.replace("_", "-"),
+                run.values[key],
+                "no value, or 0, with --calculate-per-token-loss where tensor- or context-parallel ranks share a "
+                "sequence: megatron-core would divide it by their number",
+            )
     shared = run.moe_shared_expert_intermediate_size
     if shared is not None and (shared < 1 or shared % tp or run.add_bias_linear):
         expected = "no value with --add-bias-linear" if run.add_bias_linear else f"a positive multiple of {tp} (TP)"

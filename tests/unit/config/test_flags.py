@@ -142,7 +142,7 @@ def test_values(argv, expected):
         (["--bf16", "true"], ["'true'"]),
         (["--memory-sharing", "rings"], ["--memory-sharing", "'rings'", "ring, noring"]),
         (["--position-embedding-type", "alibi"], ["--position-embedding-type", "'alibi'", "rope"]),
-        (["--moe-aux-loss-coeff", "0.01"], ["unknown flag --moe-aux-loss-coeff"]),
+        (["--moe-layer-freq", "2"], ["unknown flag --moe-layer-freq"]),
         (["--tp-comm-overlap"], ["unknown flag --tp-comm-overlap"]),
         (["--cuda-graph-impl", "local"], ["unknown flag --cuda-graph-impl"]),
         (["--optimizer", "sgd"], ["--optimizer", "'sgd'"]),

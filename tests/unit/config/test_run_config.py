@@ -20,6 +20,7 @@ from umv2_megatron.config.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ["--model-preset", "umv2-tiny", "--train-iters", "10", "--mock-data", "--tokenizer-type", "NullTokenizer"]
+MOE = ["--ffn-variant", "moe", "--num-experts", "4"]
 
 
 def refusal(*argv: str, world_size: int = 1) -> str:
@@ -162,7 +163,22 @@ def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
         (["--context-parallel-size", "2", "--tensor-model-parallel-size", "8", "--sequence-parallel", "--seq-length",
           "120"], 16, ["--seq-length is 120", "(8) x --context-parallel-size (2)"]),
         (["--context-parallel-size", "2", "--cp-comm-type", "p2p"], 2, ["--cp-comm-type is p2p", "local"]),
-        (["--expert-model-parallel-size", "2"], 2, ["--expert-model-parallel-size is 2"]),
+        (["--expert-model-parallel-size", "2"], 2, ["--expert-model-parallel-size is 2", "--ffn-variant moe"]),
+        (["--moe-router-topk", "1"], 1, ["--moe-router-topk is 1", "--ffn-variant moe"]),
+        (["--ffn-variant", "moe"], 1, ["--num-experts is None"]),
+        (MOE + ["--moe-router-topk", "5"], 1, ["--moe-router-topk is 5", "--num-experts (4)"]),
+        (MOE + ["--memory-parallel-size", "2"], 2,
+         ["--memory-parallel-size is 2", "--expert-model-parallel-size 2"]),
+        (MOE + ["--expert-model-parallel-size", "3"], 3, ["--expert-model-parallel-size is 3", "--num-experts (4)"]),
+        (MOE + ["--expert-model-parallel-size", "4", "--pipeline-model-parallel-size", "2"], 4,
+         ["--expert-model-parallel-size is 4", "2 ranks of a pipeline stage"]),
+        (MOE + ["--tensor-model-parallel-size", "2"], 2, ["--tensor-model-parallel-size is 2", "--sequence-parallel"]),
+        (MOE + ["--moe-router-load-balancing-type", "none_such"], 1, ["--moe-router-load-balancing-type", "aux_loss"]),
+        (MOE + ["--calculate-per-token-loss", "--context-parallel-size", "2", "--moe-aux-loss-coeff", "0.1"], 2,
+         ["--moe-aux-loss-coeff is 0.1", "--calculate-per-token-loss"]),
+        (MOE + ["--moe-grouped-gemm"], 1, ["--moe-grouped-gemm is on"]),
+        (MOE + ["--moe-shared-expert-intermediate-size", "9", "--tensor-model-parallel-size", "2",
+                "--sequence-parallel"], 2, ["--moe-shared-expert-intermediate-size is 9"]),
         (["--recompute-granularity", "full"], 1, ["recompute"]),
         (["--async-save"], 1, ["--async-save"]),
         (["--profile-ranks", "a"], 1, ["--profile-ranks is 'a'"]),
