@@ -30,7 +30,6 @@ def main(argv: list[str]) -> int:
     virtual = virtual_world_size(argv, "pretrain_umv2.py", description)
     run = resolve(argv, virtual or discover().world_size, description=description, checkpoint_values=checkpoint_values)
     if virtual is not None:
-        print(run.describe())
         return dry_run(run)
     check_data(run)
     if run.training.dry_run:

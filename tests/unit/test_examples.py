@@ -17,7 +17,12 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.training.pretrain import check_data
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS = {"pretrain_8m_cpu.sh": 2, "pretrain_227m_single_node.sh": 8, "pretrain_227m_slurm.sh": 16}
+RANKS = {
+    "pretrain_8m_cpu.sh": 2,
+    "pretrain_227m_single_node.sh": 8,
+    "pretrain_227m_slurm.sh": 16,
+    "pretrain_umv2_2.5b_120b.sh": 1024,
+}
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 # Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, and Megatron-LM.
 OTHER_PROGRAMS = set(
@@ -75,9 +80,9 @@ def test_example_is_a_run(script, files, tmp_path):
     assert run.training.log_interval == 3, "flags after the script's own override them"
     assert run.training.save and run.training.save.startswith(files["RUN"])
     assert run.training.save_interval, "an example can be interrupted"
-    assert run.num_microbatches * run.training.micro_batch_size * RANKS[script] == run.global_batch_size
+    assert run.num_microbatches * run.training.micro_batch_size * run.data_parallel_size == run.global_batch_size
     run.transformer_config(), run.optimizer_config(), run.ddp_config()
-    if "227m" in script:
+    if script != "pretrain_8m_cpu.sh":
         assert run.bf16 and run.use_distributed_optimizer and run.overlap_grad_reduce and run.overlap_param_gather
 
 

@@ -25,7 +25,9 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.parallel import cpu_platform, groups
+from umv2_megatron.training.initialize import make_groups
 from umv2_megatron.training.optimizer import build_optimizer
+from umv2_megatron.training.pretrain import check_data
 
 # Kinds of parameters in the report, by a part of mcore's names; the first that fits.
 _KINDS = (
@@ -62,8 +64,10 @@ class RankReport:
     rank: int
     places: dict[str, tuple[int, int]]
     """Rank and size in each kind of group: "tensor", "context", "data", "pipeline", "memory" ("expert" for experts)."""
-    table_replicas: int
-    """Ranks that hold the same parts of the value tables (or the same experts) and divide their optimizer state."""
+    dense_replica: tuple[int, int]
+    """Which of how many ranks that hold the same dense parameters; they divide its optimizer state."""
+    table_replica: tuple[int, int]
+    """The same for its parts of the value tables (or its experts)."""
     layers: list[int]
     """Blocks of this rank, from 1."""
     ends: list[str]
@@ -100,12 +104,19 @@ def virtual_world_size(argv: list[str], program: str, description: str) -> int |
 
 
 def dry_run(run: RunConfig) -> int:
-    """Build the chosen ranks one after the other, print a report of each and a verdict; returns exit code 0.
+    """Print the configuration, build the chosen ranks one after the other, print a report of each and a verdict.
+
+    Returns exit code 0.
 
     Raises:
-        UsageError: the flags do not fit together on this number of ranks.
+        UsageError: the flags do not fit together on this number of ranks, or cannot be tried without devices or data.
     """
     ranks = chosen_ranks(run)
+    if run.data.vocab_size is None:
+        raise UsageError("--vocab-size is None; expected the tokenizer's number of entries, which a dry run cannot ask")
+    if run.fp8:
+        raise UsageError(f"--fp8-format is {run.fp8}; expected no value in a dry run, whose layers have no FP8 weights")
+    print(run.describe())
     for note in _notes(run):
         print(f"note: {note}")
     reports = []
@@ -142,20 +153,14 @@ def build_rank(run: RunConfig, rank: int) -> RankReport:
     No process group may exist yet, and none is left behind.
 
     Raises:
-        UsageError: the flags do not fit together; or one of them cannot be tried without devices.
+        UsageError: the flags do not fit together.
     """
-    vocab_size = run.data.vocab_size
-    if vocab_size is None:
-        raise UsageError("--vocab-size is None; expected the tokenizer's number of entries, which a dry run cannot ask")
-    if run.fp8:
-        raise UsageError(
-            f"--fp8-format is {run.fp8}; expected no value in a dry run, which builds layers without FP8; leave it out"
-        )
+    assert run.data.vocab_size is not None
     shapes = RunConfig(dict(run.values), run.sources, run.world_size)
     shapes._replace(transformer_impl="local", perform_initialization=False)
     with _virtual_world(run, rank), cpu_platform.shapes_only():
         try:
-            chunks = build_model_chunks(shapes, vocab_size)
+            chunks = build_model_chunks(shapes, run.data.vocab_size)
             optimizer = build_optimizer(shapes, chunks, use_gloo_groups=False)
         except (ValueError, AssertionError) as error:
             raise UsageError(f"megatron-core refuses the layout: {' '.join(str(error).split())}") from error
@@ -168,16 +173,7 @@ def _virtual_world(run: RunConfig, rank: int) -> Iterator[None]:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=run.world_size)
     try:
         try:
-            groups.initialize_groups(
-                tp=run.tensor_model_parallel_size,
-                pp=run.pipeline_model_parallel_size,
-                vpp=run.virtual_pipeline_size,
-                cp=run.context_parallel_size,
-                memory_parallel_size=run.memory.parallel_size,
-                expert_model_parallel_size=run.expert_model_parallel_size,
-                num_distributed_optimizer_instances=run.num_distributed_optimizer_instances,
-                create_gloo_process_groups=False,
-            )
+            make_groups(run, gloo_twins=False)
         except (ValueError, AssertionError) as error:
             raise UsageError(" ".join(str(error).split())) from error
         yield
@@ -205,7 +201,8 @@ def _report(run: RunConfig, rank: int, chunks: list[torch.nn.Module], optimizer:
             "pipeline": _place(parallel_state.get_pipeline_model_parallel_group()),
             "memory" if run.has_memory else "expert": _place(groups.get_memory_parallel_group()),
         },
-        table_replicas=groups.get_memory_data_parallel_world_size(),
+        dense_replica=_place(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        table_replica=_place(groups.get_memory_data_parallel_group()),
         layers=[layer.layer_number for model in models for layer in model.decoder.layers],
         ends=[kind for kind in ("embedding", "output layer") if kind in parameters],
         tables=[part for model in models for part in _table_parts(model)],
@@ -265,14 +262,11 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def _notes(run: RunConfig) -> Iterator[str]:
-    from umv2_megatron.training.pretrain import check_data
-
     try:
         check_data(run)
     except UsageError as error:
         yield f"a run would stop here: {error}"
-    if run.data.vocab_size is not None:
-        yield f"--vocab-size {run.data.vocab_size:,} is taken for the tokenizer's number of entries"
+    yield f"--vocab-size {run.data.vocab_size:,} is taken for the tokenizer's number of entries"
     if run.transformer_impl == "transformer_engine":
         yield "megatron-core's own layers stand for Transformer Engine's, which hold the same parameters"
 
@@ -287,8 +281,7 @@ def describe(run: RunConfig, report: RankReport) -> str:
         f"  {run.num_microbatches} micro-batches of {tokens:,} tokens a step",
     ]
     if report.tables:
-        mode = f"--memory-parallel-mode {run.memory.parallel_mode}, " if run.memory.parallel_size > 1 else ""
-        lines.append(f"  value tables ({mode}the same parts on {report.table_replicas} ranks)")
+        lines.append(f"  parts of value tables, on {report.table_replica[1]} ranks alike")
     for part in report.tables:
         (first_row, last_row), (first_column, last_column) = part.rows, part.columns
         lines.append(

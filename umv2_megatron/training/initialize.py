@@ -50,6 +50,22 @@ def start_processes(run: RunConfig) -> launch.Launch:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     started = launch.initialize_process_group(run.training.distributed_timeout_minutes)
+    make_groups(run)
+    unset_num_microbatches_calculator()
+    init_num_microbatches_calculator(
+        started.rank, None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size
+    )
+    seed_everything(run.training.seed)
+    if run.deterministic_mode:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return started
+
+
+def make_groups(run: RunConfig, gloo_twins: bool = True) -> None:
+    """mcore's process groups of ``run``, among them the memory-parallel one; the group of the whole run must exist.
+
+    ``gloo_twins``: also gloo twins of the data-parallel groups, for checkpoints.
+    """
     groups.initialize_groups(
         tp=run.tensor_model_parallel_size,
         pp=run.pipeline_model_parallel_size,
@@ -59,15 +75,8 @@ def start_processes(run: RunConfig) -> launch.Launch:
         expert_model_parallel_size=run.expert_model_parallel_size,
         num_distributed_optimizer_instances=run.num_distributed_optimizer_instances,
         timeout_minutes=run.training.distributed_timeout_minutes,
+        create_gloo_process_groups=gloo_twins,
     )
-    unset_num_microbatches_calculator()
-    init_num_microbatches_calculator(
-        started.rank, None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size
-    )
-    seed_everything(run.training.seed)
-    if run.deterministic_mode:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    return started
 
 
 def seed_everything(seed: int) -> None:
