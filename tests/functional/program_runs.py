@@ -116,6 +116,11 @@ class Job:
         """Process ids of the ranks; each leads a process group of its own."""
         return [process.pid for process in self._processes]
 
+    @property
+    def codes(self) -> list[int | None]:
+        """Exit code of every rank so far, None while it runs."""
+        return [process.exitcode for process in self._processes]
+
     def output(self) -> str:
         """What the ranks have written so far."""
         return "\n".join(path.read_text(errors="replace") for path in self._outputs if path.exists())

@@ -90,7 +90,8 @@ def is_collective_failure(error: BaseException) -> bool:
     return False
 
 
-_COMPLAINTS = ("/gloo/", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out waiting")
+# of gloo, most of them with a path of its sources, and of NCCL; torch has no type of its own for gloo's
+_COMPLAINTS = ("/gloo/", "pair closure", "closed by peer", "reset by peer", "broken pipe", "timed out waiting", "nccl")
 
 
 def missing(group: Any, name: str, seconds: Optional[float] = None) -> list[str]:
@@ -168,6 +169,9 @@ class _RollCall:
         number = self._store.add(f"place/{self._me.place}", 1)
         self._store.set(f"place/{self._me.place}/{number}", self._me.to_text())
         self._meet_neighbours()
+        with contextlib.suppress(RuntimeError):  # only for a message
+            self._store.wait(["member/0"])
+        self._first = self._of(0)
         atexit.register(self._end)
         threading.Thread(target=self._listen, name="roll call", daemon=True).start()
 
@@ -176,11 +180,10 @@ class _RollCall:
     def call(self, ranks: Sequence[int], name: str, seconds: float) -> list[str]:
         """See ``missing``."""
         found: list[str] = []
-        known = self._host_of_store_is()
-        self._lost |= known is not None
+        self._lost |= self._host_of_store_is() is not None
         if self._ask(lambda: found.extend(self._search(ranks, name, seconds)), seconds + 2.0):
             return found
-        return [known or self._without_store()]
+        return [self._without_store()]
 
     def tell(self, what: str) -> None:
         """Accuse this rank itself."""
@@ -282,7 +285,13 @@ class _RollCall:
     def _without_store(self) -> str:
         if not self._hosts_store:
             return "torchrun's agent, which hosts the store of the run, does not answer"
-        return f"{self._here.get(0, 'rank 0')}, which hosts the store of the run, does not answer"
+        deadline = time.monotonic() + 1.0
+        while 0 in self._here and time.monotonic() < deadline:  # a dying process closes its connections first
+            known = self._host_of_store_is()
+            if known is not None:
+                return known
+            time.sleep(0.02)
+        return f"{self._first}, which hosts the store of the run, does not answer"
 
     def _accuse_late(self, ranks: Sequence[int]) -> None:
         """All ranks answer: accuse those that did not fail in a collective too, first of this group, then of all."""
@@ -318,7 +327,7 @@ class _RollCall:
         except RuntimeError:
             self._lost = True
             doing, _ = _main_thread()
-            culprits = [self._host_of_store_is() or self._without_store()]
+            culprits = [self._without_store()]
         # the main thread's own failure tells more
         if not self._over.wait(PATIENCE):
             because = ", ".join(culprits) or "a collective failed on another rank"
