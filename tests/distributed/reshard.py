@@ -1,0 +1,281 @@
+"""What the tests of resharding do on the ranks, and how they read a checkpoint without the code under test.
+
+`write_start` trains a small UltraMemV2 model for two steps and saves it; `visit` loads a checkpoint into other layouts
+and looks at what came of it. `whole_tensors` puts global tensors together from the files themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.num_microbatches_calculator import (
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from umv2_megatron.config.flags import read_mapping
+from umv2_megatron.config.presets import PRESETS
+from umv2_megatron.config.resolve import from_layers
+from umv2_megatron.model.builder import unwrap
+from umv2_megatron.model.ffn_with_memory import memory_layers
+from umv2_megatron.parallel import groups
+from umv2_megatron.training import checkpointing, optimizer_state, torch_dist_io
+from umv2_megatron.training.batches import batch_iterator
+from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.training.initialize import TrainingState, build_training_state, make_groups, seed_everything
+from umv2_megatron.training.step import connect, train_step
+
+SEQUENCE, VOCABULARY, BATCH, START = 16, 101, 4, 2
+SMALL: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "kv_channels": 8,
+    "seq_length": SEQUENCE,
+    "max_position_embeddings": SEQUENCE,
+    "vocab_size": VOCABULARY,
+    "memory_num_keys": 5,  # tables of 25 rows: neither 2 nor 4 divides them
+    "memory_key_dim": 8,
+    "micro_batch_size": 1,
+    "global_batch_size": BATCH,
+    "train_iters": 10,
+    "lr": 1e-3,
+}
+COLLECTIVES = [
+    name
+    for name in dir(torch.distributed)
+    if name.startswith(("all_", "broadcast", "gather", "reduce", "scatter", "send", "recv", "isend", "irecv", "batch_"))
+    and callable(getattr(torch.distributed, name))
+]
+
+
+def layout(
+    tp: int = 1, pp: int = 1, vpp: bool = False, m: int = 1, mode: str = "dim", dist: bool = False, **others: Any
+) -> dict[str, Any]:
+    """Settings of a layout; the vocabulary is padded to 104 in all of them, unless ``others`` says otherwise."""
+    return {
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+        "pipeline_model_parallel_size": pp,
+        "num_layers_per_virtual_pipeline_stage": 1 if vpp else None,
+        "memory_parallel_size": m,
+        "memory_parallel_mode": mode,
+        "use_distributed_optimizer": dist,
+        "make_vocab_size_divisible_by": 104 // tp,
+        **others,
+    }
+
+
+def open_layout(changes: dict[str, Any], seed: int) -> tuple[Any, TrainingState]:
+    """A fresh run of this world, drawn from ``seed``."""
+    layers = [
+        ("preset", read_mapping(PRESETS["umv2-tiny"].flags(), "preset")),
+        ("flag", read_mapping({**SMALL, **changes, "seed": seed}, "flag")),
+    ]
+    run = from_layers(layers, torch.distributed.get_world_size(), for_training=False)
+    make_groups(run)
+    unset_num_microbatches_calculator()
+    init_num_microbatches_calculator(
+        torch.distributed.get_rank(), None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size
+    )
+    seed_everything(seed)
+    state = build_training_state(run, VOCABULARY)
+    connect(run, state.chunks, state.optimizer)
+    return run, state
+
+
+class Samples(torch.utils.data.Dataset):
+    """Random tokens, the same in every layout."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(VOCABULARY, (SEQUENCE + 1,), generator=torch.Generator().manual_seed(index))
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": torch.ones(SEQUENCE),
+            "position_ids": torch.arange(SEQUENCE),
+        }
+
+
+def train(run: Any, state: TrainingState, steps: range) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the numbered steps."""
+    told = []
+    for step in steps:
+        data = batch_iterator(Samples(), step * BATCH, run.training.micro_batch_size, 0, run.virtual_pipeline_size)
+        done = train_step(run, state.chunks, state.optimizer, state.scheduler, data)
+        told.append((done.loss, done.result.grad_norm))
+    return told
+
+
+def save(directory: str | Path, state: TrainingState) -> None:
+    checkpointing.save_checkpoint(CheckpointStore(directory), START, state.chunks, state.optimizer, state.scheduler)
+
+
+def write_start(directory: str, changes: dict[str, Any], steps: int = 2) -> list[tuple[float, float]]:
+    """Train two steps, save, train ``steps`` more and return their losses and gradient norms."""
+    run, state = open_layout(changes, seed=1)
+    train(run, state, range(START))
+    save(directory, state)
+    numbers = train(run, state, range(START, START + steps))
+    groups.destroy_groups()
+    return numbers
+
+
+def visit(
+    source: str, targets: list[tuple[dict[str, Any], str]], steps: int = 2, load_optim: bool = True
+) -> list[dict[str, Any]]:
+    """Load ``source`` into each layout, save it to the directory beside it ("": not), and train ``steps`` steps.
+
+    Of each: "numbers" of the steps, "wrong" (keys of tables and their moments that are not this rank's part of what the
+    source's files hold), and, of a save, "largest" (elements of the largest piece or new tensor), "own" (elements of
+    this rank's largest parameter) and "collectives" (calls while the state is collected).
+    """
+    found = []
+    whole = whole_tensors(CheckpointStore(source).path(START))
+    for changes, directory in targets:
+        run, state = open_layout(changes, seed=7)
+        loaded = checkpointing.load_checkpoint(
+            CheckpointStore(source), state.chunks, state.optimizer, state.scheduler, load_optim=load_optim
+        )
+        assert loaded.iteration == START
+        result: dict[str, Any] = {"wrong": wrong_tables(state, whole) if load_optim else []}
+        if directory:
+            with watched(state) as seen:
+                save(directory, state)
+            result |= seen
+        result["numbers"] = train(run, state, range(START, START + steps))
+        found.append(result)
+        groups.destroy_groups()
+    return found
+
+
+def wrong_tables(state: TrainingState, whole: dict[str, torch.Tensor]) -> list[str]:
+    """Keys of tables and their moments of which this rank holds something else than its rectangle of the whole."""
+    wrong, parts = [], {}
+    for chunk in state.chunks:
+        for block, layer in memory_layers(unwrap(chunk)):
+            if not layer.owns_table:
+                continue
+            table = layer.table
+            for name, part in table.named_parameters():
+                key = f"decoder.layers.{block}.mlp.memory.table.{name}"
+                top, bottom = table.shard.rows(whole[key].shape[0])
+                left, right = table.shard.columns(whole[key].shape[1])
+                parts[id(part)] = (key, slice(top, bottom), slice(left, right))
+                if not torch.equal(part, whole[key][top:bottom, left:right].to(part.dtype)):
+                    wrong.append(key)
+    for part in optimizer_state.optimizer_parts(state.optimizer):
+        for parameter, inner, start in optimizer_state._inner_parameters(part):
+            if id(parameter) not in parts:
+                continue
+            key, rows, columns = parts[id(parameter)]
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = whole[f"optimizer.state.{name}.{key}"][rows, columns].reshape(-1)
+                if not torch.equal(part.optimizer.state[inner][name].view(-1), moment[start : start + inner.numel()]):
+                    wrong.append(f"{name} of {key}")
+    return wrong
+
+
+# ---------------------------------------------------------------------- what a save does
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns; those without memory do not count."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@contextlib.contextmanager
+def watched(state: TrainingState) -> Iterator[dict[str, int]]:
+    """Watches one save: see `visit`."""
+    own = max(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters())
+    buffers = max(buffer.numel() for chunk in state.chunks for buffer in unwrap(chunk).buffers())
+    seen = {"own": max(own, buffers), "largest": 0, "collectives": 0}
+    make, write = optimizer_state.OptimizerState, torch_dist_io.InProcessSave.save
+    collect_model = checkpointing._model_state
+
+    def counting(call: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            seen["collectives"] += 1
+            return call(*args, **kwargs)
+
+        return counted
+
+    def watch(call: Any) -> Any:
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch, _Largest() as largest:
+                for name in COLLECTIVES:
+                    patch.setattr(torch.distributed, name, counting(getattr(torch.distributed, name)))
+                result = call(*args, **kwargs)
+            seen["largest"] = max(seen["largest"], largest.elements)
+            return result
+
+        return watching
+
+    def collect(optimizer: Any, model_state: dict) -> Any:
+        made = watch(make)(optimizer, model_state)
+        made.sharded = watch(made.sharded)
+        return made
+
+    def writing(self: Any, sharded: dict, directory: Path) -> None:
+        pieces = [item for item in nested_values(sharded) if isinstance(item, ShardedTensor)]
+        seen["largest"] = max(seen["largest"], *(piece.data.numel() for piece in pieces))
+        write(self, sharded, directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointing, "OptimizerState", collect)
+        patch.setattr(checkpointing, "_model_state", watch(collect_model))
+        patch.setattr(torch_dist_io.InProcessSave, "save", writing)
+        yield seen
+
+
+# ---------------------------------------------------------------------- files
+
+
+def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All global tensors of a checkpoint, put together from its files; every element is stored exactly once."""
+    metadata = torch_dist_io.read_metadata_safely(directory)
+    files: dict[str, bytes] = {}
+    found = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            stored = torch.zeros(entry.size, dtype=torch.uint8)
+            for index, place in metadata.storage_data.items():
+                if index.fqn != key:
+                    continue
+                data = files.setdefault(place.relative_path, (directory / place.relative_path).read_bytes())
+                part = torch.load(io.BytesIO(data[place.offset : place.offset + place.length]), weights_only=True)
+                box = tuple(slice(first, first + size) for first, size in zip(index.offset, part.shape, strict=True))
+                found[key][box] = part
+                stored[box] += 1
+            assert bool((stored == 1).all()), f"{key} is not stored once and whole"
+    return found
+
+
+def different(one: Path | str, other: Path | str) -> list[str]:
+    """Keys of which two directories of checkpoints hold different tensors, bit by bit."""
+    first, second = (whole_tensors(CheckpointStore(each).path(START)) for each in (one, other))
+    keys = [key for key in first.keys() | second.keys() if key not in first or key not in second]
+    return keys + [key for key in first.keys() & second.keys() if not torch.equal(first[key], second[key])]
