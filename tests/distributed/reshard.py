@@ -256,21 +256,21 @@ def watched(state: TrainingState) -> Iterator[dict[str, int]]:
 def whole_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """All global tensors of a checkpoint, put together from its files; every element is stored exactly once."""
     metadata = torch_dist_io.read_metadata_safely(directory)
-    files: dict[str, bytes] = {}
-    found = {}
+    files = {path.name: path.read_bytes() for path in directory.glob("*.distcp")}
+    found, stored = {}, {}
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             found[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-            stored = torch.zeros(entry.size, dtype=torch.uint8)
-            for index, place in metadata.storage_data.items():
-                if index.fqn != key:
-                    continue
-                data = files.setdefault(place.relative_path, (directory / place.relative_path).read_bytes())
-                part = torch.load(io.BytesIO(data[place.offset : place.offset + place.length]), weights_only=True)
-                box = tuple(slice(first, first + size) for first, size in zip(index.offset, part.shape, strict=True))
-                found[key][box] = part
-                stored[box] += 1
-            assert bool((stored == 1).all()), f"{key} is not stored once and whole"
+            stored[key] = torch.zeros(entry.size, dtype=torch.uint8)
+    for index, place in metadata.storage_data.items():
+        if index.fqn in found:
+            data = files[place.relative_path][place.offset : place.offset + place.length]
+            part = torch.load(io.BytesIO(data), weights_only=True)
+            box = tuple(slice(first, first + size) for first, size in zip(index.offset, part.shape, strict=True))
+            found[index.fqn][box] = part
+            stored[index.fqn][box] += 1
+    for key, times in stored.items():
+        assert bool((times == 1).all()), f"{key} is not stored once and whole"
     return found
 
 

@@ -6,14 +6,16 @@ The model has tables of 25 rows and a vocabulary of 101, which nothing divides. 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import run_ranks
-from reshard import START, VOCABULARY, different, layout, visit, whole_tensors, write_start
+from reshard import START, VOCABULARY, different, layout, open_layout, visit, whole_tensors, write_start
 
+from umv2_megatron.parallel import groups
 from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.training.checkpointing import load_checkpoint
+from umv2_megatron.training.durable_files import CheckpointError
 
 # Name -> (ranks, settings). The quick tests go from "one" to each and back; the slow ones from each to each.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -71,9 +73,7 @@ def test_one_rank_to_every_layout_and_back(start, tmp_path, world, names):
     check(run_ranks(world, visit, source, [(LAYOUTS[name][1], str(tmp_path / name)) for name in names]), numbers)
     for name in names:
         assert different(source, tmp_path / name) == []
-    # Back onto one rank, and from one sharded layout to the other.
-    for name in names:
-        check(run_ranks(1, visit, str(tmp_path / name), [(LAYOUTS["one"][1], "")]), numbers)
+    check(run_ranks(1, visit, str(tmp_path / names[-1]), [(LAYOUTS["one"][1], "")]), numbers)
 
 
 def test_from_one_sharded_layout_to_another(start, tmp_path):
@@ -105,7 +105,9 @@ PRECISION = {
 }
 
 
-@pytest.mark.parametrize("case", PRECISION)
+@pytest.mark.parametrize(
+    "case", ["bf16", pytest.param("bf16 without the distributed optimizer", marks=pytest.mark.slow)]
+)
 def test_main_parameters_arrive(tmp_path, case):
     first, second = PRECISION[case]
     run_ranks(2, write_start, str(tmp_path / "start"), first, 0)
@@ -118,3 +120,92 @@ def test_main_parameters_arrive(tmp_path, case):
     for key in weights:
         main = stored[f"optimizer.state.fp32_param.{key}"]
         assert main.dtype.itemsize == 4 and (main.to(stored[key].dtype) == stored[key]).all()
+
+
+def test_fp32_and_bf16(tmp_path):
+    """Main parameters follow the weights where the checkpoint has none; the moments are the same in both."""
+    fp32, bf16 = layout(m=2, dist=True), layout(tp=2, dist=True, **BF16)
+    run_ranks(2, write_start, str(tmp_path / "fp32"), fp32, 0)
+    check(run_ranks(2, visit, str(tmp_path / "fp32"), [(bf16, str(tmp_path / "bf16"))], 0), [])
+    check(run_ranks(2, visit, str(tmp_path / "bf16"), [(fp32, str(tmp_path / "again"))], 0), [])
+    full, half, again = (
+        whole_tensors(CheckpointStore(tmp_path / name).path(START)) for name in ("fp32", "bf16", "again")
+    )
+    for key, weight in full.items():
+        if key.startswith("optimizer.state.exp_avg"):
+            assert (half[key] == weight).all() and (again[key] == weight).all(), key
+        elif f"optimizer.state.exp_avg.{key}" in full:
+            assert half[key].dtype.itemsize == 2 and (half[key] == weight.to(half[key].dtype)).all(), key
+            assert (half[f"optimizer.state.fp32_param.{key}"] == half[key]).all(), key
+            assert (again[key] == half[key]).all(), key
+
+
+PADDED = {
+    "101": (1, layout(make_vocab_size_divisible_by=1)),
+    "102": (2, layout(tp=2, dist=True, make_vocab_size_divisible_by=1)),
+    "128": (2, layout(pp=2, m=1, dist=True, make_vocab_size_divisible_by=128)),
+}
+
+
+@pytest.mark.parametrize("untied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tied", "untied"])
+def test_vocabularies_padded_to_other_sizes(tmp_path, untied):
+    """The rows of the real vocabulary arrive with their moments; padding that nobody stored is zero."""
+    run_ranks(1, write_start, str(tmp_path / "101"), _untied(PADDED["101"][1], untied), 0)
+    for source, target in (("101", "102"), ("102", "128"), ("128", "101b")):
+        world, settings = PADDED[target[:3]]
+        goal = (_untied(settings, untied), str(tmp_path / target))
+        assert all(rank[0]["wrong"] == [] for rank in run_ranks(world, visit, str(tmp_path / source), [goal], 1))
+    assert different(tmp_path / "101", tmp_path / "101b") == []
+    narrow, wide = (whole_tensors(CheckpointStore(tmp_path / name).path(START)) for name in ("101", "128"))
+    resized = [key for key in wide if wide[key].shape != narrow[key].shape]
+    assert len(resized) == (6 if untied else 3)  # weight and two moments
+    for key in resized:
+        assert wide[key].shape[0] == 128 and (wide[key][:VOCABULARY] == narrow[key]).all()
+        assert (wide[key][VOCABULARY:] == 0).all()
+
+
+def _untied(settings: dict[str, Any], untied: bool) -> dict[str, Any]:
+    return settings | {"untie_embeddings_and_output_weights": untied}
+
+
+def test_shared_tables(tmp_path):
+    """Two layers use one table, which their stage holds once."""
+    shared = {"memory_sharing": "block", "memory_sharing_size": 2}
+    numbers = run_ranks(1, write_start, str(tmp_path / "one"), layout(**shared))[0]
+    targets = [(layout(pp=2, m=2, mode="row", dist=True, **shared), str(tmp_path / "four"))]
+    check(run_ranks(4, visit, str(tmp_path / "one"), targets), numbers)
+    assert different(tmp_path / "one", tmp_path / "four") == []
+    keys = whole_tensors(CheckpointStore(tmp_path / "four").path(START)).keys()
+    assert sorted(key for key in keys if key.endswith("layers.0.mlp.memory.table.values"))
+
+
+ILLEGAL = {
+    "larger tables": ({"memory_num_keys": 6}, ["other shape: ", "memory.table.values: (25, 24) there, (36, 24) here"]),
+    "other widths": ({"memory_value_dim": 32}, ["memory.table.values: (25, 24) there, (25, 32) here"]),
+    "more layers": ({"num_layers": 6}, ["only in the model: ", "decoder.layers.4."]),
+    "fewer layers": ({"num_layers": 2}, ["only in the checkpoint: ", "decoder.layers.2."]),
+    "no memory": ({"memory_layer_freq": [1, 0, 1, 0]}, ["only in the checkpoint: ", "layers.1.mlp.memory"]),
+}
+
+
+def test_another_model_is_refused_in_another_layout_too(start):
+    source, _numbers = start
+    changes = [layout(m=2, mode="row", dist=True, **changed) for changed, _words in ILLEGAL.values()]
+    for rank in run_ranks(2, told, source, changes):
+        for message, (changed, words) in zip(rank, ILLEGAL.values(), strict=True):
+            assert all(word in message for word in words), (changed, message)
+            assert "\n" not in message and "does not fit this model" in message
+
+
+def told(source: str, changes: list[dict[str, Any]]) -> list[str]:
+    """What loading ``source`` into each layout says."""
+    messages = []
+    for settings in changes:
+        run, state = open_layout(settings, seed=7)
+        try:
+            load_checkpoint(CheckpointStore(source), state.chunks, state.optimizer, state.scheduler)
+            messages.append("loaded")
+        except CheckpointError as error:
+            messages.append(str(error))
+        groups.destroy_groups()
+    return messages
