@@ -1,14 +1,14 @@
 """Triton kernels of the table lookup: a tile of picked rows, all columns of a row in one program.
 
-Two kernels do whole passes over the picks of a [T, P] grid:
+One kernel does a whole forward over a [T, P] grid of picks:
 
     fused_forward    gather pre-value rows, dot with the projected input, activation, weighted sum of value rows
-    fused_backward   gradients of scores, rho and projected input, token by token
 
-and four do a part each, for grids as well as for ragged lists (what shards of a table need):
+and the others do a part each, for grids as well as for ragged lists (what shards of a table need):
 
     row_sums         sum over a token's picks of weight * row          -> [T * E, D]
-    row_dots         dot product of each picked row with an upstream   -> [n, C]
+    row_dots         dot product of each picked row with an upstream   -> [n, C]; for grids it goes on to the gradients
+                     of scores and rho
     add_to_rows      row[a] += sum over the picks of a, in a fixed order: the picks come sorted by row, a program owns
                      one row; ``add_long_rows`` finishes rows that are picked more than PIECE times
     atomic_add_to_rows   the same without sorting, in any order
@@ -96,53 +96,6 @@ def fused_forward(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def fused_backward(
-    rows, blocks, scores, rho_in, grad_out, pre_values, values,
-    weights_out, score_grad, rho_grad_out, projected_grad, tokens,
-    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, DC: tl.constexpr, GELU: tl.constexpr,
-    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, PRE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """One program per token: gradients of scores [T, P, C], rho [T, P] and projected [T, DP], and the weights
-    score * activation(rho) [T, P, C], which the gradient of the value table needs."""
-    token = tl.program_id(0).to(tl.int64)
-    columns, exist = column_offsets(0, C, DC, CORES, COLUMNS)
-    pre_column = tl.arange(0, PRE_COLUMNS)
-    pre_exist = pre_column < DP
-    dtype: tl.constexpr = scores.dtype.element_ty
-    if E == 1:
-        upstream = tl.load(grad_out + token * (C * DC) + columns, mask=exist, other=0.0).to(dtype)
-    total = tl.zeros([PICKS, PRE_COLUMNS], dtype=dtype)
-    for start in range(0, P, PICKS):
-        place = start + tl.arange(0, PICKS)
-        mine = place < P
-        pick = token * P + place
-        row = tl.load(rows + pick, mask=mine, other=0).to(tl.int64)
-        pre = tl.load(
-            pre_values + row[:, None] * DP + pre_column[None, :], mask=mine[:, None] & pre_exist[None, :], other=0.0
-        )
-        value_mask = mine[:, None, None] & exist
-        value = tl.load(values + row[:, None, None] * (C * DC) + columns, mask=value_mask, other=0.0)
-        if E > 1:
-            block = tl.load(blocks + pick, mask=mine, other=0).to(tl.int64)
-            upstream = tl.load(
-                grad_out + (token * E + block)[:, None, None] * (C * DC) + columns, mask=value_mask, other=0.0
-            ).to(dtype)
-        offsets, within = core_offsets(pick, C, CORES)
-        within = mine[:, None] & within
-        score = tl.load(scores + offsets, mask=within, other=0.0)
-        rho = tl.load(rho_in + pick, mask=mine, other=0.0)
-        weight_grad = tl.sum(value.to(dtype) * upstream, axis=2)
-        active = activation_of(rho, GELU)[:, None]
-        tl.store(weights_out + offsets, score * active, mask=within)
-        tl.store(score_grad + offsets, weight_grad * active, mask=within)
-        rho_grad = tl.sum(weight_grad * score, axis=1) * activation_slope(rho, GELU)
-        tl.store(rho_grad_out + pick, rho_grad, mask=mine)
-        total += rho_grad[:, None] * pre.to(dtype)
-    summed = tl.sum(total, axis=0).to(projected_grad.dtype.element_ty)
-    tl.store(projected_grad + token * DP + pre_column, summed, mask=pre_exist)
-
-
-@triton.jit(do_not_specialize=["tokens"])
 def row_sums(
     rows, blocks, starts, weights, table, out, tokens,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr,
@@ -180,13 +133,15 @@ def row_sums(
 
 @triton.jit(do_not_specialize=["picks"])
 def row_dots(
-    rows, blocks, owners, upstream, table, dots, picks,
-    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr,
+    rows, blocks, owners, upstream, table, dots, scores, rho_in, weights_out, rho_grad, picks,
+    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr, SCALED: tl.constexpr, GELU: tl.constexpr,
     PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dots[n, c] = <table[rows[n], slice c], upstream[token, block, slice c]>.
+    """dots[n, c] = <table[rows[n], slice c], upstream[token, block, slice c]>, which is the gradient of the weights.
 
     One program per token of a grid of P picks each, or, with P = 0, per PICKS picks of a list with ``owners`` [n].
+    SCALED (grids only): the weights are score * activation(rho), so ``dots`` becomes the gradient of ``scores``
+    [n, C], and the weights [n, C] and the gradient of rho [n] are written as well.
     """
     program = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = dots.dtype.element_ty
@@ -196,12 +151,12 @@ def row_dots(
         pick = program * SPAN + place
         mine = (place < SPAN) & (pick < picks)
         row = tl.load(rows + pick, mask=mine, other=0).to(tl.int64)
-        if P > 0:
-            place_of_upstream = tl.zeros([PICKS], dtype=tl.int64) + program * E
+        if P == 0:
+            from_row = tl.load(owners + pick, mask=mine, other=0).to(tl.int64) * E
         else:
-            place_of_upstream = tl.load(owners + pick, mask=mine, other=0).to(tl.int64) * E
+            from_row = tl.zeros([PICKS], dtype=tl.int64) + program * E
         if E > 1:
-            place_of_upstream += tl.load(blocks + pick, mask=mine, other=0)
+            from_row += tl.load(blocks + pick, mask=mine, other=0)
         dot = tl.zeros([PICKS, CORES], dtype=dtype)
         for column in range(0, DC, COLUMNS):
             columns, exist = column_offsets(column, C, DC, CORES, COLUMNS)
@@ -210,12 +165,18 @@ def row_dots(
             if P > 0 and E == 1:
                 other = tl.load(upstream + program * (C * DC) + columns, mask=exist, other=0.0)
             else:
-                other = tl.load(
-                    upstream + place_of_upstream[:, None, None] * (C * DC) + columns, mask=mask, other=0.0
-                )
+                other = tl.load(upstream + from_row[:, None, None] * (C * DC) + columns, mask=mask, other=0.0)
             dot += tl.sum(value.to(dtype) * other.to(dtype), axis=2)
         offsets, within = core_offsets(pick, C, CORES)
-        tl.store(dots + offsets, dot, mask=mine[:, None] & within)
+        within = mine[:, None] & within
+        if SCALED:
+            score = tl.load(scores + offsets, mask=within, other=0.0)
+            rho = tl.load(rho_in + pick, mask=mine, other=0.0)
+            active = activation_of(rho, GELU)[:, None]
+            tl.store(weights_out + offsets, score * active, mask=within)
+            tl.store(rho_grad + pick, tl.sum(dot * score, axis=1) * activation_slope(rho, GELU), mask=mine)
+            dot *= active
+        tl.store(dots + offsets, dot, mask=within)
 
 
 @triton.jit
@@ -254,13 +215,15 @@ def add_to_rows(
         target = table_sum + row * (C * DC) + columns
         # Read early: the sums below take a chain of loads.
         old = tl.load(target, mask=exist & starts, other=0.0).to(dtype)
-        total = tl.zeros([PICKS, CORES, COLUMNS], dtype=dtype)
+        # How many picks: sorted, so all that match lie at the front.
+        ahead = position + tl.arange(0, PIECE)
         end = tl.minimum((position // PIECE + 1) * PIECE, picks)
-        while live:
-            place = position + tl.arange(0, PICKS)
-            mine = place < end
-            mine = mine & (tl.load(sorted_rows + place, mask=mine, other=-1).to(tl.int64) == row)
-            pick = tl.load(order + place, mask=mine, other=0).to(tl.int64)
+        count = tl.sum((tl.load(sorted_rows + ahead, mask=ahead < end, other=-1) == row).to(tl.int32), axis=0)
+        total = tl.zeros([PICKS, CORES, COLUMNS], dtype=dtype)
+        for start in range(0, count, PICKS):
+            place = start + tl.arange(0, PICKS)
+            mine = place < count
+            pick = tl.load(order + position + place, mask=mine, other=0).to(tl.int64)
             offsets, within = core_offsets(pick, C, CORES)
             weight = tl.load(weights + offsets, mask=mine[:, None] & within, other=0.0)
             from_row = upstream_places(pick, owners, blocks, mine, P, E)
@@ -268,39 +231,40 @@ def add_to_rows(
                 upstream + from_row[:, None, None] * (C * DC) + columns, mask=mine[:, None, None] & exist, other=0.0
             )
             total += weight[:, :, None] * part.to(dtype)
-            position += PICKS
-            live = tl.sum(mine.to(tl.int32), axis=0) == PICKS
         summed = tl.sum(total, axis=0)[None, :, :]
         tl.store(target, (old + summed).to(table_sum.dtype.element_ty), mask=exist & starts)
-        piece = pieces + tl.program_id(0).to(tl.int64) // PIECE * (C * DC) + columns
-        tl.store(piece, summed, mask=exist & (starts == 0))
+        tl.store(pieces + position // PIECE * (C * DC) + columns, summed, mask=exist & (starts == 0))
 
 
 @triton.jit(do_not_specialize=["picks"])
 def add_long_rows(
     sorted_rows, table_sum, pieces, picks,
-    D: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, PIECE: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Adds to ``table_sum`` the ``pieces`` of rows that run on over a multiple of PIECE (see ``add_to_rows``).
 
-    One program per multiple; the one at the first multiple inside a row adds all pieces of that row, in order.
+    One program per multiple; the one at the first multiple inside a row adds all pieces of that row, in order. It
+    finds the last one by bisection: 2 to the power of STEPS is more than there are multiples.
     """
-    position = tl.program_id(0).to(tl.int64) * PIECE
+    first = tl.program_id(0).to(tl.int64)
+    position = first * PIECE
     row = tl.load(sorted_rows + position).to(tl.int64)
-    before = tl.load(sorted_rows + position - 1, mask=position > 0, other=-1).to(tl.int64)
-    # The row goes on here, and did not go on at the multiple before.
-    earlier = tl.load(sorted_rows + position - PIECE - 1, mask=position > PIECE, other=-1).to(tl.int64)
-    start_of_piece = tl.load(sorted_rows + position - PIECE, mask=position > 0, other=-1).to(tl.int64)
-    live = (row == before) & ((start_of_piece != row) | (earlier != row))
+    goes_on = tl.load(sorted_rows + position - 1, mask=position > 0, other=-1).to(tl.int64) == row
+    went_on = tl.load(sorted_rows + position - PIECE - 1, mask=position > PIECE, other=-1).to(tl.int64) == row
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exist = column < D
-    if live:
+    if goes_on & (went_on == 0):
+        last = first
+        beyond = (picks + PIECE - 1) // PIECE + first * 0
+        for _ in range(0, STEPS):
+            middle = (last + beyond) // 2
+            same = tl.load(sorted_rows + middle * PIECE).to(tl.int64) == row
+            last = tl.where(same, middle, last)
+            beyond = tl.where(same, beyond, middle)
         target = table_sum + row * D + column
         total = tl.load(target, mask=exist, other=0.0).to(pieces.dtype.element_ty)
-        while live:
-            total += tl.load(pieces + position // PIECE * D + column, mask=exist, other=0.0)
-            position += PIECE
-            live = tl.load(sorted_rows + position, mask=position < picks, other=-1).to(tl.int64) == row
+        for piece in range(first, last + 1):
+            total += tl.load(pieces + piece * D + column, mask=exist, other=0.0)
         tl.store(target, total.to(table_sum.dtype.element_ty), mask=exist)
 
 

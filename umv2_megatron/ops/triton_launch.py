@@ -30,6 +30,8 @@ PICKS_PER_ROW = 4
 """Picks that a program of ``add_to_rows`` loads at once: few rows are picked more often in a micro-batch."""
 PIECE = 128
 """Picks of one row that a single program sums (see ``triton_kernels.add_to_rows``)."""
+LONG_ROW_STEPS = 24
+"""Bisections of ``add_long_rows``: enough for 2^24 * PIECE picks, the most that 32-bit counts can hold."""
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tensors: dict[str, Any], constants: dict[str, Any], warps: int) -> None:
@@ -107,7 +109,7 @@ def exact_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
 
 
-# -- the two fused passes over a grid of picks ------------------------------------------------------------------------
+# -- the fused forward of a grid of picks ----------------------------------------------------------------------------
 
 
 def fused_forward(
@@ -124,46 +126,12 @@ def fused_forward(
             **{"rows": picks.rows, "blocks": picks.blocks, "scores": scores, "projected": projected.contiguous()},
             **{"pre_values": pre_values.detach(), "values": values.detach(), "out": out, "rho_out": rho},
         }
-        constants = _fused_constants(picks, cores, slice_columns, pre_columns, gelu, tile)
+        constants = {
+            **{"P": per_token, "C": cores, "E": picks.num_blocks, "DP": pre_columns, "DC": slice_columns},
+            **{"GELU": gelu, "PRE_COLUMNS": triton.next_power_of_2(pre_columns), **tile.constants},
+        }
         launch(kernels.fused_forward, (tokens, picks.num_blocks), {**tensors, "tokens": tokens}, constants, tile.warps)
     return out, rho
-
-
-def fused_backward(
-    picks: PickList,
-    scores: Tensor,
-    rho: Tensor,
-    grad_out: Tensor,
-    projected: Tensor,
-    pre_values: Tensor,
-    values: Tensor,
-    gelu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(weights [T, P, C], gradients of scores [T, P, C], rho [T, P], projected [T, Dp]) from that of the output,
-    ``grad_out`` [T * E, Dv]."""
-    tokens, per_token, cores = scores.shape
-    slice_columns, pre_columns = values.shape[1] // cores, pre_values.shape[1]
-    weights, score_grad, rho_grad = torch.empty_like(scores), torch.empty_like(scores), torch.empty_like(rho)
-    projected_grad = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
-    if tokens > 0:
-        tile = tile_for(cores, slice_columns, per_token, pre_columns)
-        tensors = {
-            **{"rows": picks.rows, "blocks": picks.blocks, "scores": scores, "rho_in": rho, "grad_out": grad_out},
-            **{"pre_values": pre_values.detach(), "values": values.detach(), "weights_out": weights},
-            **{"score_grad": score_grad, "rho_grad_out": rho_grad, "projected_grad": projected_grad},
-        }
-        constants = _fused_constants(picks, cores, slice_columns, pre_columns, gelu, tile)
-        launch(kernels.fused_backward, (tokens,), {**tensors, "tokens": tokens}, constants, tile.warps)
-    return weights, score_grad, rho_grad, projected_grad
-
-
-def _fused_constants(
-    picks: PickList, cores: int, slice_columns: int, pre_columns: int, gelu: bool, tile: Tile
-) -> dict[str, Any]:
-    return {
-        **{"P": picks.per_token, "C": cores, "E": picks.num_blocks, "DP": pre_columns, "DC": slice_columns},
-        **{"GELU": gelu, "PRE_COLUMNS": triton.next_power_of_2(pre_columns), **tile.constants},
-    }
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
@@ -188,16 +156,35 @@ def row_sums(picks: PickList, weights: Tensor, table: Tensor) -> Tensor:
 
 def row_dots(picks: PickList, upstream: Tensor, table: Tensor, cores: int, dtype: torch.dtype) -> Tensor:
     """Dot products of the slices of each picked row with those of ``upstream`` [T * E, D]: [n, C] in ``dtype``."""
-    count, slice_columns = picks.rows.shape[0], table.shape[1] // cores
-    dots = torch.empty(count, cores, dtype=dtype, device=table.device)
+    dots = torch.empty(picks.rows.shape[0], cores, dtype=dtype, device=table.device)
+    _row_dots(picks, upstream, table, dots, {"SCALED": False, "GELU": False})
+    return dots
+
+
+def score_gradients(
+    picks: PickList, scores: Tensor, rho: Tensor, upstream: Tensor, values: Tensor, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights = scores * activation(rho) [T, P, C], gradient of scores [T, P, C], gradient of rho [T, P]) of a grid,
+    from the gradient of the output, ``upstream`` [T * E, Dv]."""
+    weights, score_grad, rho_grad = torch.empty_like(scores), torch.empty_like(scores), torch.empty_like(rho)
+    extra = {"scores": scores, "rho_in": rho, "weights_out": weights, "rho_grad": rho_grad}
+    _row_dots(picks, upstream, values, score_grad.flatten(0, 1), {"SCALED": True, "GELU": gelu}, **extra)
+    return weights, score_grad, rho_grad
+
+
+def _row_dots(
+    picks: PickList, upstream: Tensor, table: Tensor, dots: Tensor, epilogue: dict[str, bool], **extra: Tensor
+) -> None:
+    count, cores = dots.shape
     if count == 0:
-        return dots
+        return
+    slice_columns = table.shape[1] // cores
     tile = tile_for(cores, slice_columns, picks.per_token or 16)
     programs = picks.num_tokens if picks.per_token else triton.cdiv(count, tile.picks)
-    tensors = {**picks.places, "upstream": upstream, "table": table.detach(), "dots": dots, "picks": count}
+    tensors: dict[str, Any] = dict.fromkeys(("scores", "rho_in", "weights_out", "rho_grad"))
+    tensors |= {**picks.places, "upstream": upstream, "table": table.detach(), "dots": dots, "picks": count, **extra}
     constants = {"P": picks.per_token, "C": cores, "E": picks.num_blocks, "DC": slice_columns, **tile.constants}
-    launch(kernels.row_dots, (programs,), tensors, constants, tile.warps)
-    return dots
+    launch(kernels.row_dots, (programs,), tensors, {**constants, **epilogue}, tile.warps)
 
 
 SortedPicks = tuple[Tensor, Tensor]
@@ -242,7 +229,8 @@ def add_to_rows(
         width = min(triton.next_power_of_2(columns), 512)
         tensors = {"sorted_rows": sorted_rows, "table_sum": table_sum, "pieces": pieces, "picks": count}
         grid = (pieces.shape[0], triton.cdiv(columns, width))
-        launch(kernels.add_long_rows, grid, tensors, {"D": columns, "PIECE": PIECE, "COLUMNS": width}, 2)
+        constants = {"D": columns, "PIECE": PIECE, "STEPS": LONG_ROW_STEPS, "COLUMNS": width}
+        launch(kernels.add_long_rows, grid, tensors, constants, 2)
 
 
 def _add_atomically(picks: PickList, weights: Tensor, upstream: Tensor, table_sum: Tensor) -> None:

@@ -1,13 +1,13 @@
 """The lookup on NVIDIA GPUs: Triton kernels, one pass forward, gradients of the tables straight into ``main_grad``.
 
-Forward is one kernel that reads every picked row of both tables once. Backward is one kernel over tokens (gradients of
-scores, rho and projected input, reading every picked row once more) and one per table that adds up its gradient. By
+Forward is one kernel that reads every picked row of both tables once. Backward reads them once more, values for the
+gradients of scores and rho and pre-values for that of the projected input, and adds up the gradient of each table. By
 default picks are sorted by row first, and one program owns a row: results are repeatable bit by bit. With
 ``deterministic=False`` (``atomic_lookup``) the tables' gradients are added by atomic operations and nothing is sorted;
 torch.use_deterministic_algorithms, which --deterministic-mode sets, overrides that.
 
-Rows too wide for one program (``triton_launch.WIDEST_ROW``) go through the same parts that sharded tables use, with
-small tensors in between. Unlike ``scatter`` and ``reference``, rho and all sums are kept in float32 (float64 in a
+The forward of rows too wide for one program (``triton_launch.WIDEST_ROW``) goes through the parts that sharded tables
+use. Unlike ``scatter`` and ``reference``, rho and all sums are kept in float32 (float64 in a
 float64 model) with half-precision tables too.
 
 Letters as in ``interface.py``. Nothing waits for the GPU and no shape depends on data: a CUDA graph can hold it.
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from umv2_megatron.ops import triton_launch as launches
-from umv2_megatron.ops.interface import activate, activation_backward
+from umv2_megatron.ops.interface import activate
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
 from umv2_megatron.ops.triton_launch import PickList
 
@@ -103,17 +103,12 @@ class _Lookup(torch.autograd.Function):
         if rho is None:
             weights = exact
             score_grad = launches.row_dots(picks, upstream, values, cores, exact.dtype).view_as(exact)
-        elif launches.can_fuse(pre_values.shape[1], cores, values.shape[1] // cores):
-            weights, score_grad, rho_grad, projected_grad = launches.fused_backward(
-                picks, exact, rho, upstream, projected, pre_values, values, activation == "gelu"
-            )
         else:
-            active = activate(rho, activation).unsqueeze(-1)
-            weights = exact * active
-            weight_grad = launches.row_dots(picks, upstream, values, cores, exact.dtype).view_as(exact)
-            score_grad = weight_grad * active
-            rho_grad = activation_backward((weight_grad * exact).sum(-1), rho, activation)
-            projected_grad = launches.row_sums(_one_block(picks), rho_grad.view(-1, 1), pre_values).to(projected.dtype)
+            gelu = activation == "gelu"
+            weights, score_grad, rho_grad = launches.score_gradients(picks, exact, rho, upstream, values, gelu)
+            if needs[3]:
+                sums = launches.row_sums(_one_block(picks), rho_grad.view(-1, 1), pre_values)
+                projected_grad = sums.to(projected.dtype)
 
         value_sum = gradient_sum(values) if needs[5] else None
         pre_value_sum = gradient_sum(pre_values) if pre_values is not None and needs[4] else None
@@ -128,7 +123,7 @@ class _Lookup(torch.autograd.Function):
             None,
             None,
             score_grad.to(scores.dtype) if needs[2] else None,
-            projected_grad if needs[3] else None,
+            projected_grad,
             hand_over(pre_values, pre_value_sum),
             hand_over(values, value_sum),
             None,
