@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     description = __doc__ or ""
     virtual = virtual_world_size(argv, "pretrain_umv2.py", description)
     run = resolve(argv, virtual or discover().world_size, description=description, checkpoint_values=checkpoint_values)
-    if virtual is not None:
+    if virtual is not None or run.training.dry_run_world_size is not None:
         return dry_run(run)
     check_data(run)
     if run.training.dry_run:

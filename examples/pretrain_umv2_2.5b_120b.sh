@@ -21,9 +21,9 @@
 #
 # Why this layout. 116 billion of the 119 billion parameters are value tables. 4 pipeline stages of 6 blocks, each table
 # over the 8 GPUs of a node (consecutive ranks: the memory-parallel group stays inside the node), leave 3.6 billion of
-# them to a GPU. In GB of 80, by the dry run: weights 8.1, main gradients 16.3, optimizer state 1.4, shuffles 0.1. The
-# rest is for activations and exchange buffers (tools/plan.py). More GPUs per table (--memory-parallel-size 16, 64, 256)
-# need less memory and send more.
+# them to a GPU. In GB of 80: weights 8.1, main gradients 16.3, optimizer state 1.4 and shuffles 0.1 by the dry run, and
+# activations and exchange buffers of up to 12.3 by the planner. More GPUs per table (--memory-parallel-size 16, 64,
+# 256) make the first three smaller, but send more, and from node to node.
 #
 # Submit it from the repository root, with RUN on a disk that all nodes share. How it stops and goes on is explained in
 # examples/pretrain_227m_slurm.sh; a checkpoint of 1.7 TB takes longer, so SLURM's signal comes 30 minutes before the end.

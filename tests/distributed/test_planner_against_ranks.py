@@ -1,4 +1,4 @@
-"""The planner's bytes against those of real ranks: parameters, gradients and optimizer state exactly, exchanges exactly,
+"""The planner's bytes against those of real ranks: parameters, gradients, optimizer state and exchanges exactly,
 activations within 15%.
 
 Every rank builds the model, DDP and the optimizer of a command line, takes one step, and compares what it holds with
@@ -136,25 +136,19 @@ STATE_CASES: list[tuple[int, dict[str, Any]]] = [
          "position_embedding_type": "learned_absolute", "add_qkv_bias": True}),
     (1, {"bf16": True, "grad_reduce_in_fp32": False, "memory_pre_value_dim": 0, "memory_query_mode": "shared",
          "memory_key_expansion": 2, "memory_value_expansion": "per-block", "memory_layer_freq": "2"}),
-    (2, {**SHARDED, "bf16": True}),
     (2, {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 3000, "swiglu": False}),
     (2, {**SHARDED, **DIM2, "bf16": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    (2, {**ROW2, "tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
     (2, {**SHARDED, "pipeline_model_parallel_size": 2, "memory_sharing": "block", "memory_sharing_size": 2}),
+    (4, {**SHARDED, **ROW2, "bf16": True, "overlap_grad_reduce": True, "bucket_size": 2000}),
+]
+RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
+    (2, {**SHARDED, "bf16": True}),
+    (2, {**ROW2, "tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
     (2, {"bf16": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
          "global_batch_size": 2}),
     (2, {**SHARDED, **ROW2, "context_parallel_size": 2, "memory_sharing": "noring", "memory_sharing_size": 3}),
-    (4, {**SHARDED, **ROW2, "bf16": True, "overlap_grad_reduce": True, "bucket_size": 2000}),
     (4, {**SHARDED, **DIM2, "pipeline_model_parallel_size": 2}),
 ]
-
-
-@pytest.mark.parametrize("case", range(len(STATE_CASES)),
-                         ids=["-".join([str(world), *changes]) for world, changes in STATE_CASES])
-def test_weights_gradients_and_optimizer_state_are_those_of_the_ranks(case: int) -> None:
-    world, changes = STATE_CASES[case]
-    for rank, differences in enumerate(run_ranks(world, state_differences, changes)):
-        assert not differences, f"rank {rank}: " + "; ".join(differences)
 
 
 # -- exchanges ---------------------------------------------------------------------------------------------------------
@@ -225,26 +219,20 @@ def exchange_differences(changes: dict[str, Any]) -> list[str]:
 
 
 EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
-    (2, DIM2),
     (2, {**ROW2, "bf16": True}),
     (2, {**ROW2, "memory_pre_value_dim": 0, "recompute_granularity": "full", "recompute_method": "uniform",
          "recompute_num_layers": 1, "memory_query_mode": "shared", "memory_key_expansion": 2,
          "memory_value_expansion": "per-block"}),
     (2, {**DIM2, "tensor_model_parallel_size": 2, "seq_length": 15, "max_position_embeddings": 15,
          "memory_num_heads": 2, "memory_sharing": "block", "memory_sharing_size": 2}),
+    (4, {"memory_parallel_size": 4, "memory_parallel_mode": "row", "memory_num_keys": 11}),
+]
+RARER_EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
+    (2, DIM2),
     (4, {"memory_parallel_size": 4, "memory_num_cores": 1, "bf16": True, "memory_layer_freq": "2",
          "global_batch_size": 8, "recompute_granularity": "full", "recompute_method": "uniform",
          "recompute_num_layers": 1}),
-    (4, {"memory_parallel_size": 4, "memory_parallel_mode": "row", "memory_num_keys": 11}),
 ]
-
-
-@pytest.mark.parametrize("case", range(len(EXCHANGE_CASES)),
-                         ids=["-".join([str(world), *changes]) for world, changes in EXCHANGE_CASES])
-def test_exchanged_bytes_are_those_of_the_counter(case: int) -> None:
-    world, changes = EXCHANGE_CASES[case]
-    for rank, differences in enumerate(run_ranks(world, exchange_differences, changes)):
-        assert not differences, f"rank {rank}: " + "; ".join(differences)
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -299,33 +287,63 @@ def activation_peak(preset: str, changes: dict[str, Any]) -> tuple[int, int]:
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MID: dict[str, Any] = {"num_layers": 4, "micro_batch_size": 2}
+SELECTIVE = {"recompute_granularity": "selective"}
+SMALL_LOGITS = {**MID, "vocab_size": 256}
 ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
-    (1, {**MID}),
     (1, {**MID, "bf16": True}),
-    (1, {**MID, "vocab_size": 256}),
-    (1, {**MID, "vocab_size": 256, "bf16": True}),
-    (1, {**MID, "vocab_size": 256, **FULL}),
-    (1, {**MID, "vocab_size": 256, **FULL, "bf16": True, "num_layers": 8}),
-    (1, {**MID, "vocab_size": 256, "recompute_granularity": "selective"}),
-    (1, {**MID, "vocab_size": 256, "memory_num_keys": 400, "memory_topk": 64, "bf16": True,
-         "group_query_attention": True, "num_query_groups": 2}),
-    (1, {**MID, "vocab_size": 256, "memory_num_keys": 400, "memory_topk": 8, **FULL}),
-    (1, {**MID, "vocab_size": 256, "ffn_variant": "dense"}),
-    (1, {**MID, "vocab_size": 256, "seq_length": 512, "max_position_embeddings": 512, "micro_batch_size": 1}),
+    (1, SMALL_LOGITS),
+    (1, {**SMALL_LOGITS, **FULL, "bf16": True, "num_layers": 8}),
+    (1, {**SMALL_LOGITS, **SELECTIVE}),
+    (1, {**SMALL_LOGITS, **SELECTIVE, "recompute_modules": ["mlp"]}),
+    (1, {**SMALL_LOGITS, "memory_num_keys": 400, "memory_topk": 64, "bf16": True, "group_query_attention": True,
+         "num_query_groups": 2}),
     (2, {**MID, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    (2, {**MID, "tensor_model_parallel_size": 2, "bf16": True}),
     (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "bf16": True}),
+    (2, {**SMALL_LOGITS, **DIM2, "memory_topk": 64}),
+    (2, {**SMALL_LOGITS, **ROW2, "memory_topk": 64, "bf16": True}),
+]
+RARER_ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
+    (1, MID),
+    (1, {**SMALL_LOGITS, "bf16": True}),
+    (1, {**SMALL_LOGITS, **FULL}),
+    (1, {**SMALL_LOGITS, **FULL, "recompute_method": "block", "recompute_num_layers": 2}),
+    (1, {**SMALL_LOGITS, **FULL, "recompute_num_layers": 2}),
+    (1, {**SMALL_LOGITS, **SELECTIVE, "recompute_modules": ["layernorm"]}),
+    (1, {**SMALL_LOGITS, **FULL, "memory_num_keys": 400, "memory_topk": 8}),
+    (1, {**SMALL_LOGITS, "ffn_variant": "dense"}),
+    (1, {**SMALL_LOGITS, "seq_length": 512, "max_position_embeddings": 512, "micro_batch_size": 1}),
+    (1, {**SMALL_LOGITS, "memory_query_mode": "shared", "memory_key_expansion": 2, "memory_num_heads": 2,
+         "memory_value_expansion": "per-block", "memory_pre_value_dim": 0, "qk_layernorm": False, "swiglu": False}),
+    (2, {**MID, "tensor_model_parallel_size": 2, "bf16": True}),
     (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "num_layers_per_virtual_pipeline_stage": 1}),
-    (2, {**MID, **DIM2, "vocab_size": 256, "memory_topk": 64}),
-    (2, {**MID, **ROW2, "vocab_size": 256, "bf16": True, "memory_topk": 64}),
-    (2, {**MID, "context_parallel_size": 2, "vocab_size": 256}),
+    (2, {**SMALL_LOGITS, "context_parallel_size": 2}),
 ]
 
 
-@pytest.mark.parametrize("case", range(len(ACTIVATION_CASES)),
-                         ids=["-".join([str(world), *changes]) for world, changes in ACTIVATION_CASES])
-def test_peak_of_activations_is_within_15_percent(case: int) -> None:
-    world, changes = ACTIVATION_CASES[case]
+def named(cases: list[tuple[int, dict[str, Any]]], slow: list[tuple[int, dict[str, Any]]]) -> Any:
+    """Cases as pytest parameters, those of ``slow`` for `make test-slow`."""
+    marked = [(case, ()) for case in cases] + [(case, (pytest.mark.slow,)) for case in slow]
+    return pytest.mark.parametrize("world,changes", [
+        pytest.param(*case, marks=marks, id=" ".join([f"{case[0]} ranks", *(f"{key}={value}" for key, value in
+                                                                              case[1].items() if key not in SMALL)]))
+        for case, marks in marked
+    ])
+
+
+@named(STATE_CASES, RARER_STATE_CASES)
+def test_weights_gradients_and_optimizer_state_are_those_of_the_ranks(world: int, changes: dict[str, Any]) -> None:
+    for rank, differences in enumerate(run_ranks(world, state_differences, changes)):
+        assert not differences, f"rank {rank}: " + "; ".join(differences)
+
+
+@named(EXCHANGE_CASES, RARER_EXCHANGE_CASES)
+def test_exchanged_bytes_are_those_of_the_counter(world: int, changes: dict[str, Any]) -> None:
+    for rank, differences in enumerate(run_ranks(world, exchange_differences, changes)):
+        assert not differences, f"rank {rank}: " + "; ".join(differences)
+
+
+@named(ACTIVATION_CASES, RARER_ACTIVATION_CASES)
+def test_peak_of_activations_is_within_15_percent(world: int, changes: dict[str, Any]) -> None:
     for rank, (measured, planned) in enumerate(run_ranks(world, activation_peak, "umv2-8m", changes)):
         print(f"rank {rank}: measured {measured:,} planned {planned:,} {planned / measured - 1:+.1%}")
         assert abs(planned / measured - 1) < 0.15, f"rank {rank}: {measured:,} bytes measured, {planned:,} planned"

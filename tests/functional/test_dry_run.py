@@ -88,6 +88,7 @@ def reports_and_plans(argv: list[str], world: int, ranks: list[int]) -> list[tup
 
 def plan(run: Any, shape: Any, layout: Any, report: Any) -> dict[str, Any]:
     """The planner's figures for the place of ``report``."""
+    from umv2_megatron.planning.activations import activation_bytes
     from umv2_megatron.planning.rank_parameters import chunk_parameters
     from umv2_megatron.planning.state_bytes import state_bytes
 
@@ -110,6 +111,7 @@ def plan(run: Any, shape: Any, layout: Any, report: Any) -> dict[str, Any]:
             "buffers": planned.buffers,
         },
         "tables": planned.table_weights,
+        "activations": activation_bytes(shape, memory, layout, stage).peak,
         "replicas": (layout.dense_replicas, layout.table_replicas),
         "places": {"tensor": layout.tp, "context": layout.cp, "pipeline": layout.pp, "data": layout.dp},
     }
@@ -193,8 +195,8 @@ def test_the_example_at_scale(example_flags, world, ranks, changes):
     for report, planned, micro_batches in results:
         assert_equal(report, planned)
         assert micro_batches == 2048 * 8 // world
-        # of 80 GB; what is left takes activations and exchange buffers
-        assert report.total_bytes < 30e9
+        # on GPUs of 80 GB, with room for CUDA, communication and fragments
+        assert report.total_bytes + planned["activations"] < 76e9
     stages = [report for report, _, _ in results if report.rank % (world // 4) == 0]
     if len(stages) == 4:
         run = resolve(argv, world)
@@ -252,6 +254,14 @@ def test_the_chosen_ranks_and_nothing_written(tmp_path):
     assert re.search(r"block +3 values +256 x 24: rows 0-255, columns 21-23, 1,536 bytes", output)
     assert output.splitlines()[-1].startswith("dry run passed: 2 of 96 ranks built")
     assert not (tmp_path / "saved").exists()
+
+
+def test_experts(tmp_path):
+    experts = {"ffn_variant": "moe", "num_experts": 8, "expert_model_parallel_size": 4, "memory_parallel_size": None}
+    code, output = program(tmp_path, {**experts, "dry_run_world_size": 96, "dry_run_rank": "3"})
+    assert code == 0 and "pipeline 0 of 2, expert 3 of 4\n" in output, output
+    # two blocks, each with 2 of 8 experts (gate, up, down) and the router
+    assert f" experts         {2 * (2 * 3 * 64 * 128 + 8 * 64):>16,}\n" in output
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ _KINDS = (
     (".table.", "value tables"),
     (".memory.", "memory layers"),
     (".experts.", "experts"),
+    (".router.", "experts"),
     ("self_attention.", "attention"),
     ("layernorm", "norms"),
     (".mlp.", "FFN"),
@@ -111,6 +112,10 @@ def dry_run(run: RunConfig) -> int:
     Raises:
         UsageError: the flags do not fit together on this number of ranks, or cannot be tried without devices or data.
     """
+    if run.training.dry_run_world_size != run.world_size:
+        raise UsageError(
+            f"--dry-run-world-size is {run.training.dry_run_world_size} in a file; expected on the command line"
+        )
     ranks = chosen_ranks(run)
     if run.data.vocab_size is None:
         raise UsageError("--vocab-size is None; expected the tokenizer's number of entries, which a dry run cannot ask")
