@@ -67,6 +67,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int, list[int]]] = {
 def reports_and_plans(argv: list[str], world: int, ranks: list[int]) -> list[tuple[Any, dict[str, Any], int]]:
     """Of every rank: its report, the plan of the same figures, and micro-batches per step. In a process of its own."""
     import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     from umv2_megatron.config.resolve import resolve
     from umv2_megatron.planning.layout import Layout
@@ -74,6 +75,7 @@ def reports_and_plans(argv: list[str], world: int, ranks: list[int]) -> list[tup
     from umv2_megatron.training.dry_run import build_rank
 
     torch.distributed.destroy_process_group()
+    patched = DistributedOptimizer.__init__.__code__
     run = resolve(argv, world)
     shape, layout = ModelShape.from_fields(run.values), Layout.from_values(run.values, world)
     results = []
@@ -82,7 +84,7 @@ def reports_and_plans(argv: list[str], world: int, ranks: list[int]) -> list[tup
         results.append((report, plan(run, shape, layout, report), run.num_microbatches))
     # what run_ranks leaves through; and CPU tensors are made again
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    assert torch.zeros(1).device.type == "cpu"
+    assert torch.zeros(1).device.type == "cpu" and DistributedOptimizer.__init__.__code__ is patched
     return results
 
 
