@@ -22,7 +22,7 @@ def test_there_are_golden_pairs() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("backend", ["reference", "scatter"])
+@pytest.mark.parametrize("backend", ["reference", "scatter", "cpu"])
 @pytest.mark.parametrize("stem", golden_pairs())
 def test_golden_pair(stem: str, backend: str, precision: str) -> None:
     meta, tensors = read_pair(stem)

@@ -32,7 +32,7 @@ def lookup(
         assert projected is not None, "pre-values need the projected input"
         rho = pre_value_scores(rows, projected, pre_values).to(scores.dtype)
         weights = scores * activate(rho, activation).unsqueeze(-1)
-    slices = functional.embedding(rows, values).to(scores.dtype).view(tokens, picks, cores, -1)
+    slices = functional.embedding(rows, values).to(scores.dtype).view(tokens, picks, cores, values.shape[1] // cores)
     weighted = (weights.unsqueeze(-1) * slices).flatten(2)
     if num_blocks == 1:
         return weighted.sum(1).to(values.dtype)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -30,9 +30,16 @@ def _reference() -> Backend:
 
 
 def _scatter() -> Backend:
-    from umv2_megatron.ops import ragged, scatter
+    from umv2_megatron.ops import ragged, scatter, whole_table
 
-    return Backend("scatter", scatter.lookup, scatter, ragged)
+    return Backend("scatter", partial(whole_table.lookup, scatter), scatter, ragged)
+
+
+def _cpu() -> Backend:
+    from umv2_megatron.ops import cpu, cpu_ragged, whole_table
+
+    cpu.library()
+    return Backend("cpu", partial(whole_table.lookup, cpu), cpu, cpu_ragged)
 
 
 def _triton() -> Backend:
@@ -45,11 +52,12 @@ def _triton() -> Backend:
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "reference": _reference,
     "scatter": _scatter,
+    "cpu": _cpu,
     "triton": _triton,
 }
 """By name. Each raises ImportError with a reason where it cannot run on this machine."""
 
-PREFERRED = {"cuda": "triton"}
+PREFERRED = {"cpu": "cpu", "cuda": "triton"}
 """What ``auto`` takes on a kind of device, where it can run; scatter elsewhere."""
 
 

@@ -1,0 +1,202 @@
+"""The compiled backend: its parts against plain PyTorch, threads, huge tables, and how it is built."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from umv2_megatron.ops import cpu, cpu_build, cpu_ragged, get_backend, ragged, scatter
+
+TOKENS, PICKS, ROWS = 300, 8, 50  # enough picks for two threads, every row many times
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def inputs(cores: int, width: int, blocks: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    return {
+        "rows": torch.randint(0, ROWS, (TOKENS, PICKS), generator=g),
+        "blocks": torch.randint(0, blocks, (TOKENS, PICKS), generator=g),
+        "weights": normal(TOKENS, PICKS, cores).to(wide),
+        "rho_grad": normal(TOKENS, PICKS).to(wide),
+        "projected": normal(TOKENS, width).to(dtype),
+        "table": normal(ROWS, width).to(dtype),
+        "grad_out": normal(TOKENS, blocks, width).to(dtype),
+    }
+
+
+def on_grid(parts, x: dict, blocks: int, sum_dtype: torch.dtype) -> dict[str, Tensor]:
+    sums = [torch.full(x["table"].shape, 0.5, dtype=sum_dtype) for _ in range(2)]
+    return {
+        "rho": parts.pre_scores(x["rows"], x["projected"], x["table"], x["weights"].dtype),
+        "out": parts.weighted_sum(x["rows"], x["blocks"], x["weights"], x["table"], blocks),
+        "weight_grad": parts.weighted_sum_backward(
+            x["rows"], x["blocks"], x["weights"], x["grad_out"], x["table"], sums[0]),
+        "projected_grad": parts.pre_scores_backward(x["rows"], x["rho_grad"], x["projected"], x["table"], sums[1]),
+        "value_sum": sums[0],
+        "pre_value_sum": sums[1],
+    }  # fmt: skip
+
+
+def in_list(parts, x: dict, blocks: int, sum_dtype: torch.dtype) -> dict[str, Tensor]:
+    """A third of the picks is left out, and all those of some tokens."""
+    keep = torch.rand(TOKENS, PICKS, generator=torch.Generator().manual_seed(9)) < 0.67
+    keep[[0, 7, 8, TOKENS - 1]] = False
+    tokens = torch.arange(TOKENS).unsqueeze(1).expand(TOKENS, PICKS)[keep]
+    rows, places, weights, rho_grad = (x[name][keep] for name in ("rows", "blocks", "weights", "rho_grad"))
+    sums = [torch.full(x["table"].shape, 0.5, dtype=sum_dtype) for _ in range(2)]
+    return {
+        "rho": parts.pre_scores(rows, tokens, x["projected"], x["table"], weights.dtype),
+        "out": parts.weighted_sum(rows, places, tokens, keep.sum(1), weights, x["table"], blocks),
+        "weight_grad": parts.weighted_sum_backward(
+            rows, places, tokens, weights, x["grad_out"], x["table"], sums[0]),
+        "projected_grad": parts.pre_scores_backward(rows, tokens, rho_grad, x["projected"], x["table"], sums[1]),
+        "value_sum": sums[0],
+        "pre_value_sum": sums[1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cores, width, blocks", [(1, 1, 1), (2, 24, 1), (3, 57, 4), (5, 5, 2)])
+@pytest.mark.parametrize("kind", ["grid", "list"])
+def test_parts_equal_plain_pytorch(kind: str, cores: int, width: int, blocks: int, threads: int) -> None:
+    run, compiled, plain = (on_grid, cpu, scatter) if kind == "grid" else (in_list, cpu_ragged, ragged)
+    for dtype, sum_dtype, tolerance in (
+        (torch.float64, torch.float64, 1e-13),
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 1e-2),
+    ):
+        x = inputs(cores, width, blocks, dtype)
+        exact = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
+        expected = run(plain, exact, blocks, torch.float64)
+        for name, found in run(compiled, x, blocks, sum_dtype).items():
+            error = (found.double() - expected[name]).abs().max() / expected[name].abs().max()
+            assert error <= tolerance, (name, dtype, float(error))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(on_grid(cpu, inputs(2, 40, 4, dtype), 4, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for name, found in results[0].items():
+        assert all(torch.equal(found, other[name]) for other in results[1:]), name
+
+
+def test_float32_gradients_of_bfloat16_tables_are_not_rounded() -> None:
+    """Many picks of one row: a sum in bfloat16 would stop growing at 256."""
+    rows, weights = torch.zeros(4000, 1, dtype=torch.long), torch.ones(4000, 1, 1)
+    table, total = torch.ones(1, 8, dtype=torch.bfloat16), torch.zeros(1, 8)
+    cpu.weighted_sum_backward(rows, None, weights, torch.ones(4000, 1, 8, dtype=torch.bfloat16), table, total)
+    assert torch.equal(total, torch.full((1, 8), 4000.0))
+
+
+def test_other_dtypes_take_plain_pytorch() -> None:
+    x = inputs(2, 24, 1, torch.float64)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in x.items()}
+    found, expected = on_grid(cpu, half, 1, torch.float16), on_grid(scatter, half, 1, torch.float16)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    mixed = on_grid(cpu, x, 1, torch.float32)  # float64 tables with a float32 main_grad
+    assert torch.equal(mixed["value_sum"], on_grid(scatter, x, 1, torch.float32)["value_sum"])
+
+
+def test_elements_beyond_2_to_the_31() -> None:
+    """Rows at the end of tables of 2.2e9 elements; only the touched pages of these are ever allocated."""
+    width, rows = 192, 11_500_000
+    table = torch.empty(rows, width, dtype=torch.bfloat16)
+    total = torch.empty(rows, width)
+    picked = torch.tensor([[rows - 1, 0], [rows - 2, rows - 1]])
+    assert (rows - 2) * width > 2**31
+    g = torch.Generator().manual_seed(0)
+    for row in picked.unique():
+        table[row], total[row] = torch.randn(width, generator=g).bfloat16(), 1.0
+    small, where = picked.unique(return_inverse=True)
+    x = {
+        "projected": torch.randn(2, width, generator=g).bfloat16(),
+        "weights": torch.randn(2, 2, 2, generator=g),
+        "grad_out": torch.randn(2, 1, width, generator=g).bfloat16(),
+        "rho_grad": torch.randn(2, 2, generator=g),
+    }
+    results = []
+    for parts_rows, parts_table, parts_total in ((picked, table, total), (where, table[small], torch.ones(3, width))):
+        results.append([
+            cpu.pre_scores(parts_rows, x["projected"], parts_table, torch.float32),
+            cpu.weighted_sum(parts_rows, None, x["weights"], parts_table, 1),
+            cpu.weighted_sum_backward(parts_rows, None, x["weights"], x["grad_out"], parts_table, parts_total),
+            cpu.pre_scores_backward(parts_rows, x["rho_grad"], x["projected"], parts_table, parts_total),
+            parts_total[small] if parts_total is total else parts_total,
+        ])  # fmt: skip
+    assert all(torch.equal(found, expected) for found, expected in zip(*results))
+
+
+@pytest.mark.parametrize("wrong", [-1, ROWS])
+def test_rows_out_of_range_are_refused(wrong: int) -> None:
+    x = inputs(2, 8, 1, torch.float32)
+    x["rows"][5, 3] = wrong
+    total = torch.zeros_like(x["table"])
+    with pytest.raises(IndexError, match=f"not in 0..{ROWS - 1}"):
+        cpu.weighted_sum_backward(x["rows"], None, x["weights"], x["grad_out"], x["table"], total)
+    assert not total.any()
+
+
+# -- building -------------------------------------------------------------------------------------------------------
+
+
+def test_processes_that_start_together_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper around the compiler counts its calls; every process gets the finished library."""
+    calls, wrapper = tmp_path / "calls", tmp_path / "g++"
+    wrapper.write_text(f'#!/bin/sh\necho call >> {calls}\nexec {cpu_build.find_compiler()} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setenv("UMV2_CACHE_DIR", str(tmp_path / "kept"))
+    context = multiprocessing.get_context("fork")  # they only build, and importing torch anew takes seconds
+    results = context.Queue()
+    processes = [context.Process(target=lambda: results.put(cpu_build.load()._name)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    names = {results.get(timeout=100) for _ in processes}
+    for process in processes:
+        process.join(timeout=10)
+    assert len(names) == 1 and Path(names.pop()).parent == tmp_path / "kept"
+    assert calls.read_text().count("call") == 1
+
+
+def test_threads_are_those_of_torch() -> None:
+    """One OpenMP runtime in the process: a second pool of threads would spin on torch's cores."""
+    get_backend("cpu", "cpu")
+    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(libraries) == 1, libraries
+
+
+def test_what_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UMV2_CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ImportError, match="no C\\+\\+ compiler: \\$CXX is no-such-compiler"):
+        cpu_build.load()
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'out of registers' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(ImportError, match="out of registers"):
+        cpu_build.load()
+    assert not list((tmp_path / "kept").glob("*.so")) and not list((tmp_path / "kept").glob("build-*"))

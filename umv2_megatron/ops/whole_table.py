@@ -1,0 +1,93 @@
+"""The lookup in a whole table, made of a backend's parts: autograd once, for every backend that brings parts.
+
+Why not autograd: a table has hundreds of megabytes, a micro-batch touches a small part of it, and the page faults of a
+fresh dense gradient cost several times the arithmetic. So the backward adds each picked row's gradient where mcore
+keeps gradients: ``main_grad``, a view of the DDP buffer. ``main_grad.py`` says how mcore learns of it.
+
+Kept for the backward: rows, blocks, scores, the projected input and rho, of which rho [T, P] is new.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from umv2_megatron.ops.interface import GridParts, activate, activation_backward
+from umv2_megatron.ops.main_grad import gradient_sum, hand_over
+
+
+def lookup(
+    parts: GridParts,
+    rows: Tensor,
+    blocks: Optional[Tensor],
+    scores: Tensor,
+    projected: Optional[Tensor],
+    pre_values: Optional[Tensor],
+    values: Tensor,
+    num_blocks: int,
+    activation: str,
+) -> Tensor:
+    """See ``interface.TableLookup``; ``parts`` does the work."""
+    assert num_blocks == 1 or blocks is not None, "several blocks need the block of each pick"
+    assert (pre_values is None) == (projected is None), "pre-values and the projected input come together"
+    return _Lookup.apply(rows, blocks, scores, projected, pre_values, values, num_blocks, activation, parts)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        blocks: Optional[Tensor],
+        scores: Tensor,
+        projected: Optional[Tensor],
+        pre_values: Optional[Tensor],
+        values: Tensor,
+        num_blocks: int,
+        activation: str,
+        parts: GridParts,
+    ) -> Tensor:
+        rho: Optional[Tensor] = None
+        weights = scores
+        if pre_values is not None and projected is not None:
+            rho = parts.pre_scores(rows, projected, pre_values, scores.dtype)
+            weights = scores * activate(rho, activation).unsqueeze(-1)
+        out = parts.weighted_sum(rows, blocks, weights, values, num_blocks)
+        # The tables are saved as attributes: they are parameters, and their main_grad must be found again.
+        ctx.save_for_backward(rows, blocks, scores, projected, rho)
+        ctx.pre_values, ctx.values = pre_values, values
+        ctx.num_blocks, ctx.activation, ctx.parts = num_blocks, activation, parts
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
+        rows, blocks, scores, projected, rho = ctx.saved_tensors
+        values, pre_values, parts = ctx.values, ctx.pre_values, ctx.parts
+        needs = ctx.needs_input_grad
+        value_sum = gradient_sum(values) if needs[5] else None
+        active = activate(rho, ctx.activation).unsqueeze(-1) if rho is not None else None
+        weights = scores * active if active is not None else scores
+        grad_out = grads[0].reshape(rows.shape[0], ctx.num_blocks, values.shape[1])
+        weight_grad = parts.weighted_sum_backward(rows, blocks, weights, grad_out, values, value_sum)
+        score_grad = weight_grad * active if active is not None else weight_grad
+        projected_grad: Optional[Tensor] = None
+        pre_value_sum: Optional[Tensor] = None
+        if rho is not None:
+            pre_value_sum = gradient_sum(pre_values) if needs[4] else None
+            rho_grad = activation_backward((weight_grad * scores).sum(-1), rho, ctx.activation)
+            projected_grad = parts.pre_scores_backward(rows, rho_grad, projected, pre_values, pre_value_sum)
+        return (
+            None,
+            None,
+            score_grad if needs[2] else None,
+            projected_grad if needs[3] else None,
+            hand_over(pre_values, pre_value_sum),
+            hand_over(values, value_sum),
+            None,
+            None,
+            None,
+        )
