@@ -1,203 +1,206 @@
-"""What a model costs before it is built: parameters, FLOPs per token, bytes read per decoded token.
+"""What a model and a run of it cost before anything is built: parameters, FLOPs, bytes on every rank, time of a step.
 
     python tools/plan.py --model-preset umv2-227m-1.2b
-    python tools/plan.py --model-preset umv2-8m --memory-num-keys 128 --json
-    python tools/plan.py --config runs/mine/config.yaml
+    python tools/plan.py --model-preset umv2-1b-7b --world-size 16 --bf16 --use-distributed-optimizer \\
+        --memory-parallel-size 8 --memory-parallel-mode row --gpu-memory-gib 80
+    python tools/plan.py --model-preset umv2-2.5b-120b-top256 --world-size 1024 --gpu-memory-gib 80 --bf16 --search
+    python tools/plan.py --config runs/mine/config.yaml --json
     python tools/plan.py --list
 
-Flags are those of pretrain_umv2.py that set sizes; they override the file, which overrides the preset. Arithmetic
-only: it needs neither torch nor memory for the model. Exit code 2, with one line, for a usage error.
+Takes every flag of pretrain_umv2.py, with the same checks, and those below. Arithmetic only: no device and no memory
+for the model. With --search, layout flags that are given stay fixed. Exit code 2, with one line, for a usage error.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
+import logging
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
-from umv2_megatron.config.presets import PRESETS, Preset, find_preset  # noqa: E402
-from umv2_megatron.planning import (  # noqa: E402
-    FFN_VARIANTS,
-    FlopsPerToken,
-    ParameterCount,
-    bytes_touched_per_token,
-    count_parameters,
-    flops_per_token,
-)
+from umv2_megatron.config.presets import PRESETS, Preset  # noqa: E402
+from umv2_megatron.planning import bytes_touched_per_token, count_parameters, flops_per_token  # noqa: E402
+from umv2_megatron.planning.exchange import FORWARD  # noqa: E402
+from umv2_megatron.planning.layout import Layout  # noqa: E402
+from umv2_megatron.planning.search import GIB, Evaluation, Model, RankBytes, evaluate, search  # noqa: E402
+from umv2_megatron.planning.step_time import Device, layer_exchange  # noqa: E402
+from umv2_megatron.planning.tables import layout_tables, model_tables, search_table  # noqa: E402
+from umv2_megatron.planning.traffic import traffic  # noqa: E402
 
 DECODE_BATCHES = (1, 16, 256)
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """One flag that sets a size or switch of the model: its type, allowed values and help."""
-
-    name: str
-    kind: type
-    choices: tuple | None = None
-    help: str = "Megatron-LM's flag of this name"
-
-    @property
-    def flag(self) -> str:
-        """The flag as typed."""
-        return "--" + self.name.replace("_", "-")
-
-    def read(self, value: Any) -> Any:
-        """``value``, a text or a YAML value, in this size's type. Raises ``ValueError`` naming the flag."""
-        if self.kind is bool:
-            result = value if isinstance(value, bool) else None
-        else:
-            try:
-                result = self.kind(str(value))
-            except ValueError:
-                result = None
-        if result is None or (self.choices and result not in self.choices):
-            kinds = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
-            expected = f"one of {', '.join(self.choices)}" if self.choices else kinds[self.kind]
-            raise ValueError(f"{self.flag} is {value!r}; expected {expected}")
-        return result
-
-
-def _memory_sizes() -> dict[str, Size]:
-    hints, sizes = get_type_hints(MemoryConfig), {}
-    for field in dataclasses.fields(MemoryConfig):
-        kind = hints[field.name] if hints[field.name] in (int, float, str, bool) else int
-        name = f"memory_{field.name}"
-        sizes[name] = Size(name, kind, field.metadata["choices"], field.metadata["help"])
-    return sizes
-
-
-# The flags that presets give, and others that change the counts.
-MODEL_SIZES = {name: Size(name, type(value)) for name, value in PRESETS["umv2-tiny"].model.items()}
-MODEL_SIZES.update(
-    ffn_variant=Size("ffn_variant", str, FFN_VARIANTS),
-    add_qkv_bias=Size("add_qkv_bias", bool),
-    tensor_model_parallel_size=Size("tensor_model_parallel_size", int),
+COUNTS = ("embedding", "positions", "output", "attention", "ffn", "norms", "memory", "tables", "picked", "activated",
+          "activated_without_embeddings", "total", "stored")
+MODEL_KEYS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "group_query_attention",
+    "kv_channels", "seq_length", "max_position_embeddings", "vocab_size", "make_vocab_size_divisible_by", "swiglu",
+    "normalization", "qk_layernorm", "add_bias_linear", "add_qkv_bias", "position_embedding_type",
+    "untie_embeddings_and_output_weights", "ffn_variant",
 )
-SIZES = {**MODEL_SIZES, **_memory_sizes()}
+# Layout flags that --search tries out unless they are given, and the fields of Layout that they set.
+SEARCHED: dict[str, tuple[str, Any]] = {
+    "tensor_model_parallel_size": ("tp", int), "pipeline_model_parallel_size": ("pp", int),
+    "context_parallel_size": ("cp", int), "memory_parallel_size": ("memory_size", int),
+    "memory_parallel_mode": ("memory_mode", ("dim", "row")), "micro_batch_size": ("micro_batch", int),
+    "recompute_granularity": ("recompute", ("none", "selective", "full")),
+}
+DEVICE_HELP = {
+    "peak_tflops": "dense bf16 TFLOP/s of a device; MFU is relative to it",
+    "flops_efficiency": "share of the peak that matrix products reach",
+    "memory_bandwidth": "GB/s of the device's memory, as reached",
+    "intra_node_bandwidth": "GB/s from a device to others of its node, as reached",
+    "inter_node_bandwidth": "GB/s from a device to other nodes, as reached",
+    "gpus_per_node": "devices in a node",
+    "link_latency_us": "microseconds that a collective takes whatever its size",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--list" in argv:
+        print("\n".join(f"{each.name:<22} {each.description} ({each.source})" for each in PRESETS.values()))
+        return 0
+    if {"-h", "--help"} & set(argv):
+        build_parser(searching=True).print_help()
+        return 0
+    try:
+        figures = plan(argv)
+    except ValueError as error:
+        print(f"plan.py: {error}", file=sys.stderr)
+        return 2
+    if "--json" in argv:
+        print(json.dumps(figures, indent=2))
+        return 0
+    parts = [model_tables(figures), layout_tables(figures) if "run" in figures else search_table(figures["search"])]
+    print("\n\n".join(parts))
+    return 0
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit code 2."""
+    """An argument parser whose complaints are ``ValueError`` instead of a usage page."""
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> Any:
         raise ValueError(message)
 
 
-@dataclasses.dataclass
-class Request:
-    """What the command line asks for: a list of presets, or the figures of one model."""
-
-    preset: Preset | None
-    model: dict[str, Any]
-    memory: MemoryConfig | None
-    as_json: bool
-    list_presets: bool = False
-
-
-def build_parser() -> OneLineParser:
-    """A parser in whose result only the flags that were given appear, as text or true/false."""
+def build_parser(searching: bool) -> OneLineParser:
+    """The flags that are plan.py's own; with --search also those of pretrain_umv2.py that it tries out."""
     parser = OneLineParser(prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--model-preset", metavar="NAME", help=f"sizes of a known model: {', '.join(PRESETS)}")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with flag names as keys; only sizes are read")
+                           allow_abbrev=False)
     parser.add_argument("--list", action="store_true", help="list the presets and stop")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    groups = [parser.add_argument_group("model"), parser.add_argument_group("memory layers")]
-    for size in SIZES.values():
-        group, text = groups[size.name.startswith("memory_")], size.help.replace("%", "%%")
-        if size.kind is bool:
-            group.add_argument(size.flag, dest=size.name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            group.add_argument(size.flag, dest=size.name, metavar=size.name.split("_")[-1].upper(), help=text)
+    parser.add_argument("--world-size", default=1, metavar="N", help="ranks (default: 1)")
+    parser.add_argument("--gpu-memory-gib", metavar="GIB", help="memory of a device, to say what fits")
+    parser.add_argument("--memory-reserve-gib", default=4.0, metavar="GIB",
+                        help="of it kept free for the CUDA context, NCCL and fragmentation (default: 4)")
+    parser.add_argument("--search", action="store_true", help="try TP x PP x CP x M x mode x micro batch x "
+                        "recomputation (default batch: a sequence per rank)")
+    parser.add_argument("--top", default=10, metavar="N", help="layouts that --search prints (default: 10)")
+    parser.add_argument("--transformer-impl", choices=("auto", "transformer_engine", "local"), default="auto",
+                        help="whose activations to count: Transformer Engine's, as on a GPU (auto), or megatron-core's "
+                        "own modules")
+    device = parser.add_argument_group("device and links (defaults: H100 SXM, NVLink, 400 Gb/s per device)")
+    for field in dataclasses.fields(Device):
+        device.add_argument("--" + field.name.replace("_", "-"), metavar="X", default=field.default,
+                            help=f"{DEVICE_HELP[field.name]} (default: {field.default:g})")
+    if searching:
+        layout = parser.add_argument_group("layout, as for pretrain_umv2.py; --search keeps what is given")
+        for key, (_, kind) in SEARCHED.items():
+            metavar = "N" if kind is int else "{" + ",".join(kind) + "}"
+            layout.add_argument("--" + key.replace("_", "-"), metavar=metavar)
     return parser
 
 
-def read_command_line(argv: list[str]) -> Request:
-    """Flags over file over preset. Raises ``ValueError`` with one sentence for a flag or value that cannot be."""
-    parsed, unknown = build_parser().parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(flag, [size.flag for size in SIZES.values()], n=1)
-        raise ValueError(f"{flag} is no flag of plan.py; " + (f"did you mean {close[0]}?" if close else "see --help"))
-    given = vars(parsed)
-    if "list" in given:
-        return Request(None, {}, None, False, list_presets=True)
-    preset = find_preset(given["model_preset"]) if "model_preset" in given else None
-    sizes = _read_file(given["config"]) if "config" in given else {}
-    sizes.update({name: SIZES[name].read(value) for name, value in given.items() if name in SIZES})
-    if preset is None and not sizes:
-        raise ValueError(f"--model-preset is missing; expected one of {', '.join(PRESETS)}, or sizes by flags")
-    changed = {name: value for name, value in sizes.items() if name in MODEL_SIZES}
-    memory = {name.removeprefix("memory_"): value for name, value in sizes.items() if name not in MODEL_SIZES}
-    model = {**(preset.model if preset else {}), **changed}
-    _drop_derived(model, changed)
-    config = MemoryConfig(**{**(preset.memory if preset else {}), **memory})
-    return Request(preset, model, None if model.get("ffn_variant") == "dense" else config, "json" in given)
+def plan(argv: list[str]) -> dict[str, Any]:
+    """All figures for a command line, JSON-ready. Raises ``ValueError`` with one sentence for a user's mistake."""
+    given, rest = build_parser("--search" in argv).parse_known_args(argv)
+    world = _number("world-size", given.world_size, int)
+    device = Device(**{field.name: _number(field.name, getattr(given, field.name), type(field.default))
+                       for field in dataclasses.fields(Device)})
+    reserve = _number("memory-reserve-gib", given.memory_reserve_gib, float, zero=True)
+    capacity = None if given.gpu_memory_gib is None else _number("gpu-memory-gib", given.gpu_memory_gib, float)
+    if given.search and capacity is None:
+        raise ValueError("--gpu-memory-gib is missing; --search needs to know what fits")
+    run = _resolve(rest, world)
+    values = {**run.values, "transformer_impl": "local" if given.transformer_impl == "local" else "transformer_engine"}
+    memory = run.memory if run.has_memory else None
+    preset = _preset(rest)
+    figures = _model_figures(preset, values, memory)
+    available = None if capacity is None else (capacity - reserve) * GIB
+    limits = {"gpu_memory_gib": capacity, "memory_reserve_gib": reserve}
+    model = Model(values, memory)
+    if given.search:
+        assert available is not None
+        figures["search"] = {"world_size": world, **limits, **_search(given, run, values, model, device, available)}
+        return figures
+    found = evaluate(model, Layout.from_values(values, world), device, available)
+    figures["run"] = {**limits, **_run_figures(found, model, device, reserve)}
+    return figures
 
 
-def _read_file(path: str) -> dict[str, Any]:
-    """The sizes in a YAML file; a run's config.yaml holds much else, which is passed over."""
-    import yaml  # only here, so that the rest needs nothing but Python
+def _resolve(rest: list[str], world: int) -> Any:
+    """The checked configuration of the remaining flags, whether or not this machine could run it."""
+    for name in ("torch", "megatron.core"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from umv2_megatron.parallel import cpu_platform
 
+    cpu_platform.install()
+    from umv2_megatron.config.resolve import resolve
+
+    return resolve([*rest, "--transformer-impl", "local"], world, program="plan.py", for_training=False)
+
+
+def _preset(rest: list[str]) -> Preset | None:
+    """The preset that is named, which ``resolve`` has checked."""
+    names = [*rest[1:], ""]
+    for flag, name in zip(rest, names):
+        if flag == "--model-preset":
+            return PRESETS[name]
+        if flag.startswith("--model-preset="):
+            return PRESETS[flag.split("=", 1)[1]]
+    return None
+
+
+def _number(flag: str, text: Any, kind: Any, zero: bool = False) -> Any:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config is {path!r}; expected a readable YAML file ({error.strerror})") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config is {path!r}; not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config is {path!r}; expected a mapping of flag names to values")
-    values = {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}
-    if "add_bias_linear" in values:  # megatron-core's name for the opposite
-        values["disable_bias_linear"] = not values["add_bias_linear"]
-    return {name: SIZES[name].read(value) for name, value in values.items() if name in SIZES}
+        number = kind(text)
+    except ValueError:
+        number = -1
+    if not (number > 0 or (zero and number == 0)) or number == float("inf"):
+        expected = "a number of at least 0" if zero else "a number above 0"
+        if kind is int:
+            expected = "an integer of at least 1"
+        raise ValueError(f"--{flag.replace('_', '-')} is {text!r}; expected {expected}")
+    return number
 
 
-def _drop_derived(model: dict[str, Any], changed: dict[str, Any]) -> None:
-    """Forget preset values that followed from a size that was changed, so that they are derived anew."""
-    if {"hidden_size", "num_attention_heads"} & changed.keys() and "kv_channels" not in changed:
-        model.pop("kv_channels", None)
-    if "seq_length" in changed and "max_position_embeddings" not in changed:
-        model.pop("max_position_embeddings", None)
+# -- figures ---------------------------------------------------------------------------------------------------------
 
 
-def report(request: Request) -> dict[str, Any]:
-    """All figures as one JSON-ready dictionary: parameters, operations and bytes are plain numbers."""
-    count = count_parameters(request.model, request.memory)
-    flops = flops_per_token(request.model, request.memory)
-    touched = [bytes_touched_per_token(request.model, request.memory, batch) for batch in DECODE_BATCHES]
+def _model_figures(preset: Preset | None, values: dict[str, Any], memory: Any) -> dict[str, Any]:
+    count = count_parameters(values, memory)
+    flops = flops_per_token(values, memory)
+    touched = [bytes_touched_per_token(values, memory, batch) for batch in DECODE_BATCHES]
+    derived = ("memory", "blocks", "memory_share", "forward", "training")
     return {
-        "model_preset": request.preset.name if request.preset else None,
-        "source": request.preset.source if request.preset else None,
-        "model": request.model,
-        "memory": dataclasses.asdict(request.memory) if request.memory else None,
-        "parameters": _parameters(count),
-        "flops_per_token": _flops(flops),
+        "model_preset": preset.name if preset else None,
+        "description": preset.description if preset else None,
+        "source": preset.source if preset else None,
+        "model": {key: values[key] for key in MODEL_KEYS if key in values},
+        "memory": dataclasses.asdict(memory) if memory else None,
+        "parameters": {name: getattr(count, name) for name in COUNTS},
+        "flops_per_token": {**dataclasses.asdict(flops), **{name: getattr(flops, name) for name in derived}},
         "bytes_touched_per_token": [{**dataclasses.asdict(item), "all": item.all} for item in touched],
-        "stated": _stated(request.preset, count),
+        "stated": _stated(preset, count),
     }
 
 
-def _parameters(count: ParameterCount) -> dict[str, int]:
-    names = ("embedding", "positions", "output", "attention", "ffn", "norms", "memory", "tables", "picked", "activated",
-             "activated_without_embeddings", "total", "stored")
-    return {name: getattr(count, name) for name in names}
-
-
-def _flops(flops: FlopsPerToken) -> dict[str, float]:
-    derived = ("memory", "blocks", "memory_share", "forward", "training")
-    return {**dataclasses.asdict(flops), **{name: getattr(flops, name) for name in derived}}
-
-
-def _stated(preset: Preset | None, count: ParameterCount) -> dict[str, Any] | None:
+def _stated(preset: Preset | None, count: Any) -> dict[str, Any] | None:
     """Figures somebody states for the preset, beside ours under the same convention; deviations are fractions."""
     if preset is None or preset.expected is None:
         return None
@@ -211,77 +214,114 @@ def _stated(preset: Preset | None, count: ParameterCount) -> dict[str, Any] | No
     return result
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------
-
-LABELS = {
-    "embedding": "embedding (vocabulary x H)", "positions": "position embedding",
-    "output": "output matrix (0: tied to the embedding)", "attention": "attention", "ffn": "FFN", "norms": "norms",
-    "memory": "memory layers without tables", "tables": "value tables", "picked": "  of these read per token",
-    "activated": "activated (vocabulary matrix once)", "activated_without_embeddings": "activated without embeddings",
-    "total": "total without embeddings", "stored": "stored (everything)",
-    "attention_projections": "attention projections", "attention_scores": "attention scores (causal)",
-    "memory_projections": "memory projections", "memory_scoring": "memory key scores",
-    "memory_grid": "memory K x K grid", "memory_lookup": "memory row lookup", "logits": "logits", "forward": "forward",
-    "training": "training (3x)",
-}
+def _layout(layout: Layout) -> dict[str, Any]:
+    return {**dataclasses.asdict(layout), "dp": layout.dp}
 
 
-def tables(figures: dict[str, Any], preset: Preset | None) -> str:
-    """The figures as text."""
-    lines = [f"{preset.name}: {preset.description} ({preset.source})"] if preset else ["model from flags"]
-    lines += ["", "parameters"]
-    lines += [_line(name, _short(value)) + f"  {value:>18,}" for name, value in figures["parameters"].items()
-              if value or name == "output"]
-    flops = figures["flops_per_token"]
-    lines += ["", f"FLOPs per token (sequences of {figures['model']['seq_length']})"]
-    lines += [_line(name, _short(value)) for name, value in flops.items() if name in LABELS and value
-              and name not in ("memory", "blocks")]
-    if flops["memory"]:
-        lines += [f"  {'memory share of the blocks':<42} {100 * flops['memory_share']:>8.1f}%"]
-    lines += ["", "weight bytes read per decoded token (bf16)",
-              f"  {'tokens decoded together':<26} {'dense':>10} {'rows':>10} {'sum':>10}  MoE of this size"]
-    for item in figures["bytes_touched_per_token"]:
-        moe = "" if item["moe"] is None else f"{_short(item['moe']):>10} ({item['moe'] / item['all']:.1f}x)"
-        lines += [f"  {item['batch']:<26} {_short(item['dense']):>10} {_short(item['rows']):>10} "
-                  f"{_short(item['all']):>10} {moe}"]
-    stated = figures["stated"]
-    if stated:
-        lines += ["", f"stated by {stated['by']}"]
-        for name in ("activated", "total"):
-            if name in stated:
-                item = stated[name]
-                without = name == "total" or not item["embeddings_counted"]
-                label = f"{name}, embeddings {'left out' if without else 'once'}"
-                lines += [f"  {label:<32} {_short(item['stated']):>9}  here {_short(item['ours']):>9}  "
-                          f"deviation {100 * item['deviation']:+.1f}%"]
-    return "\n".join(lines)
+def _rank(rank: RankBytes, reserve: float) -> dict[str, Any]:
+    state, activations = rank.state, rank.activations
+    kept = activations.peak - activations.working
+    return {
+        "stage": rank.stage, "parameters": state.parameters, "weights": state.weights, "gradients": state.gradients,
+        "optimizer": state.optimizer, "buffers": state.buffers, "activations_kept": kept,
+        "activations_working": activations.working, "exchange_buffers": activations.exchange,
+        "micro_batches_in_flight": activations.in_flight, "all": rank.all, "with_reserve": rank.all + reserve * GIB,
+    }
 
 
-def _line(name: str, text: str) -> str:
-    return f"  {LABELS.get(name, name):<42} {text:>9}"
+def _run_figures(found: Evaluation, model: Model, device: Device, reserve: float) -> dict[str, Any]:
+    layout = found.layout
+    return {
+        "layout": _layout(layout),
+        "device": dataclasses.asdict(device),
+        "fits": found.fits,
+        "bytes_per_rank": [_rank(rank, reserve) for rank in found.ranks],
+        "exchange_per_step": {mode: _exchange(model, layout, mode) for mode in ("dim", "row")} if model.memory else {},
+        "collectives_per_step": _collectives(found, model),
+        "step_time": dataclasses.asdict(found.time),
+    }
 
 
-def _short(value: float) -> str:
-    """A count with a letter for its power of 1000, about four digits."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
+def _memory_layers(model: Model, layout: Layout) -> list[int]:
+    """Memory layers on each pipeline stage."""
+    assert model.memory is not None
+    present = model.memory.memory_layers(model.shape(1).num_layers)
+    return [sum(present[block] for chunk in range(layout.chunks)
+                for block in layout.stage_blocks(len(present), stage, chunk)) for stage in range(layout.pp)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-    try:
-        request = read_command_line(sys.argv[1:] if argv is None else argv)
-        if request.list_presets:
-            print("\n".join(f"{each.name:<22} {each.description} ({each.source})" for each in PRESETS.values()))
-            return 0
-        figures = report(request)
-    except ValueError as error:
-        print(f"plan.py: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(figures, indent=2) if request.as_json else tables(figures, request.preset))
-    return 0
+def _exchange(model: Model, layout: Layout, mode: str) -> dict[str, Any] | None:
+    """Bytes a rank sends per step with tables shared out by ``mode``; None where they cannot be."""
+    assert model.memory is not None
+    layout = dataclasses.replace(layout, memory_mode=mode)
+    shape = model.shape(layout.tp)
+    if layout.complaint(shape, model.memory) is not None:
+        return None
+    once = layer_exchange(shape, model.memory, layout)
+    mlp = layout.recompute == "selective" and "mlp" in layout.recompute_modules
+    again = {name: 2 if (layout.recompute == "full" or mlp) and name in FORWARD else 1 for name in once}
+    times = layout.micro_batches * max(_memory_layers(model, layout))
+    steps = {name: count * again[name] * times for name, count in once.items()}
+    tokens = layout.own_tokens(shape.seq_length)
+    return {"steps": steps, "all": sum(steps.values()), "per_token_and_layer": sum(once.values()) / tokens}
+
+
+def _collectives(found: Evaluation, model: Model) -> dict[str, float]:
+    """Bytes a rank sends per step in all other collectives, on the stage that sends most."""
+    layout = found.layout
+    shape = model.shape(layout.tp)
+    blocks = max(len(layout.stage_blocks(shape.num_layers, stage)) for stage in range(layout.pp)) * layout.chunks
+    every = [traffic(shape, model.memory, layout, rank.state) for rank in found.ranks]
+    again = 1 if layout.recompute == "full" else 0
+    sent = every[0]
+    per_step = blocks * layout.micro_batches
+    return {
+        "tensor_parallel": per_step * ((1 + again) * sent.tensor_forward + sent.tensor_backward),
+        "context_parallel": per_step * (2 + again) * sent.context,
+        "pipeline": layout.micro_batches * layout.chunks * 2 * sent.pipeline,
+        "dense_gradients": max(each.dense_gradients for each in every),
+        "table_gradients": max(each.table_gradients for each in every),
+        "dense_weights": max(each.dense_weights for each in every),
+        "table_weights": max(each.table_weights for each in every),
+    }
+
+
+# -- search ----------------------------------------------------------------------------------------------------------
+
+
+def _search(given: Any, run: Any, values: dict[str, Any], model: Model, device: Device,
+            available: float) -> dict[str, Any]:
+    fixed = {}
+    for key, (name, kind) in SEARCHED.items():
+        text = getattr(given, key)
+        if text is not None:
+            if kind is not int and text not in kind:
+                raise ValueError(f"--{key.replace('_', '-')} is {text!r}; expected one of {', '.join(kind)}")
+            fixed[name] = _number(key, text, int) if kind is int else text
+    if fixed.get("recompute") == "selective":
+        fixed["recompute_modules"] = tuple(values["recompute_modules"] or ("core_attn",))
+    if "sequence_parallel" in run.sources:
+        fixed["sequence_parallel"] = bool(values["sequence_parallel"])
+    batch = values["global_batch_size"] if "global_batch_size" in run.sources else run.world_size
+    alone = {key: 1 for key, (_, kind) in SEARCHED.items() if kind is int}
+    start = Layout.from_values({**values, **alone, "global_batch_size": run.world_size}, run.world_size)
+    sharded = start.distributed_optimizer or "use_distributed_optimizer" not in run.sources
+    reducing = start.overlap_grad_reduce or "overlap_grad_reduce" not in run.sources
+    gathering = sharded and reducing and (start.overlap_param_gather or "overlap_param_gather" not in run.sources)
+    start = dataclasses.replace(start, distributed_optimizer=sharded, overlap_grad_reduce=reducing,
+                                overlap_param_gather=gathering)
+    found = search(model, start, batch, device, available, fixed)
+    top = _number("top", given.top, int)
+    smallest = found.smallest
+    return {
+        "global_batch_size": batch,
+        "legal": found.legal,
+        "fitting": len(found.fitting),
+        "best": [{"layout": _layout(each.layout), "flags": each.layout.flags(), "gib": each.worst.all / GIB,
+                  "step": each.time.step, "mfu": each.time.mfu,
+                  "tokens_per_second": each.time.tokens_per_second} for each in found.fitting[:top]],
+        "smallest": None if smallest is None else {"layout": _layout(smallest.layout), "gib": smallest.worst.all / GIB},
+    }
 
 
 if __name__ == "__main__":

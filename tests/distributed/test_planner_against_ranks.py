@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -169,7 +169,7 @@ def forward_backward(run: Any, state: Any) -> None:
     """All micro-batches of a step, forward and backward."""
     from umv2_megatron.training import step
 
-    step.next_batch = next
+    step.next_batch = next  # type: ignore[assignment]
     step.connect(run, state.chunks, state.optimizer)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
@@ -199,12 +199,12 @@ def exchange_differences(changes: dict[str, Any]) -> list[str]:
         passes.append(tuple(sum(each) - each[rank] for each in (started.call.send, started.call.receive)))
         return started
 
-    row_sharded.RowShardedLookup.start = recording
+    row_sharded.RowShardedLookup.start = recording  # type: ignore[method-assign, assignment]
     forward_backward(run, state)
     layers = [layer for chunk in state.chunks for _, layer in memory_layers(unwrap(chunk))]
     found = total_sent([layer.table.exchange for layer in layers if layer.owns_table])
     again = layout.recompute == "full"
-    planned: Counter[str] = Counter()
+    planned: dict[str, float] = defaultdict(float)
     tokens = layout.own_tokens(shape.seq_length)
     rows = table_rows(memory, sum(memory.memory_layers(shape.num_layers)))
     times = len(layers) * run.num_microbatches

@@ -1,4 +1,11 @@
-"""What a model costs, by arithmetic alone: parameters, floating-point operations, bytes read per token.
+"""What a model and a run of it cost, by arithmetic alone: parameters, floating-point operations, bytes and time.
+
+    model_shape, parameters, flops, memory_access   the model, whatever it runs on
+    layout, rank_parameters                         how it is spread over ranks, and what one of them holds
+    state_bytes, activations                        bytes on a rank that stay, and that come and go
+    exchange, traffic                               bytes that ranks send each other
+    step_time, search                               what a step takes, and which layout is fastest
+    tables                                          all of it as text
 
 Nothing here needs torch, so the answers come at once and on any machine. ``model_fields`` is everywhere a mapping of
 Megatron's flag names (with underscores) to values, as in ``config/presets.py``; ``memory_config`` is None for a model

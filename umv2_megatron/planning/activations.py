@@ -87,14 +87,10 @@ def activation_bytes(shape: ModelShape, memory: MemoryConfig | None, layout: Lay
     if layout.pp > 1:
         waiting += (in_flight - 1) * hidden  # what was sent to the next stage
     last = blocks[-1]
-    working, exchange = max(
-        (
-            candidate
-            for block in {id(block): block for block in last[-1:] + [each for each in last if each.memory][-1:]}.values()
-            for candidate in block.working_sets(_recomputed(len(last) - 1, len(last), layout), hidden)
-        ),
-        default=(0, 0),
-    )
+    together = _recomputed(len(last) - 1, len(last), layout)
+    looked_at = last[-1:] + [each for each in last[:-1] if each.memory][-1:]
+    sets = [each for block in looked_at for each in block.working_sets(together, hidden)]
+    working, exchange = max(sets, default=(0, 0))
     if layout.is_last(stage):
         working = max(working, _logits(shape, layout))
     workspace = 0 if layout.engine else _probabilities(shape, layout) * layout.weight_bytes
@@ -222,7 +218,8 @@ class _Block:
             return 0, qkv + (query + key) * size + out
         norms = (query + key) * (size if size == FP32 else 2 * FP32) if shape.qk_norm else 0
         everyone = key * layout.cp  # keys are gathered over the context-parallel ranks
-        core = _probabilities(shape, layout) * (FP32 if size == FP32 else FP32 + size) + shape.seq_length**2 // layout.cp
+        core = _probabilities(shape, layout) * (FP32 if size == FP32 else FP32 + size)
+        core += shape.seq_length**2 // layout.cp  # the mask
         rotated = query * size
         if grouped:
             core += 2 * query * layout.cp * size  # keys and values, one for each head

@@ -1,8 +1,8 @@
-"""How a run is spread over ranks and what it keeps in which precision: all that bytes and times depend on but the sizes.
+"""How a run is spread over ranks and what it keeps in which precision.
 
 A ``Layout`` is read from the same flag values as the run itself (``Layout.from_values``) and is legal under the same
-rules (``Layout.complaint``, which restates ``config/checks.py`` and ``parallel/groups.check_sizes`` in arithmetic alone,
-because the search asks thousands of times).
+rules (``Layout.complaint``, which restates ``config/checks.py`` and ``parallel/groups.check_sizes`` in arithmetic
+alone, because the search asks thousands of times).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Layout:
     """Parallel sizes, batch, precision and recomputation of one run.
 
     ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
-    ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and step;
-    ``engine``: Transformer Engine's fused attention and norms instead of megatron-core's own modules;
+    ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and
+    step; ``engine``: Transformer Engine's fused attention and norms instead of megatron-core's own modules;
     ``bucket_elements``: --ddp-bucket-size; ``first_stage``/``last_stage``: layers there, None for an even split.
     """
 
@@ -53,7 +53,7 @@ class Layout:
     recompute: str = "none"
     recompute_method: str = "uniform"
     recompute_layers: int = 1
-    recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_modules: tuple[str, ...] = ()
     engine: bool = True
     fused_activation: bool = False
     first_stage: int | None = None
@@ -75,9 +75,11 @@ class Layout:
         micro = values["micro_batch_size"]
         replicas = max(1, world_size // (tp * pp * cp))
         batch = values.get("global_batch_size") or micro * replicas
+        recompute = values.get("recompute_granularity") or "none"
+        modules = values.get("recompute_modules") or ("core_attn",)
         if batch % (micro * replicas):
-            raise ValueError(f"--global-batch-size is {batch}; expected a multiple of --micro-batch-size x data-parallel "
-                             f"size = {micro} x {replicas} = {micro * replicas}")
+            raise ValueError(f"--global-batch-size is {batch}; expected a multiple of --micro-batch-size x "
+                             f"data-parallel size = {micro} x {replicas} = {micro * replicas}")
         return cls(
             world=world_size, tp=tp, pp=pp, cp=cp,
             chunks=values["num_layers"] // pp // per_chunk if per_chunk else 1,
@@ -93,10 +95,10 @@ class Layout:
             overlap_grad_reduce=bool(values["overlap_grad_reduce"]),
             overlap_param_gather=bool(values["overlap_param_gather"]),
             bucket_elements=values.get("bucket_size"),
-            recompute=values.get("recompute_granularity") or "none",
+            recompute=recompute,
             recompute_method=values.get("recompute_method") or "uniform",
             recompute_layers=values.get("recompute_num_layers") or 1,
-            recompute_modules=tuple(values.get("recompute_modules") or ("core_attn",)),
+            recompute_modules=tuple(modules) if recompute == "selective" else (),
             engine=values.get("transformer_impl") != "local",
             fused_activation=bool(values.get("bias_activation_fusion")),
             first_stage=values.get("num_layers_in_first_pipeline_stage"),
@@ -147,6 +149,29 @@ class Layout:
         """The part of every value table that rank ``rank`` of a memory-parallel group holds."""
         return TableShard(self.memory_mode, self.memory_size, rank)
 
+    def flags(self) -> str:
+        """The flags of pretrain_umv2.py that give this layout."""
+        sizes = {
+            "tensor-model-parallel-size": self.tp, "pipeline-model-parallel-size": self.pp,
+            "context-parallel-size": self.cp, "memory-parallel-size": self.memory_size,
+            "micro-batch-size": self.micro_batch, "global-batch-size": self.micro_batch * self.micro_batches * self.dp,
+        }
+        found = [f"--{name} {size}" for name, size in sizes.items() if size > 1 or "batch" in name]
+        if self.memory_size > 1:
+            found.append(f"--memory-parallel-mode {self.memory_mode}")
+        switches = {
+            "sequence-parallel": self.sequence_parallel, "bf16": self.bf16,
+            "use-distributed-optimizer": self.distributed_optimizer, "overlap-grad-reduce": self.overlap_grad_reduce,
+            "overlap-param-gather": self.overlap_param_gather,
+        }
+        found += [f"--{name}" for name, on in switches.items() if on]
+        if self.recompute == "full":
+            found.append(f"--recompute-granularity full --recompute-method {self.recompute_method} "
+                         f"--recompute-num-layers {self.recompute_layers}")
+        elif self.recompute == "selective":
+            found.append("--recompute-granularity selective --recompute-modules " + " ".join(self.recompute_modules))
+        return " ".join(found)
+
     def stage_blocks(self, num_layers: int, stage: int, chunk: int = 0) -> range:
         """The blocks, 0-based in the whole model, of virtual stage ``chunk`` of pipeline stage ``stage``."""
         if self.first_stage is None and self.last_stage is None:
@@ -176,7 +201,7 @@ class Layout:
 
     def complaint(self, shape: ModelShape, memory: MemoryConfig | None) -> str | None:
         """What makes this layout impossible for the model, in a few words; None when it can be trained."""
-        tp, pp, cp, size = self.tp, self.pp, self.cp, self.memory_size
+        tp, pp, cp = self.tp, self.pp, self.cp
         if self.world % (tp * pp * cp):
             return f"TP x PP x CP = {tp * pp * cp} does not divide {self.world} ranks"
         if self.first_stage is None and self.last_stage is None and shape.num_layers % (pp * self.chunks):
@@ -189,8 +214,6 @@ class Layout:
             return f"sequence of {shape.seq_length} over CP {cp}"
         if self.sequence_parallel and shape.seq_length % (tp * cp):
             return f"sequence of {shape.seq_length} over TP {tp} x CP {cp}"
-        if self.chunks > 1 and self.micro_batches % pp:
-            return f"{self.micro_batches} micro-batches over {pp} stages in turns"
         return self._table_complaint(shape, memory) if memory is not None else None
 
     def _table_complaint(self, shape: ModelShape, memory: MemoryConfig) -> str | None:

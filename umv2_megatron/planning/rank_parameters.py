@@ -1,8 +1,8 @@
 """The parameters that one rank holds, one by one and in the order of ``named_parameters``.
 
 The order matters to the byte: mcore's DDP lays gradients out in it, pads between parameters with the distributed
-optimizer, and cuts the buffer into buckets of a certain size. ``tests/distributed/test_planner_against_ranks.py`` compares
-names and sizes with those of built models.
+optimizer, and cuts the buffer into buckets of a certain size. ``tests/distributed/test_planner_against_ranks.py``
+compares names and sizes with those of built models.
 """
 
 from __future__ import annotations

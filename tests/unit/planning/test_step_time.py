@@ -1,0 +1,151 @@
+"""Traffic, times and exchanges of the planner against sums done by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from umv2_megatron.config.presets import PRESETS
+from umv2_megatron.planning.activations import micro_batches_in_flight
+from umv2_megatron.planning.exchange import exchange_bytes
+from umv2_megatron.planning.layout import Layout
+from umv2_megatron.planning.rank_parameters import Parameter
+from umv2_megatron.planning.search import Model, evaluate, search
+from umv2_megatron.planning.state_bytes import Bucket, StateBytes, buckets_of, owned_elements
+from umv2_megatron.planning.step_time import Device
+from umv2_megatron.planning.traffic import traffic
+
+PRESET = PRESETS["umv2-1b-7b"]
+MODEL = Model(PRESET.model, PRESET.memory_config())
+IDEAL = Device(peak_tflops=100.0, flops_efficiency=1.0, memory_bandwidth=1e9, intra_node_bandwidth=1e9,
+               inter_node_bandwidth=1e9, link_latency_us=0.0)
+TOKENS, HIDDEN = 4096, 2048
+
+
+def test_exchange_by_dimension_by_hand() -> None:
+    """M = 4, T = 10, P = K = 128, C = 2 (so that C' = 1), Dp = 384, Dv = 768, bf16."""
+    sent = exchange_bytes(PRESET.memory_config(), "dim", 4, 10, 552**2, 2)
+    assert sent == {
+        "rows": 3 * 10 * 128 * 4, "projected": 10 * 96 * 3 * 2, "pre_scores": 3 * 10 * 128 * 4,
+        "weights": 3 * 10 * 128 * 4, "output": 3 * 10 * 192 * 2, "output_grad": 3 * 10 * 192 * 2,
+        "weight_grads": 3 * 10 * 128 * 4, "rho_grads": 3 * 10 * 128 * 4, "projected_grad": 10 * 96 * 3 * 2,
+    }
+    wide = exchange_bytes(PRESET.memory_config(), "dim", 4, 10, 2**31 + 1, 2)
+    assert wide["rows"] == 2 * sent["rows"], "picks of a larger table take 8 bytes"
+    assert exchange_bytes(PRESET.memory_config(), "dim", 1, 10, 552**2, 2) == {}
+
+
+def test_exchange_by_row_by_hand() -> None:
+    sent = exchange_bytes(PRESET.memory_config(), "row", 4, 10, 552**2, 2, sent_picks=900, received_picks=1000)
+    assert sent == {
+        "pick_counts": 3 * 10 * 4, "rows": 900 * 4, "scores": 900 * 2 * 4, "projected": 3 * 10 * 384 * 2,
+        "output": 3 * 10 * 768 * 2, "output_grad": 3 * 10 * 768 * 2, "score_grads": 1000 * 2 * 4,
+        "projected_grad": 3 * 10 * 384 * 2,
+    }
+    even = exchange_bytes(PRESET.memory_config(), "row", 4, 10, 552**2, 2)
+    assert even["rows"] == even["scores"] / 2 == 10 * 128 * 3 / 4 * 4
+
+
+def test_traffic_by_hand() -> None:
+    layout = Layout(world=16, tp=2, pp=2, sequence_parallel=True, bf16=True, distributed_optimizer=True, memory_size=4)
+    state = StateBytes(parameters=0, weights=1000, gradients=4000, optimizer=0, buffers=0, table_weights=400,
+                       table_gradients=1600, table_optimizer=0)
+    sent = traffic(MODEL.shape(2), MODEL.memory, layout, state)
+    part = TOKENS * HIDDEN * 2 / 2
+    assert (sent.tensor_forward, sent.tensor_backward, sent.tensor_hidden) == (4 * part, 6 * part, 2 * part)
+    assert sent.pipeline == part and sent.context == 0
+    assert sent.dense_gradients == 2400 * 3 / 4 and sent.dense_weights == 600 * 3 / 4
+    assert sent.table_gradients == 1600 / 2 and sent.table_weights == 400 / 2
+    whole = traffic(MODEL.shape(2), MODEL.memory, dataclasses.replace(layout, distributed_optimizer=False), state)
+    assert whole.dense_gradients == 2 * sent.dense_gradients and whole.dense_weights == 0
+    duplicated = traffic(MODEL.shape(2), MODEL.memory, dataclasses.replace(layout, sequence_parallel=False), state)
+    assert duplicated.tensor_forward == 4 * part + part and duplicated.pipeline == 2 * part
+
+
+def test_links() -> None:
+    device = Device(intra_node_bandwidth=100.0, inter_node_bandwidth=10.0, gpus_per_node=4, link_latency_us=10.0)
+    assert device.seconds(1e9, 1, 1) == 0.0
+    assert device.seconds(1e9, 4, 1) == pytest.approx(1e-5 + 0.01)
+    # 8 ranks on 2 nodes: 4 of 7 bytes leave the node, each through its own rank's link, or shared by the node's 4
+    assert device.seconds(7e9, 8, 1, all_to_all=True) == pytest.approx(1e-5 + 0.4)
+    assert device.seconds(7e9, 8, 1) == pytest.approx(1e-5 + 0.1)
+    assert device.seconds(1e9, 2, 4) == pytest.approx(1e-5 + 0.1)
+
+
+def test_ideal_machine_reaches_full_utilisation() -> None:
+    """Without memory traffic, links or a pipeline, only the products are left; recomputation costs a third."""
+    layout = Layout(world=4, micro_batches=2, bf16=True)
+    time = evaluate(MODEL, layout, IDEAL).time
+    assert time.mfu == pytest.approx(1.0, rel=1e-3)
+    assert time.step == pytest.approx(MODEL.flops.training * 2 * TOKENS / 1e14, rel=1e-3)
+    again = evaluate(MODEL, dataclasses.replace(layout, recompute="full"), IDEAL).time
+    logits = MODEL.flops.logits / MODEL.flops.forward
+    assert again.mfu == pytest.approx(3 / (4 - logits), rel=1e-3)
+
+
+def test_pipeline_bubble() -> None:
+    layout = Layout(world=4, pp=4, micro_batches=8, bf16=True)
+    time = evaluate(MODEL, layout, IDEAL).time
+    both = time.forward + time.backward
+    assert time.bubble == pytest.approx(3 * both) and time.step == pytest.approx(11 * both, rel=1e-3)
+    turns = evaluate(MODEL, dataclasses.replace(layout, chunks=4), IDEAL).time
+    assert turns.bubble == pytest.approx(3 * both / 4, rel=1e-3)
+
+
+def test_exchange_is_hidden_behind_the_ffn_only_where_it_runs_beside_it() -> None:
+    slow = dataclasses.replace(IDEAL, intra_node_bandwidth=1e3)
+    base = Layout(world=8, micro_batches=1, bf16=True, memory_size=8, memory_mode="row")
+    sent = exchange_bytes(MODEL.memory, "row", 8, TOKENS, 552**2, 2)
+    waited = sum(sent[name] for name in ("pick_counts", "output", "output_grad"))
+    beside = sum(sent.values()) - waited
+    time = evaluate(MODEL, base, slow).time
+    ffn = TOKENS * MODEL.flops.ffn / 16 / 1e14
+    assert beside / 1e12 < ffn
+    assert time.exchange == pytest.approx(16 * waited / 1e12)
+
+
+def test_micro_batches_in_flight() -> None:
+    layout = Layout(world=4, pp=4, micro_batches=8)
+    assert [micro_batches_in_flight(layout, stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert micro_batches_in_flight(dataclasses.replace(layout, micro_batches=2), 0) == 2
+    turns = dataclasses.replace(layout, chunks=2)
+    assert [micro_batches_in_flight(turns, stage) for stage in range(4)] == [11, 9, 7, 5]
+
+
+def test_buckets_by_hand() -> None:
+    """mcore fills a buffer from the last parameter to the first; shards start at 64ths and end at 128ths."""
+    sizes = [Parameter("first", 100, "embedding", ends_bucket=True), Parameter("second", 10, "ffn"),
+             Parameter("third", 70, "ffn")]
+    assert buckets_of(sizes, 2, False, None) == [Bucket(0, 180, ((0, 70), (70, 80), (80, 180)))]
+    sharded = buckets_of(sizes, 2, True, None)
+    assert sharded == [Bucket(0, 256, ((0, 70), (128, 138))), Bucket(256, 384, ((256, 356),))]
+    assert [owned_elements(sharded, 2, replica) for replica in (0, 1)] == [70 + 64, 10 + 36]
+    assert owned_elements(sharded, 2, None) == 128 + 64
+    assert [len(bucket.parameters) for bucket in buckets_of(sizes, 1, False, 75)] == [2, 1]
+
+
+def test_search_finds_the_fastest_that_fits() -> None:
+    """Every layout that the search leaves out is slower or too large."""
+    start = Layout(world=8, bf16=True, distributed_optimizer=True)
+    memory_bytes = 20 * 2**30
+    found = search(MODEL, start, 16, Device(), memory_bytes)
+    assert found.fitting and all(each.worst.all <= memory_bytes for each in found.fitting)
+    steps = [each.time.step for each in found.fitting]
+    assert steps == sorted(steps) and len(found.fitting) < found.legal
+    roomy = search(MODEL, start, 16, Device(), 1e15)
+    assert len(roomy.fitting) == roomy.legal == found.legal
+    assert roomy.fitting[0].time.step <= steps[0]
+    nothing = search(MODEL, start, 16, Device(), 2**20)
+    assert not nothing.fitting and nothing.smallest is not None
+    assert nothing.smallest.worst.all == min(each.worst.all for each in roomy.fitting)
+
+
+def test_engine_holds_no_probabilities() -> None:
+    """Local attention's activations grow with the square of the sequence, fused attention's do not."""
+    fields = {**PRESET.model, "seq_length": 8192, "max_position_embeddings": 8192}
+    longer = Model(fields, PRESET.memory_config())
+    for engine, least, most in ((True, 1.9, 2.1), (False, 2.5, 4.0)):
+        layout = Layout(bf16=True, engine=engine)
+        peaks = [evaluate(model, layout, Device()).worst.activations.peak for model in (MODEL, longer)]
+        assert least < peaks[1] / peaks[0] < most

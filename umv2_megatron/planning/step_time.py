@@ -1,0 +1,242 @@
+"""Predicted time of a training step, from stated FLOP/s and bandwidths; docs/planning.md says what overlaps.
+
+Of a stage's micro-batch:
+
+    products    FLOPs / (peak x efficiency); a backward is two forwards, recomputation one more
+    rows        picked rows read in the forward; in the backward read again, and their gradients added in float32
+    key scores  written and read a few times in float32, because they are too large for a cache
+    exchange    the steps of planning/exchange.py. Those that are under way while the FFN computes count only as far
+                as they take longer than it; the others count in full
+    collectives of tensor, context and pipeline parallelism
+
+    step = (micro-batches + (PP - 1) / virtual stages) x the slowest stage + data parallelism not hidden + optimizer
+
+A collective takes latency + bytes / bandwidth. Of a group that reaches over nodes, an all-to-all sends each byte for
+another node through the rank's own link; in all-gather and reduce-scatter the ranks of a node share what crosses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.planning.exchange import FORWARD, OVERLAPPED, exchange_bytes
+from umv2_megatron.planning.flops import FlopsPerToken
+from umv2_megatron.planning.layout import Layout
+from umv2_megatron.planning.model_shape import ModelShape
+from umv2_megatron.planning.rank_parameters import table_rows
+from umv2_megatron.planning.state_bytes import FP32, StateBytes
+from umv2_megatron.planning.traffic import Traffic, traffic
+
+# Exchanges in which every pair of ranks has messages of its own; the others gather or reduce.
+ALL_TO_ALL = {
+    "dim": ("projected", "weights", "output", "output_grad", "weight_grads", "projected_grad"),
+    "row": ("pick_counts", "rows", "scores", "score_grads"),
+}
+# Passes over the key scores [2, R, T, h, N] in float32: product, copy, ranking; gradients, sums, copy.
+KEY_SCORE_PASSES = {"forward": 4, "backward": 5}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Figures of a rank's device and links; bandwidths in GB/s (1e9 bytes), in one direction, as achieved."""
+
+    peak_tflops: float = 989.0
+    flops_efficiency: float = 0.5
+    memory_bandwidth: float = 2500.0
+    intra_node_bandwidth: float = 360.0
+    inter_node_bandwidth: float = 40.0
+    gpus_per_node: int = 8
+    link_latency_us: float = 20.0
+
+    def seconds(self, sent: float, ranks: int, stride: int, *, all_to_all: bool = False) -> float:
+        """Time to send ``sent`` bytes in a group of ``ranks`` whose members are ``stride`` ranks apart."""
+        if ranks == 1 or sent <= 0:
+            return 0.0
+        here = max(1, min(ranks, self.gpus_per_node // stride))
+        crossing = sent * (ranks - here) / (ranks - 1)
+        inside = sent - crossing
+        if not all_to_all:
+            crossing /= here
+        longest = max(inside / self.intra_node_bandwidth, crossing / self.inter_node_bandwidth)
+        return self.link_latency_us * 1e-6 + longest / 1e9
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step. ``forward``, ``backward``: one micro-batch on the slowest stage, exposed communication
+    included; of both together ``exchange`` and ``collectives`` are exposed communication. ``step``: all of it."""
+
+    forward: float
+    backward: float
+    exchange: float
+    collectives: float
+    bubble: float
+    data_parallel: float
+    optimizer: float
+    step: float
+    tokens_per_second: float
+    mfu: float
+
+
+def step_time(
+    shape: ModelShape,
+    memory: MemoryConfig | None,
+    layout: Layout,
+    flops: FlopsPerToken,
+    states: dict[int, StateBytes],
+    device: Device,
+) -> StepTime:
+    """Predicted time of one step.
+
+    Args:
+        flops: of the whole model, per token.
+        states: bytes held on pipeline stages, by stage; the ones whose time is looked at.
+    """
+    stages = [_Stage(shape, memory, layout, flops, device, stage, states[stage]) for stage in states]
+    slowest = max(stages, key=lambda each: each.forward + each.backward)
+    both = slowest.forward + slowest.backward
+    bubble = (layout.pp - 1) / layout.chunks * both
+    hidden_by = {
+        "gradients": slowest.backward if layout.overlap_grad_reduce else 0.0,
+        "weights": slowest.forward if layout.overlap_param_gather else 0.0,
+    }
+    data_parallel = max(each.data_parallel(hidden_by) for each in stages)
+    optimizer = max(each.optimizer() for each in stages)
+    step = layout.micro_batches * both + bubble + data_parallel + optimizer
+    tokens = layout.micro_batches * layout.micro_batch * layout.dp * shape.seq_length
+    return StepTime(
+        forward=slowest.forward,
+        backward=slowest.backward,
+        exchange=slowest.exchange,
+        collectives=slowest.collectives,
+        bubble=bubble,
+        data_parallel=data_parallel,
+        optimizer=optimizer,
+        step=step,
+        tokens_per_second=tokens / step,
+        mfu=flops.training * tokens / (step * layout.world * device.peak_tflops * 1e12),
+    )
+
+
+class _Stage:
+    """One micro-batch on one pipeline stage, all its virtual stages."""
+
+    def __init__(
+        self, shape: ModelShape, memory: MemoryConfig | None, layout: Layout, flops: FlopsPerToken, device: Device,
+        stage: int, state: StateBytes,
+    ) -> None:
+        self.shape, self.memory, self.layout, self.device, self.state = shape, memory, layout, device, state
+        self.sent: Traffic = traffic(shape, memory, layout, state)
+        blocks = [block for chunk in range(layout.chunks)
+                  for block in layout.stage_blocks(shape.num_layers, stage, chunk)]
+        self.blocks = len(blocks)
+        present = memory.memory_layers(shape.num_layers) if memory else [False] * shape.num_layers
+        self.memory_layers = sum(present[block] for block in blocks)
+        self.all_memory_layers = sum(present)
+        self._compute(flops, layout.is_last(stage))
+        self._communicate(stage)
+
+    def _compute(self, flops: FlopsPerToken, has_logits: bool) -> None:
+        """Seconds of products and memory traffic, ``forward`` and ``backward``."""
+        layout, count = self.layout, self.shape.num_layers
+        rate = self.device.peak_tflops * 1e12 * self.device.flops_efficiency
+        tokens = layout.tokens(self.shape.seq_length) / layout.tp / rate
+        attention = tokens * (flops.attention_projections + flops.attention_scores) / count
+        self.ffn = tokens * flops.ffn / count
+        core = tokens * flops.attention_scores / count
+        products = tokens * flops.memory / max(1, self.all_memory_layers)
+        reads = self._memory_traffic()
+        memory = (products + reads[0], 2 * products + reads[1])
+        logits = tokens * flops.logits if has_logits else 0.0
+        forward = self.blocks * (attention + self.ffn) + self.memory_layers * memory[0]
+        self.forward = forward + logits
+        self.backward = 2 * (self.blocks * (attention + self.ffn) + logits) + self.memory_layers * memory[1]
+        self.again = 0.0  # the share of the forward's communication that recomputation repeats
+        if layout.recompute == "full":
+            share = 1.0
+            if layout.recompute_method == "block":
+                share = min(1.0, layout.recompute_layers * layout.chunks / max(1, self.blocks))
+            self.again = share
+            self.backward += share * forward
+        elif layout.recompute == "selective":
+            if "core_attn" in layout.recompute_modules:
+                self.backward += self.blocks * core
+            if "mlp" in layout.recompute_modules:
+                self.backward += self.blocks * self.ffn + self.memory_layers * memory[0]
+
+    def _memory_traffic(self) -> tuple[float, float]:
+        """Seconds that picked rows and key scores of a memory layer take to read and write, forward and backward."""
+        m = self.memory
+        if m is None:
+            return 0.0, 0.0
+        tokens, size = self.layout.own_tokens(self.shape.seq_length), self.layout.weight_bytes
+        elements = tokens * m.num_heads * m.topk * (m.pre_value_dim + m.value_dim)
+        scores = 2 * m.tucker_rank * tokens * m.num_heads * m.scored_keys * FP32
+        rate = self.device.memory_bandwidth * 1e9
+        forward = elements * size + KEY_SCORE_PASSES["forward"] * scores
+        # rows once more; their gradient written and read as float32, and added to the gradient buffer
+        grads = 2 * self.layout.grad_bytes + 2 * FP32
+        backward = elements * (size + grads) + KEY_SCORE_PASSES["backward"] * scores
+        return forward / rate, backward / rate
+
+    def _communicate(self, stage: int) -> None:
+        """Add exposed communication to ``forward`` and ``backward``."""
+        layout, device, sent = self.layout, self.device, self.sent
+        latencies = device.link_latency_us * 1e-6
+        forward = device.seconds(sent.tensor_forward, layout.tp, 1)
+        backward = device.seconds(sent.tensor_backward - sent.tensor_hidden, layout.tp, 1)
+        if layout.tp > 1:  # four collectives each way, one latency is counted
+            forward, backward = forward + 3 * latencies, backward + 3 * latencies
+        context = device.seconds(sent.context, layout.cp, layout.tp)
+        forward, backward = self.blocks * (forward + context), self.blocks * (backward + context)
+        backward += self.again * forward
+        hop = 0.0
+        if layout.pp > 1 and layout.chunks == 1:  # with virtual stages messages are sent beside the computation
+            hop = device.seconds(sent.pipeline, 2, layout.world // layout.pp)
+        self.collectives = forward + backward + 2 * hop
+        exchange = self._exchange_seconds()
+        again = self.again
+        if layout.recompute == "selective" and "mlp" in layout.recompute_modules:
+            again = 1.0
+        exposed = (self.memory_layers * exchange[0], self.memory_layers * (exchange[1] + again * exchange[0]))
+        self.exchange = sum(exposed)
+        self.forward += forward + hop + exposed[0]
+        self.backward += backward + hop + exposed[1]
+
+    def _exchange_seconds(self) -> tuple[float, float]:
+        """Seconds that the FFN does not hide of one memory layer's exchanges, forward and backward."""
+        m, layout = self.memory, self.layout
+        if m is None or layout.memory_size == 1:
+            return 0.0, 0.0
+        steps = layer_exchange(self.shape, m, layout)
+        waited = {True: 0.0, False: 0.0}
+        beside = {True: 0.0, False: 0.0}
+        for name, count in steps.items():
+            kind = name in ALL_TO_ALL[layout.memory_mode]
+            seconds = self.device.seconds(count, layout.memory_size, 1, all_to_all=kind)
+            (beside if name in OVERLAPPED else waited)[name in FORWARD] += seconds
+        return waited[True] + max(0.0, beside[True] - self.ffn), waited[False] + max(0.0, beside[False] - 2 * self.ffn)
+
+    def data_parallel(self, hidden_by: dict[str, float]) -> float:
+        """Seconds that reducing gradients and gathering weights take beside the computation."""
+        layout, device, sent = self.layout, self.device, self.sent
+        dense, tables = (layout.dense_replicas, layout.tp), (layout.table_replicas, layout.memory_size)
+        gradients = device.seconds(sent.dense_gradients, *dense) + device.seconds(sent.table_gradients, *tables)
+        weights = device.seconds(sent.dense_weights, *dense) + device.seconds(sent.table_weights, *tables)
+        return max(0.0, gradients - hidden_by["gradients"]) + max(0.0, weights - hidden_by["weights"])
+
+    def optimizer(self) -> float:
+        """Seconds that Adam and the passes over the gradient buffer (set to zero, scale) take."""
+        state, layout = self.state, self.layout
+        kept = FP32 * (3 if layout.bf16 else 2)
+        elements = state.optimizer / kept
+        moved = 2 * state.optimizer + elements * (layout.grad_bytes + layout.weight_bytes) + 3 * state.gradients
+        return moved / (self.device.memory_bandwidth * 1e9)
+
+
+def layer_exchange(shape: ModelShape, memory: MemoryConfig, layout: Layout) -> dict[str, float]:
+    """Bytes that a rank sends for one memory layer and micro-batch, by step; recomputation left out."""
+    rows = table_rows(memory, sum(memory.memory_layers(shape.num_layers)))
+    tokens = layout.own_tokens(shape.seq_length)
+    return exchange_bytes(memory, layout.memory_mode, layout.memory_size, tokens, rows, layout.weight_bytes)
