@@ -132,7 +132,7 @@ def join(launch: Any) -> None:
     if _roll is not None:
         _roll.stop()
     _roll = None
-    if launch.world_size > 1:
+    if launch.world_size > 1 and torch.distributed.is_initialized():
         _roll = _RollCall(distributed_c10d._get_default_store(), launch)
 
 
@@ -172,8 +172,9 @@ class _RollCall:
         with contextlib.suppress(RuntimeError):  # only for a message
             self._store.wait(["member/0"])
         self._first = self._of(0)
+        self._thread = threading.Thread(target=self._listen, name="roll call", daemon=True)
         atexit.register(self._end)
-        threading.Thread(target=self._listen, name="roll call", daemon=True).start()
+        self._thread.start()
 
     # -- what the main thread does -----------------------------------------------------------------------------------
 
@@ -211,6 +212,10 @@ class _RollCall:
             self._over.set()
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"left/{self.rank}", "unknown")
+                if self.rank == 0 and self._hosts_store:
+                    self._wait_for_others(GRACE + PATIENCE)
+        # a thread that the interpreter's end meets inside the store would abort the process
+        self._thread.join(GRACE)
 
     def _wait_for_others(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
