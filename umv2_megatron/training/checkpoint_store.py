@@ -32,6 +32,7 @@ from typing import Any
 
 from umv2_megatron.training.durable_files import (
     CheckpointError,
+    FilesNow,
     NoCheckpointError,
     check_relative_path,
     files_below,
@@ -321,7 +322,8 @@ class CheckpointStore:
     def verify(self, iteration: int, *, hashes: bool = True) -> Manifest:
         """Check a published checkpoint file by file against its manifest and return the manifest.
 
-        hashes=False compares names and sizes only. Raises CheckpointError naming the bad file with expected and
+        hashes=False compares names and sizes only; files that this process has hashed and nobody has touched since are
+        not read again. Raises CheckpointError naming the bad file with expected and
         actual size or SHA-256; also for a missing or extra file, a symlink, or a path that leaves the directory.
         """
         directory = self.path(iteration)
@@ -344,6 +346,10 @@ class CheckpointStore:
 
     def _verify_hashes(self, directory: Path, manifest: Manifest) -> None:
         names = sorted(manifest.files)
+        # A resume asks several times what to load; reading terabytes once is enough.
+        present = FilesNow(directory, [*names, MANIFEST])
+        if present.were_good():
+            return
         with ThreadPoolExecutor(self._hash_threads) as pool:
             actual = dict(zip(names, pool.map(lambda name: sha256_of(directory / name), names)))
         bad = [name for name in names if actual[name] != manifest.files[name][1]]
@@ -353,6 +359,7 @@ class CheckpointStore:
                 f"{directory / bad[0]} has SHA-256 {actual[bad[0]]}: the manifest says "
                 f"{manifest.files[bad[0]][1]}{others}"
             )
+        present.are_good()
 
     def _read_manifest(self, directory: Path, iteration: int) -> Manifest:
         path = directory / MANIFEST

@@ -4,10 +4,12 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 _READ_BYTES = 4 << 20
+_SETTLED_NS = 2_000_000_000
 
 
 class CheckpointError(ValueError):
@@ -36,6 +38,28 @@ def files_below(directory: Path) -> Iterator[str]:
             raise CheckpointError(f"{entry} is a symlink or special file: checkpoints must be plain files")
         if stat.S_ISREG(mode):
             yield entry.relative_to(directory).as_posix()
+
+
+class FilesNow:
+    """Files of a directory as they are now, so that this process need not hash again what it found good before."""
+
+    _good: dict[Path, list[tuple]] = {}
+
+    def __init__(self, directory: Path, names: Iterable[str]) -> None:
+        self._directory = directory.absolute()
+        found = [(name, (directory / name).stat()) for name in names]
+        self._files = [(name, it.st_dev, it.st_ino, it.st_size, it.st_mtime_ns, it.st_ctime_ns) for name, it in found]
+        # A change within the tick of the file system's clock cannot be seen: only files at rest can be remembered.
+        self._settled = all(it.st_ctime_ns < time.time_ns() - _SETTLED_NS for _, it in found)
+
+    def were_good(self) -> bool:
+        """Whether nobody has touched them since `are_good`."""
+        return self._good.get(self._directory) == self._files
+
+    def are_good(self) -> None:
+        """Remember them as they were when this object was made."""
+        if self._settled:
+            self._good[self._directory] = self._files
 
 
 def sha256_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from umv2_megatron.training import checkpoint_store
+from umv2_megatron.training import checkpoint_store, durable_files
 from umv2_megatron.training.checkpoint_store import TRACKER, CheckpointError, CheckpointStore, NoCheckpointError
 from umv2_megatron.training.durable_files import check_relative_path
 
@@ -273,6 +273,29 @@ def test_a_hash_mismatch_tells_both_hashes(store):
         store.verify(1)
     assert str(path) in str(caught.value) and expected in str(caught.value) and actual in str(caught.value)
     assert store.verify(1, hashes=False).iteration == 1
+
+
+def test_a_checkpoint_at_rest_is_hashed_once(store, monkeypatch):
+    """And again as soon as a file was touched, even where its size and time of modification stayed."""
+    save(store, 1)
+    files = len(store.verify(1).files)
+    hashed = []
+    monkeypatch.setattr(
+        checkpoint_store, "sha256_of", lambda path: (hashed.append(path), durable_files.sha256_of(path))[1]
+    )
+    store.verify(1)
+    assert len(hashed) == files, "just written: a change might not show in the times"
+    monkeypatch.setattr(durable_files, "_SETTLED_NS", -1)
+    store.verify(1)
+    CheckpointStore(store.root).resolve()
+    assert len(hashed) == 2 * files
+    shard = store.path(1) / "a_0.distcp"
+    times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    time.sleep(0.02)
+    flip_bit(shard, random.Random(1))
+    os.utime(shard, ns=times)
+    with pytest.raises(CheckpointError, match="a_0.distcp has SHA-256"):
+        store.verify(1)
 
 
 def test_swapped_shards_are_found(store):
