@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+TRITON_READY := $(VENV)/.triton-ready
 
 .PHONY: demo test test-slow test-gpu lint clean help
 
@@ -20,6 +21,11 @@ $(READY): requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $(READY)
 
+# Only the tests of the GPU kernels need it on a CPU machine, and it is large. Without it they are skipped.
+$(TRITON_READY): requirements-triton.txt $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-triton.txt \
+		&& touch $(TRITON_READY) || echo "triton could not be installed: the tests of its kernels will be skipped"
+
 demo: $(READY)
 	$(PY) tools/demo.py
 
@@ -27,7 +33,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-test: $(READY) lint
+test: $(READY) $(TRITON_READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow and not gpu"
 
 test-slow: $(READY)

@@ -127,13 +127,14 @@ def best_keys(key_scores: Tensor, u: Tensor, t: Tensor, kept: int) -> Tensor:
     _, rank, tokens, heads, num_keys = key_scores.shape
     assert key_scores.dtype == torch.float32 and 1 <= kept <= num_keys, (key_scores.dtype, kept, num_keys)
     keys = torch.empty(2, tokens, heads, kept, dtype=torch.int64, device=key_scores.device)
-    padded = triton.next_power_of_2(kept)
+    padded = _padded(kept)
     vectors = torch.stack([u, t]).float()
     tensors: dict[str, Any] = {"key_scores": key_scores.contiguous(), "vectors": vectors, "keys": keys}
     span = max(padded, min(triton.next_power_of_2(num_keys), SPAN))
     constants = {"H": heads, "N": num_keys, "R": rank, "K": kept, "KEPT": padded, "SPAN": span}
     if tokens > 0:
-        launches.launch(best_keys_kernel, (tokens * heads, 2), {**tensors, "tokens": tokens}, constants, _warps(span, padded))
+        tensors["tokens"] = tokens
+        launches.launch(best_keys_kernel, (tokens * heads, 2), tensors, constants, _warps(span, padded))
     return keys
 
 
@@ -152,7 +153,7 @@ def best_cells(key_scores: Tensor, keys: Tensor, cores: Tensor, topk: int) -> tu
     assert key_scores.dtype == torch.float32 and 1 <= topk <= side * side, (key_scores.dtype, topk, side)
     rows = torch.empty(tokens, heads, topk, dtype=torch.int64, device=key_scores.device)
     columns = torch.empty_like(rows)
-    padded, side_padded = triton.next_power_of_2(topk), triton.next_power_of_2(side)
+    padded, side_padded = _padded(topk), triton.next_power_of_2(side)
     span = max(padded, side_padded, min(side_padded**2, SPAN))
     tensors: dict[str, Any] = {
         **{"key_scores": key_scores.contiguous(), "keys": keys.contiguous(), "cores": cores.float().contiguous()},
@@ -165,6 +166,11 @@ def best_cells(key_scores: Tensor, keys: Tensor, cores: Tensor, topk: int) -> tu
     if tokens > 0:
         launches.launch(best_cells_kernel, (tokens * heads,), tensors, constants, _warps(span, padded))
     return rows, columns
+
+
+def _padded(kept: int) -> int:
+    """Length of the list of the best: a power of two, and 2 at least, because Triton's network sorts pairs."""
+    return max(2, triton.next_power_of_2(kept))
 
 
 def _warps(span: int, kept: int) -> int:

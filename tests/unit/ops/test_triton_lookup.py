@@ -1,0 +1,176 @@
+"""The Triton backend without a GPU: kernels equal the reference under the interpreter, compile for sm_80 and sm_90
+within limits on registers and without spills, and are launched without waiting for the device."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install -r requirements-triton.txt")
+
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from umv2_megatron.ops import triton_launch, triton_lookup, triton_ragged, triton_topk  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[3]
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+REGISTERS = {  # at most, for bfloat16 tables; 128 leave room for 16 warps on a multiprocessor
+    "fused_forward": 104, "row_dots": 88, "row_sums": 72, "add_to_rows": 80, "add_long_rows": 40,
+    "atomic_add_to_rows": 88, "best_keys_kernel": 56, "best_cells_kernel": 128,
+}  # fmt: skip
+Launched = tuple[Any, tuple[int, ...], dict[str, Any], dict[str, Any], int]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
+    """What would have been launched; outputs stay uninitialised."""
+    calls: list[Launched] = []
+    monkeypatch.setattr(triton_launch, "launch", lambda *call: calls.append(call))
+    return calls
+
+
+def test_kernels_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/ops/triton_interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and re.search(r"\d\d passed", done.stdout), done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+
+
+def run_lookup(
+    tokens: int, picks: int, rows: int, pre_columns: int, columns: int, dtype: torch.dtype, deterministic: bool = True,
+    blocks: int = 1,
+) -> None:  # fmt: skip
+    """Forward and backward of a lookup with main_grad."""
+    picked = torch.zeros(tokens, picks, dtype=torch.int64)
+    tables = [torch.nn.Parameter(torch.zeros(rows, each, dtype=dtype)) for each in (pre_columns, columns)]
+    for table in tables:
+        table.main_grad = torch.zeros(table.shape)  # type: ignore[attr-defined]
+    scores = torch.zeros(tokens, picks, 2).requires_grad_()
+    projected = torch.zeros(tokens, pre_columns, dtype=dtype).requires_grad_()
+    block_ids = torch.zeros_like(picked) if blocks > 1 else None
+    arguments = (picked, block_ids, scores, projected, *tables, blocks, "none", deterministic)
+    triton_lookup.lookup(*arguments).sum().backward()
+
+
+def compiled_for(call: Launched, capability: int) -> tuple[str, Any]:
+    """(kernel name, compiled kernel); every pointer is aligned to 16 bytes, as torch's allocators give them."""
+    kernel, _, tensors, constants, warps = call
+    signature, attributes, constexprs = {}, {}, dict(constants)
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants or tensors[name] is None:
+            signature[name] = "constexpr"
+            constexprs.setdefault(name, None)
+        elif isinstance(tensors[name], Tensor):
+            signature[name] = POINTERS[tensors[name].dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return kernel.__name__, compiled
+
+
+def check_compiled(calls: list[Launched], capability: int, folder: Path, limits: dict[str, int]) -> set[str]:
+    """Registers within ``limits`` and no spills; the names of the kernels."""
+    names = set()
+    for call in calls:
+        name, compiled = compiled_for(call, capability)
+        binary = folder / f"{name}.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, timeout=60, check=True)
+        found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage.stdout)
+        assert found, usage.stdout
+        registers, stack, local = (int(each) for each in found.groups())
+        assert stack == 0 and local == 0, f"{name} spills for sm_{capability}: {found.group()}"
+        assert registers <= limits[name], f"{name} takes {registers} registers for sm_{capability}"
+        if name in ("fused_forward", "row_dots", "row_sums", "add_to_rows"):
+            assert "ld.global.v4.b32" in compiled.asm["ptx"], f"{name} does not load rows 16 bytes at a time"
+        names.add(name)
+    return names
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_lookup_compiles_ahead_of_time(
+    capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of umv2-227m (Dp = Dv = 192, K = 32) in bfloat16 and of the 1B/7B size (384, 768, K = 128)."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    run_lookup(8, 32, 9, 192, 192, torch.bfloat16)
+    run_lookup(2, 32, 9, 192, 192, torch.bfloat16, deterministic=False)
+    expected = {"fused_forward", "row_dots", "row_sums", "add_to_rows", "add_long_rows", "atomic_add_to_rows"}
+    assert check_compiled(distinct(launched), capability, tmp_path, REGISTERS) == expected
+    launched.clear()
+    run_lookup(1, 128, 9, 384, 768, torch.bfloat16)
+    check_compiled(distinct(launched), capability, tmp_path, REGISTERS)
+    launched.clear()
+    run_lookup(1, 32, 9, 192, 192, torch.float32)  # twice the registers for rows in flight
+    check_compiled(distinct(launched)[:2], capability, tmp_path, {"fused_forward": 128, "row_dots": 104})
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_top_k_compiles_ahead_of_time(
+    capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N = 360, K = 32 of umv2-227m."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    key_scores, ones = torch.zeros(2, 2, 3, 1, 360), torch.ones(1, 2)
+    keys = triton_topk.best_keys(key_scores, ones, ones, 32)
+    triton_topk.best_cells(key_scores, keys, torch.zeros(1, 2, 2), 32)
+    assert len(check_compiled(launched, capability, tmp_path, REGISTERS)) == 2
+
+
+def distinct(calls: list[Launched]) -> list[Launched]:
+    """One call of each kernel with each set of constants."""
+    return list({(call[0].__name__, *sorted(call[3].items())): call for call in calls}.values())
+
+
+@pytest.mark.parametrize("columns", [192, 8192])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_nothing_waits_for_the_device(deterministic: bool, columns: int, launched: list[Launched]) -> None:
+    """With fake tensors, whatever needs a value on the host, or a shape that depends on data, raises."""
+    with FakeTensorMode():
+        run_lookup(64, 32, 1000, 192, columns, torch.bfloat16, deterministic, blocks=4)
+        rows = torch.zeros(300, dtype=torch.int64)
+        table, weights = torch.zeros(1000, 192), torch.zeros(300, 2)
+        triton_ragged.weighted_sum(rows, None, rows, torch.zeros(64, dtype=torch.int64), weights, table, 1)
+        grad_out, projected = torch.zeros(64, 1, 192), torch.zeros(64, 192)
+        triton_ragged.weighted_sum_backward(rows, None, rows, weights, grad_out, table, table, deterministic)
+        rho = triton_ragged.pre_scores(rows, rows, projected, table, torch.float32)
+        triton_ragged.pre_scores_backward(rows, rows, rho, projected, table, table, deterministic)
+        key_scores, ones = torch.zeros(2, 2, 3, 1, 360), torch.ones(1, 2)
+        triton_topk.best_cells(key_scores, triton_topk.best_keys(key_scores, ones, ones, 32), torch.ones(1, 2, 2), 32)
+    assert len(launched) >= 11 and all(isinstance(size, int) for call in launched for size in call[1])
+
+
+def test_tiles_follow_the_arithmetic() -> None:
+    """4,096 elements, a warp for every 1,024, no more picks than there are, rows whole up to 2,048 columns."""
+    tile = triton_launch.tile_for(2, 96, 32, 192)
+    assert (tile.picks, tile.cores, tile.columns, tile.warps) == (16, 2, 128, 4)
+    tile = triton_launch.tile_for(2, 12, 32)  # a shard of few columns
+    assert (tile.picks, tile.cores, tile.columns, tile.warps) == (32, 2, 16, 1)
+    tile = triton_launch.tile_for(3, 5000, 8)
+    assert (tile.picks, tile.cores, tile.columns, tile.warps) == (2, 4, 512, 4)
+    assert triton_launch.can_fuse(2048, 2, 1024) and not triton_launch.can_fuse(192, 2, 1025)
+    for cores in (1, 2, 3, 7):
+        for columns in (1, 3, 96, 1000):
+            tile = triton_launch.tile_for(cores, columns, 47)
+            assert tile.picks * tile.cores * tile.columns <= triton_launch.TILE_ELEMENTS and tile.cores >= cores
+
+
+def test_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="--memory-backend is triton and the model is on cpu"):
+        triton_lookup.check_device("cpu")
+    triton_lookup.check_device("cuda")
