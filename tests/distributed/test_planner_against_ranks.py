@@ -291,7 +291,7 @@ SELECTIVE = {"recompute_granularity": "selective"}
 SMALL_LOGITS = {**MID, "vocab_size": 256}
 ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**MID, "bf16": True}),
-    (1, SMALL_LOGITS),
+    (1, {**SMALL_LOGITS, "memory_backend": "scatter"}),
     (1, {**SMALL_LOGITS, **FULL, "bf16": True, "num_layers": 8}),
     (1, {**SMALL_LOGITS, **SELECTIVE}),
     (1, {**SMALL_LOGITS, **SELECTIVE, "recompute_modules": ["mlp"]}),

@@ -281,9 +281,15 @@ class _Block:
         return everyone * m.num_blocks * m.value_dim * size + picks * (2 * INT64 + 2 * m.num_cores * FP32)
 
     def _chunk(self, m: MemoryConfig) -> int:
-        """Picked rows that the lookup's backward holds at once, and their gradient or float32 copy."""
+        """Picked rows that the lookup's backward holds at once, and their gradient or float32 copy.
+
+        Lookups made of PyTorch's operations do, compiled ones do not; on a GPU those of picks from other ranks do.
+        """
         layout = self.layout
         elements = self.own * m.num_heads * m.topk * m.value_dim
-        if layout.memory_mode == "row" and layout.memory_size > 1:
+        by_row = layout.memory_mode == "row" and layout.memory_size > 1
+        if layout.lookup == "cpu" or (layout.lookup == "triton" and not by_row):
+            return 0
+        if by_row:
             return min(elements, CHUNK_ELEMENTS[layout.engine]) * (3 * FP32)
         return min(elements, CHUNK_ELEMENTS[layout.engine]) * (layout.weight_bytes % FP32 + FP32)

@@ -30,7 +30,8 @@ class Layout:
     ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
     ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and
     step; ``engine``: Transformer Engine's fused attention and norms instead of megatron-core's own modules;
-    ``bucket_elements``: --ddp-bucket-size; ``first_stage``/``last_stage``: layers there, None for an even split.
+    ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size; ``first_stage``, ``last_stage``: blocks
+    there, None for an even split.
     """
 
     world: int = 1
@@ -56,6 +57,7 @@ class Layout:
     recompute_modules: tuple[str, ...] = ()
     engine: bool = True
     fused_activation: bool = False
+    backend: str = "auto"
     first_stage: int | None = None
     last_stage: int | None = None
 
@@ -101,6 +103,7 @@ class Layout:
             recompute_modules=tuple(modules) if recompute == "selective" else (),
             engine=values.get("transformer_impl") != "local",
             fused_activation=bool(values.get("bias_activation_fusion")),
+            backend=values.get("memory_backend") or "auto",
             first_stage=values.get("num_layers_in_first_pipeline_stage"),
             last_stage=values.get("num_layers_in_last_pipeline_stage"),
         )
@@ -131,6 +134,11 @@ class Layout:
     def grad_bytes(self) -> int:
         """Bytes of an element of DDP's gradient buffer."""
         return 4 if self.grads_in_fp32 or not self.bf16 else 2
+
+    @property
+    def lookup(self) -> str:
+        """The lookup that ``auto`` takes: with Transformer Engine a GPU's, else the compiled one of CPUs."""
+        return self.backend if self.backend != "auto" else "triton" if self.engine else "cpu"
 
     def tokens(self, seq_length: int) -> int:
         """Tokens of a micro-batch that a tensor-parallel group works on: micro batch x sequence / CP."""

@@ -17,7 +17,8 @@ from umv2_megatron.planning.step_time import Device
 from umv2_megatron.planning.traffic import traffic
 
 PRESET = PRESETS["umv2-1b-7b"]
-MODEL = Model(PRESET.model, PRESET.memory_config())
+MEMORY = PRESET.memory_config()
+MODEL = Model(PRESET.model, MEMORY)
 IDEAL = Device(peak_tflops=100.0, flops_efficiency=1.0, memory_bandwidth=1e9, intra_node_bandwidth=1e9,
                inter_node_bandwidth=1e9, link_latency_us=0.0)
 TOKENS, HIDDEN = 4096, 2048
@@ -25,25 +26,25 @@ TOKENS, HIDDEN = 4096, 2048
 
 def test_exchange_by_dimension_by_hand() -> None:
     """M = 4, T = 10, P = K = 128, C = 2 (so that C' = 1), Dp = 384, Dv = 768, bf16."""
-    sent = exchange_bytes(PRESET.memory_config(), "dim", 4, 10, 552**2, 2)
+    sent = exchange_bytes(MEMORY, "dim", 4, 10, 552**2, 2)
     assert sent == {
         "rows": 3 * 10 * 128 * 4, "projected": 10 * 96 * 3 * 2, "pre_scores": 3 * 10 * 128 * 4,
         "weights": 3 * 10 * 128 * 4, "output": 3 * 10 * 192 * 2, "output_grad": 3 * 10 * 192 * 2,
         "weight_grads": 3 * 10 * 128 * 4, "rho_grads": 3 * 10 * 128 * 4, "projected_grad": 10 * 96 * 3 * 2,
     }
-    wide = exchange_bytes(PRESET.memory_config(), "dim", 4, 10, 2**31 + 1, 2)
+    wide = exchange_bytes(MEMORY, "dim", 4, 10, 2**31 + 1, 2)
     assert wide["rows"] == 2 * sent["rows"], "picks of a larger table take 8 bytes"
-    assert exchange_bytes(PRESET.memory_config(), "dim", 1, 10, 552**2, 2) == {}
+    assert exchange_bytes(MEMORY, "dim", 1, 10, 552**2, 2) == {}
 
 
 def test_exchange_by_row_by_hand() -> None:
-    sent = exchange_bytes(PRESET.memory_config(), "row", 4, 10, 552**2, 2, sent_picks=900, received_picks=1000)
+    sent = exchange_bytes(MEMORY, "row", 4, 10, 552**2, 2, sent_picks=900, received_picks=1000)
     assert sent == {
         "pick_counts": 3 * 10 * 4, "rows": 900 * 4, "scores": 900 * 2 * 4, "projected": 3 * 10 * 384 * 2,
         "output": 3 * 10 * 768 * 2, "output_grad": 3 * 10 * 768 * 2, "score_grads": 1000 * 2 * 4,
         "projected_grad": 3 * 10 * 384 * 2,
     }
-    even = exchange_bytes(PRESET.memory_config(), "row", 4, 10, 552**2, 2)
+    even = exchange_bytes(MEMORY, "row", 4, 10, 552**2, 2)
     assert even["rows"] == even["scores"] / 2 == 10 * 128 * 3 / 4 * 4
 
 
@@ -96,7 +97,7 @@ def test_pipeline_bubble() -> None:
 def test_exchange_is_hidden_behind_the_ffn_only_where_it_runs_beside_it() -> None:
     slow = dataclasses.replace(IDEAL, intra_node_bandwidth=1e3)
     base = Layout(world=8, micro_batches=1, bf16=True, memory_size=8, memory_mode="row")
-    sent = exchange_bytes(MODEL.memory, "row", 8, TOKENS, 552**2, 2)
+    sent = exchange_bytes(MEMORY, "row", 8, TOKENS, 552**2, 2)
     waited = sum(sent[name] for name in ("pick_counts", "output", "output_grad"))
     beside = sum(sent.values()) - waited
     time = evaluate(MODEL, base, slow).time
