@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from program_runs import ROOT, Finished, Job, tiny_run
 
-LIMIT = 2.0
+LIMIT = 1.5
 """Seconds that a collective may take."""
 
 
@@ -88,6 +88,9 @@ def run_with(victim: int, kind: str, folder: Path, ranks: int = 2, how: tuple = 
     job = Job(ranks, argv, folder, prepare, (victim, kind, *how))
     try:
         job.wait_for(r"iteration +2/", 100)
+        if kind == "SIGKILL from outside":
+            time.sleep(random.uniform(0, 0.3))
+            job.send(signal.SIGKILL, victim)
         deadline = time.monotonic() + LIMIT + 35
         while any(code is None for rank, code in enumerate(job.codes) if rank != victim or kind != "SIGSTOP"):
             assert time.monotonic() < deadline, job.output()[-6000:]
@@ -128,6 +131,14 @@ def test_killed_in_the_middle_of_an_exchange(mode, exchange, tmp_path):
     witnesses = {rank: "" for rank in range(4) if rank not in group}
     witnesses[partner] = rf"memory-parallel group \{group}: \w+ of memory layer \d"
     assert_named(finished, victim, "is gone", witnesses)
+
+
+def test_killed_at_any_moment(tmp_path):
+    """Where its neighbours wait, or compute, is left to chance: they name the victim all the same."""
+    victim = drawn(range(3))
+    changes = {"global_batch_size": 12, "use_distributed_optimizer": True, "overlap_grad_reduce": True}
+    finished = run_with(victim, "SIGKILL from outside", tmp_path, 3, **changes)
+    assert_named(finished, victim, "is gone", {rank: "" for rank in range(3) if rank != victim})
 
 
 @pytest.mark.parametrize("hosts", [False, True], ids=["same-host", "other-hosts"])

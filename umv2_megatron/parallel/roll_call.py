@@ -13,7 +13,7 @@ through the store that they met at:
 5. Every rank ends. One whose main thread does not fail by itself soon is ended by its thread.
 
 The rank that hosts the store (rank 0, unless torchrun's agent does) leaves last. A run without faults pays one
-question to the store per rank every half second (in worlds above 500, less often).
+question to the store per rank every half second (in worlds above 1000, less often).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch.distributed import distributed_c10d
 
 from umv2_megatron.parallel.members import Member, member, myself
 
-GRACE = 5.0
+GRACE = 4.0
 """Seconds that the ranks have to answer."""
 PATIENCE = 3.0
 """Seconds that a rank's main thread has to end by itself once the culprit is known."""
@@ -153,7 +153,7 @@ class _RollCall:
     def __init__(self, store: Any, launch: Any) -> None:
         self.rank: int = launch.rank
         self.world_size: int = launch.world_size
-        self.tick = max(0.5, self.world_size / 1000)
+        self.tick = min(max(0.5, self.world_size / 2000), GRACE / 2)
         self._local_world_size: int = launch.local_world_size
         self._keep = store  # the server that the store may hold must outlive the process group
         # a connection of its own: the process group may hold the other one for minutes
@@ -256,7 +256,7 @@ class _RollCall:
             if told:
                 return [text for _, text in told]
             self._look_around(failing=True)
-            time.sleep(0.05)
+            time.sleep(self.tick / 5)
         for rank in self._absent("failed", self._absent("here", range(self.world_size))):
             self._accuse(rank, f"{self._of(rank)} does not answer")
         if not self._accusations():
@@ -345,7 +345,7 @@ class _RollCall:
         deadline = time.monotonic() + GRACE + 2.0
         while not self._accusations() and time.monotonic() < deadline and not self._over.is_set():
             self._look_around(failing=True)
-            time.sleep(0.1)
+            time.sleep(self.tick / 5)
 
     # -- entries of the store ----------------------------------------------------------------------------------------
 
