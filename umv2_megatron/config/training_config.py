@@ -81,9 +81,7 @@ class TrainingConfig:
     ckpt_format: str = option("torch_dist", "checkpoint format", choices=("torch_dist",))
     async_save: bool = option(False, "not supported: a step begins when the checkpoint of the last one is safe")
     dist_ckpt_optim_fully_reshardable: bool = option(
-        False,
-        "save the distributed optimizer's state under the parameters' names and shapes, so that any layout can load "
-        "it; gathers every gradient buffer's state on every data-parallel rank",
+        False, "accepted for scripts of Megatron-LM: any layout can load every checkpoint, with or without it"
     )
     ckpt_step: Optional[int] = option(None, "load this iteration instead of the newest")
     finetune: bool = option(False, "load weights only and start at iteration 0")
