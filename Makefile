@@ -5,13 +5,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
 
-.PHONY: demo test test-slow test-gpu lint clean help
+.PHONY: demo test test-slow test-gpu layouts lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what the demo wrote (runs/demo)"
 
@@ -41,6 +42,9 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -q tests/gpu
+
+layouts: $(READY)
+	OMP_NUM_THREADS=1 $(PY) tests/functional/layout_matrix.py
 
 clean:
 	rm -rf runs/demo
