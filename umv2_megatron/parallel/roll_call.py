@@ -117,7 +117,7 @@ def explain(error: BaseException) -> Optional[str]:
             _roll.tell(f"failed: {type(error).__name__}: {_first_line(error)}")
         return None
     if _roll is None:
-        return None
+        return f"the ranks did not meet, or one of them ended meanwhile; {_first_line(error)}"
     group, name = _collective([(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)])
     return _sentence(name, missing(group, name), error)
 
@@ -421,9 +421,10 @@ def _place(frame: Any, line: int) -> str:
 
 
 def _ranks(group: Any) -> list[int]:
-    if not torch.distributed.is_initialized():
+    try:
+        return torch.distributed.get_process_group_ranks(group)
+    except (KeyError, ValueError):  # a group in the making, or none any more
         return [] if _roll is None else list(range(_roll.world_size))
-    return torch.distributed.get_process_group_ranks(group)
 
 
 def _name(group: Any) -> str:
