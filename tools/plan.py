@@ -48,6 +48,8 @@ SEARCHED: dict[str, tuple[str, Any]] = {
     "memory_parallel_mode": ("memory_mode", ("dim", "row")), "micro_batch_size": ("micro_batch", int),
     "recompute_granularity": ("recompute", ("none", "selective", "full")),
 }
+# What a search starts from.
+ALONE = {key: 1 for key, (_, kind) in SEARCHED.items() if kind is int} | {"global_batch_size": None}
 DEVICE_HELP = {
     "peak_tflops": "dense bf16 TFLOP/s of a device; MFU is relative to it",
     "flops_efficiency": "share of the peak that matrix products reach",
@@ -130,15 +132,16 @@ def plan(argv: list[str]) -> dict[str, Any]:
     values = {**run.values, "transformer_impl": "local" if given.transformer_impl == "local" else "transformer_engine"}
     memory = run.memory if run.has_memory else None
     preset = _preset(rest)
+    layout = Layout.from_values({**values, **({} if not given.search else ALONE)}, world)
     figures = _model_figures(preset, values, memory)
     available = None if capacity is None else (capacity - reserve) * GIB
     limits = {"gpu_memory_gib": capacity, "memory_reserve_gib": reserve}
     model = Model(values, memory)
     if given.search:
         assert available is not None
-        figures["search"] = {"world_size": world, **limits, **_search(given, run, values, model, device, available)}
+        figures["search"] = {"world_size": world, **limits, **_search(given, run, layout, model, device, available)}
         return figures
-    found = evaluate(model, Layout.from_values(values, world), device, available)
+    found = evaluate(model, layout, device, available)
     figures["run"] = {**limits, **_run_figures(found, model, device, reserve)}
     return figures
 
@@ -289,8 +292,8 @@ def _collectives(found: Evaluation, model: Model) -> dict[str, float]:
 # -- search ----------------------------------------------------------------------------------------------------------
 
 
-def _search(given: Any, run: Any, values: dict[str, Any], model: Model, device: Device,
-            available: float) -> dict[str, Any]:
+def _search(given: Any, run: Any, start: Layout, model: Model, device: Device, available: float) -> dict[str, Any]:
+    values = run.values
     fixed = {}
     for key, (name, kind) in SEARCHED.items():
         text = getattr(given, key)
@@ -303,8 +306,6 @@ def _search(given: Any, run: Any, values: dict[str, Any], model: Model, device: 
     if "sequence_parallel" in run.sources:
         fixed["sequence_parallel"] = bool(values["sequence_parallel"])
     batch = values["global_batch_size"] if "global_batch_size" in run.sources else run.world_size
-    alone = {key: 1 for key, (_, kind) in SEARCHED.items() if kind is int}
-    start = Layout.from_values({**values, **alone, "global_batch_size": run.world_size}, run.world_size)
     sharded = start.distributed_optimizer or "use_distributed_optimizer" not in run.sources
     reducing = start.overlap_grad_reduce or "overlap_grad_reduce" not in run.sources
     gathering = sharded and reducing and (start.overlap_param_gather or "overlap_param_gather" not in run.sources)

@@ -131,7 +131,6 @@ SHARDED = {"use_distributed_optimizer": True}
 DIM2 = {"memory_parallel_size": 2}
 ROW2 = {"memory_parallel_size": 2, "memory_parallel_mode": "row"}
 STATE_CASES: list[tuple[int, dict[str, Any]]] = [
-    (1, {}),
     (1, {"bf16": True, "ffn_variant": "dense", "disable_bias_linear": False, "normalization": "LayerNorm",
          "position_embedding_type": "learned_absolute", "add_qkv_bias": True}),
     (1, {"bf16": True, "grad_reduce_in_fp32": False, "memory_pre_value_dim": 0, "memory_query_mode": "shared",
@@ -142,6 +141,7 @@ STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (4, {**SHARDED, **ROW2, "bf16": True, "overlap_grad_reduce": True, "bucket_size": 2000}),
 ]
 RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
     (2, {**SHARDED, "bf16": True}),
     (2, {**ROW2, "tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
     (2, {"bf16": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
@@ -293,7 +293,6 @@ ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**MID, "bf16": True}),
     (1, {**SMALL_LOGITS, "memory_backend": "scatter"}),
     (1, {**SMALL_LOGITS, **FULL, "bf16": True, "num_layers": 8}),
-    (1, {**SMALL_LOGITS, **SELECTIVE}),
     (1, {**SMALL_LOGITS, **SELECTIVE, "recompute_modules": ["mlp"]}),
     (1, {**SMALL_LOGITS, "memory_num_keys": 400, "memory_topk": 64, "bf16": True, "group_query_attention": True,
          "num_query_groups": 2}),
@@ -308,6 +307,7 @@ RARER_ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**SMALL_LOGITS, **FULL}),
     (1, {**SMALL_LOGITS, **FULL, "recompute_method": "block", "recompute_num_layers": 2}),
     (1, {**SMALL_LOGITS, **FULL, "recompute_num_layers": 2}),
+    (1, {**SMALL_LOGITS, **SELECTIVE}),
     (1, {**SMALL_LOGITS, **SELECTIVE, "recompute_modules": ["layernorm"]}),
     (1, {**SMALL_LOGITS, **FULL, "memory_num_keys": 400, "memory_topk": 8}),
     (1, {**SMALL_LOGITS, "ffn_variant": "dense"}),

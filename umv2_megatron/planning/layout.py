@@ -13,7 +13,7 @@ from typing import Any
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
-from umv2_megatron.planning.model_shape import ModelShape
+from umv2_megatron.planning.model_shape import FFN_VARIANTS, ModelShape
 
 # Flags of megatron-core that move layers between stages in ways that are not counted here.
 UNKNOWN_SPLITS = (
@@ -67,13 +67,16 @@ class Layout:
 
         Raises ``ValueError`` naming a flag that planning cannot follow or a batch that does not divide.
         """
+        variant = values.get("ffn_variant", "umv2")
+        if variant not in FFN_VARIANTS:
+            raise ValueError(f"--ffn-variant is {variant!r}; planning knows {' and '.join(FFN_VARIANTS)} only")
         for key in UNKNOWN_SPLITS:
             if values.get(key):
                 raise ValueError(f"--{key.replace('_', '-')} is given; planning knows even stages and "
                                  "--num-layers-in-first-pipeline-stage and -last-pipeline-stage only")
         tp, pp, cp = (values[f"{kind}_parallel_size"] for kind in ("tensor_model", "pipeline_model", "context"))
         per_chunk = values.get("num_layers_per_virtual_pipeline_stage")
-        memory = values.get("ffn_variant", "umv2") == "umv2"
+        memory = variant == "umv2"
         micro = values["micro_batch_size"]
         replicas = max(1, world_size // (tp * pp * cp))
         batch = values.get("global_batch_size") or micro * replicas
