@@ -209,9 +209,8 @@ class _Largest(TorchDispatchMode):
 @contextlib.contextmanager
 def watched(state: TrainingState) -> Iterator[dict[str, int]]:
     """Watches one save: see `visit`."""
-    own = max(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters())
-    buffers = max(buffer.numel() for chunk in state.chunks for buffer in unwrap(chunk).buffers())
-    seen = {"own": max(own, buffers), "largest": 0, "collectives": 0}
+    kept = (each for chunk in state.chunks for each in (*unwrap(chunk).parameters(), *unwrap(chunk).buffers()))
+    seen = {"own": max(each.numel() for each in kept), "largest": 0, "collectives": 0}
     make, write = optimizer_state.OptimizerState, torch_dist_io.InProcessSave.save
     collect_model = checkpointing._model_state
 

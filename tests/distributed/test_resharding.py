@@ -31,9 +31,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "m2-row": (2, layout(m=2, mode="row")),
     "m2-row-dist": (2, layout(m=2, mode="row", dist=True)),
     "tp2-m2-dim-dist": (2, layout(tp=2, m=2, dist=True)),
+    "cp2-m2-dim-dist": (2, layout(m=2, dist=True, context_parallel_size=2)),
     "dp4-m4-row": (4, layout(m=4, mode="row")),
     "dp4-m4-dim-dist": (4, layout(m=4, dist=True)),
     "dp4-m2-row-dist": (4, layout(m=2, mode="row", dist=True)),
+    "tp2-nosp-m2-row": (2, layout(tp=2, m=2, mode="row", sequence_parallel=False)),
     "tp2-pp2-m2-row-dist": (4, layout(tp=2, pp=2, m=2, mode="row", dist=True)),
     "tp2-pp2-vpp-m2-dim": (4, layout(tp=2, pp=2, vpp=True, m=2)),
     "tp2-dp2-m4-row-dist": (4, layout(tp=2, m=4, mode="row", dist=True)),
@@ -177,6 +179,20 @@ def test_shared_tables(tmp_path):
     assert different(tmp_path / "one", tmp_path / "four") == []
     keys = whole_tensors(CheckpointStore(tmp_path / "four").path(START)).keys()
     assert sorted(key for key in keys if key.endswith("layers.0.mlp.memory.table.values"))
+
+
+@pytest.mark.slow
+def test_experts(tmp_path):
+    """Blocks of experts, whose axis only the global tensors have, split over an expert-parallel group."""
+    experts = {"ffn_variant": "moe", "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+    numbers = run_ranks(1, write_start, str(tmp_path / "start"), layout(**experts))[0]
+    source = tmp_path / "start"
+    for world, sizes in ((2, {"tp": 2, "dist": True}), (4, {"pp": 2})):
+        target = tmp_path / str(world)
+        changes = layout(**sizes, expert_model_parallel_size=2, **experts)
+        check(run_ranks(world, visit, str(source), [(changes, str(target))]), numbers)
+        assert different(source, target) == []
+        source = target
 
 
 ILLEGAL = {
