@@ -29,13 +29,10 @@ from umv2_megatron.ops.main_grad import gradient_sum, hand_over
 from umv2_megatron.ops.triton_launch import PickList
 
 
-def check_device(device: torch.device | str) -> None:
-    """Raise ``ValueError`` unless Triton kernels can run on ``device``."""
-    if torch.device(device).type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(
-            f"--memory-backend is triton and the model is on {device}; expected a CUDA device, "
-            "use --memory-backend auto (or TRITON_INTERPRET=1 to try the kernels slowly on a CPU)"
-        )
+def require_device() -> None:
+    """Raise ``ImportError`` with the reason where Triton kernels cannot run."""
+    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        raise ImportError("there is no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on a CPU")
 
 
 def lookup(

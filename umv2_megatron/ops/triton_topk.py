@@ -8,7 +8,7 @@ neither the summed scores [T, h, N] nor the grids [T, h, K', K'] in memory:
 
 Results come in descending order. Of equal scores the smaller index wins: the smaller key in ``best_keys``; in
 ``best_cells`` the smaller i, then the smaller j, as places in the lists given. (torch.topk promises no order of ties,
-so it may pick others.) -0.0 equals 0.0, NaN counts as largest.
+so it may pick others.) NaN counts as largest.
 
 How: a score and its place are packed in one 64-bit integer, the score's bits mapped so that integers order as floats
 do, so that no two are equal and a bitonic network moves both at once. Candidates come in spans; the best of a span
@@ -34,8 +34,7 @@ LOWEST = tl.constexpr(-(2**63))
 
 @triton.jit
 def pack(score, place):
-    """One int64 that orders as (score, then -place)."""
-    score = tl.where(score == 0.0, 0.0, score)
+    """One int64 that orders as (score, then -place); ``score`` is a sum begun at 0.0, so it is never -0.0."""
     bits = tl.where(score != score, 0x7FC00000, score.to(tl.int32, bitcast=True))
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)

@@ -7,13 +7,20 @@ milliseconds for every program.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any, Optional
 
 import pytest
 import torch
 from torch import Tensor
 
-from umv2_megatron.ops import ragged, reference, scatter, triton_launch, triton_lookup, triton_ragged, triton_topk
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from golden_support import golden_pairs, read_pair  # noqa: E402
+from test_golden import test_golden_pair as check_golden_pair  # noqa: E402
+
+from umv2_megatron.ops import ragged, reference, scatter, triton_launch, triton_lookup, triton_ragged, triton_topk  # noqa: E402
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -56,6 +63,11 @@ def check_equal_to_reference(activation: str = "none", deterministic: bool = Tru
     expected_grads = gradients(expected)
     for name, grad in gradients(found).items():
         torch.testing.assert_close(grad, expected_grads[name], msg=name, **TIGHT)
+
+
+@pytest.mark.parametrize("stem", [stem for stem in golden_pairs() if "hyperparameters" in read_pair(stem)[0]])
+def test_golden_numbers(stem: str) -> None:
+    check_golden_pair(stem, "triton", "float64")
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
