@@ -176,6 +176,20 @@ def test_checkpoints_of_before_still_load(tmp_path, case):
     assert again == whole
 
 
+@pytest.mark.parametrize(
+    "kind, before, after",
+    [
+        ("fully_reshardable", {"tp": 2, "distributed_optimizer": True, "bf16": True}, {"pp": 2, "bf16": True}),
+        pytest.param(None, {}, {"tp": 2, "distributed_optimizer": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_checkpoints_of_before_load_in_other_layouts(tmp_path, kind, before, after):
+    whole = run_ranks(2, saved_and_continued, str(tmp_path), Layout(table=True, **before), kind)
+    again = run_ranks(2, resumed, str(tmp_path), Layout(table=True, **after))
+    precision = 1e-2 if "bf16" in before else 1e-5
+    assert again[0]["losses"] == pytest.approx(whole[0]["losses"], rel=precision)
+
+
 def test_dp_reshardable_of_another_layout_is_refused(tmp_path):
     table = {"table": True, "distributed_optimizer": True, "untied": True}
     run_ranks(2, saved_and_continued, str(tmp_path), Layout(tp=2, **table), "dp_reshardable")
