@@ -92,10 +92,10 @@ def run(dtype: torch.dtype) -> list[dict[str, Any]]:
     cases = []
     for (pre_value_dim, value_dim, topk, size, mode), measured in sorted(sums.items()):
         config = memory_config(topk, size, mode, pre_value_dim, value_dim)
-        predicted = exchange_bytes(config, TOKENS, dtype.itemsize)
+        predicted = exchange_bytes(config, mode, size, TOKENS, config.rows_per_layer, dtype.itemsize)
         cases.append(
             {"pre_value_dim": pre_value_dim, "value_dim": value_dim, "topk": topk, "memory_parallel_size": size,
-             "mode": mode, "measured": measured, "predicted": predicted.total / TOKENS}
+             "mode": mode, "measured": measured, "predicted": sum(predicted.values()) / TOKENS}
         )  # fmt: skip
     return cases
 
