@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from harness import run_ranks
-from reshard import START, VOCABULARY, different, layout, open_layout, visit, whole_tensors, write_start
+from reshard import START, VOCABULARY, different, layout, open_layout, visit, watched, whole_tensors, write_start
 
 from umv2_megatron.parallel import groups
+from umv2_megatron.training import checkpointing, mcore_optimizer_state, optimizer_state
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.checkpointing import load_checkpoint
 from umv2_megatron.training.durable_files import CheckpointError
@@ -98,6 +99,32 @@ def test_every_layout_to_every_layout(start, tmp_path, name):
         check(run_ranks(world, visit, str(tmp_path / "source"), targets), numbers)
         for other in names:
             assert different(origin, tmp_path / other) == [], other
+
+
+class Gathering:
+    """Stands for `OptimizerState`: mcore's own type of optimizer state that any layout can load."""
+
+    def __init__(self, optimizer: Any, model_state: dict) -> None:
+        self.given = (optimizer, model_state)
+
+    def sharded(self) -> dict:
+        metadata = checkpointing._content_metadata() | {"distrib_optim_sharding_type": "fully_reshardable"}
+        return mcore_optimizer_state.collect(*self.given, metadata, is_loading=False)
+
+
+def gather() -> dict[str, int]:
+    run, state = open_layout(layout(dist=True), seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer_state, "OptimizerState", Gathering)
+        with watched(state) as seen:
+            model_state = checkpointing._model_state(state.chunks, checkpointing._content_metadata())
+            checkpointing.OptimizerState(state.optimizer, model_state).sharded()
+    return seen
+
+
+def test_the_watch_sees_a_gathering():
+    for seen in run_ranks(2, gather):
+        assert seen["collectives"] > 0 and seen["largest"] > 10 * seen["own"]
 
 
 BF16 = {"bf16": True}
