@@ -51,13 +51,13 @@ SEARCHED: dict[str, tuple[str, Any]] = {
 # What a search starts from.
 ALONE = {key: 1 for key, (_, kind) in SEARCHED.items() if kind is int} | {"global_batch_size": None}
 DEVICE_HELP = {
-    "peak_tflops": "dense bf16 TFLOP/s of a device; MFU is relative to it",
-    "flops_efficiency": "share of the peak that matrix products reach",
-    "memory_bandwidth": "GB/s of the device's memory, as reached",
-    "intra_node_bandwidth": "GB/s from a device to others of its node, as reached",
-    "inter_node_bandwidth": "GB/s from a device to other nodes, as reached",
-    "gpus_per_node": "devices in a node",
-    "link_latency_us": "microseconds that a collective takes whatever its size",
+    "--peak-tflops": "dense bf16 TFLOP/s of a device; MFU is relative to it",
+    "--flops-efficiency": "share of the peak that matrix products reach",
+    "--memory-bandwidth": "GB/s of the device's memory, as reached",
+    "--intra-node-bandwidth": "GB/s from a device to others of its node, as reached",
+    "--inter-node-bandwidth": "GB/s from a device to other nodes, as reached",
+    "--gpus-per-node": "devices in a node",
+    "--link-latency-us": "microseconds that a collective takes whatever its size",
 }
 
 
@@ -107,9 +107,9 @@ def build_parser(searching: bool) -> OneLineParser:
                         help="whose activations to count: Transformer Engine's, as on a GPU (auto), or megatron-core's "
                         "own modules")
     device = parser.add_argument_group("device and links (defaults: H100 SXM, NVLink, 400 Gb/s per device)")
-    for field in dataclasses.fields(Device):
-        device.add_argument("--" + field.name.replace("_", "-"), metavar="X", default=field.default,
-                            help=f"{DEVICE_HELP[field.name]} (default: {field.default:g})")
+    for flag, text in DEVICE_HELP.items():
+        usual = getattr(Device, flag[2:].replace("-", "_"))
+        device.add_argument(flag, metavar="X", default=usual, help=f"{text} (default: {usual:g})")
     if searching:
         layout = parser.add_argument_group("layout, as for pretrain_umv2.py; --search keeps what is given")
         for key, (_, kind) in SEARCHED.items():
