@@ -317,6 +317,8 @@ RARER_ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {**MID, "tensor_model_parallel_size": 2, "bf16": True}),
     (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "num_layers_per_virtual_pipeline_stage": 1}),
     (2, {**SMALL_LOGITS, "context_parallel_size": 2}),
+    (4, {**SMALL_LOGITS, **FULL, "memory_parallel_size": 4, "memory_topk": 64, "bf16": True, "micro_batch_size": 1}),
+    (4, {**SMALL_LOGITS, **ROW2, "memory_parallel_size": 4, "memory_topk": 64, "bf16": True, "micro_batch_size": 1}),
 ]
 
 
