@@ -23,7 +23,7 @@ RANKS = {
     "pretrain_227m_slurm.sh": 16,
     "pretrain_umv2_2.5b_120b.sh": 1024,
 }
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TOOLS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 # Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, and Megatron-LM.
 OTHER_PROGRAMS = set(
     re.findall(
@@ -106,7 +106,7 @@ def test_the_file_has_the_sizes_of_the_preset(files, tmp_path):
 
 
 def known_flags() -> set[str]:
-    """Flags of pretrain_umv2.py and of the tools, and those of programs that are not ours."""
+    """Flags of pretrain_umv2.py, of the tools and benchmarks, and those of programs that are not ours."""
     known = {"--" + name for name in flags._names()} | {"--model-preset", "--config", *OTHER_PROGRAMS}
     for path in TOOLS:
         known |= set(re.findall(r'"(--[a-z][a-z0-9-]*)"', path.read_text(encoding="utf-8")))

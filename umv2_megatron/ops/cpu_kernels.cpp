@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 6;        // picks between asking for a row and using it
+constexpr int64_t AHEAD = 16;       // picks between asking for a row and using it
 constexpr int64_t LINE = 64;        // bytes of a cache line
 constexpr int64_t PICKS_PER_THREAD = 128;  // fewer do not pay for waking a thread
 
@@ -66,13 +66,14 @@ inline void add_to_row(Sum* to, Acc weight, const Acc* from, int64_t count) {
     for (int64_t j = 0; j < count; ++j) narrow(static_cast<Acc>(widen(to[j])) + weight * from[j], to[j]);
 }
 
+// Into the second level of cache: the rows of AHEAD picks would crowd the first.
 template <typename T>
 inline void prefetch(const T* row, int64_t count, bool write) {
     const char* byte = reinterpret_cast<const char*>(row);
     const char* end = reinterpret_cast<const char*>(row + count);
     for (; byte < end; byte += LINE) {
-        if (write) __builtin_prefetch(byte, 1);
-        else __builtin_prefetch(byte, 0);
+        if (write) __builtin_prefetch(byte, 1, 1);
+        else __builtin_prefetch(byte, 0, 1);
     }
 }
 

@@ -1,0 +1,416 @@
+"""Times the table lookup: every backend that runs here, plain autograd and an embedding_bag composition, interleaved.
+
+    python benchmarks/lookup.py                        about a minute and a half on 2 cores, needs 3 GiB
+    python benchmarks/lookup.py --json lookup.json --rounds 21
+    python benchmarks/lookup.py --device cuda
+    python benchmarks/lookup.py --docs docs/performance.md      puts the tables between that file's marks
+
+Default case: 1,024 tokens, K 32, rows of 192, 260,000 rows, C 2; with and without pre-values, float32 and bfloat16.
+
+- "forward" runs without gradients. "forward + backward" adds the tables' gradients to existing float32 buffers, as in
+  training under mcore; plain autograd and embedding_bag make the fresh dense gradients that autograd makes, and are
+  not charged for freeing them.
+- Contenders take turns within a round, on the same picks; other rounds have other picks. A time is the median over the
+  rounds (lowest to highest), a ratio the median of the rounds' ratios: the machine's speed may drift.
+- "bound" is the least time that bytes and arithmetic allow: picked rows (each distinct row once per pass) over the
+  measured copy bandwidth, or multiply-adds over the measured GEMM rate, whichever is longer. A table that fits the last
+  level of cache can go below it.
+- Outputs and gradients of all contenders are compared with the reference before anything is timed.
+- Packages that bundle retrieval and lookup (product-key-memory, PEER-pytorch, ultra-mem) are timed as whole layers
+  against ours of the same sizes, where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from umv2_megatron.parallel import cpu_platform  # noqa: E402
+
+cpu_platform.install()
+
+from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
+from umv2_megatron.ops import BACKENDS, get_backend, reference  # noqa: E402
+
+AUTOGRAD = "plain autograd"
+BAG = "embedding_bag, autograd"
+
+
+@dataclass
+class Case:
+    """Sizes of one lookup; C cores, Dp = Dv = ``width``."""
+
+    tokens: int
+    topk: int
+    width: int
+    rows: int
+    cores: int
+    pre_values: bool
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def tables(self) -> int:
+        return 2 if self.pre_values else 1
+
+    def bytes_and_operations(self, backward: bool) -> tuple[float, float]:
+        """Bytes of rows moved, and floating point operations, of forward, or of forward and backward."""
+        picks = self.tokens * self.topk
+        distinct = self.rows * (1 - (1 - 1 / self.rows) ** picks)
+        row, gradient_row = self.width * self.dtype.itemsize, self.width * 4
+        # Backward reads the rows again, and reads and writes those of the gradient.
+        moved = distinct * self.tables * (row + (row + 2 * gradient_row if backward else 0))
+        return moved, 2.0 * picks * self.tables * self.width * (3 if backward else 1)
+
+
+def embedding_bag_lookup(
+    rows: Tensor, blocks: None, scores: Tensor, projected: Optional[Tensor], pre_values: Optional[Tensor],
+    values: Tensor, num_blocks: int, activation: str,
+) -> Tensor:  # fmt: skip
+    """What one would compose of torch's own functions: a batched product for rho, one bag per token and core."""
+    tokens, picks, cores = scores.shape
+    weights = scores.to(values.dtype)
+    if pre_values is not None and projected is not None:
+        rho = torch.bmm(functional.embedding(rows, pre_values), projected.unsqueeze(-1))
+        weights = weights * rho
+    bags = rows.unsqueeze(1) * cores + torch.arange(cores, device=rows.device).view(1, cores, 1)
+    return functional.embedding_bag(
+        bags.reshape(-1, picks),
+        values.view(-1, values.shape[1] // cores),
+        per_sample_weights=weights.transpose(1, 2).reshape(-1, picks),
+        mode="sum",
+    ).view(tokens, -1)
+
+
+class Contender:
+    """One implementation with tensors of its own kind of gradient; the tables are shared by all."""
+
+    def __init__(self, name: str, lookup: Callable[..., Tensor], case: Case, shared: dict[str, Any]) -> None:
+        self.name, self.lookup = name, lookup
+        self.arguments = {
+            key: value.detach().requires_grad_() if isinstance(value, Tensor) else value
+            for key, value in shared.items() if key not in ("upstream", "sums")
+        }  # fmt: skip
+        self.upstream = shared["upstream"]
+        self.tables = [self.arguments[key] for key in ("values", "pre_values") if self.arguments[key] is not None]
+        self.direct = name not in (AUTOGRAD, BAG)
+        if self.direct:
+            for table, total in zip(self.tables, shared["sums"]):
+                table.main_grad = total
+
+    def forward(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.lookup(rows=rows, blocks=None, num_blocks=1, activation="none", **self.arguments)
+
+    def step(self, rows: Tensor) -> Tensor:
+        out = self.lookup(rows=rows, blocks=None, num_blocks=1, activation="none", **self.arguments)
+        out.backward(self.upstream)
+        return out
+
+    def clear(self) -> None:
+        """Drop what a step has left; not timed."""
+        for value in self.arguments.values():
+            if isinstance(value, Tensor):
+                value.grad = None
+
+    def results(self, rows: Tensor) -> list[Tensor]:
+        """Output and every gradient, small enough to keep: of tables, the picked rows."""
+        picked = rows.flatten().unique()
+        for table in self.tables:
+            if self.direct:
+                table.main_grad[picked] = 0
+        out = self.step(rows).detach()
+        grads = [value.grad for value in self.arguments.values() if isinstance(value, Tensor)
+                 and not any(value is table for table in self.tables)]  # fmt: skip
+        grads += [(table.main_grad if self.direct else table.grad)[picked] for table in self.tables]
+        self.clear()
+        return [tensor.double() for tensor in (out, *grads)]
+
+
+def contenders(case: Case) -> list[Contender]:
+    """Plain autograd first, then the composition, then every backend that runs on the device."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.device, dtype)
+
+    def table() -> Tensor:
+        return normal(case.rows, case.width)
+
+    shared = {
+        "scores": normal(case.tokens, case.topk, case.cores, dtype=torch.float32),
+        "projected": normal(case.tokens, case.width) if case.pre_values else None,
+        "pre_values": table() if case.pre_values else None,
+        "values": table(),
+        "upstream": normal(case.tokens, case.width),
+        # Filled, because pages of fresh zeros exist only once they are written to; training's buffers are in use.
+        "sums": [torch.empty(case.rows, case.width, device=case.device).fill_(0.0) for _ in range(case.tables)],
+    }
+    found = [(AUTOGRAD, reference.lookup), (BAG, embedding_bag_lookup)]
+    for name in BACKENDS:
+        if name != "reference" and (name == "scatter" or name == {"cpu": "cpu", "cuda": "triton"}[case.device]):
+            try:
+                found.append((f"--memory-backend {name}", get_backend(name, case.device).lookup))
+            except ValueError as problem:
+                print(f"left out: {problem}", file=sys.stderr)
+    return [Contender(name, lookup, case, shared) for name, lookup in found]
+
+
+def run_case(case: Case, rounds: int, machine: dict[str, Any]) -> dict[str, Any]:
+    """Compare, then time forward and forward + backward of all contenders in turns."""
+    generator = torch.Generator().manual_seed(1)
+    picks = [torch.randint(0, case.rows, (case.tokens, case.topk), generator=generator).to(case.device)
+             for _ in range(rounds + 1)]  # fmt: skip
+    racers = contenders(case)
+    expected = racers[0].results(picks[0])
+    errors = {racer.name: largest_error(racer.results(picks[0]), expected) for racer in racers}
+    result: dict[str, Any] = {"pre_values": case.pre_values, "dtype": str(case.dtype).split(".")[1], "passes": {}}
+    for name, backward in (("forward", False), ("forward + backward", True)):
+        times: dict[str, list[float]] = {racer.name: [] for racer in racers}
+        for number, rows in enumerate(picks):
+            for racer in racers:
+                elapsed = timed(racer.step if backward else racer.forward, rows, case.device)
+                racer.clear()
+                if number:  # the first round warms up
+                    times[racer.name].append(elapsed)
+        moved, operations = case.bytes_and_operations(backward)
+        bound = max(moved / machine["copy_bytes_per_s"], operations / machine["gemm_flops_per_s"])
+        result["passes"][name] = {
+            racer: summary(seconds, times[AUTOGRAD], bound, errors[racer]) for racer, seconds in times.items()
+        }
+        result["passes"][name]["bound"] = {"median_ms": bound * 1e3, "bytes": moved, "operations": operations}
+    return result
+
+
+def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Relative to the largest element of each tensor."""
+    return max(float((each - wanted).abs().max() / wanted.abs().max()) for each, wanted in zip(found, expected))
+
+
+def timed(work: Callable[[Tensor], Any], argument: Tensor, device: str) -> float:
+    """Seconds of ``work(argument)``."""
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    kept = work(argument)
+    wait()
+    elapsed = time.perf_counter() - start
+    del kept
+    return elapsed
+
+
+def summary(seconds: list[float], baseline: list[float], bound: float, error: float) -> dict[str, float]:
+    ratios = [slow / fast for slow, fast in zip(baseline, seconds)]
+    return {
+        "median_ms": statistics.median(seconds) * 1e3,
+        "min_ms": min(seconds) * 1e3,
+        "max_ms": max(seconds) * 1e3,
+        "times_faster_than_autograd": statistics.median(ratios),
+        "share_of_bound": bound / statistics.median(seconds),
+        "largest_error": error,
+    }
+
+
+# -- packages -------------------------------------------------------------------------------------------------------
+
+
+def peer_layers(tokens: int, topk: int, width: int, keys: int) -> Iterator[tuple[str, Callable, dict]]:
+    """Packages that are installed: name, what makes their layer, and the fields of our layer of the same sizes."""
+    makers = {
+        "PEER-pytorch": ("PEER_pytorch", lambda module: module.PEER(
+            width, heads=1, num_experts=keys * keys, num_experts_per_head=topk),
+            {"pre_value_dim": width, "num_cores": 1, "tucker_rank": 1, "pre_value_activation": "gelu"}),
+        "product-key-memory": ("product_key_memory.product_key_memory", lambda module: module.PKM(
+            width, heads=1, num_keys=keys, topk=topk, dim_head=width),
+            {"pre_value_dim": 0, "num_cores": 1, "tucker_rank": 1}),
+        "ultra-mem": ("ultra_mem.ultra_mem", lambda module: module.UltraMem(
+            width, num_memories=keys * keys, topk=topk, dim_queries_keys=width // 2, value_expansion=1,
+            pre_query_causal_conv=False),
+            {"pre_value_dim": 0, "num_cores": 2, "tucker_rank": 2}),
+    }  # fmt: skip
+    for name, (module, make, fields) in makers.items():
+        with contextlib.suppress(ImportError):
+            package = importlib.import_module(module)
+            yield name, (lambda make=make, package=package: make(package)), fields
+
+
+def run_peers(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Forward + backward of whole layers in float32, ours against each package's, in turns."""
+    from umv2_megatron.memory.layer import MemoryLayer
+
+    keys, width = int(options.rows**0.5), options.dim
+    results = []
+    for name, make, fields in peer_layers(options.tokens, options.topk, width, keys):
+        torch.manual_seed(0)
+        config = MemoryConfig(num_keys=keys, key_dim=width // 2, value_dim=width, topk=options.topk, **fields)
+        ours, theirs = MemoryLayer(config, width, 0, 1, 4 * width, 1), make()
+        for table in ours.table.tables():
+            table.main_grad = torch.empty_like(table).fill_(0.0)  # type: ignore[attr-defined]
+        x = torch.randn(1, options.tokens, width)
+        times: dict[str, list[float]] = {"ours": [], "theirs": []}
+        for number in range(options.rounds + 1):
+            for who, layer, argument in (("ours", ours, x[0]), ("theirs", theirs, x)):
+                elapsed = timed(lambda value, layer=layer: _step(layer, value), argument, "cpu")
+                layer.zero_grad(set_to_none=True)
+                if number:
+                    times[who].append(elapsed)
+        ratios = [theirs / ours for theirs, ours in zip(times["theirs"], times["ours"])]
+        results.append({"package": name, "ratio": statistics.median(ratios)}
+                       | {f"{who}_ms": statistics.median(each) * 1e3 for who, each in times.items()})  # fmt: skip
+    return results
+
+
+def _step(layer: torch.nn.Module, x: Tensor) -> None:
+    out = layer(x.requires_grad_())
+    (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+
+
+# -- the machine ----------------------------------------------------------------------------------------------------
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Name, threads, copy bandwidth (bytes read plus written per second) and float32 GEMM rate, best of several."""
+    source = torch.randn(64 << 20, device=device)
+    target = torch.empty_like(source)
+    copies = [timed(target.copy_, source, device) for _ in range(8)]
+    left = torch.randn(2048, 2048, device=device)
+    products = [timed(left.matmul, left, device) for _ in range(5)]
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "copy_bytes_per_s": 2 * source.numel() * 4 / min(copies[1:]),
+        "gemm_flops_per_s": 2 * 2048**3 / min(products[1:]),
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.*)", information.read_text()) if information.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+# -- output ---------------------------------------------------------------------------------------------------------
+
+
+def table(result: dict[str, Any]) -> str:
+    """One case as text."""
+    lines = []
+    for name, rows in result["passes"].items():
+        kind = "values and pre-values" if result["pre_values"] else "values only"
+        lines.append(f"\n{name}, {result['dtype']}, {kind}")
+        lines.append(f"{'':<28}{'ms':>8} {'lowest-highest':>17} {'faster':>8} {'of bound':>9} {'error':>8}")
+        for contender, row in rows.items():
+            if contender == "bound":
+                lines.append(f"{'bound':<28}{row['median_ms']:>8.1f}")
+                continue
+            spread = f"{row['min_ms']:.1f}-{row['max_ms']:.1f}"
+            lines.append(
+                f"{contender:<28}{row['median_ms']:>8.1f} {spread:>17} {row['times_faster_than_autograd']:>7.1f}x"
+                f" {row['share_of_bound']:>8.0%} {row['largest_error']:>8.0e}"
+            )
+    return "\n".join(lines)
+
+
+def markdown(machine: dict[str, Any], results: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
+    """Everything as tables for a document."""
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; copies "
+        f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 GEMM {machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s."
+    ]
+    for result in results:
+        kind = "values and pre-values" if result["pre_values"] else "values only"
+        first, both = result["passes"].values()
+        lines += ["", f"{result['dtype']}, {kind}; medians in ms (lowest to highest), times faster than autograd:", ""]
+        lines += ["| | forward | | forward + backward | |", "|---|---|---|---|---|"]
+        for name in (each for each in first if each != "bound"):
+            cells = [
+                f"{row['median_ms']:.1f} ({row['min_ms']:.1f}-{row['max_ms']:.1f}) | "
+                f"{row['times_faster_than_autograd']:.1f}x"
+                for row in (first[name], both[name])
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| bound | {first['bound']['median_ms']:.1f} | | {both['bound']['median_ms']:.1f} | |")
+    if peers:
+        lines += ["", "Whole layers, float32, forward + backward, medians in ms:", ""]
+        lines += ["| package | its layer | ours, same sizes | ratio |", "|---|---|---|---|"]
+        lines += [f"| {p['package']} | {p['theirs_ms']:.0f} | {p['ours_ms']:.0f} | {p['ratio']:.1f}x |" for p in peers]
+    return "\n".join(lines)
+
+
+def put_between_marks(text: str, path: Path) -> None:
+    """Replace what stands between the two marks of this program in ``path``. Raises ``ValueError`` without them."""
+    begin, end = ("<!-- benchmarks/lookup.py: " + word + " -->" for word in ("begin", "end"))
+    old = path.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1:
+        raise ValueError(f"--docs is {path}; expected a file with the lines {begin} and {end}, once each")
+    head, rest = old.split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def main(argv: list[str]) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--topk", type=int, default=32, help="picks of a token")
+    parser.add_argument("--dim", type=int, default=192, help="columns of both tables")
+    parser.add_argument("--rows", type=int, default=260_000, help="rows of both tables")
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="default: both")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="write everything there, too")
+    parser.add_argument("--docs", type=Path, help="put the tables between the marks of this Markdown file")
+    options = parser.parse_args(argv)
+    if min(options.tokens, options.topk, options.dim, options.rows, options.cores, options.rounds) < 1:
+        parser.error("sizes and rounds must be at least 1")
+    if options.dim % options.cores:
+        parser.error(f"--dim is {options.dim}; expected a multiple of --cores ({options.cores})")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, and there is no CUDA device; use --device cpu")
+    machine = describe_machine(options.device)
+    print(
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}: copies "
+        f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, GEMM {machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s\n"
+        f"T {options.tokens}, K {options.topk}, {options.dim} columns, {options.rows} rows, C {options.cores}, "
+        f"{options.rounds} rounds"
+    )
+    results = []
+    for pre_values in (True, False):
+        for dtype in options.dtype or ("float32", "bfloat16"):
+            case = Case(options.tokens, options.topk, options.dim, options.rows, options.cores, pre_values,
+                        getattr(torch, dtype), options.device)  # fmt: skip
+            results.append(run_case(case, options.rounds, machine))
+            print(table(results[-1]), flush=True)
+    peers = run_peers(options) if options.device == "cpu" else []
+    for peer in peers:
+        print(f"\nwhole layer, forward + backward, float32: {peer['package']} {peer['theirs_ms']:.0f} ms, ours "
+              f"{peer['ours_ms']:.0f} ms, {peer['ratio']:.1f}x")  # fmt: skip
+    if options.docs:
+        put_between_marks(markdown(machine, results, peers), options.docs)
+    if options.json:
+        document = {"machine": machine, "options": {k: str(v) for k, v in vars(options).items()}, "cases": results}
+        options.json.write_text(json.dumps({**document, "peers": peers}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

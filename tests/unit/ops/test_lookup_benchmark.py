@@ -1,0 +1,62 @@
+"""benchmarks/lookup.py at tiny sizes: it compares, times and writes what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).resolve().parents[3] / "benchmarks" / "lookup.py"
+SIZES = ["--tokens", "6", "--topk", "3", "--dim", "8", "--rows", "50", "--rounds", "2"]
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("lookup_benchmark", PROGRAM)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    machine = {"device": "test", "threads": 1, "torch": "", "copy_bytes_per_s": 1e9, "gemm_flops_per_s": 1e9}
+    monkeypatch.setattr(module, "describe_machine", lambda device: machine)
+    monkeypatch.setattr(module, "run_peers", lambda options: [])
+    return module
+
+
+def test_tables_and_json(program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- benchmarks/lookup.py: begin -->\nold\n<!-- benchmarks/lookup.py: end -->\nafter\n")
+    assert program.main([*SIZES, "--json", str(tmp_path / "out.json"), "--docs", str(page)]) == 0
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert [(case["dtype"], case["pre_values"]) for case in cases] == [
+        ("float32", True), ("bfloat16", True), ("float32", False), ("bfloat16", False)]  # fmt: skip
+    for case in cases:
+        for rows in case["passes"].values():
+            backends = {"--memory-backend scatter", "--memory-backend cpu"}
+            assert set(rows) == {program.AUTOGRAD, program.BAG, *backends, "bound"}
+            for name, row in rows.items():
+                limit = 1e-5 if case["dtype"] == "float32" else 3e-2
+                assert name == "bound" or (row["median_ms"] > 0 and row["largest_error"] < limit), (name, row)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "| bound |" in text
+    assert "--memory-backend cpu" in capsys.readouterr().out
+
+
+def test_bytes_of_the_bound(program: ModuleType) -> None:
+    """Few picks of a large table: every row is distinct; backward reads it again and updates a float32 row."""
+    case = program.Case(2, 3, 8, 10**9, 2, True, torch.bfloat16, "cpu")
+    forward, both = case.bytes_and_operations(False)[0], case.bytes_and_operations(True)[0]
+    assert forward == pytest.approx(2 * 3 * 2 * 16, rel=1e-6)
+    assert both == pytest.approx(2 * 3 * 2 * (16 + 16 + 32 + 32), rel=1e-6)
+
+
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--dim", "7"]])
+def test_wrong_sizes_are_refused(program: ModuleType, flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main(flags)
+    assert stop.value.code == 2
