@@ -101,14 +101,18 @@ struct Picks {
         }
         return good;
     }
-    // The picks whose rows thread `part` owns, in order. Neighbouring rows go to different threads, because popular
-    // rows may be neighbours.
+    // Owner of a row among `parts` threads: evenly spread by the upper bits of a product (Fibonacci hashing), because
+    // popular rows may be neighbours.
+    static int64_t owner(int64_t row, int64_t parts) {
+        const uint64_t spread = (static_cast<uint64_t>(row) * 0x9E3779B97F4A7C15u) >> 32;
+        return static_cast<int64_t>((spread * static_cast<uint64_t>(parts)) >> 32);
+    }
+    // The picks whose rows thread `part` owns, in order.
     std::vector<int64_t> owned(int64_t part, int64_t parts) const {
         std::vector<int64_t> mine;
         mine.reserve(static_cast<size_t>(count / parts + count / 8 + 8));
         for (int64_t i = 0; i < count; ++i)
-            if (parts == 1 || static_cast<uint64_t>(rows[i]) % static_cast<uint64_t>(parts) == static_cast<uint64_t>(part))
-                mine.push_back(i);
+            if (owner(rows[i], parts) == part) mine.push_back(i);
         return mine;
     }
 };

@@ -11,8 +11,8 @@ functions of ``interface.TableLookup``, ``GridParts`` and ``RaggedParts`` and on
 
 from __future__ import annotations
 
-import importlib
 import logging
+import os
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -43,10 +43,10 @@ def _cpu() -> Backend:
 
 
 def _triton() -> Backend:
-    from umv2_megatron.ops import ragged
+    from umv2_megatron.ops import triton_lookup, triton_ragged
 
-    triton_lookup = importlib.import_module("umv2_megatron.ops.triton_lookup")
-    return Backend("triton", triton_lookup.lookup, triton_lookup, ragged)
+    triton_lookup.require_device()
+    return Backend("triton", triton_lookup.lookup, triton_lookup, triton_ragged)
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
@@ -76,10 +76,13 @@ def _get_backend(name: str, device: str) -> Backend:
         try:
             return BACKENDS[preferred]()
         except ImportError as problem:
-            logger.warning("lookups use --memory-backend scatter, because %s cannot run: %s", preferred, problem)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+                logger.warning("lookups use --memory-backend scatter, because %s cannot run: %s", preferred, problem)
             return BACKENDS["scatter"]()
     if name not in BACKENDS:
         raise ValueError(f"--memory-backend is {name}; expected one of auto, {', '.join(BACKENDS)}")
+    if name == "cpu" and device != "cpu":
+        raise ValueError(f"--memory-backend is cpu and the model is on {device}; expected auto, scatter or triton")
     try:
         return BACKENDS[name]()
     except ImportError as problem:
