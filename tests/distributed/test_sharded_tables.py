@@ -122,3 +122,42 @@ def test_bfloat16_tables_stay_close(mode):
     cases = [({"backend": backend}, "random", True) for backend in BACKENDS]
     for errors in run_ranks(2, compare_on_ranks, 2, mode, cases, torch.bfloat16):
         assert all(each["error"] < 0.02 for each in errors), errors
+
+
+def calls_alive_after_backward(mode: str) -> int:
+    """Uses of a sharded table that are still in memory after three forwards and backwards."""
+    import gc
+
+    from umv2_megatron.memory import dim_sharded, row_sharded
+    from umv2_megatron.parallel import groups
+
+    groups.initialize_groups(memory_parallel_size=2)
+    rank = groups.get_memory_parallel_rank()
+    inputs = inputs_of(config_of({}), 2, "random", torch.float32)
+    table = filled_table(config_of({}), inputs, TableShard(mode, 2, rank), torch.float32)
+    for _ in range(3):
+        look_up(table, inputs, rank, True)
+    gc.collect()
+    kinds = (dim_sharded._Call, row_sharded._Call)
+    return sum(isinstance(each, kinds) for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("mode", ["dim", "row"])
+def test_nothing_of_a_lookup_outlives_its_backward(mode):
+    assert run_ranks(2, calls_alive_after_backward, mode) == [0, 0]
+
+
+def test_scores_of_all_keys_are_not_kept_for_the_backward():
+    from umv2_megatron.memory.retrieval import gather_keys
+
+    kept: list[int] = []
+    scores = torch.randn(2, 5, 1, 40, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(0, 40, (5, 1, 6))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        picked = gather_keys(scores, index)
+    assert max(kept) <= index.numel()
+    weights = torch.randn_like(picked)
+    (found,) = torch.autograd.grad((picked * weights).sum(), scores)
+    plain = scores.gather(-1, index.expand(2, -1, -1, -1))
+    (expected,) = torch.autograd.grad((plain * weights).sum(), scores)
+    assert torch.equal(picked, plain) and torch.allclose(found, expected)

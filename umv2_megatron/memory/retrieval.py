@@ -21,6 +21,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from umv2_megatron.config.memory_config import MemoryConfig
@@ -183,8 +184,28 @@ class Retrieval(nn.Module):
 
 
 def gather_keys(key_scores: Tensor, index: Tensor) -> Tensor:
-    """Scores [R, T, h, K] of the keys ``index`` [T, h, K] among ``key_scores`` [R, T, h, N]."""
-    return key_scores.gather(-1, index.expand(key_scores.shape[0], -1, -1, -1))
+    """Scores [R, T, h, K] of the keys ``index`` [T, h, K] among ``key_scores`` [R, T, h, N].
+
+    Keeps the index alone for the backward: torch's own ``gather`` would keep the scores of all keys, the largest tensor
+    of the layer.
+    """
+    return _GatherKeys.apply(key_scores, index)
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key_scores: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_keys = key_scores.shape[-1]
+        return key_scores.gather(-1, index.expand(key_scores.shape[0], -1, -1, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        every = grads[0].new_zeros(*grads[0].shape[:-1], ctx.num_keys)
+        # A key that is part of several cells gets the sum of theirs.
+        return every.scatter_add_(-1, index.expand(every.shape[0], -1, -1, -1), grads[0]), None
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float, dim: int) -> Tensor:

@@ -21,20 +21,27 @@ from umv2_megatron.parallel.roll_call import watched
 
 
 class Pending:
-    """A collective that has been started; keeps its input alive until ``wait``."""
+    """A collective that has been started; keeps its input alive until ``wait``, and its result no longer."""
 
     def __init__(self, exchange: Exchange, step: str, output: Tensor, source: Tensor, work: Any) -> None:
-        self.output = output
-        """Where the result arrives; not to be read before ``wait``."""
+        self._output: Optional[Tensor] = output
         self._exchange, self._step, self._source, self._work = exchange, step, source, work
 
+    @property
+    def output(self) -> Tensor:
+        """Where the result arrives; not to be read before ``wait``, and gone after it."""
+        assert self._output is not None, "waited for before"
+        return self._output
+
     def wait(self) -> Tensor:
-        """The result. Raises ``ExchangeError`` naming the group, the step and who does not answer."""
-        if self._work is not None:
-            with self._exchange.watched(self._step):
-                self._work.wait()
-            self._work, self._source = None, None
-        return self.output
+        """The result; to be called once. Raises ``ExchangeError`` naming the group, the step and who is missing."""
+        output = self.output
+        with self._exchange.watched(self._step):
+            self._work.wait()
+        # An autograd function may return ``output``; then its grad_fn leads here, and a reference back to it would be a
+        # circle that Python's garbage collector cannot see through.
+        self._work, self._source, self._output = None, None, None
+        return output
 
 
 class Exchange:

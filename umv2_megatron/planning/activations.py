@@ -33,7 +33,8 @@ INT64 = 8
 @dataclass(frozen=True)
 class BlockBytes:
     """What one block keeps for its backward, by part; ``core`` is the part of attention that selective recomputation
-    drops, ``key_scores`` the scores of all keys, ``lookup`` all of the memory layer after retrieval."""
+    drops, ``lookup`` all of the memory layer after retrieval. ``key_scores``, the scores of all keys, are not kept:
+    they are there while a layer picks, and their gradient in the backward."""
 
     norms: int
     projections: int
@@ -45,8 +46,8 @@ class BlockBytes:
 
     @property
     def all(self) -> int:
-        """Everything."""
-        return sum(dataclasses.astuple(self))
+        """Everything kept."""
+        return sum(dataclasses.astuple(self)) - self.key_scores
 
     @property
     def attention(self) -> int:
@@ -56,7 +57,7 @@ class BlockBytes:
     @property
     def memory(self) -> int:
         """The memory layer."""
-        return self.retrieval + self.key_scores + self.lookup
+        return self.retrieval + self.lookup
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class _Block:
         return (3 if self.layout.fused_activation else 5) * self.inner
 
     def _memory_parts(self, m: MemoryConfig) -> tuple[int, int, int]:
-        """(retrieval, key scores, lookup): bytes kept."""
+        """(retrieval, key scores, lookup): bytes kept, but for the second."""
         size, tokens = self.layout.weight_bytes, self.own
         picks = tokens * m.num_heads * m.topk
         query, expanded = tokens * m.query_rows, tokens * 2 * m.tucker_rank * m.key_dim
