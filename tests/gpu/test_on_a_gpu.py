@@ -31,7 +31,7 @@ def lookup_on(device: str, backend: str) -> list[torch.Tensor]:
     return [tensor.detach().cpu() for tensor in (out, *gradients)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "scatter"])
+@pytest.mark.parametrize("backend", ["reference", "scatter", "triton", "auto"])
 def test_lookup_equals_the_cpu(backend):
     for found, expected in zip(lookup_on("cuda", backend), lookup_on("cpu", "reference")):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

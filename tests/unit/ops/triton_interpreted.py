@@ -70,9 +70,10 @@ def test_golden_numbers(stem: str) -> None:
     check_golden_pair(stem, "triton", "float64")
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(
+    ("blocks", "activation", "deterministic"),
+    [(1, "none", True), (1, "gelu", False), (3, "gelu", True), (3, "none", False)],
+)
 def test_lookup_equals_reference(blocks: int, activation: str, deterministic: bool) -> None:
     check_equal_to_reference(activation, deterministic, blocks=blocks)
 
@@ -95,8 +96,7 @@ def test_sizes_that_are_no_powers_of_two(sizes: dict[str, int]) -> None:
     check_equal_to_reference(**sizes)
 
 
-@pytest.mark.parametrize("widest", [16, 4])
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(("blocks", "widest"), [(1, 16), (1, 4), (2, 4)])
 def test_many_small_tiles(blocks: int, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of picks; with WIDEST_ROW 4 rows are cut into stretches of columns and nothing is fused; rows
     with more picks than a piece."""
@@ -199,8 +199,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert (total[rows - 1] == 41).all() and (total[(1 << 21) + 3] == 2).all() and (total[5] == 30).all()
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(("blocks", "deterministic"), [(1, True), (3, True), (3, False)])
 def test_parts_on_a_grid_equal_scatter(blocks: int, deterministic: bool) -> None:
     arguments = make(blocks=blocks)
     rows, block, values, pre_values = (arguments[name] for name in ("rows", "blocks", "values", "pre_values"))
@@ -221,8 +220,7 @@ def test_parts_on_a_grid_equal_scatter(blocks: int, deterministic: bool) -> None
         torch.testing.assert_close(found, expected.detach(), **TIGHT)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(("blocks", "deterministic"), [(1, True), (3, True), (3, False)])
 def test_parts_on_a_list_equal_ragged(blocks: int, deterministic: bool) -> None:
     """Tokens with no pick, with one and with many."""
     counts = torch.tensor([0, 3, 0, 1, 19, 0])
@@ -286,7 +284,7 @@ def sorted_cells(
 
 @pytest.mark.parametrize(
     ("rank", "heads", "keys", "kept", "topk", "span"),
-    [(2, 1, 11, 5, 7, 8), (3, 2, 6, 3, 9, 4), (1, 1, 5, 5, 1, 1024), (2, 1, 19, 4, 4, 4)],
+    [(2, 1, 11, 5, 7, 8), (3, 2, 6, 3, 9, 4), (1, 1, 5, 5, 1, 1024)],
 )
 def test_best_cells_with_many_ties(
     rank: int, heads: int, keys: int, kept: int, topk: int, span: int, monkeypatch: pytest.MonkeyPatch
@@ -294,7 +292,7 @@ def test_best_cells_with_many_ties(
     """Small integers: sums are exact and ties are everywhere, so the rule for ties decides most places."""
     monkeypatch.setattr(triton_topk, "SPAN", span)
     g = torch.Generator().manual_seed(keys)
-    key_scores = torch.randint(-3, 4, (2, rank, 3, heads, keys), generator=g).float()
+    key_scores = torch.randint(-3, 4, (2, rank, 2, heads, keys), generator=g).float()
     key_scores[key_scores == 0] = -0.0
     u, t = (torch.randint(-2, 3, (heads, rank), generator=g).float() for _ in range(2))
     cores = torch.randint(-2, 3, (heads, rank, rank), generator=g).float()
