@@ -9,7 +9,7 @@ Default case: 1,024 tokens, K 32, rows of 192, 260,000 rows, C 2; with and witho
 
 - "forward" runs without gradients. "forward + backward" adds the tables' gradients to existing float32 buffers, as in
   training under mcore; plain autograd and embedding_bag make the fresh dense gradients that autograd makes, and are
-  not charged for freeing them.
+  not charged for freeing them. "autograd into main_grad" adds them to the buffers, as mcore would have to.
 - Contenders take turns within a round, on the same picks; other rounds have other picks. A time is the median over the
   rounds (lowest to highest), a ratio the median of the rounds' ratios: the machine's speed may drift.
 - "bound" is the least time that bytes and arithmetic allow: picked rows (each distinct row once per pass) over the
@@ -50,6 +50,7 @@ from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.ops import BACKENDS, get_backend, reference  # noqa: E402
 
 AUTOGRAD = "plain autograd"
+MERGED = "autograd into main_grad"
 BAG = "embedding_bag, autograd"
 
 
@@ -122,6 +123,9 @@ class Contender:
     def step(self, rows: Tensor) -> Tensor:
         out = self.lookup(rows=rows, blocks=None, num_blocks=1, activation="none", **self.arguments)
         out.backward(self.upstream)
+        if self.name == MERGED:
+            for table in self.tables:
+                table.main_grad.add_(table.grad)
         return out
 
     def clear(self) -> None:
@@ -163,7 +167,7 @@ def contenders(case: Case) -> list[Contender]:
         # Filled, because pages of fresh zeros exist only once they are written to; training's buffers are in use.
         "sums": [torch.empty(case.rows, case.width, device=case.device).fill_(0.0) for _ in range(case.tables)],
     }
-    found = [(AUTOGRAD, reference.lookup), (BAG, embedding_bag_lookup)]
+    found = [(AUTOGRAD, reference.lookup), (MERGED, reference.lookup), (BAG, embedding_bag_lookup)]
     for name in BACKENDS:
         if name != "reference" and (name == "scatter" or name == {"cpu": "cpu", "cuda": "triton"}[case.device]):
             try:

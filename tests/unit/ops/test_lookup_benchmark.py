@@ -38,7 +38,7 @@ def test_tables_and_json(program: ModuleType, tmp_path: Path, capsys: pytest.Cap
     for case in cases:
         for rows in case["passes"].values():
             backends = {"--memory-backend scatter", "--memory-backend cpu"}
-            assert set(rows) == {program.AUTOGRAD, program.BAG, *backends, "bound"}
+            assert set(rows) == {program.AUTOGRAD, program.MERGED, program.BAG, *backends, "bound"}
             for name, row in rows.items():
                 limit = 1e-5 if case["dtype"] == "float32" else 3e-2
                 assert name == "bound" or (row["median_ms"] > 0 and row["largest_error"] < limit), (name, row)
