@@ -82,7 +82,7 @@ class MemoryConfig:
     )
     backend: str = option(
         "auto",
-        "implementation of the table lookup; auto picks the fastest that runs on the device",
+        "implementation of the table lookup; auto picks the fastest that is proven on the device",
         choices=("auto", "reference", "scatter", "cpu", "triton"),
     )
     parallel_size: int = option(1, "M: ranks over which a value table is sharded")

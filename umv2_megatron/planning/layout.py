@@ -141,7 +141,7 @@ class Layout:
     @property
     def lookup(self) -> str:
         """The lookup that ``auto`` takes: with Transformer Engine a GPU's, else the compiled one of CPUs."""
-        return self.backend if self.backend != "auto" else "triton" if self.engine else "cpu"
+        return self.backend if self.backend != "auto" else "scatter" if self.engine else "cpu"
 
     def tokens(self, seq_length: int) -> int:
         """Tokens of a micro-batch that a tensor-parallel group works on: micro batch x sequence / CP."""
