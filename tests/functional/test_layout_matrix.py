@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from layout_matrix import LIMITS, Layout, Matrix, all_layouts
+from layout_matrix import Layout, Matrix, all_layouts
 
 FULL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
 SELECTIVE = (("recompute_granularity", "selective"), ("recompute_modules", "mlp"))
@@ -27,7 +27,7 @@ def matrix(tmp_path_factory) -> Matrix:
 @pytest.mark.parametrize("layout", PRUNED, ids=lambda layout: f"{layout.world}-{layout.name}")
 def test_layout_equals_one_rank(layout, matrix):
     figures = matrix.compare(layout)
-    assert all(figures[name] <= limit for name, limit in LIMITS.items()), figures
+    assert all(figures[name] <= limit for name, limit in layout.limits.items()), figures
 
 
 def test_the_whole_matrix_has_every_combination():
