@@ -30,12 +30,12 @@ VOCABULARY = 1024
 """Padded vocabulary of all layouts: its multiple depends on the tensor-parallel size otherwise."""
 LIMITS = {"loss": 1e-5, "grad norm": 1e-5, "table gradient": 1e-6}
 TENSOR_LIMITS = {**LIMITS, "table gradient": 2e-6}
-"""With tensor parallelism: mcore's products are then summed in another order in every block, and both sides' fp32 rounding
-errors differ; 1.0e-6 to 1.2e-6 is what comes out with whole tables, too."""
+"""With tensor parallelism mcore's products are summed in another order in every block, and the fp32 rounding errors of
+both sides differ; 1.0e-6 to 1.2e-6 is what comes out with whole tables, too."""
 LEARNING_RATE = 1e-4
-"""Small, because where the best K keys or cells tie but for the last bits, a layout may pick another row. Losses then part
-by 1e-4 from one step to the next. Adam turns rounding errors of gradients near 0 into steps of the learning rate, so
-parameters that move less stay closer."""
+"""Small, because where the best K keys or cells tie but for the last bits, a layout may pick another row, and losses
+part by 1e-4 from one step to the next. Adam turns rounding errors of gradients near 0 into steps of the learning rate,
+so parameters that move less stay closer."""
 
 
 @dataclass(frozen=True)

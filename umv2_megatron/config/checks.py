@@ -26,6 +26,10 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
         except ValueError as error:
             raise UsageError(str(error)) from error
         _check_memory_layout(run)
+        if for_training:
+            _check_split_tokens(run)
+    elif run.memory.parallel_size != 1 and not run.has_experts:
+        _refuse("memory-parallel-size", run.memory.parallel_size, "1 without memory layers: no tables to shard")
     if for_training:
         _check_schedule(run)
     run.transformer_config()
@@ -221,6 +225,22 @@ def _check_memory_layout(run: RunConfig) -> None:
                     memory.sharing_size,
                     f"a size whose blocks do not straddle the {stages} pipeline stages of {per_stage} layers",
                 )
+
+
+def _check_split_tokens(run: RunConfig) -> None:
+    """Whether tensor-parallel ranks that all have the same tokens can share the memory layers' work evenly.
+
+    Padded tokens would count in the statistics and the auxiliary losses.
+    """
+    tp, samples = run.tensor_model_parallel_size, run.training.micro_batch_size
+    tokens = samples * run.model.seq_length // run.context_parallel_size
+    if tp > 1 and not run.sequence_parallel and tokens % tp:
+        _refuse(
+            "seq-length",
+            run.model.seq_length,
+            f"a length of which --micro-batch-size ({samples}) samples divide over --tensor-model-parallel-size ({tp}) "
+            "ranks, which share the memory layers' work",
+        )
 
 
 def _check_table_shards(run: RunConfig) -> None:

@@ -14,8 +14,8 @@ P picks of a token, C cores, E virtual blocks, n picks that a rank receives. Exc
                the last two are waited for in the backward of start
 
 Nothing of the size M*T*P is moved, which is why this mode sends less than ``dim_sharded.py`` when P is large. Which
-token a pick belongs to follows from the counts and is not sent. The sizes of the parts must be known on the host: one
-synchronisation per forward, as in any dropless mixture of experts.
+token a pick belongs to follows from the counts and is not sent. The sizes of the parts must be known on the host, which
+waits for them in every forward, as in any dropless mixture of experts.
 """
 
 from __future__ import annotations
@@ -86,8 +86,10 @@ class RowShardedLookup:
         self._starts = self._starts.to(rows.device)  # moved once
         owners = torch.bucketize(rows, self._starts, right=True) - 1
         token = torch.arange(tokens, device=rows.device).unsqueeze(1)
-        counts = torch.bincount((owners * tokens + token).flatten(), minlength=exchange.size * tokens)
-        counts = counts.view(exchange.size, tokens)
+        # not bincount, for which the host would wait once more
+        counts = torch.zeros(exchange.size * tokens, dtype=torch.int64, device=rows.device)
+        places = (owners * tokens + token).flatten()
+        counts = counts.scatter_add_(0, places, torch.ones_like(places)).view(exchange.size, tokens)
         pending = exchange.all_to_all("pick_counts", counts.int())
         # Picks lie in the order of tokens, which a stable sort keeps within an owner.
         order = owners.flatten().sort(stable=True).indices

@@ -199,9 +199,10 @@ def _table_shard(memory_config: MemoryConfig) -> TableShard:
 
 def _sum_over_tensor_parallel_ranks(grad: torch.Tensor) -> torch.Tensor:
     """The gradient of a replicated parameter of which each tensor-parallel rank has seen its share of the tokens."""
-    grad = grad.contiguous()
-    torch.distributed.all_reduce(grad, group=parallel_state.get_tensor_model_parallel_group())
-    return grad
+    # in float32 or better, as mcore sums the gradients of replicated parameters under sequence parallelism
+    total = grad.to(torch.promote_types(grad.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
+    torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+    return total.to(grad.dtype)
 
 
 def _ffn_config(config: TransformerConfig, memory_config: MemoryConfig) -> TransformerConfig:

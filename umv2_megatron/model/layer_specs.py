@@ -189,6 +189,13 @@ def _check_stock_run(config: TransformerConfig, memory_config: MemoryConfig, use
             f"{MEMORY_CONFIG_VARIABLE}: parallel_size is {memory_config.parallel_size}; expected 1, because "
             "Megatron-LM makes no memory-parallel groups; use pretrain_umv2.py for sharded tables"
         )
+    if config.tensor_model_parallel_size > 1 and config.expert_tensor_parallel_size != 1:
+        # Table gradients are reduced over expert-data-parallel ranks, which must include the tensor-parallel ones.
+        raise ValueError(
+            f"--expert-tensor-parallel-size is {config.expert_tensor_parallel_size}; expected 1 with this --spec and "
+            f"--tensor-model-parallel-size {config.tensor_model_parallel_size}: tables of tensor-parallel ranks would "
+            "drift apart; give --expert-tensor-parallel-size 1"
+        )
     if config.num_moe_experts is not None:
         raise ValueError(
             f"--num-experts is {config.num_moe_experts}; expected none with this --spec, whose mlp slot holds a dense "

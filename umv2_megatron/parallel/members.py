@@ -38,6 +38,8 @@ class Member:
         if not self.started:
             return ""
         state, started = _state(self.pid)
+        if not state:
+            return ""
         if started != self.started or state in "ZX":
             return "gone"
         return "stopped" if state in "Tt" else ""
@@ -63,10 +65,15 @@ def _place() -> str:
 
 
 def _state(pid: int) -> tuple[str, str]:
-    """State letter and start of a process, as /proc tells them; a process that is not there is in state "X"."""
+    """State letter and start of a process, as /proc tells them; a process that is not there is in state "X".
+
+    Both are "" where /proc cannot be read for another reason (no file descriptor left): nobody may be accused for that.
+    """
     try:
         # the second field, the program's name in brackets, may hold blanks and brackets
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[0], fields[19]
-    except (OSError, IndexError):
+    except (FileNotFoundError, ProcessLookupError):
         return "X", ""
+    except (OSError, IndexError):
+        return "", ""

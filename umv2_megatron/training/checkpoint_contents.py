@@ -132,9 +132,13 @@ def _saved_by(store: CheckpointStore, iteration: int) -> dict[str, Any]:
         common = SafeCommonLoad().load_common(store.path(iteration))
     except OSError as error:
         raise CheckpointError(f"{error.filename or store.path(iteration)} cannot be read: {error.strerror}") from error
-    values = checkpointing.read_config(store, iteration).get("values", {})
+    config = checkpointing.read_config(store, iteration)
+    values = config.get("values", {})
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{store.path(iteration) / checkpointing.CONFIG_FILE}: values is no mapping of settings")
     metadata = load_content_metadata(preloaded_state_dict=common) or {}
-    found = {f"{name} parallel" if name != "world" else "ranks": size for name, size in common["layout"].items()}
+    layout = common.get("layout", {})
+    found = {"ranks" if name == "world" else f"{name} parallel": size for name, size in layout.items()}
     if found.get("memory parallel", 1) > 1:
         found["memory parallel mode"] = values.get("memory_parallel_mode")
     found["distributed optimizer"] = values.get("use_distributed_optimizer")

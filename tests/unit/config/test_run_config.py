@@ -138,6 +138,8 @@ def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
         (["--memory-parallel-size", "5"], 5, ["--memory-value-dim is", "--memory-parallel-mode dim"]),
         (["--memory-parallel-size", "2", "--memory-pre-value-dim", "9"], 2, ["--memory-pre-value-dim is 9"]),
         (["--memory-parallel-mode", "row"], 2, ["--memory-parallel-mode is row"]),
+        (["--memory-parallel-size", "2", "--ffn-variant", "dense"], 2, ["--memory-parallel-size is 2", "no tables"]),
+        (["--tensor-model-parallel-size", "2", "--seq-length", "127"], 2, ["--seq-length is 127", "(2)"]),
         (["--memory-parallel-mode", "row"], 1, ["--memory-parallel-mode is row"]),
         (["--memory-balance-loss-coeff", "0.1", "--calculate-per-token-loss"], 1,
          ["--memory-balance-loss-coeff is 0.1"]),

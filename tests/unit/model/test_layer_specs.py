@@ -275,6 +275,7 @@ def refusals() -> list[str]:
         ({"topk": 13, "key_topk_cap": 13}, {}),
         ({"parallel_size": 2}, {}),
         ({}, {"num_moe_experts": 2}),
+        ({}, {"tensor_model_parallel_size": 2}),
     ):
         with pytest.raises(ValueError) as caught:
             stock_model(memory, **changes)
@@ -283,10 +284,11 @@ def refusals() -> list[str]:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    sizes, sharded, experts = run_ranks(1, refusals)[0]
+    sizes, sharded, experts, drifting = run_ranks(1, refusals)[0]
     assert VARIABLE in sizes and "topk is 13" in sizes
     assert VARIABLE in sharded and "parallel_size is 2" in sharded
     assert "--num-experts is 2" in experts
+    assert "--expert-tensor-parallel-size is 2" in drifting
     with pytest.raises(ValueError, match="another pipeline stage.*--memory-sharing-size"):
         SharedTables().get(0)
 
