@@ -128,6 +128,8 @@ def plan(argv: list[str]) -> dict[str, Any]:
     capacity = None if given.gpu_memory_gib is None else _number("gpu-memory-gib", given.gpu_memory_gib, float)
     if given.search and capacity is None:
         raise ValueError("--gpu-memory-gib is missing; --search needs to know what fits")
+    if capacity is not None and capacity <= reserve:
+        raise ValueError(f"--gpu-memory-gib is {capacity:g}; expected more than --memory-reserve-gib ({reserve:g})")
     run = _resolve(rest, world)
     values = {**run.values, "transformer_impl": "local" if given.transformer_impl == "local" else "transformer_engine"}
     memory = run.memory if run.has_memory else None

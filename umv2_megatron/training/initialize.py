@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.builder import build_model_chunks
+from umv2_megatron.ops import get_backend
 from umv2_megatron.parallel import cpu_platform, groups, launch
 from umv2_megatron.training.optimizer import ParamScheduler, build_optimizer, build_scheduler
 
@@ -89,7 +90,12 @@ def seed_everything(seed: int) -> None:
 
 
 def build_training_state(run: RunConfig, vocab_size: int) -> TrainingState:
-    """Model, optimizer and schedule at step 0."""
+    """Model, optimizer and schedule at step 0.
+
+    Raises ``ValueError`` naming --memory-backend where that lookup cannot run on this machine.
+    """
+    if run.has_memory:
+        get_backend(run.memory.backend, cpu_platform.device())  # may have to be compiled: before the first step
     chunks = build_model_chunks(run, vocab_size)
     optimizer = build_optimizer(run, chunks)
     return TrainingState(chunks, optimizer, build_scheduler(run, optimizer))
