@@ -101,8 +101,8 @@ def search_table(found: dict[str, Any]) -> str:
         if smallest:
             lines += [f"nothing fits; the least is {smallest['gib']:.1f} GiB with {name_of(smallest['layout'])}"]
         else:
-            lines += [f"no layout of {found['world_size']} ranks agrees with the sizes that were given; leave some of the "
-                      "parallel sizes to the search, or change --world-size"]
+            lines += [f"no layout of {found['world_size']} ranks agrees with the sizes that were given; leave some of "
+                      "the parallel sizes to the search, or change --world-size"]
         return "\n".join(lines)
     head = ("TP", "PP", "CP", "DP", "M", "mode", "micro", "times", "recompute", "GiB", "step ms", "MFU")
     widths = (4, 4, 4, 6, 5, 5, 6, 6, 10, 7, 10, 7)
