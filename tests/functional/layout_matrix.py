@@ -3,8 +3,9 @@
     make layouts                                  the whole matrix, as a table (about 15 minutes on 2 cores)
     python tests/functional/layout_matrix.py --only tp2 m4-row
 
-A layout saves after its first step, where the first moments of the value tables are (1 - beta1) times their clipped
-gradients, and is resumed from there by the same command; so gradients are compared wherever mcore keeps their shards.
+A layout saves after its first step, where the first moments of the value tables are (1 - beta1) times their gradients,
+clipped; and it is resumed from there by the same command. So gradients are compared wherever mcore keeps their shards,
+with the clipping undone (the norm, which differs in its last bits, is compared by itself).
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ LIMITS = {"loss": 1e-5, "grad norm": 1e-5, "table gradient": 1e-6}
 TENSOR_LIMITS = {**LIMITS, "table gradient": 2e-6}
 """With tensor parallelism mcore's products are summed in another order in every block, and the fp32 rounding errors of
 both sides differ; 1.0e-6 to 1.2e-6 is what comes out with whole tables, too."""
+SEED = 7
 LEARNING_RATE = 1e-4
 """Small, because where the best K keys or cells tie but for the last bits, a layout may pick another row, and losses
 part by 1e-4 from one step to the next. Adam turns rounding errors of gradients near 0 into steps of the learning rate,
-so parameters that move less stay closer."""
+so parameters that move less stay closer. The seed is one whose start has no such tie."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class Matrix:
     def _argv(self, settings: dict[str, Any]) -> list[str]:
         common = {
             "num_layers": 4,
+            "seed": SEED,
+            "memory_seed": SEED,
             "lr": LEARNING_RATE,
             "min_lr": LEARNING_RATE,
             "make_vocab_size_divisible_by": VOCABULARY,
@@ -170,10 +174,12 @@ class Matrix:
         train(layout.world, self._argv(settings), log)
         steps = [line for line in read_metrics(save) if "lm loss" in line]
         assert [line["iteration"] for line in steps] == list(range(1, self.steps + 1)), steps
+        norms = [line["grad-norm"] for line in steps]
+        assert norms[0] > 1, "the first step was not clipped"
         return {
             "losses": [line["lm loss"] for line in steps],
-            "norms": [line["grad-norm"] for line in steps],
-            "tables": tables,
+            "norms": norms,
+            "tables": {key: moment * norms[0] for key, moment in tables.items()},
         }
 
 
