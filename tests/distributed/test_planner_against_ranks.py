@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -182,7 +182,6 @@ def exchange_differences(changes: dict[str, Any]) -> list[str]:
     from umv2_megatron.memory import row_sharded
     from umv2_megatron.model.builder import unwrap
     from umv2_megatron.model.ffn_with_memory import memory_layers
-    from umv2_megatron.parallel.exchange import total_sent
     from umv2_megatron.planning.exchange import FORWARD, exchange_bytes
     from umv2_megatron.planning.rank_parameters import table_rows
     from umv2_megatron.training.initialize import build_training_state
@@ -202,7 +201,7 @@ def exchange_differences(changes: dict[str, Any]) -> list[str]:
     row_sharded.RowShardedLookup.start = recording  # type: ignore[method-assign, assignment]
     forward_backward(run, state)
     layers = [layer for chunk in state.chunks for _, layer in memory_layers(unwrap(chunk))]
-    found = total_sent([layer.table.exchange for layer in layers if layer.owns_table])
+    found = sum((layer.table.exchange.sent for layer in layers if layer.owns_table), Counter())
     again = layout.recompute == "full"
     planned: dict[str, float] = defaultdict(float)
     tokens = layout.own_tokens(shape.seq_length)

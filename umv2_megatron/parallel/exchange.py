@@ -111,12 +111,3 @@ class Exchange:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def total_sent(exchanges: list[Optional[Exchange]]) -> Counter[str]:
-    """Bytes sent by several layers together, by step; None is a layer whose table is whole."""
-    total: Counter[str] = Counter()
-    for exchange in exchanges:
-        if exchange is not None:
-            total.update(exchange.sent)
-    return total

@@ -210,6 +210,36 @@ def build_shapes_only() -> int:
 def test_whole_model_builds_on_the_meta_device() -> None:
     assert run_ranks(1, build_shapes_only)[0] == 20 * 360**2 * (192 + 192)
 
+def order_and_tokens(world_size: int) -> list:
+    """What the slot does in one forward: its steps in order, and the tokens that the memory layer starts on."""
+    from megatron.core import tensor_parallel
+
+    from umv2_megatron.parallel import groups
+
+    groups.initialize_groups(tp=world_size)
+    tensor_parallel.model_parallel_cuda_manual_seed(3)
+    layers = [
+        ("preset", read_mapping(PRESETS["umv2-tiny"].flags(), "preset")),
+        ("flag", {"transformer_impl": "local", "tensor_model_parallel_size": world_size}),
+    ]
+    slot = slots_of(from_layers(layers, world_size, for_training=False))[0]
+    memory, done = slot.memory, []
+    begin, end = memory.start, memory.finish
+    memory.start = lambda x: (done.append(("start", x.numel() // 64)), begin(x))[1]
+    memory.finish = lambda started: (done.append("finish"), end(started))[1]
+    slot.ffn.register_forward_hook(lambda *_: done.append("ffn"))
+    output, _ = slot(normalised(33, 64))
+    assert output.shape == (33, 1, 64)
+    return done
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_ffn_runs_between_start_and_finish_and_no_token_is_looked_up_twice(world_size) -> None:
+    # tensor-parallel ranks that have all tokens take a part each; 33 tokens are padded to 34
+    tokens = {1: 33, 2: 17}[world_size]
+    for done in run_ranks(world_size, order_and_tokens, world_size):
+        assert done == [("start", tokens), "ffn", "finish"]
+
 
 if __name__ == "__main__":
     for case in CASES:
