@@ -11,6 +11,7 @@ e * floor(sqrt(g * N * N)) keys per side, so with the defaults (e = 1, no sharin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -38,14 +39,37 @@ class MemoryConfig:
     num_heads: int = option(1, "h: retrieval heads that share the value table")
     tucker_rank: int = option(2, "R: Tucker rank of the score", letter="R")
     num_cores: int = option(2, "C: Tucker cores; core c scales the c-th slice of the value dimension", letter="C")
+    scoring: str = option(
+        "tucker",
+        "score of a cell: the Tucker form of its keys' scores, or their sum (product keys)",
+        choices=("tucker", "additive"),
+    )
+    score_normalization: str = option(
+        "none", "softmax: each head's K scores are replaced by their softmax", choices=("none", "softmax")
+    )
     query_mode: str = option(
-        "per_rank", "one query per side and rank (the paper), or one per side", choices=("per_rank", "shared")
+        "per_rank",
+        "one query per side and rank (the paper), one per side, or one per head and side",
+        choices=("per_rank", "shared", "per_head"),
+    )
+    qk_norm: str = option(
+        "both", "which of queries and keys get an RMS norm over Dk", choices=("both", "query", "none")
     )
     key_expansion: int = option(1, "e: virtual expansion of the keys (UltraMem v1 uses 2)")
     value_expansion: str = option(
         "single",
         "one projection of the summed values, one per virtual block, or none (then Dv must equal the hidden size)",
         choices=("single", "per-block", "none"),
+    )
+    gate: str = option(
+        "none",
+        "silu: the summed values are multiplied by SiLU(Wg x) before the value projection",
+        choices=("none", "silu"),
+    )
+    pre_projection: str = option(
+        "linear",
+        "what pre-values are multiplied with: Wp x, or x itself (then Dp must equal the hidden size)",
+        choices=("linear", "none"),
     )
     pre_value_activation: str = option(
         "none", "activation of the pre-value score (the paper removed it)", choices=("none", "gelu")
@@ -55,6 +79,9 @@ class MemoryConfig:
         "1",
         "which blocks have a memory layer: an integer n (every n-th block, starting with the first) or a 0/1 list "
         "such as '[1,0]*4'",
+    )
+    read_delay: int = option(
+        0, "a memory layer reads the normalised FFN input of its block and adds its output this many blocks later"
     )
     sharing: str = option(
         "none",
@@ -68,6 +95,9 @@ class MemoryConfig:
         None,
         "iterations over which the multiple decays linearly to 1 (default: those of the learning rate's decay; 0 keeps "
         "it constant)",
+    )
+    value_lr: Optional[float] = option(
+        None, "constant learning rate of the value tables, instead of a multiple of the learning rate"
     )
     balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
     tucker_penalty_coeff: float = option(0.0, "alpha: weight of the penalty on the cores' later singular values")
@@ -129,13 +159,38 @@ class MemoryConfig:
     @property
     def query_rows(self) -> int:
         """Output rows of the query projection."""
-        ranks = self.tucker_rank if self.query_mode == "per_rank" else 1
-        return 2 * ranks * self.key_dim
+        queries = {"per_rank": self.tucker_rank, "per_head": self.num_heads, "shared": 1}[self.query_mode]
+        return 2 * queries * self.key_dim
 
     @property
     def has_pre_values(self) -> bool:
         """Whether the table has pre-value rows (PEER)."""
         return self.pre_value_dim > 0
+
+    @property
+    def has_pre_projection(self) -> bool:
+        """Whether pre-values are multiplied with a projection of the input, and not with the input itself."""
+        return self.has_pre_values and self.pre_projection == "linear"
+
+    @property
+    def summed_dim(self) -> int:
+        """E * Dv: columns of a token's summed values."""
+        return self.num_blocks * self.value_dim
+
+    @property
+    def gate_rows(self) -> int:
+        """Output rows of the gate's projection; 0 without a gate."""
+        return self.summed_dim if self.gate != "none" else 0
+
+    @property
+    def core_parameters(self) -> int:
+        """Parameters of the Tucker cores, C * h * R * R; 0 with additive scores."""
+        return self.num_cores * self.num_heads * self.tucker_rank**2 if self.scoring == "tucker" else 0
+
+    @property
+    def norm_gains(self) -> int:
+        """Parameters of the norms of queries and keys."""
+        return {"both": 2, "query": 1, "none": 0}[self.qk_norm] * self.key_dim
 
     def memory_layers(self, num_layers: int) -> list[bool]:
         """For each of the ``num_layers`` blocks, whether it has a memory layer."""
@@ -165,11 +220,17 @@ class MemoryConfig:
         ):
             if getattr(self, name) < 1:
                 refuse(name, "an integer of at least 1")
-        for name in ("pre_value_dim", "balance_loss_coeff", "tucker_penalty_coeff", "tucker_penalty_margin"):
+        at_least_zero = ("read_delay", "pre_value_dim", "balance_loss_coeff", "tucker_penalty_coeff")
+        for name in (*at_least_zero, "tucker_penalty_margin"):
             if getattr(self, name) < 0:
                 refuse(name, "0 or more")
         for name in (
+            "scoring",
+            "score_normalization",
             "query_mode",
+            "qk_norm",
+            "gate",
+            "pre_projection",
             "value_expansion",
             "pre_value_activation",
             "sharing",
@@ -191,6 +252,11 @@ class MemoryConfig:
             refuse("topk", f"at most the square of --memory-key-topk-cap ({self.key_topk_cap})")
         if self.value_expansion == "none" and self.value_dim != hidden_size:
             refuse("value_dim", f"the hidden size {hidden_size} when --memory-value-expansion is none")
+        self._validate_scoring(refuse)
+        if self.pre_projection == "none" and self.pre_value_dim != hidden_size:
+            refuse("pre_value_dim", f"the hidden size {hidden_size} when --memory-pre-projection is none")
+        if self.value_lr is not None and self.value_lr <= 0:
+            refuse("value_lr", "a number above 0")
         if self.value_lr_mult <= 0:
             refuse("value_lr_mult", "a number above 0")
         if self.value_lr_decay_iters is not None and self.value_lr_decay_iters < 0:
@@ -198,12 +264,37 @@ class MemoryConfig:
         layers = sum(self.memory_layers(num_layers))
         if layers == 0:
             refuse("layer_freq", f"a pattern with at least one memory layer among {num_layers} blocks")
+        last = max(block for block, here in enumerate(self.memory_layers(num_layers)) if here)
+        if last + self.read_delay >= num_layers:
+            refuse(
+                "read_delay",
+                f"at most {num_layers - 1 - last}, because the last memory layer is in block {last} of {num_layers} "
+                "(counted from 0)",
+            )
         if self.sharing == "none" and self.sharing_size != 1:
             refuse("sharing_size", "1 when --memory-sharing is none")
         if self.sharing_size > layers:
             refuse("sharing_size", f"at most the {layers} memory layers of the model")
         if self.sharing == "block" and layers % self.sharing_size:
             refuse("sharing_size", f"a divisor of the {layers} memory layers when --memory-sharing is block")
+
+
+    def _validate_scoring(self, refuse: Callable[[str, str], None]) -> None:
+        """The two kinds of scores and what goes with either; ``refuse`` raises."""
+        if self.scoring == "tucker":
+            for name, needed in (("score_normalization", "none"), ("qk_norm", "both")):
+                if getattr(self, name) != needed:
+                    refuse(name, f"{needed} when --memory-scoring is tucker")
+            if self.query_mode == "per_head":
+                refuse("query_mode", "per_rank or shared when --memory-scoring is tucker")
+            return
+        for name in ("tucker_rank", "num_cores"):
+            if getattr(self, name) != 1:
+                refuse(name, "1 when --memory-scoring is additive")
+        if self.query_mode == "per_rank":
+            refuse("query_mode", "per_head or shared when --memory-scoring is additive")
+        if self.tucker_penalty_coeff > 0:
+            refuse("tucker_penalty_coeff", "0 when --memory-scoring is additive: there are no cores")
 
 
 def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
