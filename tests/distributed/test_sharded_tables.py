@@ -148,7 +148,7 @@ def test_nothing_of_a_lookup_outlives_its_backward(mode):
 
 
 def test_scores_of_all_keys_are_not_kept_for_the_backward():
-    from umv2_megatron.memory.retrieval import gather_keys
+    from umv2_megatron.ops.search import gather_keys
 
     kept: list[int] = []
     scores = torch.randn(2, 5, 1, 40, dtype=torch.float64, requires_grad=True)

@@ -3,7 +3,8 @@
 A cell (i, j) of the N x N grid is addressed by a row key i and a column key j. Its score under core c is the bilinear
 form Srow[i]^T Cc[c] Scol[j] of the R-dimensional scores of its two keys. Scoring all N^2 cells is out of
 question, so the search has two stages: the leading singular vectors u, t of the summed cores turn the two sides into
-plain scores a and b, whose best K' = min(K, cap) keys span a small grid that is scored exactly.
+plain scores a and b, whose best K' = min(K, cap) keys span a small grid that is scored exactly. Here: queries, keys and
+the scores of all keys; the search among them is a backend's (``ops/search.py``).
 
 Letters: T tokens, H hidden, h heads, N keys per side, R rank, C cores, K values kept per head, K' keys kept per side,
 Dk key dim. "Side" 0 is the row, 1 the column.
@@ -21,14 +22,12 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.losses import balance_loss
-
-# Cells of the second-stage grids held at once: 64 MB in float32.
-GRID_CHUNK_CELLS = 1 << 24
+from umv2_megatron.ops import get_backend
+from umv2_megatron.ops.search import first_stage_scores
 
 
 @dataclass
@@ -95,57 +94,36 @@ class Retrieval(nn.Module):
         if self.refresh_due:
             self.refresh_singular_vectors()
         key_scores = self.key_scores(x)
-        wants_balance = self.config.balance_loss_coeff > 0 and torch.is_grad_enabled()
-        with torch.set_grad_enabled(wants_balance):
-            ranked = [
-                torch.einsum("hr,rthn->thn", vector.to(key_scores.dtype), scores)
-                for vector, scores in zip((self.u, self.t), key_scores)
-            ]
-        with torch.no_grad():
-            chosen = [scores.topk(self.config.key_topk, dim=-1).indices for scores in ranked]
-            row, column = self._best_cells(key_scores, chosen)
-        balance = None
-        if wants_balance:
-            balance = balance_loss(ranked[0], chosen[0]) + balance_loss(ranked[1], chosen[1])
+        search = get_backend(self.config.backend, x.device).search
+        keys = search.best_keys(key_scores, self.u, self.t, self.config.key_topk)
+        total = self.cores.detach().sum(0, dtype=key_scores.dtype)
+        rows, columns = search.best_cells(key_scores, keys, total, self.config.topk)
         return Picks(
-            grid=(row * self.num_keys + column).flatten(1),
-            scores=torch.einsum(
-                "rthk,chrs,sthk->thkc",
-                gather_keys(key_scores[0], row),
-                self.cores.to(key_scores.dtype),
-                gather_keys(key_scores[1], column),
-            ).flatten(1, 2),
-            balance=balance,
+            grid=(rows * self.num_keys + columns).flatten(1),
+            scores=search.cell_scores(key_scores, rows, columns, self.cores).flatten(1, 2),
+            balance=self._balance(key_scores, keys),
         )
+
+    def _balance(self, key_scores: Tensor, keys: Tensor) -> Optional[Tensor]:
+        """The balance loss of both sides; ``keys`` [2, T, h, K'] are those that the first stage kept."""
+        if self.config.balance_loss_coeff == 0 or not torch.is_grad_enabled():
+            return None
+        sides = (first_stage_scores(key_scores, self.u, self.t, side) for side in (0, 1))
+        row_loss, column_loss = (balance_loss(scores, chosen) for scores, chosen in zip(sides, keys))
+        return row_loss + column_loss
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, R, T, h, N], of ``x`` [T, H]: step 1 and 2 of docs/memory-layer.md."""
         config = self.config
         tokens, rank = x.shape[0], config.tucker_rank
         query = self.query(x).view(tokens, 2, config.query_rows // (2 * config.key_dim), config.key_dim)
-        query = rms_norm(query, self.query_norm, config.norm_epsilon, dim=-1)
+        query = rms_norm(query, self.query_norm, config.norm_epsilon)
         # [2, R, T, Dk]; a shared query serves every rank.
         query = query.permute(1, 2, 0, 3).expand(-1, rank, -1, -1)
-        keys = rms_norm(self.keys, self.key_norm, config.norm_epsilon, dim=-2)
-        keys = keys.permute(1, 4, 3, 0, 2).flatten(3)
-        scores = query @ keys
+        # [2, R, h, N, Dk] to [2, R, h * N, Dk].
+        keys = rms_norm(self.keys.permute(1, 4, 0, 2, 3), self.key_norm, config.norm_epsilon).flatten(2, 3)
+        scores = query @ keys.transpose(-1, -2)
         return at_least_float32(scores).view(2, rank, tokens, config.num_heads, self.num_keys)
-
-    def _best_cells(self, key_scores: Tensor, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Row and column keys, [T, h, K] each, of the K best cells of every head's K' x K' grid."""
-        kept = self.config.key_topk
-        cores = self.cores.sum(0, dtype=key_scores.dtype)
-        chunk = max(1, GRID_CHUNK_CELLS // (self.config.num_heads * kept * kept))
-        rows, columns = [], []
-        for start in range(0, max(1, key_scores.shape[2]), chunk):
-            part = slice(start, start + chunk)
-            row_keys, column_keys = chosen[0][part], chosen[1][part]
-            left = torch.einsum("rthi,hrs->this", gather_keys(key_scores[0, :, part], row_keys), cores)
-            grid = left @ gather_keys(key_scores[1, :, part], column_keys).permute(1, 2, 0, 3)
-            cell = grid.flatten(2).topk(self.config.topk, dim=-1).indices
-            rows.append(row_keys.gather(-1, cell // kept))
-            columns.append(column_keys.gather(-1, cell % kept))
-        return torch.cat(rows), torch.cat(columns)
 
     @torch.no_grad()
     def refresh_singular_vectors(self) -> Tensor:
@@ -183,38 +161,9 @@ class Retrieval(nn.Module):
         return self
 
 
-def gather_keys(key_scores: Tensor, index: Tensor) -> Tensor:
-    """Scores [R, T, h, K] of the keys ``index`` [T, h, K] among ``key_scores`` [R, T, h, N].
-
-    Keeps the index alone for the backward: torch's own ``gather`` would keep the scores of all keys, the largest tensor
-    of the layer.
-    """
-    return _GatherKeys.apply(key_scores, index)
-
-
-class _GatherKeys(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, key_scores: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.num_keys = key_scores.shape[-1]
-        return key_scores.gather(-1, index.expand(key_scores.shape[0], -1, -1, -1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        every = grads[0].new_zeros(*grads[0].shape[:-1], ctx.num_keys)
-        # A key that is part of several cells gets the sum of theirs.
-        return every.scatter_add_(-1, index.expand(every.shape[0], -1, -1, -1), grads[0]), None
-
-
-def rms_norm(x: Tensor, gain: Tensor, epsilon: float, dim: int) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * gain along ``dim``; computed in float32 or better, returned in x's dtype."""
-    exact = at_least_float32(x)
-    shape = [1] * x.dim()
-    shape[dim] = -1
-    inverse = (exact.square().mean(dim, keepdim=True) + epsilon).rsqrt()
-    return (exact * inverse * at_least_float32(gain).view(shape)).to(x.dtype)
+def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * gain along the last dimension; in float32 or better, returned in x's dtype."""
+    return functional.rms_norm(x, (x.shape[-1],), gain.to(x.dtype), epsilon)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ Here: picks on a [T, P] grid. ``cpu_ragged.py``: picks in a list. Both call ``Ke
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Optional
 
 import torch
@@ -38,12 +37,6 @@ class _Call(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("table_dtype", "sum_dtype")),
     ]
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels. Raises ``ImportError`` where they cannot be built."""
-    return cpu_build.load()
 
 
 def supports(table: Tensor, gradient: Optional[Tensor] = None) -> bool:
@@ -88,7 +81,7 @@ class Picks:
             _DTYPES[sum_dtype] if sum_dtype is not None else 0,
         )
         pointers = [ctypes.c_void_p(_pointer(argument)) for argument in arguments]
-        if getattr(library(), function)(ctypes.byref(call), *pointers):
+        if getattr(cpu_build.library(), function)(ctypes.byref(call), *pointers):
             raise IndexError(f"a row is not in 0..{table.shape[0] - 1}, or a block not in 0..{num_blocks - 1}")
 
 

@@ -1,6 +1,6 @@
-"""Builds ``cpu_kernels.cpp`` with the machine's own compiler at first use, and keeps the library for later runs.
+"""Builds the C++ kernels with the machine's own compiler at first use, and keeps the library for later runs.
 
-One file without PyTorch's headers: two to three seconds with g++, once per machine. The library is kept in
+Nothing of PyTorch's headers is read: about four seconds with g++, once per machine. The library is kept in
 ``$UMV2_CACHE_DIR`` (default ``~/.cache/umv2_megatron``) under a name that holds a digest of everything it depends on:
 source, compiler, flags, kind of processor, OpenMP runtime. So nodes of different kinds can share a home directory.
 Ranks that start together wait for one of them to build (a file lock); the finished file appears in one step.
@@ -22,15 +22,23 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_search.cpp"))
+HEADER = Path(__file__).with_name("cpu_threads.h")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-march=native")
 # How a loop is cut up must not depend on where a row lies in memory, or the rounding of its sum would.
 GCC_FLAGS = ("--param", "vect-max-peeling-for-alignment=0")
 BUILD_SECONDS = 120
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """``load()``, once in a process."""
+    return load()
 
 
 def load() -> ctypes.CDLL:
@@ -42,7 +50,7 @@ def load() -> ctypes.CDLL:
             return _load(compiler, flags)
         except (OSError, subprocess.SubprocessError) as problem:
             problems.append(_explain(problem))
-    raise ImportError(f"{compiler} did not build {SOURCE.name}: {problems[-1]}")
+    raise ImportError(f"{compiler} did not build the kernels for CPUs: {problems[-1]}")
 
 
 def find_compiler() -> str:
@@ -100,8 +108,8 @@ def _build(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     """Compile, load once as a check, then give the file its name: a name stands for a library that works."""
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:
         made = Path(folder) / "made.so"
-        # Flags after the source, because the linker takes a library's symbols only for what comes before it.
-        command = [compiler, "-o", str(made), str(SOURCE), *flags]
+        # Flags after the sources, because the linker takes a library's symbols only for what comes before it.
+        command = [compiler, "-o", str(made), *map(str, SOURCES), *flags]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
         ctypes.CDLL(str(made))
         os.replace(made, library)
@@ -109,7 +117,8 @@ def _build(compiler: str, flags: tuple[str, ...], library: Path) -> None:
 
 def _digest(compiler: str, flags: tuple[str, ...]) -> str:
     state = os.stat(compiler)
-    parts = [SOURCE.read_text(), compiler, state.st_size, state.st_mtime_ns, *flags, torch.__version__, _processor()]
+    code = [path.read_text() for path in (*SOURCES, HEADER)]
+    parts = [*code, compiler, state.st_size, state.st_mtime_ns, *flags, torch.__version__, _processor()]
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 

@@ -13,9 +13,8 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+
+#include "cpu_threads.h"
 
 namespace {
 
@@ -120,15 +119,7 @@ struct Picks {
 // Run work(part, parts) on up to `threads` threads.
 template <typename Work>
 void in_parallel(int64_t threads, int64_t picks, const Work& work) {
-    threads = std::max<int64_t>(1, std::min(threads, picks / PICKS_PER_THREAD));
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
-        work(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
-        return;
-    }
-#endif
-    work(0, 1);
+    umv2::in_parallel(threads, picks, PICKS_PER_THREAD, work);
 }
 
 // A token's vector in Acc; converted once for all its picks.

@@ -1,4 +1,4 @@
-"""The contract between the memory layer and whatever looks rows up in a value table.
+"""The contracts between the memory layer and whatever searches its keys and looks rows up in its value table.
 
 Letters: T tokens, P picks of a token (heads * K), C cores, E virtual blocks with a projection of their own,
 A rows of the table, Dp pre-value dim, Dv value dim.
@@ -145,11 +145,34 @@ class RaggedParts(Protocol):
         ...
 
 
+class Search(Protocol):
+    """The two stages of retrieval and the scores of what they pick; ``search.py`` has the equations and letters.
+
+    ``key_scores`` is [2, R, T, h, N], float32 or float64, contiguous.
+    """
+
+    def best_keys(self, key_scores: Tensor, u: Tensor, t: Tensor, kept: int) -> Tensor:
+        """The ``kept`` (at most N) best keys of either side, [2, T, h, K'] int64; u and t are [h, R]."""
+        ...
+
+    def best_cells(self, key_scores: Tensor, keys: Tensor, cores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+        """Row and column keys, [T, h, K] int64 each, of the ``topk`` best cells of the grid that ``keys``, found by
+        ``best_keys``, span. ``cores`` [h, R, R] is the sum of all cores."""
+        ...
+
+    def cell_scores(self, key_scores: Tensor, rows: Tensor, columns: Tensor, cores: Tensor) -> Tensor:
+        """[T, h, K, C]: the scores of the cells with row keys ``rows`` and column keys ``columns``, both [T, h, K],
+        under each of ``cores`` [C, h, R, R]. Differentiable in ``key_scores`` and ``cores``; does not keep
+        ``key_scores`` for the backward."""
+        ...
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute lookups. A module with the functions of ``GridParts`` is a ``GridParts``."""
+    """One way to search and to look up. A module with the functions of a protocol is one of its kind."""
 
     name: str
+    search: Search
     lookup: TableLookup
     """In a whole table."""
     grid: Optional[GridParts] = None

@@ -1,4 +1,4 @@
-"""Which lookups there are, and which one a device gets: ``--memory-backend``.
+"""Which backends there are, and which one a device gets: ``--memory-backend``.
 
     reference  plain PyTorch, the oracle of the tests; no sharded tables
     scatter    embedding_bag and index_add_, wherever PyTorch runs
@@ -6,7 +6,7 @@
     triton     kernels for NVIDIA GPUs
 
 Backends are imported when they are asked for, because some need what a machine may lack. To add one: a file with the
-functions of ``interface.TableLookup``, ``GridParts`` and ``RaggedParts`` and one function here.
+functions of ``interface.Search``, ``TableLookup``, ``GridParts`` and ``RaggedParts`` and one function here.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ logger = logging.getLogger(__name__)
 
 
 def _reference() -> Backend:
-    from umv2_megatron.ops import reference
+    from umv2_megatron.ops import reference, search
 
-    return Backend("reference", reference.lookup)
+    return Backend("reference", search, reference.lookup)
 
 
 def _scatter() -> Backend:
-    from umv2_megatron.ops import ragged, scatter, whole_table
+    from umv2_megatron.ops import ragged, scatter, search, whole_table
 
-    return Backend("scatter", partial(whole_table.lookup, scatter), scatter, ragged)
+    return Backend("scatter", search, partial(whole_table.lookup, scatter), scatter, ragged)
 
 
 def _cpu() -> Backend:
-    from umv2_megatron.ops import cpu, cpu_ragged, whole_table
+    from umv2_megatron.ops import cpu, cpu_build, cpu_ragged, cpu_search, whole_table
 
-    cpu.library()
-    return Backend("cpu", partial(whole_table.lookup, cpu), cpu, cpu_ragged)
+    cpu_build.library()
+    return Backend("cpu", cpu_search, partial(whole_table.lookup, cpu), cpu, cpu_ragged)
 
 
 def _triton() -> Backend:
-    from umv2_megatron.ops import triton_lookup, triton_ragged
+    from umv2_megatron.ops import triton_lookup, triton_ragged, triton_search
 
     triton_lookup.require_device()
-    return Backend("triton", triton_lookup.lookup, triton_lookup, triton_ragged)
+    return Backend("triton", triton_search, triton_lookup.lookup, triton_lookup, triton_ragged)
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {

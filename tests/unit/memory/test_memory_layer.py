@@ -11,8 +11,8 @@ from megatron.core import num_microbatches_calculator
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.memory.losses import attach_loss, microbatch_scale, tucker_penalty
-from umv2_megatron.memory.retrieval import GRID_CHUNK_CELLS
 from umv2_megatron.memory.sharing import table_windows
+from umv2_megatron.ops.search import GRID_CHUNK_CELLS
 
 OPTIONS = {"num_keys": 8, "key_dim": 8, "value_dim": 8, "pre_value_dim": 4, "topk": 4}
 
@@ -76,11 +76,11 @@ def test_marks_for_mcore() -> None:
 
 
 def test_grids_in_chunks_give_the_same_picks(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = build(num_heads=2)[0]
+    layer = build(num_heads=2, backend="scatter")[0]
     x = torch.randn(50, 16)
     whole = layer.retrieval(x)
     assert GRID_CHUNK_CELLS > 50 * 2 * 16
-    monkeypatch.setattr("umv2_megatron.memory.retrieval.GRID_CHUNK_CELLS", 7 * 2 * 16)
+    monkeypatch.setattr("umv2_megatron.ops.search.GRID_CHUNK_CELLS", 7 * 2 * 16)
     parts = layer.retrieval(x)
     assert torch.equal(whole.grid, parts.grid) and torch.equal(whole.scores, parts.scores)
 
