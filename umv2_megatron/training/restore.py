@@ -1,4 +1,4 @@
-"""A trained model back from its self-describing checkpoint, on one rank, for evaluation and generation."""
+"""A trained model back from its self-describing checkpoint, for evaluation and generation, on one rank or many."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from umv2_megatron.config.resolve import from_layers, model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.parallel.launch import discover
 from umv2_megatron.training import checkpointing
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.initialize import start_processes
@@ -20,6 +21,16 @@ from umv2_megatron.training.tokenizers import build_tokenizer
 
 # What is taken beside the model itself; layout, schedule and the rest keep their defaults, those of one rank.
 TAKEN = ("tokenizer_type", "tokenizer_model", "vocab_size", "bf16")
+
+
+@dataclass(frozen=True)
+class RestoredModel:
+    """This rank's part of a trained model, with its tokenizer, its configuration and the iteration it was saved at."""
+
+    chunks: list[torch.nn.Module]
+    tokenizer: Any
+    run: RunConfig
+    iteration: int
 
 
 @dataclass(frozen=True)
@@ -32,34 +43,54 @@ class TrainedModel:
     iteration: int
 
 
-def load_trained_model(
-    directory: str, ckpt_step: int | None = None, tokenizer_model: str | None = None
-) -> TrainedModel:
-    """Load the newest valid checkpoint (or ``ckpt_step``) below ``directory`` onto this single rank.
+def restore_model(
+    directory: str,
+    ckpt_step: int | None = None,
+    tokenizer_model: str | None = None,
+    layout: dict[str, Any] | None = None,
+) -> RestoredModel:
+    """Load the newest valid checkpoint (or ``ckpt_step``) below ``directory`` onto the ranks of this program.
 
-    ``tokenizer_model`` replaces the path that the run was trained with, for checkpoints that have moved. Starts a
-    process group of one rank. Raises ``CheckpointError`` or ``ValueError`` naming the file at fault.
+    ``tokenizer_model`` replaces the path that the run was trained with, for checkpoints that have moved. ``layout``:
+    settings by key that say how the model is split (``tensor_model_parallel_size``, ...), without which it is whole on
+    every rank. Starts the process group. Raises ``CheckpointError`` or ``ValueError`` naming the file or flag at fault.
     """
     store = CheckpointStore(directory)
     iteration = store.resolve(ckpt_step)
     saved = checkpointing.read_config(store, iteration)
-    values = saved["values"]
+    values, layout = saved["values"], layout or {}
     known = {**model_values(values), **{key: values[key] for key in TAKEN if key in values}}
     if tokenizer_model is not None:
         known["tokenizer_model"] = tokenizer_model
     # the padded vocabulary is the checkpoint's, whatever tensor-parallel size made it
-    known["make_vocab_size_divisible_by"] = saved["padded_vocab_size"]
-    run = from_layers([(f"checkpoint in {directory}", known)], world_size=1, for_training=False)
+    padded, tensor_ranks = saved["padded_vocab_size"], layout.get("tensor_model_parallel_size", 1)
+    if tensor_ranks < 1 or padded % tensor_ranks:
+        raise ValueError(
+            f"--tensor-model-parallel-size is {tensor_ranks}; expected a divisor of the checkpoint's padded vocabulary "
+            f"of {padded}"
+        )
+    known["make_vocab_size_divisible_by"] = padded // tensor_ranks
+    layers = [(f"checkpoint in {directory}", known), ("flag", layout)]
+    run = from_layers(layers, discover().world_size, for_training=False)
     assert run.data.tokenizer_type is not None, "a checkpoint of a run without a tokenizer"
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
     start_processes(run)
     chunks = build_model_chunks(run, tokenizer.vocab_size, wrap_with_ddp=False)
     checkpointing.load_checkpoint(store, chunks, ckpt_step=iteration, load_optim=False, load_rng=False)
     refresh_singular_vectors(chunks)
-    chunks[0].eval()
-    model = unwrap(chunks[0])
+    return RestoredModel(chunks, tokenizer, run, iteration)
+
+
+def load_trained_model(
+    directory: str, ckpt_step: int | None = None, tokenizer_model: str | None = None
+) -> TrainedModel:
+    """``restore_model`` for one rank, as the model itself in evaluation mode."""
+    restored = restore_model(directory, ckpt_step, tokenizer_model)
+    chunk = restored.chunks[0]
+    chunk.eval()
+    model = unwrap(chunk)
     assert isinstance(model, GPTModel)
-    return TrainedModel(model, tokenizer, run, iteration)
+    return TrainedModel(model, restored.tokenizer, restored.run, restored.iteration)
 
 
 @torch.no_grad()

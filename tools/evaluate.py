@@ -1,0 +1,228 @@
+"""Evaluate a model: loss and bits per byte on texts, and synthetic tasks of memory with exact scoring.
+
+    python tools/evaluate.py --load runs/demo --data data/valid_text_document --output demo.json
+    python tools/evaluate.py --load runs/demo --tasks key-value,needle --context-lengths 256,512 --output demo.json
+    python tools/evaluate.py --hf-model exported --trust-remote-code --tasks all --output exported.json
+    torchrun --nproc-per-node 4 tools/evaluate.py --load runs/big --tensor-model-parallel-size 2 --tasks all
+
+Prints tables, writes the JSON of --output, and draws plots beside it. The numbers do not depend on the number of ranks
+or on how the model is split over them. docs/evaluation.md describes the tasks and defines every number.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from umv2_megatron.parallel import cpu_platform
+
+cpu_platform.install()  # before megatron.core is imported
+
+import torch  # noqa: E402
+
+from umv2_megatron.config.data_config import TOKENIZER_TYPES  # noqa: E402
+from umv2_megatron.config.flags import UsageError  # noqa: E402
+from umv2_megatron.evaluation import report  # noqa: E402
+from umv2_megatron.evaluation.huggingface_scoring import DTYPES, load_hugging_face  # noqa: E402
+from umv2_megatron.evaluation.scoring_model import ScoringModel  # noqa: E402
+from umv2_megatron.evaluation.tasks import fact_recall, mixture  # noqa: E402
+from umv2_megatron.evaluation.tasks.base import FORMS, Example  # noqa: E402
+from umv2_megatron.evaluation.tasks.scoring import score, summarize  # noqa: E402
+from umv2_megatron.evaluation.text_loss import DATA_FORMS, documents_of, limited, text_loss  # noqa: E402
+from umv2_megatron.parallel.launch import discover  # noqa: E402
+from umv2_megatron.training.program import run_program  # noqa: E402
+
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "memory_parallel_size",
+)
+
+
+def main(argv: list[str]) -> int:
+    """Load, evaluate, report; returns the exit code. Every rank does the same, the first one tells it."""
+    arguments = parser().parse_args(argv)
+    try:
+        _check(arguments)
+        model, described = _load(arguments)
+        rows = arguments.micro_batch_size * discover().world_size
+        texts = [_text(arguments, model, source, rows) for source in arguments.data or []]
+        tasks = _tasks(arguments, model, rows)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _tell(arguments, described, texts, tasks)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if (arguments.load is None) == (arguments.hf_model is None):
+        raise ValueError("give one of --load, a directory of checkpoints, and --hf-model, a Hugging Face directory")
+    if not arguments.data and not arguments.tasks:
+        raise ValueError("nothing to evaluate: give --data, --tasks, or both")
+    for name in ("num_examples", "micro_batch_size", "max_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+    if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
+        raise ValueError(f"--output is {str(arguments.output)!r}; create its directory first")
+    if arguments.hf_model is not None and discover().world_size > 1:
+        raise ValueError("--hf-model runs on one rank; leave torchrun out")
+    if arguments.tasks:
+        mixture.task_names("--tasks", arguments.tasks)
+    for source in arguments.data or []:
+        if not Path(source).is_file() and not Path(source + ".idx").is_file():
+            raise ValueError(f"--data names {source}; expected a text file, or a corpus's path without extension")
+
+
+def _load(arguments: argparse.Namespace) -> tuple[ScoringModel, dict[str, Any]]:
+    """The model, and what the report says of it."""
+    if arguments.hf_model is not None:
+        hugging = load_hugging_face(
+            arguments.hf_model,
+            tokenizer_type=arguments.tokenizer_type,
+            tokenizer_model=arguments.tokenizer_model,
+            vocab_size=arguments.vocab_size,
+            trust_remote_code=arguments.trust_remote_code,
+            dtype=arguments.dtype,
+            micro_batch_size=arguments.micro_batch_size,
+        )
+        return hugging, {"kind": "hugging face", "path": arguments.hf_model, "dtype": arguments.dtype}
+    # not before: a Hugging Face model needs none of it
+    from umv2_megatron.evaluation.megatron_scoring import MegatronScoringModel
+    from umv2_megatron.training.restore import restore_model
+
+    layout = {name: getattr(arguments, name) for name in LAYOUT if getattr(arguments, name) is not None}
+    layout["sequence_parallel"] = arguments.sequence_parallel
+    if arguments.memory_parallel_mode is not None:
+        layout["memory_parallel_mode"] = arguments.memory_parallel_mode
+    restored = restore_model(arguments.load, arguments.ckpt_step, arguments.tokenizer_model, layout)
+    described = {
+        "kind": "megatron",
+        "path": arguments.load,
+        "iteration": restored.iteration,
+        "ranks": restored.run.world_size,
+        **{name: restored.run.values[name] for name in LAYOUT},
+    }
+    return MegatronScoringModel(restored, arguments.micro_batch_size), described
+
+
+def _text(arguments: argparse.Namespace, model: ScoringModel, source: str, rows: int) -> dict[str, Any]:
+    documents = documents_of(source, model.tokenizer, append_eod=not arguments.no_append_eod)
+    found = text_loss(
+        model,
+        limited(documents, arguments.max_tokens, model.tokenizer),
+        form=arguments.data_form,
+        context=arguments.data_context_length,
+        stride=arguments.stride,
+        batch=rows,
+    )
+    return {"source": source, **dataclasses.asdict(found)}
+
+
+def _tasks(arguments: argparse.Namespace, model: ScoringModel, rows: int) -> list[dict[str, Any]]:
+    """One record per task, form, difficulty and context length, or number of times that facts were seen."""
+    if not arguments.tasks:
+        return []
+    lengths = mixture.integers("--context-lengths", arguments.context_lengths or str(model.context))
+    difficulties = mixture.integers("--difficulty", arguments.difficulty)
+    forms = FORMS if arguments.forms == "both" else (arguments.forms,)
+    asked: list[tuple[dict[str, Any], list[Example]]] = []
+    for form in forms:
+        for name in mixture.task_names("--tasks", arguments.tasks):
+            if name == fact_recall.NAME:
+                asked += _fact_questions(arguments, form)
+            else:
+                for difficulty in difficulties:
+                    for length in lengths:
+                        what = {"task": name, "form": form, "context_length": length, "difficulty": difficulty}
+                        count, seed = arguments.num_examples, arguments.seed
+                        made = mixture.questions(name, form, count, seed, difficulty, model.tokenizer, length)
+                        asked.append(({**what, "times_seen": None}, made))
+    # only now: a context that is too short for a task ends the program before hours of scoring
+    return [
+        {**what, **dataclasses.asdict(summarize(examples, score(model, examples, rows)))} for what, examples in asked
+    ]
+
+
+def _fact_questions(arguments: argparse.Namespace, form: str) -> list[tuple[dict[str, Any], list[Example]]]:
+    facts = fact_recall.from_flags(arguments)
+    made = facts.questions(form, arguments.num_examples, arguments.seed)
+    what = {"task": fact_recall.NAME, "form": form, "context_length": None, "difficulty": None}
+    return [
+        ({**what, "times_seen": times}, [example for example in made if example.details["times_seen"] == times])
+        for times in facts.frequencies
+    ]
+
+
+def _tell(
+    arguments: argparse.Namespace, described: dict[str, Any], texts: list[dict[str, Any]], tasks: list[dict[str, Any]]
+) -> None:
+    where = f", iteration {described['iteration']}" if "iteration" in described else ""
+    print(f"{described['path']}{where}")
+    if texts:
+        print("\n" + report.text_table(texts))
+    if tasks:
+        print("\n" + report.task_table(tasks))
+    if arguments.output is None:
+        return
+    told = ("seed", "num_examples", "fact_seed", "facts_per_frequency", "max_fact_frequency")
+    settings = {name: getattr(arguments, name) for name in told}
+    report.write_json(arguments.output, {"model": described, "settings": settings, "texts": texts, "tasks": tasks})
+    label = arguments.label or Path(described["path"]).name
+    drawn = report.draw({label: tasks}, arguments.output.with_suffix("")) if tasks else []
+    print("\nwrote " + ", ".join(str(path) for path in [arguments.output, *drawn]))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = made.add_argument_group("model")
+    group.add_argument("--load", metavar="DIR", help="directory of Megatron checkpoints")
+    group.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest valid one)")
+    group.add_argument("--hf-model", metavar="DIR", help="directory of a Hugging Face model")
+    group.add_argument("--trust-remote-code", action="store_true", help="run the Python code that --hf-model brings")
+    group.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of --hf-model (default: float32)")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="for --hf-model without tokenizer files")
+    group.add_argument("--tokenizer-model", metavar="FILE", help="the tokenizer's file, where it has moved")
+    group.add_argument("--vocab-size", type=int, help="as in training, for --tokenizer-type")
+    group.add_argument("--micro-batch-size", type=int, default=8, help="rows per rank and forward pass (default: 8)")
+    group = made.add_argument_group("layout of --load on the ranks of torchrun")
+    for name in LAYOUT:
+        group.add_argument("--" + name.replace("_", "-"), type=int, metavar="N", help="as in training (default: 1)")
+    group.add_argument("--memory-parallel-mode", choices=("dim", "row"), help="as in training")
+    group.add_argument("--sequence-parallel", action="store_true", help="as in training")
+    group = made.add_argument_group("texts")
+    group.add_argument("--data", nargs="+", metavar="PATH", help="corpora (without extension), JSONL or text files")
+    group.add_argument("--data-form", choices=DATA_FORMS, default="stream", help="join documents or not")
+    group.add_argument("--data-context-length", type=int, help="tokens a window reads (default: as trained)")
+    group.add_argument("--stride", type=int, help="tokens by which windows move on (default: the context length)")
+    group.add_argument("--max-tokens", type=int, help="read so many tokens at most of each text")
+    group.add_argument("--no-append-eod", action="store_true", help="score no end-of-document tokens after texts")
+    group = made.add_argument_group("tasks")
+    group.add_argument("--tasks", metavar="A,B", help=f"'all' or some of {', '.join(mixture.TASKS)}")
+    group.add_argument("--forms", choices=(*FORMS, "both"), default="both", help="of the questions (default: both)")
+    group.add_argument("--context-lengths", metavar="N,N", help="tokens of context (default: as trained)")
+    group.add_argument("--difficulty", default="1", metavar="N,N", help="what it counts depends on the task")
+    group.add_argument("--num-examples", type=int, default=100, help="of each task and length (default: 100)")
+    group.add_argument("--seed", type=int, default=1234, help="of the questions (default: 1234)")
+    fact_recall.add_flags(made)
+    group = made.add_argument_group("report")
+    group.add_argument("--output", type=Path, metavar="FILE", help="JSON to write; plots get its name")
+    group.add_argument("--label", help="name of the model in the plots (default: the directory's)")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+if __name__ == "__main__":
+    run_program(main, sys.argv[1:], "evaluate.py")

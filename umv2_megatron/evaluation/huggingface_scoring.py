@@ -1,0 +1,97 @@
+"""A Hugging Face model directory as a ``ScoringModel``: any causal language model that transformers can load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from umv2_megatron.evaluation.scoring_model import TokenScores, scores_of_logits
+from umv2_megatron.training.tokenizers import Tokenizer, build_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class HuggingFaceScoringModel:
+    """Scores rows with a transformers model on one device.
+
+    Args:
+        model: ``AutoModelForCausalLM`` or alike; put into evaluation mode.
+        tokenizer: one of ours, over the same ids.
+        micro_batch_size: rows per forward pass.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, micro_batch_size: int = 8) -> None:
+        self.tokenizer = tokenizer
+        config = model.config
+        self.context: int = getattr(config, "max_position_embeddings", None) or 1024
+        self.longest_context: int | None = None
+        self._model = model.eval()
+        self._micro_batch_size = micro_batch_size
+
+    @torch.no_grad()
+    def logprobs(self, tokens: torch.Tensor) -> TokenScores:
+        """See ``ScoringModel``."""
+        device = next(self._model.parameters()).device
+        parts = []
+        for rows in tokens.split(self._micro_batch_size):
+            rows = rows.to(device)
+            logits = self._model(input_ids=rows[:, :-1], use_cache=False).logits
+            parts.append(scores_of_logits(logits, rows[:, 1:]))
+        likelihood, best = (torch.cat(part).cpu() for part in zip(*parts))
+        return TokenScores(likelihood, best)
+
+
+def load_hugging_face(
+    directory: str,
+    *,
+    tokenizer_type: str | None = None,
+    tokenizer_model: str | None = None,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "float32",
+    micro_batch_size: int = 8,
+) -> HuggingFaceScoringModel:
+    """Load a local model directory and its tokenizer; nothing is downloaded.
+
+    ``tokenizer_type`` (with ``tokenizer_model``, ``vocab_size``) replaces the tokenizer found in the directory.
+    Raises ``ValueError`` naming the flag for a directory without a model, for one that brings code of its own
+    without ``trust_remote_code``, and where no tokenizer is found.
+    """
+    path = Path(directory)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"--hf-model is {directory!r}; expected a directory with a config.json in it") from None
+    if "auto_map" in config and not trust_remote_code:
+        raise ValueError(
+            f"--hf-model is {directory!r}; it brings Python code of its own; give --trust-remote-code to run it"
+        )
+    tokenizer = _tokenizer(path, tokenizer_type, tokenizer_model, vocab_size)
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    if torch.cuda.is_available():
+        model = model.cuda()
+    rows = model.get_output_embeddings().weight.shape[0]
+    if tokenizer.num_tokens > rows:
+        raise ValueError(
+            f"--hf-model is {directory!r}; its model has {rows} tokens, fewer than the {tokenizer.num_tokens} of the "
+            "tokenizer; give the tokenizer that it was trained with by --tokenizer-type and --tokenizer-model"
+        )
+    return HuggingFaceScoringModel(model, tokenizer, micro_batch_size)
+
+
+def _tokenizer(path: Path, kind: str | None, model: str | None, vocab_size: int | None) -> Tokenizer:
+    if kind is not None:
+        return build_tokenizer(kind, model, vocab_size)
+    if (path / "tokenizer.json").is_file():
+        return build_tokenizer("HuggingFaceTokenizer", str(path))
+    if (path / "tokenizer.model").is_file():
+        return build_tokenizer("SentencePieceTokenizer", str(path / "tokenizer.model"))
+    raise ValueError(f"--hf-model is {str(path)!r}; it holds no tokenizer; give --tokenizer-type")

@@ -1,0 +1,136 @@
+"""What an example and a task are, and how a prompt is made to fill a context of a given number of tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMS = ("trained", "zero-shot")
+# Answers offered per question, the right one among them.
+CHOICES = 4
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question about a context: the text up to the answer, and the answer with its white space and final mark.
+
+    wrong: other answers of the same kind and length. candidates: how many answers a guesser would choose from who
+    knows the format and the context but not which item is asked for.
+    """
+
+    prompt: str
+    answer: str
+    wrong: tuple[str, ...]
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One scored question: a prompt, its answer, and all the answers offered (``answer`` among them, or none)."""
+
+    prompt: str
+    answer: str
+    choices: tuple[str, ...]
+    candidates: int
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A context and the questions about it; ``details`` go into the report of each example."""
+
+    context: str
+    queries: list[Query]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+# build(random stream, items of context, difficulty, zero-shot?, number of questions)
+Build = Callable[[random.Random, int, int, bool, int], Situation]
+
+
+@dataclass(frozen=True)
+class ContextTask:
+    """A task whose answers stand in the context.
+
+    ``difficulty`` is an integer from 1; what it counts is said in ``difficulty_means``.
+    """
+
+    name: str
+    summary: str
+    difficulty_means: str
+    build: Build
+
+    def example(
+        self,
+        rng_of: Callable[[], random.Random],
+        difficulty: int,
+        form: str,
+        tokens_of: Callable[[str], int],
+        budget: int,
+    ) -> Example:
+        """The question whose prompt and longest answer fill at most ``budget`` tokens, as far as items go.
+
+        ``rng_of`` gives the example's random stream afresh; ``tokens_of`` counts the tokens of a text.
+        Raises ``ValueError`` naming --context-lengths when not even the smallest context fits.
+        """
+        zero_shot = form == "zero-shot"
+
+        def made(items: int) -> Example:
+            situation = self.build(rng_of(), items, difficulty, zero_shot, 1)
+            query = situation.queries[0]
+            return offer(rng_of(), situation.context + query.prompt, query, situation.details)
+
+        return largest(made, lambda example: longest_tokens(example, tokens_of), budget, self.name)
+
+    def document(
+        self,
+        rng_of: Callable[[], random.Random],
+        difficulty: int,
+        tokens_of: Callable[[str], int],
+        budget: int,
+        queries: int,
+    ) -> str:
+        """A training document: a context of the trained form and ``queries`` questions with their answers."""
+
+        def made(items: int) -> str:
+            situation = self.build(rng_of(), items, difficulty, False, queries)
+            return situation.context + "".join(query.prompt + query.answer for query in situation.queries)
+
+        return largest(made, tokens_of, budget, self.name)
+
+
+def offer(rng: random.Random, prompt: str, query: Query, details: dict[str, Any]) -> Example:
+    """An example with the answer among at most ``CHOICES`` choices, at a random place."""
+    wrong = [answer for answer in dict.fromkeys(query.wrong) if answer != query.answer]
+    choices = rng.sample(wrong, min(len(wrong), CHOICES - 1))
+    choices.insert(rng.randint(0, len(choices)), query.answer)
+    return Example(prompt, query.answer, tuple(choices), query.candidates, details)
+
+
+def longest_tokens(example: Example, tokens_of: Callable[[str], int]) -> int:
+    """Tokens of the prompt with its longest answer."""
+    return max(tokens_of(example.prompt + answer) for answer in (example.choices or (example.answer,)))
+
+
+def largest(made: Callable[[int], Any], length_of: Callable[[Any], int], budget: int, name: str) -> Any:
+    """``made(n)`` of the largest n found whose length is within ``budget``: doubled until it is not, then halved.
+
+    Length need not grow with n everywhere, only on the whole; the result always fits.
+    """
+    best, fits, over = made(1), 1, 2
+    if length_of(best) > budget:
+        raise ValueError(
+            f"--context-lengths (--lengths of make_tasks.py) holds {budget}; the smallest example of {name} takes "
+            f"{length_of(best)} tokens: give a longer context or a lower --difficulty"
+        )
+    while length_of(candidate := made(over)) <= budget:
+        best, fits, over = candidate, over, 2 * over
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        if length_of(candidate := made(middle)) <= budget:
+            best, fits = candidate, middle
+        else:
+            over = middle
+    return best

@@ -1,0 +1,100 @@
+"""Which tasks there are, the questions of an evaluation, and the documents that teach their format.
+
+Training documents have the trained form only and random streams of their own ("training" where the questions have
+"evaluation"), so no question is a training document. What they teach is the task, not its answers; for fact recall
+they teach the facts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from umv2_megatron.evaluation.tasks import fact_recall
+from umv2_megatron.evaluation.tasks.base import FORMS, Example
+from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
+from umv2_megatron.evaluation.tasks.fact_recall import FactSet
+from umv2_megatron.evaluation.tasks.words import stream
+from umv2_megatron.training.tokenizers import Tokenizer
+
+TASKS = (*CONTEXT_TASKS, fact_recall.NAME)
+
+
+def task_names(flag: str, text: str) -> list[str]:
+    """The tasks of a list such as ``needle,icl``; ``all`` stands for every one.
+
+    Raises ``ValueError`` naming ``flag``.
+    """
+    names = list(TASKS) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"{flag} holds {name!r}; expected 'all' or some of {', '.join(TASKS)}")
+    return list(dict.fromkeys(names))
+
+
+def integers(flag: str, text: str) -> list[int]:
+    """The integers of a list such as ``256,512``, each once. Raises ``ValueError`` naming ``flag``."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise ValueError(f"{flag} is {text!r}; expected integers above 0, separated by commas")
+    return list(dict.fromkeys(values))
+
+
+def questions(
+    name: str, form: str, count: int, seed: int, difficulty: int, tokenizer: Tokenizer, budget: int
+) -> list[Example]:
+    """The first ``count`` questions of a context task, each filling at most ``budget`` tokens.
+
+    Raises ``ValueError`` naming --context-lengths.
+    """
+    assert form in FORMS
+    task = CONTEXT_TASKS[name]
+
+    def tokens_of(text: str) -> int:
+        return len(tokenizer.tokenize(text))
+
+    return [
+        task.example(
+            functools.partial(stream, "evaluation", f"{name} {form}", seed, number), difficulty, form, tokens_of, budget
+        )
+        for number in range(count)
+    ]
+
+
+def training_documents(
+    names: Sequence[str],
+    count: int,
+    seed: int,
+    difficulties: Sequence[int],
+    lengths: Sequence[int],
+    tokenizer: Tokenizer,
+    queries: int = 4,
+    facts: FactSet | None = None,
+) -> list[str]:
+    """``count`` documents of the context tasks of ``names`` in turn, and all documents of fact recall, shuffled.
+
+    Each document of a context task draws its difficulty from ``difficulties`` and its length in tokens from
+    ``lengths``, and ends with ``queries`` questions and their answers.
+    """
+    made = []
+
+    def tokens_of(text: str) -> int:
+        return len(tokenizer.tokenize(text))
+
+    context = [name for name in names if name in CONTEXT_TASKS]
+    for number in range(count if context else 0):
+        name = context[number % len(context)]
+        rng = stream("sizes", name, seed, number)
+        difficulty, budget = rng.choice(list(difficulties)), rng.choice(list(lengths))
+        made.append(
+            CONTEXT_TASKS[name].document(
+                functools.partial(stream, "training", name, seed, number), difficulty, tokens_of, budget, queries
+            )
+        )
+    if fact_recall.NAME in names:
+        made += (facts or FactSet()).documents()
+    stream("order", "mixture", seed, 0).shuffle(made)
+    return made
