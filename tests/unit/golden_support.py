@@ -12,7 +12,7 @@ from torch import Tensor
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
-from umv2_megatron.memory.sharing import from_share_ratio
+from umv2_megatron.memory.sharing import TableWindow, from_share_ratio
 
 OWN_DIR = Path(__file__).resolve().parent.parent / "golden"
 GOLDEN_DIR = Path(os.environ.get("UMV2_GOLDEN_DIR") or OWN_DIR)
@@ -26,7 +26,13 @@ PARAMETERS = {
     "core": "retrieval.cores",
     "pre_proj": "pre_proj.weight",
     "value_proj": "value_proj.weight",
+    # the gate of Memory+, which the released file calls swilu_projection
+    "gate": "gate_proj.weight",
+    "gate_proj": "gate_proj.weight",
+    "swilu_proj": "gate_proj.weight",
+    "swilu_projection": "gate_proj.weight",
 }
+KINDS = ("ultramem_v2", "ultramem_v1", "memory_plus")
 
 
 def golden_pairs() -> list[str]:
@@ -39,8 +45,13 @@ def read_pair(stem: str, folder: Path = GOLDEN_DIR) -> tuple[dict, dict[str, Ten
     return json.loads((folder / f"{stem}.json").read_text()), load_file(folder / f"{stem}.safetensors")
 
 
-def config_of(hyper: dict, backend: str) -> MemoryConfig:
-    """The ``MemoryConfig`` that describes a golden file's hyperparameters."""
+def config_of(hyper: dict, backend: str, tensors: dict[str, Tensor] | None = None) -> MemoryConfig:
+    """The ``MemoryConfig`` that describes a golden file's hyperparameters.
+
+    ``tensors``: of a Memory+ file, whose key norm may be there without an effect, as in the released layer.
+    """
+    if hyper.get("kind") == "memory_plus":
+        return memory_plus_config(hyper, backend, tensors or {})
     expansion, blocks = hyper.get("value_expand", 1), hyper.get("key_expand", 1) ** 2
     assert expansion in (1, blocks), f"value_expand {expansion} is neither 1 nor key_expand^2"
     return MemoryConfig(
@@ -62,10 +73,41 @@ def config_of(hyper: dict, backend: str) -> MemoryConfig:
     )
 
 
+def memory_plus_config(hyper: dict, backend: str, tensors: dict[str, Tensor]) -> MemoryConfig:
+    """Memory+: product keys, softmax, gate; keys are normalised if the file's key norm has a gradient."""
+    gradient = tensors.get("layer0.grad64.key_norm", tensors.get("layer0.grad.key_norm"))
+    return MemoryConfig(
+        num_keys=hyper["knum"],
+        key_dim=hyper["kdim"],
+        value_dim=hyper["vdim"],
+        pre_value_dim=0,
+        topk=hyper["knn"],
+        num_heads=hyper.get("head", 1),
+        tucker_rank=1,
+        num_cores=1,
+        scoring="additive",
+        score_normalization="softmax",
+        query_mode="per_head",
+        qk_norm="both" if gradient is not None and bool(gradient.any()) else "query",
+        gate="silu",
+        norm_epsilon=hyper.get("norm_eps", 1e-5),
+        backend=backend,
+    )
+
+
+def fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """``tensor`` in the shape of ``parameter``: product keys have no rank dimension, which is 1 in ours."""
+    return tensor.unsqueeze(-1) if tensor.shape == parameter.shape[:-1] and parameter.shape[-1] == 1 else tensor
+
+
 def build_layers(hyper: dict, tensors: dict[str, Tensor], backend: str, dtype: torch.dtype) -> list[MemoryLayer]:
     """The layers of a golden file with its weights; the first owns the table that all of them use."""
-    config = config_of(hyper, backend)
-    windows = from_share_ratio(hyper["knum"], hyper.get("layers", 1), hyper.get("share_ratio", 1.0))
+    config = config_of(hyper, backend, tensors)
+    count = hyper.get("layers", 1)
+    if config.scoring == "additive":  # values of all layers in one table of knum^2 rows
+        windows = [TableWindow(0, hyper["knum"] ** 2, 0, hyper["knum"] ** 2)] * count
+    else:
+        windows = from_share_ratio(hyper["knum"], count, hyper.get("share_ratio", 1.0))
     layers: list[MemoryLayer] = []
     for index, window in enumerate(windows):
         layer = MemoryLayer(
@@ -80,14 +122,16 @@ def build_layers(hyper: dict, tensors: dict[str, Tensor], backend: str, dtype: t
             params_dtype=dtype,
             perform_initialization=False,
         )
-        state = {ours: tensors[f"layer{index}.w.{name}"] for name, ours in PARAMETERS.items()
-                 if f"layer{index}.w.{name}" in tensors}
+        own = dict(layer.named_parameters())
+        state = {ours: fitted(tensors[f"layer{index}.w.{name}"], own[ours]) for name, ours in PARAMETERS.items()
+                 if f"layer{index}.w.{name}" in tensors and ours in own}
         for name in ("values", "pre_values"):
             if index == 0 and f"shared.w.{name}" in tensors:
                 state[f"table.{name}"] = tensors[f"shared.w.{name}"]
-        state["perm"] = tensors[f"layer{index}.b.perm"]
+        state["perm"] = tensors.get(f"layer{index}.b.perm", torch.arange(layer.perm.numel()))
         for name in ("u", "t"):
-            state[f"retrieval.{name}"] = tensors[f"layer{index}.b.{name}"]
+            if config.scoring == "tucker":
+                state[f"retrieval.{name}"] = tensors[f"layer{index}.b.{name}"]
         layer.load_state_dict(state, strict=True)
         layers.append(layer.to(dtype))
     return layers

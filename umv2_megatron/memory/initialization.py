@@ -11,7 +11,12 @@ given the picks is a sum of squares,
 
     Var(y) = sigma^2 * E[rho^2] / H * sum_c |Wv slice c|^2 * E[ sum over picks p, p' of the same row of s_pc s_p'c ],
 
-with E[rho^2] = sigma^2 * E|Wp x|^2 for linear pre-values. Scores grow with the fourth power of a common gain.
+with E[rho^2] = sigma^2 * E|Wp x|^2 for linear pre-values. A gate multiplies column d of a slice by SiLU(Wg x)_d, whose
+square then weighs |Wv column d|^2, token by token. Tucker scores grow with the fourth power of a common gain, additive
+ones with the second.
+
+A softmax leaves no choice of the scores' size: they sum to 1 in every head. The gains then set how even they are: the
+scores of all cells start with standard deviation 1.
 
 "fixed": what the released code does (see ``_initialize_fixed``).
 """
@@ -27,6 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from umv2_megatron.memory.retrieval import Retrieval
 
 if TYPE_CHECKING:
     from umv2_megatron.memory.layer import MemoryLayer
@@ -88,13 +95,45 @@ def initialize_layer(
 
 @torch.no_grad()
 def _initialize_fixed(layer: MemoryLayer) -> None:
-    """The released code's values: norm gains Dk^-x, Wq and keys 1/sqrt(Dk), Wv and Wp 1/sqrt(fan-in), tables 0.02."""
-    config = layer.config
-    _draw_projections(layer, query=config.key_dim**-0.5, linear=None)
-    for gain in (layer.retrieval.query_norm, layer.retrieval.key_norm):
-        gain.fill_(config.key_dim**-config.norm_gain_exponent)
+    """The released code's values: norm gains Dk^-x, Wq and keys 1/sqrt(Dk), Wv and Wp 1/sqrt(fan-in), tables 0.02.
+
+    Its Memory+ layer: Wq as Xavier, keys 1/sqrt(6 Dk), gains 1, Wv and the gate 1/sqrt(fan-in), table 1/sqrt(Dv). Where
+    keys are normalised, which it leaves out, their gain stands for their size.
+    """
+    config, dim = layer.config, layer.config.key_dim
+    if config.scoring == "tucker":
+        _draw_projections(layer, query=dim**-0.5, linear=None)
+        _fill_gains(layer, dim**-config.norm_gain_exponent)
+        table_std = 0.02
+    else:
+        _draw_projections(layer, query=math.sqrt(2 / (layer.hidden_size + config.query_rows)), linear=None)
+        key_size = (6 * dim) ** -0.5
+        _fill_gains(layer, 1.0)
+        if layer.retrieval.key_norm is not None:
+            layer.retrieval.key_norm.fill_(key_size)
+        else:
+            layer.retrieval.keys.mul_(key_size * math.sqrt(dim))
+        table_std = config.value_dim**-0.5
     if layer.owns_table:
-        _draw_table(layer, 0.02)
+        _draw_table(layer, table_std)
+
+
+def _fill_gains(layer: MemoryLayer, value: float) -> None:
+    """Set all gains of the norms of queries and keys that the layer has."""
+    for gain in (layer.retrieval.query_norm, layer.retrieval.key_norm):
+        if gain is not None:
+            gain.fill_(value)
+
+
+def _scale_scores(layer: MemoryLayer, factor: float) -> None:
+    """Multiply the scores by ``factor``, by gains that are 1 so far; by the keys where there is no gain."""
+    config = layer.config
+    if config.scoring == "tucker":
+        _fill_gains(layer, _rounded(factor**0.25))
+    elif config.qk_norm == "none":
+        layer.retrieval.keys.mul_(_rounded(factor))
+    else:
+        _fill_gains(layer, _rounded(factor**0.5 if config.qk_norm == "both" else factor))
 
 
 @torch.no_grad()
@@ -102,26 +141,29 @@ def _initialize_paper(layer: MemoryLayer, target_variance: float) -> None:
     """Gains for a mean summed score of 1 and a table for the FFN's output variance (see the top).
 
     A layer that uses the table of another takes its rows as they are and reaches the variance by its gains; its
-    mean score is then only about 1.
+    mean score is then only about 1. With softmax the table's owner sets the std for all that share it.
     """
-    retrieval = layer.retrieval
-    gains = (retrieval.query_norm, retrieval.key_norm)
+    softmax = layer.config.score_normalization == "softmax"
     _draw_projections(layer, query=linear_std(layer.hidden_size), linear=linear_std(layer.hidden_size))
-    for gain in gains:
-        gain.fill_(1.0)
+    _fill_gains(layer, 1.0)
+    if softmax:
+        half = layer.retrieval.key_scores(_simulated_inputs(layer)).double().std()
+        _scale_scores(layer, 1 / (math.sqrt(2) * float(half)))
     mean_score, output_power, projected_square = _measure(layer)
     if layer.owns_table:
-        score_scale = 1 / mean_score
+        score_scale = 1.0 if softmax else 1 / mean_score
         power = output_power * score_scale**2
         layer.table.initial_std = _rounded(_table_std(layer, target_variance, power, projected_square))
         _draw_table(layer, layer.table.initial_std)
+    elif softmax:
+        return
     else:
         std = layer.table.initial_std
         assert std is not None, "the layer that owns the table must be initialised before those that share it"
         variance = output_power * std**2 * _rho_square(layer, std, projected_square)
         score_scale = math.sqrt(target_variance / variance)
-    for gain in gains:
-        gain.fill_(_rounded(score_scale**0.25))
+    if not softmax:
+        _scale_scores(layer, score_scale)
 
 
 def _table_std(layer: MemoryLayer, target: float, power: float, projected_square: Optional[float]) -> float:
@@ -144,16 +186,21 @@ def _rho_square(layer: MemoryLayer, std: float, projected_square: Optional[float
     return variance
 
 
+def _simulated_inputs(layer: MemoryLayer) -> Tensor:
+    """Random inputs [SIMULATED_TOKENS, H] of root mean square 1, always the same for a layer."""
+    generator = seeded_generator(layer.config.seed, "simulation", layer.layer_index)
+    x = torch.randn(SIMULATED_TOKENS, layer.hidden_size, generator=generator)
+    return (x * x.square().mean(-1, keepdim=True).rsqrt()).to(layer.retrieval.query.weight)
+
+
 def _measure(layer: MemoryLayer) -> tuple[float, float, Optional[float]]:
     """Run the layer's retrieval on random normalised inputs.
 
     Returns the mean over picks of the score summed over cores; the output variance for rho = 1 and a table of unit
     variance; and E|Wp x|^2, None without pre-values.
     """
-    weight = layer.retrieval.query.weight
-    generator = seeded_generator(layer.config.seed, "simulation", layer.layer_index)
-    x = torch.randn(SIMULATED_TOKENS, layer.hidden_size, generator=generator)
-    x = (x * x.square().mean(-1, keepdim=True).rsqrt()).to(weight)
+    x = _simulated_inputs(layer)
+    gate = _gate_power(layer, x)
     picks = layer.retrieval(x)
     virtual = layer.perm[picks.grid].long()
     rows, block = layer.window.locate(virtual)
@@ -164,13 +211,29 @@ def _measure(layer: MemoryLayer) -> tuple[float, float, Optional[float]]:
         part = slice(token, token + 64)
         same = (place[part].unsqueeze(2) == place[part].unsqueeze(1)).float()
         scores = picks.scores[part].float()
-        power += (torch.bmm(same, scores) * scores).sum((0, 1)).double().cpu()
+        weights = scores if gate is None else scores * gate[part].unsqueeze(1)
+        power += (torch.bmm(same, scores) * weights).sum((0, 1)).double().cpu()
     power /= SIMULATED_TOKENS
     projected_square = None
-    if layer.pre_proj is not None:
-        projected_square = float(layer.pre_proj(x).float().square().sum(-1).mean())
+    if layer.config.has_pre_values:
+        projected = x if layer.pre_proj is None else layer.pre_proj(x)
+        projected_square = float(projected.float().square().sum(-1).mean())
     output_power = float((power * _projection_power(layer)).sum()) / layer.hidden_size
     return float(picks.scores.float().sum(-1).mean()), output_power, projected_square
+
+
+def _gate_power(layer: MemoryLayer, x: Tensor) -> Optional[Tensor]:
+    """By what the gate multiplies the output variance, [T, C]: the mean of SiLU(Wg x)^2 over the columns of a core,
+    weighted with |Wv column|^2; None without a gate."""
+    if layer.gate_proj is None:
+        return None
+    config = layer.config
+    square = functional.silu(layer.gate_proj(x)).float().square()
+    weight = torch.ones(config.summed_dim, device=x.device)
+    if layer.value_proj is not None:
+        weight = layer.value_proj.weight.float().square().sum(0)
+    shape = (-1, config.num_blocks, config.num_cores, config.value_dim // config.num_cores)
+    return (square * weight).view(shape).sum((1, 3)) / weight.view(shape).sum((1, 3))
 
 
 def _projection_power(layer: MemoryLayer) -> Tensor:
@@ -183,13 +246,16 @@ def _projection_power(layer: MemoryLayer) -> Tensor:
 
 
 def _draw_projections(layer: MemoryLayer, query: float, linear: Optional[float]) -> None:
-    """Draw queries, keys, cores and projections; ``linear`` is the projections' std, None for 1/sqrt(fan-in)."""
+    """Draw queries, keys, cores (of Tucker scores) and projections; ``linear`` is the projections' std, None for
+    1/sqrt(fan-in)."""
     seed, index = layer.config.seed, layer.layer_index
     normal_(layer.retrieval.query.weight, query, seed, "query", index)
     normal_(layer.retrieval.keys, layer.config.key_dim**-0.5, seed, "keys", index)
-    cores = torch.rand(layer.retrieval.cores.shape, generator=seeded_generator(seed, "cores", index))
-    layer.retrieval.cores.copy_(cores)
-    for name, projection in (("pre_proj", layer.pre_proj), ("value_proj", layer.value_proj)):
+    if isinstance(layer.retrieval, Retrieval):
+        cores = torch.rand(layer.retrieval.cores.shape, generator=seeded_generator(seed, "cores", index))
+        layer.retrieval.cores.copy_(cores)
+    for name in ("pre_proj", "gate_proj", "value_proj"):
+        projection = getattr(layer, name)
         if projection is not None:
             normal_(projection.weight, linear or projection.weight.shape[1] ** -0.5, seed, name, index)
     layer.retrieval.refresh_singular_vectors()

@@ -1,8 +1,9 @@
 """The memory layer: y = Wv( sum over picked rows of score * <pre_row, Wp x> * row ).
 
-``MemoryLayer`` joins the parts: ``Retrieval`` picks cells, the shuffle and the window turn cells into rows of a value
-table, a lookup of ``ops/`` adds the rows up, and the value projection returns to the hidden size. Its input is the
-normalised input of the block's FFN, its output is added to the FFN's. docs/memory-layer.md has the equations.
+``MemoryLayer`` joins the parts: ``Retrieval`` (or ``ProductKeys``) picks cells, the shuffle and the window turn cells
+into rows of a value table, a lookup of ``ops/`` adds the rows up, and the value projection returns to the hidden size.
+Its input is the normalised input of the block's FFN, its output is added to the FFN's. docs/memory-layer.md has the
+equations.
 
 Letters: T tokens, H hidden, h heads, K values kept per head, C cores, E virtual blocks with a projection of their own,
 V rows of the window, A rows of the table.
@@ -19,11 +20,13 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+from torch.nn import functional
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory.initialization import initialize_layer, seeded_generator
 from umv2_megatron.memory.losses import attach_loss, microbatch_scale, tucker_penalty
+from umv2_megatron.memory.product_keys import ProductKeys
 from umv2_megatron.memory.retrieval import Picks, Projection, Retrieval
 from umv2_megatron.memory.sharing import TableWindow, table_windows
 from umv2_megatron.memory.statistics import UsageStatistics
@@ -38,15 +41,18 @@ class Started:
     lookup: StartedLookup
     picks: Picks
     virtual: Tensor
+    gate: Optional[Tensor]
+    """Wg x, [T, E * Dv], or None."""
 
 
 class MemoryLayer(nn.Module):
-    """One memory layer of UltraMemV2 or UltraMem v1.
+    """One memory layer of UltraMemV2, UltraMem v1, Memory+, PKM or PEER; which one is a matter of ``config``.
 
     Parameters (all replicated, but for the table): those of ``retrieval``, ``pre_proj.weight`` [Dp, H] (with
-    pre-values), ``value_proj.weight`` [H, E * Dv] (unless value_expansion is none), and, in the layer that owns it,
-    ``table.values`` [A, Dv] and ``table.pre_values`` [A, Dp].
-    Buffers: ``perm`` [N^2], the shuffle; ``retrieval.u`` and ``retrieval.t``.
+    pre-values, unless pre_projection is none), ``gate_proj.weight`` [E * Dv, H] (with a gate), ``value_proj.weight``
+    [H, E * Dv] (unless value_expansion is none), and, in the layer that owns it, ``table.values`` [A, Dv] and
+    ``table.pre_values`` [A, Dp].
+    Buffers: ``perm`` [N^2], the shuffle; with Tucker scores ``retrieval.u`` and ``retrieval.t``.
 
     Args:
         config: sizes and switches, validated.
@@ -100,11 +106,13 @@ class MemoryLayer(nn.Module):
 
         options: dict[str, Any] = {"dtype": params_dtype, "device": device}
         num_keys = config.key_expansion * self.window.side
-        self.retrieval = Retrieval(config, hidden_size, num_keys, params_dtype, device)
-        self.pre_proj = Projection(hidden_size, config.pre_value_dim, **options) if config.has_pre_values else None
+        kind = Retrieval if config.scoring == "tucker" else ProductKeys
+        self.retrieval: Retrieval | ProductKeys = kind(config, hidden_size, num_keys, params_dtype, device)
+        self.pre_proj = Projection(hidden_size, config.pre_value_dim, **options) if config.has_pre_projection else None
+        self.gate_proj = Projection(hidden_size, config.gate_rows, **options) if config.gate != "none" else None
         self.value_proj = None
         if config.value_expansion != "none":
-            self.value_proj = Projection(config.num_blocks * config.value_dim, hidden_size, **options)
+            self.value_proj = Projection(config.summed_dim, hidden_size, **options)
         for parameter in self.parameters():
             parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.register_buffer("perm", torch.empty(num_keys**2, dtype=index_dtype(num_keys**2), device=device))
@@ -133,12 +141,18 @@ class MemoryLayer(nn.Module):
         picks: Picks = self.retrieval(flat)
         virtual = self.perm[picks.grid].long()
         rows, block = self.window.locate(virtual)
-        projected = self.pre_proj(flat) if self.pre_proj is not None else None
-        return Started(x.shape, self.table.start(rows, block, picks.scores, projected), picks, virtual)
+        projected = None
+        if self.config.has_pre_values:
+            projected = self.pre_proj(flat) if self.pre_proj is not None else flat
+        lookup = self.table.start(rows, block, picks.scores, projected)
+        gate = self.gate_proj(flat) if self.gate_proj is not None else None
+        return Started(x.shape, lookup, picks, virtual, gate)
 
     def finish(self, started: Started) -> Tensor:
         """The layer's output [..., H] for the input of ``start``."""
         summed = self.table(started.lookup)
+        if started.gate is not None:
+            summed = summed * functional.silu(started.gate)
         output = self.value_proj(summed) if self.value_proj is not None else summed
         if self.training and torch.is_grad_enabled():
             # Under activation recompute the first forward has no gradients, so each token is counted once.
@@ -155,6 +169,7 @@ class MemoryLayer(nn.Module):
         if balance is not None:
             losses["balance_loss"] = self.config.balance_loss_coeff * balance
         if self.config.tucker_penalty_coeff > 0:
+            assert isinstance(self.retrieval, Retrieval), "a penalty on cores that are not there"
             penalty = tucker_penalty(self.retrieval.cores, self.config.tucker_penalty_margin)
             losses["tucker_penalty"] = self.config.tucker_penalty_coeff * penalty
         for loss in losses.values():
@@ -179,7 +194,8 @@ class MemoryLayer(nn.Module):
         return state
 
     def refresh_singular_vectors(self) -> Tensor:
-        """See ``Retrieval.refresh_singular_vectors``: once per optimizer step, at build and after load."""
+        """See ``Retrieval.refresh_singular_vectors``: once per optimizer step, at build and after load. Additive scores
+        have none."""
         return self.retrieval.refresh_singular_vectors()
 
     def collect_statistics(self, enabled: bool) -> None:

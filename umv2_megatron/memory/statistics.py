@@ -51,11 +51,14 @@ class UsageStatistics:
         """The layer's numbers under the names of the log (``memory/<name>/layer_000``).
 
         ``singular_values`` is what ``refresh_singular_vectors`` returned, [h, R]; its mean over heads is reported.
+        Without cores it is [h, 0], and the sigmas are left out.
         ``value_coverage`` is the share of rows picked at least once, ``value_kl_uniform`` the Kullback-Leibler
         divergence of row usage from even usage, in nats. Without a recorded forward all but sigmas are nan.
         """
-        sigma = singular_values.mean(0).tolist() + [0.0]
-        numbers = {"tucker_sigma1": sigma[0], "tucker_sigma2": sigma[1]}
+        numbers: dict[str, float] = {}
+        if singular_values.shape[-1]:
+            sigma = singular_values.mean(0).tolist() + [0.0]
+            numbers = {"tucker_sigma1": sigma[0], "tucker_sigma2": sigma[1]}
         picked = int((self.counts > 0).sum())
         total = int(self.counts.sum())
         sums = self.sums.tolist()

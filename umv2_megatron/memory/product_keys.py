@@ -1,0 +1,109 @@
+"""From a token to the cells it picks with additive scores: product keys (arXiv 1907.05242), for Memory+, PKM and PEER.
+
+A cell (i, j) of the N x N grid has the score a_i + b_j, the sum of what the row query gives row key i and the column
+query column key j. The K best cells can be found exactly: with both sides sorted, a cell in places (m, n) has
+(m+1)(n+1) cells that are at least as good, itself included, so only places with (m+1)(n+1) <= K come into question,
+about K ln K of them. The K scores of a head may then be replaced by their softmax.
+
+``ProductKeys`` has the interface of ``retrieval.Retrieval``: the same ``Picks``, with one "core" (C = 1), and nothing
+to refresh. Letters as there: T tokens, H hidden, h heads, N keys per side, K values kept per head, K' = min(K, cap)
+keys kept per side, Dk key dim. "Side" 0 is the row, 1 the column.
+
+Precision: the projection and the scoring product run in the dtype of the parameters; norms, selection, sums and the
+softmax in float32 or better.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.key_scores import rms_norm
+from umv2_megatron.memory.losses import balance_loss
+from umv2_megatron.memory.retrieval import Picks, Projection, at_least_float32
+from umv2_megatron.ops import get_backend
+from umv2_megatron.ops.search import gather_keys
+
+
+class ProductKeys(nn.Module):
+    """Queries, keys, and the search for the cells with the largest sums.
+
+    Parameters: ``query.weight`` [2 * h' * Dk, H] (head-major, then side; h' is h with per-head queries, else 1),
+    ``keys`` [h, 2, N, Dk, 1], and as ``config.qk_norm`` says ``query_norm`` and ``key_norm`` [Dk], else None.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        hidden_size: int,
+        num_keys: int,
+        params_dtype: torch.dtype = torch.float32,
+        device: Optional[torch.device | str] = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_keys = num_keys
+        self.refresh_due = False
+        """For callers that treat all kinds of retrieval alike; there are no singular vectors to refresh."""
+        options: dict[str, Any] = {"dtype": params_dtype, "device": device}
+        dim = config.key_dim
+        self.query = Projection(hidden_size, config.query_rows, **options)
+        self.keys = nn.Parameter(torch.empty(config.num_heads, 2, num_keys, dim, 1, **options))
+        self.query_norm = nn.Parameter(torch.empty(dim, **options)) if config.qk_norm != "none" else None
+        self.key_norm = nn.Parameter(torch.empty(dim, **options)) if config.qk_norm == "both" else None
+
+    def forward(self, x: Tensor) -> Picks:
+        """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
+        config = self.config
+        key_scores = self.key_scores(x)
+        one = torch.ones(config.num_heads, 1, dtype=torch.float32, device=x.device)
+        keys = get_backend(config.backend, x.device).search.best_keys(key_scores, one, one, config.key_topk)
+        row_scores, column_scores = (gather_keys(scores, kept)[0] for scores, kept in zip(key_scores, keys))
+        rows, columns = _candidates(config.topk, config.key_topk, x.device)
+        sums = row_scores.index_select(-1, rows) + column_scores.index_select(-1, columns)
+        with torch.no_grad():
+            best = sums.topk(config.topk, dim=-1).indices
+            row_keys = keys[0].gather(-1, rows[best])
+            column_keys = keys[1].gather(-1, columns[best])
+        scores = sums.gather(-1, best)
+        if config.score_normalization == "softmax":
+            scores = scores.softmax(-1)
+        balance = None
+        if config.balance_loss_coeff > 0 and torch.is_grad_enabled():
+            balance = balance_loss(key_scores[0, 0], keys[0]) + balance_loss(key_scores[1, 0], keys[1])
+        return Picks((row_keys * self.num_keys + column_keys).flatten(1), scores.flatten(1).unsqueeze(-1), balance)
+
+    def key_scores(self, x: Tensor) -> Tensor:
+        """Scores of every key, [2, 1, T, h, N], of ``x`` [T, H]."""
+        config, heads, dim = self.config, self.config.num_heads, self.config.key_dim
+        query = self.query(x).view(x.shape[0], config.query_rows // (2 * dim), 2, dim)
+        if self.query_norm is not None:
+            query = rms_norm(query, self.query_norm, config.norm_epsilon)
+        keys = self.keys.squeeze(-1)
+        if self.key_norm is not None:
+            keys = rms_norm(keys, self.key_norm, config.norm_epsilon)
+        # [2, h, T, Dk] x [2, h, Dk, N]; a shared query serves every head.
+        query = query.permute(2, 1, 0, 3).expand(-1, heads, -1, -1)
+        scores = query @ keys.permute(1, 0, 3, 2)
+        return at_least_float32(scores).transpose(1, 2).contiguous().unsqueeze(1)
+
+    @torch.no_grad()
+    def refresh_singular_vectors(self) -> Tensor:
+        """There are none: an empty tensor [h, 0]."""
+        self.refresh_due = False
+        return torch.zeros(self.config.num_heads, 0)
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """None: an empty tensor [h, 0]."""
+        return torch.zeros(self.config.num_heads, 0)
+
+
+def _candidates(topk: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places (m, n) of both sorted sides, int64 each, that can be among the ``topk`` best: (m+1)(n+1) <= K."""
+    places = torch.arange(kept)
+    rows, columns = ((places.unsqueeze(1) + 1) * (places + 1) <= topk).nonzero(as_tuple=True)
+    return rows.to(device), columns.to(device)
