@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.key_scores import key_scores
 from umv2_megatron.memory.losses import balance_loss
 from umv2_megatron.ops import get_backend
 from umv2_megatron.ops.search import first_stage_scores
@@ -93,23 +94,23 @@ class Retrieval(nn.Module):
         """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
         if self.refresh_due:
             self.refresh_singular_vectors()
-        key_scores = self.key_scores(x)
+        scores = self.key_scores(x)
         search = get_backend(self.config.backend, x.device).search
-        keys = search.best_keys(key_scores, self.u, self.t, self.config.key_topk)
-        total = self.cores.detach().sum(0, dtype=key_scores.dtype)
-        rows, columns = search.best_cells(key_scores, keys, total, self.config.topk)
+        keys = search.best_keys(scores, self.u, self.t, self.config.key_topk)
+        total = self.cores.detach().sum(0, dtype=scores.dtype)
+        rows, columns = search.best_cells(scores, keys, total, self.config.topk)
         return Picks(
             grid=(rows * self.num_keys + columns).flatten(1),
-            scores=search.cell_scores(key_scores, rows, columns, self.cores).flatten(1, 2),
-            balance=self._balance(key_scores, keys),
+            scores=search.cell_scores(scores, rows, columns, self.cores).flatten(1, 2),
+            balance=self._balance(scores, keys),
         )
 
-    def _balance(self, key_scores: Tensor, keys: Tensor) -> Optional[Tensor]:
+    def _balance(self, scores: Tensor, keys: Tensor) -> Optional[Tensor]:
         """The balance loss of both sides; ``keys`` [2, T, h, K'] are those that the first stage kept."""
         if self.config.balance_loss_coeff == 0 or not torch.is_grad_enabled():
             return None
-        sides = (first_stage_scores(key_scores, self.u, self.t, side) for side in (0, 1))
-        row_loss, column_loss = (balance_loss(scores, chosen) for scores, chosen in zip(sides, keys))
+        sides = (first_stage_scores(scores, self.u, self.t, side) for side in (0, 1))
+        row_loss, column_loss = (balance_loss(side, chosen) for side, chosen in zip(sides, keys))
         return row_loss + column_loss
 
     def key_scores(self, x: Tensor) -> Tensor:
@@ -117,12 +118,7 @@ class Retrieval(nn.Module):
         config = self.config
         tokens, rank = x.shape[0], config.tucker_rank
         query = self.query(x).view(tokens, 2, config.query_rows // (2 * config.key_dim), config.key_dim)
-        query = rms_norm(query, self.query_norm, config.norm_epsilon)
-        # [2, R, T, Dk]; a shared query serves every rank.
-        query = query.permute(1, 2, 0, 3).expand(-1, rank, -1, -1)
-        # [2, R, h, N, Dk] to [2, R, h * N, Dk].
-        keys = rms_norm(self.keys.permute(1, 4, 0, 2, 3), self.key_norm, config.norm_epsilon).flatten(2, 3)
-        scores = query @ keys.transpose(-1, -2)
+        scores = key_scores(query, self.keys, self.query_norm, self.key_norm, config.norm_epsilon)
         return at_least_float32(scores).view(2, rank, tokens, config.num_heads, self.num_keys)
 
     @torch.no_grad()
@@ -159,11 +155,6 @@ class Retrieval(nn.Module):
             if converted.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, vector.to(converted.device))
         return self
-
-
-def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * gain along the last dimension; in float32 or better, returned in x's dtype."""
-    return functional.rms_norm(x, (x.shape[-1],), gain.to(x.dtype), epsilon)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -82,13 +82,14 @@ class _CellScores(torch.autograd.Function):
             "umv2_cell_scores", ctx.shape, dtype, ctx.sizes,
             key_scores.contiguous(), rows, columns, cores, picked, scores,
         )  # fmt: skip
-        ctx.save_for_backward(rows, columns, cores, picked)
+        ctx.save_for_backward(rows.int(), columns.int(), cores, picked)
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor]:
         rows, columns, cores, picked = ctx.saved_tensors
+        rows, columns = rows.long(), columns.long()
         key_grad = torch.empty(ctx.shape, dtype=picked.dtype)
         blocks = -(-ctx.shape[2] // cpu_build.library().umv2_search_block())
         core_grads = torch.zeros(blocks, *cores.shape, dtype=picked.dtype)

@@ -71,14 +71,14 @@ def gather_keys(key_scores: Tensor, index: Tensor) -> Tensor:
 class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key_scores: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
+        ctx.save_for_backward(index.int())  # at most N: half the bytes
         ctx.num_keys = key_scores.shape[-1]
         return key_scores.gather(-1, index.expand(key_scores.shape[0], -1, -1, -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
+        index = ctx.saved_tensors[0].long()
         every = grads[0].new_zeros(*grads[0].shape[:-1], ctx.num_keys)
         # A key that is part of several cells gets the sum of theirs.
         return every.scatter_add_(-1, index.expand(every.shape[0], -1, -1, -1), grads[0]), None

@@ -27,6 +27,7 @@ from umv2_megatron.planning.model_shape import ModelShape
 # Elements of a table that a lookup holds at once (ops/scatter.py): on a CPU, and on a GPU.
 CHUNK_ELEMENTS = {False: 128 * 32 * 192, True: 1 << 26}
 FP32 = 4
+INT32 = 4
 INT64 = 8
 
 
@@ -243,14 +244,12 @@ class _Block:
         """(retrieval, key scores, lookup): bytes kept, but for the second."""
         size, tokens = self.layout.weight_bytes, self.own
         picks = tokens * m.num_heads * m.topk
-        query, expanded = tokens * m.query_rows, tokens * 2 * m.tucker_rank * m.key_dim
-        keys = m.num_heads * 2 * m.scored_keys * m.key_dim * m.tucker_rank
-        retrieval = 2 * FP32 * query + expanded * size + keys * (2 * FP32 if size == FP32 else 2 * FP32 + size)
+        retrieval = tokens * m.query_rows * size  # their norms are computed again (memory/key_scores.py)
         scores = 2 * m.tucker_rank * tokens * m.num_heads * m.scored_keys * FP32
         if m.balance_loss_coeff > 0:
             retrieval += 4 * tokens * m.num_heads * m.scored_keys * FP32
-        # kept keys [.., K] of both sides, their scores, and the products under each core
-        retrieval += picks * (2 * INT64 + 2 * m.tucker_rank * FP32 + m.tucker_rank * m.num_cores * FP32)
+        # kept keys [.., K] of both sides, and their scores
+        retrieval += picks * (2 * INT32 + 2 * m.tucker_rank * FP32)
         return retrieval, scores, self._lookup(m, picks)
 
     def _lookup(self, m: MemoryConfig, picks: int) -> int:
