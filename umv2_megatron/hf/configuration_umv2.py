@@ -1,0 +1,216 @@
+"""Configuration of an UltraMemV2 model for transformers: ``config.json``.
+
+The decoder is described in transformers' own words, the memory layers by the fields that training calls
+``--memory-<name>``, here ``memory_<name>``. The fields that only training reads are kept, so that a model can go back.
+This file, like its neighbours, imports nothing of the package: an export carries a copy of it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+# The values that the model can compute; any other is refused, because ignoring it would give another model.
+_CHOICES = {
+    "normalization": ("RMSNorm", "LayerNorm"),
+    "position_embedding_type": ("rope", "learned_absolute", "none"),
+    "ffn_variant": ("umv2", "dense"),
+    "memory_query_mode": ("per_rank", "shared"),
+    "memory_value_expansion": ("single", "per-block", "none"),
+    "memory_pre_value_activation": ("none", "gelu"),
+    "memory_sharing": ("none", "block", "ring", "noring"),
+}
+
+
+class UMv2Config(PreTrainedConfig):
+    r"""
+    Sizes and switches of an UltraMemV2 decoder (arXiv 2508.18756).
+
+    Args:
+        vocab_size, hidden_size (H), intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+            head_dim, max_position_embeddings, initializer_range, hidden_act, attention_dropout: as in other models.
+        normalization: "RMSNorm" or "LayerNorm", with ``norm_eps``; ``norm_zero_centered`` adds 1 to the gains.
+        qk_norm: norms of each head's queries and keys.
+        attention_bias: biases of the query, key and value projections; ``attention_out_bias``: of the output's.
+        mlp_bias: biases of the FFN. ``gated_mlp``: act(gate) * up, otherwise act(up).
+        position_embedding_type: "rope" (see ``rope_parameters``), "learned_absolute" or "none".
+        rope_interleaved: rotate pairs of neighbours instead of halves.
+        hidden_dropout: dropout of what attention and FFN add to the residual, and of the embeddings.
+        ffn_variant: "umv2" or "dense" (no memory layers).
+        memory_table_chunk_rows: rows of one chunk of a value table; None keeps every table in one.
+        memory_*: the fields of training's MemoryConfig.
+
+    Raises ``ValueError``, one sentence, for sizes and switches that the model cannot compute.
+    """
+
+    model_type = "umv2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int = 2496
+    num_hidden_layers: int = 20
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    normalization: str = "RMSNorm"
+    norm_eps: float = 1e-5
+    norm_zero_centered: bool = False
+    qk_norm: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    position_embedding_type: str = "rope"
+    rope_parameters: dict | None = None
+    rope_interleaved: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+
+    ffn_variant: str = "umv2"
+    memory_table_chunk_rows: int | None = None
+    memory_num_keys: int = 360
+    memory_key_dim: int = 192
+    memory_value_dim: int = 192
+    memory_pre_value_dim: int = 192
+    memory_topk: int = 32
+    memory_key_topk_cap: int = 128
+    memory_num_heads: int = 1
+    memory_tucker_rank: int = 2
+    memory_num_cores: int = 2
+    memory_query_mode: str = "per_rank"
+    memory_key_expansion: int = 1
+    memory_value_expansion: str = "single"
+    memory_pre_value_activation: str = "none"
+    memory_norm_epsilon: float = 1e-5
+    memory_layer_freq: str | int = "1"
+    memory_sharing: str = "none"
+    memory_sharing_size: int = 1
+    # read by training alone
+    memory_value_lr_mult: float | int = 4.0
+    memory_value_lr_decay_iters: int | None = None
+    memory_balance_loss_coeff: float | int = 0.0
+    memory_tucker_penalty_coeff: float | int = 0.0
+    memory_tucker_penalty_margin: float | int = 0.15
+    memory_init: str = "paper"
+    memory_norm_gain_exponent: float | int = 0.4
+    memory_seed: int = 1234
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        unknown = sorted(key for key in kwargs if key.startswith("memory_"))
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]} is {kwargs[unknown[0]]!r}, a setting that this version of the model does not know; "
+                "use the modeling files that were exported with the model (trust_remote_code=True)"
+            )
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}; expected a divisor of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.ffn_variant == "dense":
+            return
+        self.memory_layers  # raises for a pattern that does not fit
+        if self.memory_value_dim % self.memory_num_cores:
+            raise ValueError(
+                f"memory_value_dim is {self.memory_value_dim}; expected a multiple of memory_num_cores "
+                f"({self.memory_num_cores})"
+            )
+        if self.memory_value_expansion == "none" and self.memory_value_dim != self.hidden_size:
+            raise ValueError(
+                f"memory_value_dim is {self.memory_value_dim}; expected hidden_size ({self.hidden_size}) where "
+                "memory_value_expansion is none"
+            )
+        kept = min(self.memory_topk, self.memory_key_topk_cap)
+        if kept > self.memory_scored_keys or self.memory_topk > kept**2:
+            raise ValueError(
+                f"memory_topk is {self.memory_topk}; expected at most the {self.memory_scored_keys} keys that a layer "
+                f"scores per side and the square of memory_key_topk_cap ({self.memory_key_topk_cap})"
+            )
+        if self.memory_table_chunk_rows is not None and self.memory_table_chunk_rows < 1:
+            raise ValueError(f"memory_table_chunk_rows is {self.memory_table_chunk_rows}; expected 1 or more, or null")
+
+    # -- what follows from the fields -------------------------------------------------------------------------------
+
+    @property
+    def memory_layers(self) -> list[bool]:
+        """For each block, whether it has a memory layer."""
+        if self.ffn_variant == "dense":
+            return [False] * self.num_hidden_layers
+        return parse_layer_freq(self.memory_layer_freq, self.num_hidden_layers)
+
+    @property
+    def memory_window_side(self) -> int:
+        """floor(sqrt(g N^2)), the side of the square of table rows that one layer sees."""
+        seen = 1 if self.memory_sharing == "none" else self.memory_sharing_size
+        return math.isqrt(seen * self.memory_num_keys**2)
+
+    @property
+    def memory_scored_keys(self) -> int:
+        """Keys per side that a layer scores."""
+        return self.memory_key_expansion * self.memory_window_side
+
+    @property
+    def memory_num_blocks(self) -> int:
+        """E: virtual blocks that have a projection of their own."""
+        return self.memory_key_expansion**2 if self.memory_value_expansion == "per-block" else 1
+
+    def memory_windows(self) -> list[tuple[int, int, int, int]]:
+        """For each memory layer ``(owner, rows, offset, window)``: the memory layer that owns its table, the rows of
+        that table, and the first and the number of the rows that the layer sees; the window wraps round at ``rows``."""
+        layers, brought, seen = sum(self.memory_layers), self.memory_num_keys**2, self.memory_sharing_size
+        window = self.memory_window_side**2
+        if self.memory_sharing == "none":
+            return [(layer, brought, 0, window) for layer in range(layers)]
+        if self.memory_sharing == "block":
+            return [(i - i % seen, seen * brought, i % seen * brought, window) for i in range(layers)]
+        first = list(range(layers))
+        if self.memory_sharing == "noring":
+            first = [min(max(layer - seen // 2, 0), layers - seen) for layer in range(layers)]
+        return [(0, layers * brought, start * brought, window) for start in first]
+
+
+def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
+    """Which of ``num_layers`` blocks have a memory layer: "n" means every n-th from the first, otherwise a list of
+    zeros and ones in Python's notation with + and * such as "[1,0]*4". ``ValueError`` when it does not fit."""
+    text = str(pattern).replace(" ", "")
+    flags: list[bool] = []
+    if re.fullmatch(r"0*[1-9]\d*", text):
+        return [layer % int(text) == 0 for layer in range(num_layers)]
+    for term in text.split("+"):
+        found = re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d+))?", term)
+        if found is None:
+            flags = []
+            break
+        flags += [digit == "1" for digit in found[1].split(",")] * int(found[2] or 1)
+    if len(flags) != num_layers:
+        raise ValueError(
+            f"memory_layer_freq is {pattern!r}; expected a positive integer or a list of {num_layers} zeros and ones "
+            "such as '[1,0]*2'"
+        )
+    return flags
+
+
+__all__ = ["UMv2Config"]

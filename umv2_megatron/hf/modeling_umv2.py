@@ -1,0 +1,395 @@
+"""UltraMemV2 for transformers: a decoder whose blocks add a memory layer to the FFN (arXiv 2508.18756).
+
+    s' = s + attention(norm(s)),   s'' = s' + FFN(x) + Memory(x),   x = norm(s')
+
+Self-contained: an export carries this file, ``configuration_umv2.py``, ``memory_umv2.py`` and ``tables_umv2.py``. The
+parameters of the decoder are named as in transformers' other models, those of the memory layers as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_umv2 import UMv2Config
+from .memory_umv2 import UMv2Memory, UMv2Retrieval
+from .tables_umv2 import UMv2Table
+
+
+class UMv2Norm(nn.Module):
+    """RMS norm or layer norm over the last dimension, computed in float32 or better."""
+
+    def __init__(self, config: UMv2Config, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if config.normalization == "LayerNorm" else None
+        self.epsilon = config.norm_eps
+        self.zero_centered = config.norm_zero_centered
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.weight + 1 if self.zero_centered else self.weight
+        if self.bias is None:
+            return functional.rms_norm(x, gain.shape, gain, self.epsilon)
+        return functional.layer_norm(x, gain.shape, gain, self.bias, self.epsilon)
+
+
+class UMv2RotaryEmbedding(nn.Module):
+    """cos and sin of the rotary embedding, for the part of the head dimension that is rotated."""
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: UMv2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        compute = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = compute(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: UMv2Config, **_: Any) -> tuple[Tensor, float]:
+        """Frequencies base^(-2i/d) for i < d/2, d the rotated part of the head dimension, and a factor of 1."""
+        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [b, 1, s, d] for ``position_ids`` [b, s], in the dtype of ``x``."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        if self.config.rope_interleaved:
+            angles = angles.repeat_interleave(2, dim=-1)
+        else:
+            angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn pairs of the first d numbers of each head of ``x`` [b, heads, s, head_dim]; cos and sin are [b, 1, s, d]."""
+    size = cos.shape[-1]
+    turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
+    if interleaved:
+        partner = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+    else:
+        partner = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], dim=-1)
+    turned = turned * cos + partner * sin
+    return turned if rest is None else torch.cat([turned, rest], dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for ``output_attentions``: query [b, heads, s, d], key and value [b, groups, s', d]."""
+    groups = module.num_key_value_groups
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class UMv2Attention(nn.Module):
+    """Causal attention with grouped keys and values, of any head dimension."""
+
+    def __init__(self, config: UMv2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        inner, shared = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm = UMv2Norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = UMv2Norm(config, self.head_dim) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape)
+        key = self.k_proj(hidden_states).view(shape)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if position_embeddings is not None:
+            cos, sin = position_embeddings
+            query = rotate(query, cos, sin, self.config.rope_interleaved)
+            key = rotate(key, cos, sin, self.config.rope_interleaved)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class UMv2MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x)))."""
+
+    def __init__(self, config: UMv2Config) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class UMv2DecoderLayer(GradientCheckpointingLayer):
+    """One block: attention, then FFN and, where the block has one, memory."""
+
+    def __init__(self, config: UMv2Config, layer_idx: int, memory: UMv2Memory | None) -> None:
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        self.self_attn = UMv2Attention(config, layer_idx)
+        self.mlp = UMv2MLP(config)
+        self.memory = memory
+        self.input_layernorm = UMv2Norm(config, config.hidden_size)
+        self.post_attention_layernorm = UMv2Norm(config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + self._dropped(attended)
+        x = self.post_attention_layernorm(hidden_states)
+        if self.memory is None:
+            return hidden_states + self._dropped(self.mlp(x))
+        # Rows that lie outside the device are on their way while the FFN computes.
+        started = self.memory.start(x)
+        added = self.mlp(x) + self.memory.finish(started)
+        return hidden_states + self._dropped(added)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if self.hidden_dropout and self.training:
+            return functional.dropout(x, self.hidden_dropout)
+        return x
+
+
+class UMv2PreTrainedModel(PreTrainedModel):
+    """What the models share: their configuration, what transformers may do with them, and random weights."""
+
+    config_class = UMv2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UMv2DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": UMv2DecoderLayer, "attentions": UMv2Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Random weights, for tests and benchmarks: a model that is to be trained gets them from training."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, UMv2Norm):
+            (init.zeros_ if module.zero_centered else init.ones_)(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, UMv2Retrieval):
+            init.normal_(module.keys, std=1.0)
+            init.normal_(module.cores, std=1.0)
+            for gain in (module.query_norm, module.key_norm):
+                init.constant_(gain, self.config.memory_key_dim**-0.25)
+            init.zeros_(module.u)
+            init.zeros_(module.t)
+        elif isinstance(module, UMv2Memory):
+            init.copy_(module.perm, torch.randperm(module.perm.numel()).to(module.perm))
+        elif isinstance(module, nn.ParameterList):
+            for chunk in module:
+                init.normal_(chunk, std=std)
+
+
+class UMv2Model(UMv2PreTrainedModel):
+    """The decoder without its output layer."""
+
+    def __init__(self, config: UMv2Config, memory_tables: str = "device") -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_positions = None
+        if config.position_embedding_type == "learned_absolute":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList()
+        owners: list[UMv2Memory] = []
+        for block, has_memory in enumerate(config.memory_layers):
+            memory = None
+            if has_memory:
+                owner = config.memory_windows()[len(owners)][0]
+                table: UMv2Table | None = owners[owner].table if owner < len(owners) else None
+                memory = UMv2Memory(config, len(owners), table, memory_tables)
+                owners.append(memory)
+            self.layers.append(UMv2DecoderLayer(config, block, memory))
+        self.norm = UMv2Norm(config, config.hidden_size)
+        self.rotary_emb = UMv2RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [b, s, H] of ``input_ids`` [b, s], or of ``inputs_embeds`` [b, s, H]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids or inputs_embeds is needed, and only one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        if self.config.hidden_dropout and self.training:
+            hidden_states = functional.dropout(hidden_states, self.config.hidden_dropout)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):
+    """The decoder with its output layer; tied to the embeddings where the configuration says so."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: UMv2Config, memory_tables: str = "device") -> None:
+        super().__init__(config)
+        self.model = UMv2Model(config, memory_tables)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [b, s, vocabulary]; of the last ``logits_to_keep`` positions, or of those in that index tensor.
+
+        ``labels`` [b, s] (-100: ignored) add the loss of predicting each next token.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["UMv2ForCausalLM", "UMv2Model", "UMv2PreTrainedModel"]

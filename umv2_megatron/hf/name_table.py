@@ -1,0 +1,224 @@
+"""Which tensor of a Megatron checkpoint is which tensor of a Hugging Face export: one table, read in both directions.
+
+Every difference between the two sides is one of rows (the first axis): Q, K and V lie interleaved by group in one tensor
+there and are three tensors here; gate and up are one there; a value table is one there and numbered chunks here. So a
+row of the table says which rows of the Megatron tensor make up each Hugging Face tensor, and going back is the same
+statement read backwards. Rows of a padded vocabulary belong to no Hugging Face tensor.
+
+This module imports nothing: ``Sizes`` is filled from a checkpoint's or an export's configuration by ``conversion/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Optional
+
+Ranges = tuple[tuple[int, int], ...]
+"""Row ranges [start, stop) of a Megatron tensor, in the order in which they follow each other in the other tensor."""
+
+
+@dataclass(frozen=True)
+class MemorySizes:
+    """Sizes of one memory layer; ``table_rows`` is 0 where another layer owns the table."""
+
+    heads: int
+    keys: int
+    key_dim: int
+    rank: int
+    cores: int
+    query_rows: int
+    pre_value_dim: int
+    value_dim: int
+    projected: int
+    """Columns of the value projection; 0 where there is none."""
+    table_rows: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides the names and shapes of a model's tensors. ``vocabulary`` is without padding."""
+
+    vocabulary: int
+    positions: int
+    """Learned positions; 0 with any other kind of position embedding."""
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    tied: bool
+    gated: bool
+    linear_bias: bool
+    qkv_bias: bool
+    norm_bias: bool
+    qk_norm: bool
+    memory: tuple[Optional[MemorySizes], ...]
+    """One for each block; None in blocks without a memory layer."""
+    chunk_rows: int
+    """Rows of a chunk of a value table; the last one may have fewer."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A Hugging Face tensor and the rows of the Megatron tensor that make it up."""
+
+    name: str
+    ranges: Ranges
+
+    @property
+    def rows(self) -> int:
+        """Length of its first axis."""
+        return sum(stop - start for start, stop in self.ranges)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A Megatron tensor and the Hugging Face tensors with the same numbers."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Of the Megatron tensor, without padding of the vocabulary."""
+    parts: tuple[Part, ...]
+    dtype: str
+    """"weights": that of all weights; "float32"; "index": int32 or int64."""
+    padded: bool
+    """Whether the Megatron tensor may have further rows."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the table. ``key`` may contain {layer}; ``names`` are the Hugging Face tensors."""
+
+    key: str
+    names: tuple[str, ...]
+    shape: Callable[[Sizes], tuple[int, ...]]
+    when: Callable[[Sizes], bool] = lambda s: True
+    split: Callable[[Sizes], tuple[Ranges, ...]] | None = None
+    dtype: str = "weights"
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class _MemoryRow:
+    """A row for what a memory layer holds: the same name on both sides."""
+
+    name: str
+    shape: Callable[[MemorySizes, Sizes], tuple[int, ...]]
+    when: Callable[[MemorySizes], bool] = lambda m: True
+    dtype: str = "weights"
+    chunked: bool = False
+
+
+def _qkv(sizes: Sizes) -> tuple[Ranges, ...]:
+    """Rows of Q, K and V: for each group its query heads, its key head, its value head."""
+    queries = sizes.heads // sizes.groups * sizes.head_dim
+    starts = range(0, sizes.groups * (queries + 2 * sizes.head_dim), queries + 2 * sizes.head_dim)
+    bounds = ((0, queries), (queries, queries + sizes.head_dim), (queries + sizes.head_dim, queries + 2 * sizes.head_dim))
+    return tuple(tuple((at + first, at + last) for at in starts) for first, last in bounds)
+
+
+def _gate_up(sizes: Sizes) -> tuple[Ranges, ...]:
+    return ((0, sizes.ffn),), ((sizes.ffn, 2 * sizes.ffn),)
+
+
+def _qkv_rows(sizes: Sizes) -> int:
+    return (sizes.heads + 2 * sizes.groups) * sizes.head_dim
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_FIRST = (
+    _Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",),
+         lambda s: (s.vocabulary, s.hidden), padded=True),
+    _Row("embedding.position_embeddings.weight", ("model.embed_positions.weight",),
+         lambda s: (s.positions, s.hidden), lambda s: s.positions > 0),
+)  # fmt: skip
+_OF_A_LAYER = (
+    _Row("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), lambda s: (s.hidden,)),
+    _Row("self_attention.linear_qkv.layer_norm_bias", ("input_layernorm.bias",), lambda s: (s.hidden,),
+         lambda s: s.norm_bias),
+    _Row("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV),
+         lambda s: (_qkv_rows(s), s.hidden), split=_qkv),
+    _Row("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV),
+         lambda s: (_qkv_rows(s),), lambda s: s.qkv_bias, split=_qkv),
+    _Row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), lambda s: (s.head_dim,),
+         lambda s: s.qk_norm),
+    _Row("self_attention.q_layernorm.bias", ("self_attn.q_norm.bias",), lambda s: (s.head_dim,),
+         lambda s: s.qk_norm and s.norm_bias),
+    _Row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), lambda s: (s.head_dim,),
+         lambda s: s.qk_norm),
+    _Row("self_attention.k_layernorm.bias", ("self_attn.k_norm.bias",), lambda s: (s.head_dim,),
+         lambda s: s.qk_norm and s.norm_bias),
+    _Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",),
+         lambda s: (s.hidden, s.heads * s.head_dim)),
+    _Row("self_attention.linear_proj.bias", ("self_attn.o_proj.bias",), lambda s: (s.hidden,),
+         lambda s: s.linear_bias),
+    _Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), lambda s: (s.hidden,)),
+    _Row("pre_mlp_layernorm.bias", ("post_attention_layernorm.bias",), lambda s: (s.hidden,), lambda s: s.norm_bias),
+    _Row("mlp.ffn.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+         lambda s: (2 * s.ffn, s.hidden), lambda s: s.gated, split=_gate_up),
+    _Row("mlp.ffn.linear_fc1.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
+         lambda s: (2 * s.ffn,), lambda s: s.gated and s.linear_bias, split=_gate_up),
+    _Row("mlp.ffn.linear_fc1.weight", ("mlp.up_proj.weight",), lambda s: (s.ffn, s.hidden), lambda s: not s.gated),
+    _Row("mlp.ffn.linear_fc1.bias", ("mlp.up_proj.bias",), lambda s: (s.ffn,),
+         lambda s: not s.gated and s.linear_bias),
+    _Row("mlp.ffn.linear_fc2.weight", ("mlp.down_proj.weight",), lambda s: (s.hidden, s.ffn)),
+    _Row("mlp.ffn.linear_fc2.bias", ("mlp.down_proj.bias",), lambda s: (s.hidden,), lambda s: s.linear_bias),
+)  # fmt: skip
+_OF_A_MEMORY_LAYER = (
+    _MemoryRow("retrieval.query.weight", lambda m, s: (m.query_rows, s.hidden)),
+    _MemoryRow("retrieval.keys", lambda m, s: (m.heads, 2, m.keys, m.key_dim, m.rank)),
+    _MemoryRow("retrieval.query_norm", lambda m, s: (m.key_dim,)),
+    _MemoryRow("retrieval.key_norm", lambda m, s: (m.key_dim,)),
+    _MemoryRow("retrieval.cores", lambda m, s: (m.cores, m.heads, m.rank, m.rank)),
+    _MemoryRow("retrieval.u", lambda m, s: (m.heads, m.rank), dtype="float32"),
+    _MemoryRow("retrieval.t", lambda m, s: (m.heads, m.rank), dtype="float32"),
+    _MemoryRow("perm", lambda m, s: (m.keys**2,), dtype="index"),
+    _MemoryRow("pre_proj.weight", lambda m, s: (m.pre_value_dim, s.hidden), lambda m: m.pre_value_dim > 0),
+    _MemoryRow("value_proj.weight", lambda m, s: (s.hidden, m.projected), lambda m: m.projected > 0),
+    _MemoryRow("table.values", lambda m, s: (m.table_rows, m.value_dim), lambda m: m.table_rows > 0, chunked=True),
+    _MemoryRow("table.pre_values", lambda m, s: (m.table_rows, m.pre_value_dim),
+               lambda m: m.table_rows > 0 and m.pre_value_dim > 0, chunked=True),
+)  # fmt: skip
+_LAST = (
+    _Row("decoder.final_layernorm.weight", ("model.norm.weight",), lambda s: (s.hidden,)),
+    _Row("decoder.final_layernorm.bias", ("model.norm.bias",), lambda s: (s.hidden,), lambda s: s.norm_bias),
+    _Row("output_layer.weight", ("lm_head.weight",), lambda s: (s.vocabulary, s.hidden), lambda s: not s.tied,
+         padded=True),
+)  # fmt: skip
+
+
+def pairings(sizes: Sizes) -> Iterator[Pairing]:
+    """All tensors of a model of these sizes, in the order of its layers."""
+    yield from _pair(_FIRST, sizes)
+    for layer, memory in enumerate(sizes.memory):
+        yield from _pair(_OF_A_LAYER, sizes, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        if memory is not None:
+            yield from _pair_memory(memory, sizes, layer)
+    yield from _pair(_LAST, sizes)
+
+
+def _pair(rows: tuple[_Row, ...], sizes: Sizes, key_prefix: str = "", name_prefix: str = "") -> Iterator[Pairing]:
+    for row in rows:
+        if row.when(sizes):
+            shape = row.shape(sizes)
+            ranges = row.split(sizes) if row.split else (((0, shape[0]),),)
+            parts = tuple(Part(name_prefix + name, own) for name, own in zip(row.names, ranges))
+            assert len(ranges) == len(row.names) and sum(part.rows for part in parts) == shape[0], row.key
+            yield Pairing(key_prefix + row.key, shape, parts, row.dtype, row.padded)
+
+
+def _pair_memory(memory: MemorySizes, sizes: Sizes, layer: int) -> Iterator[Pairing]:
+    for row in _OF_A_MEMORY_LAYER:
+        if not row.when(memory):
+            continue
+        name, shape = f"model.layers.{layer}.memory.{row.name}", row.shape(memory, sizes)
+        if row.chunked:
+            starts = range(0, shape[0], sizes.chunk_rows)
+            parts = tuple(
+                Part(f"{name}.{number}", ((start, min(start + sizes.chunk_rows, shape[0])),))
+                for number, start in enumerate(starts)
+            )
+        else:
+            parts = (Part(name, ((0, shape[0]),)),)
+        yield Pairing(f"decoder.layers.{layer}.mlp.memory.{row.name}", shape, parts, row.dtype, False)
