@@ -1,0 +1,270 @@
+"""What the benchmarks share: the machine's description, clocks, turns, medians, tables, and the marks in a document.
+
+How they measure: contenders take turns within a round, so that a machine that gets slower does so for all of them. A
+time is the median over the rounds (lowest-highest); a ratio is the median of the rounds' ratios. The first round warms
+up and is not counted. When other programs use the processors, times mean little: a line of warning says so, and
+``--clock processor`` (with one thread) is then the better of two bad clocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler is to be silent about its starts
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+"""Seconds that passed, or seconds that all threads of this process together ran."""
+
+BUSY = 0.2
+"""Processors used by other programs above which times are not worth much."""
+
+
+# -- options --------------------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The flags of every benchmark."""
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each (default: {rounds})")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice, OMP_NUM_THREADS)")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="processor: time that all threads ran")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: does it run?")
+    parser.add_argument("--json", type=Path, help="write everything there, too")
+    parser.add_argument("--docs", type=Path, help="put the tables between the marks of this Markdown file")
+
+
+def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace, program: str) -> None:
+    """Refuse what cannot work before anything is measured, and set the number of threads."""
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; expected at least 1")
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads is {options.threads}; expected at least 1")
+        torch.set_num_threads(options.threads)
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json is {options.json}; expected a file in a directory that exists")
+    if options.docs is not None:
+        try:
+            _split_at_marks(options.docs, program)
+        except (OSError, ValueError) as problem:
+            parser.error(str(problem))
+
+
+# -- times ----------------------------------------------------------------------------------------------------------
+
+
+def timed(work: Callable[[], Any], clock: str = "wall", device: str = "cpu") -> float:
+    """Seconds of ``work()`` by the clock of that name; what it returns is dropped after the clock has stopped."""
+    read = CLOCKS[clock]
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = read()
+    kept = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elapsed = read() - start
+    del kept
+    return elapsed
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[int], Any]],
+    rounds: int,
+    clock: str = "wall",
+    after: Callable[[], None] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every contender in every round, by name.
+
+    A contender gets the number of the round, from 0; that round is not counted. ``after`` tidies up after each call.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, work in contenders.items():
+            elapsed = timed(partial(work, number), clock)
+            if after is not None:
+                after()
+            if number:
+                times[name].append(elapsed)
+    return times
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, lowest and highest of some numbers."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Spread:
+        """Of at least one number."""
+        return cls(statistics.median(numbers), min(numbers), max(numbers))
+
+    def text(self, digits: int = 1, factor: float = 1.0) -> str:
+        """As "median (lowest-highest)", each times ``factor``."""
+        median, lowest, highest = (f"{each * factor:,.{digits}f}" for each in (self.median, self.lowest, self.highest))
+        return f"{median} ({lowest}-{highest})"
+
+
+def ratio(upper: Sequence[float], lower: Sequence[float], factor: float = 1.0) -> Spread:
+    """Of the rounds' ratios upper / lower, times ``factor``."""
+    return Spread.of([factor * above / below for above, below in zip(upper, lower)])
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Most bytes that torch's allocator had handed out during ``work()``, beyond what it had before: exact, by its own
+    records. What is allocated past torch (by a BLAS, say) is not in it. CPU only."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+# -- the machine ----------------------------------------------------------------------------------------------------
+
+
+def describe_machine(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
+    """Name, threads, caches, copy bandwidth (bytes read plus written per second), float32 GEMM rate (both the best of
+    several), load average, and how many processors other programs use; ``quick`` measures on less, and worse."""
+    busy = psutil.cpu_percent(interval=0.2 if quick else 1.0) / 100 * (os.cpu_count() or 1)
+    load = os.getloadavg()[0]
+    side = 256 if quick else 2048
+    source = torch.randn((1 if quick else 64) << 20, device=device)
+    target = torch.empty_like(source)
+    copies = [timed(lambda: target.copy_(source), device=device) for _ in range(8)]
+    left = torch.randn(side, side, device=device)
+    products = [timed(lambda: left.matmul(left), device=device) for _ in range(5)]
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "cache_bytes": cache_bytes(),
+        "torch": torch.__version__,
+        "copy_bytes_per_s": 2 * source.numel() * 4 / min(copies[1:]),
+        "gemm_flops_per_s": 2 * side**3 / min(products[1:]),
+        "load_average": load,
+        "busy_processors": round(busy, 2),
+    }
+
+
+def machine_line(machine: Mapping[str, Any], clock: str = "wall") -> str:
+    """One sentence for tables and documents."""
+    clocks = " Processor time, not elapsed time." if clock == "processor" else ""
+    return (
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; copies "
+        f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 GEMM {machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s."
+        f"{clocks}{load_warning(machine)}"
+    )
+
+
+def load_warning(machine: Mapping[str, Any]) -> str:
+    """A sentence when other programs ran at the start, else ""; starts with a blank."""
+    busy = machine.get("busy_processors", 0.0)
+    if busy <= BUSY:
+        return ""
+    return (
+        f" WARNING: other programs used {busy:.1f} of the {machine['processors']} processors at the start (load "
+        f"average {machine['load_average']:.1f}): these times are worth little."
+    )
+
+
+def cache_bytes() -> dict[str, int]:
+    """Sizes of processor 0's data caches, {"L1": bytes, ...}, from /sys; empty where it does not say."""
+    sizes: dict[str, int] = {}
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            sizes[f"L{level}"] = int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[size[-1]]
+    return sizes
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.*)", information.read_text()) if information.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+# -- output ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """Rows of text under a sentence; the first column is a name, the others are numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+        return "\n".join([self.title, *("  ".join(cells) for cells in padded)])
+
+    def markdown(self) -> str:
+        """For a document."""
+        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
+        return "\n".join([self.title, "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def publish(
+    program: str, options: argparse.Namespace, machine: Mapping[str, Any], parts: Sequence[Table | str], results: Any
+) -> None:
+    """Print ``parts`` (tables and paragraphs), put them into --docs and everything into --json."""
+    first = machine_line(machine, options.clock)
+    print("\n\n".join([first, *(part.text() if isinstance(part, Table) else part for part in parts)]), flush=True)
+    if options.docs:
+        text = [part.markdown() if isinstance(part, Table) else part for part in parts]
+        put_between_marks("\n\n".join([first, *text]), options.docs, program)
+    if options.json:
+        write_json(options.json, program, options, machine, {"results": results})
+
+
+def write_json(
+    path: Path, program: str, options: argparse.Namespace, machine: Mapping[str, Any], content: Mapping[str, Any]
+) -> None:
+    """A document of ``content`` with what is needed to know where it comes from."""
+    given = {key: value if isinstance(value, (int, float)) else str(value) for key, value in vars(options).items()}
+    document = {"program": f"benchmarks/{program}", "machine": dict(machine), "options": given, **content}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def put_between_marks(text: str, path: Path, program: str) -> None:
+    """Replace what stands between the two marks of ``program`` ("layer.py") in ``path``.
+
+    Raises ``ValueError`` where the marks are not there once each.
+    """
+    before, begin, end, after = _split_at_marks(path, program)
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _split_at_marks(path: Path, program: str) -> tuple[str, str, str, str]:
+    """What is before the marks, the marks, and what is after them."""
+    begin, end = (f"<!-- benchmarks/{program}: {word} -->" for word in ("begin", "end"))
+    old = path.read_text(encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(end) < old.index(begin):
+        raise ValueError(f"--docs is {path}; expected a file with the lines {begin} and {end}, once each")
+    before, rest = old.split(begin)
+    return before, begin, end, rest.split(end)[1]
