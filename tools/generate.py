@@ -1,15 +1,20 @@
 """Write text with a trained model, streaming it to the terminal.
 
     python tools/generate.py --load runs/demo --prompt "def main(" --max-new-tokens 100
+    python tools/generate.py --load exports/demo --memory-tables mmap --prompt-file question.txt --temperature 0
+    echo "def main(" | python tools/generate.py --load runs/demo
 
-The checkpoint says what the model and its tokenizer are; no other flag is needed. Every token is a full forward pass
-over the context (no key-value cache), which is meant for looking at a model, not for serving it.
+--load is a directory of checkpoints of ours or a Hugging Face export (a directory with a config.json); either says what
+the model and its tokenizer are. The same tokens are drawn from both, for the same seed. Keys and values of earlier
+tokens are kept, so a token costs a forward pass over one token until the context is full; from then on the oldest token
+drops out with every new one, and each costs a pass over the whole context. No code of an export is run.
 """
 
 import argparse
-import functools
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,9 +22,92 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()  # before megatron.core is imported
 
-from umv2_megatron.evaluation.generation import Sampling, generate  # noqa: E402
-from umv2_megatron.training.restore import load_trained_model, next_token_logits  # noqa: E402
+from umv2_megatron.evaluation.generation import (  # noqa: E402
+    CachedMegatronModel,
+    CachedModel,
+    CachedTransformersModel,
+    Sampling,
+    TextStream,
+    generate,
+)
 from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
+
+
+class Loaded(NamedTuple):
+    """A model with what generation needs of its tokenizer. ``end`` is None where no token ends a document."""
+
+    logits_of: CachedModel
+    context: int
+    tokenize: Callable[[str], list[int]]
+    detokenize: Callable[[Iterable[int]], str]
+    vocab_size: int
+    end: int | None
+
+
+def load_checkpoint(arguments: argparse.Namespace) -> Loaded:
+    """From a directory of our checkpoints."""
+    from umv2_megatron.training.restore import load_trained_model
+
+    if arguments.memory_tables is not None:
+        raise ValueError(
+            f"--memory-tables is {arguments.memory_tables} and {arguments.load} holds checkpoints: leave it out, or "
+            "give a Hugging Face export (tools/convert_checkpoint.py to-hf)"
+        )
+    trained = load_trained_model(arguments.load, arguments.ckpt_step, arguments.tokenizer_model)
+    print(f"iteration {trained.iteration} of {arguments.load}", file=sys.stderr)
+    tokenizer, context = trained.tokenizer, trained.run.model.seq_length
+    return Loaded(
+        CachedMegatronModel(trained.model, context),
+        context,
+        tokenizer.tokenize,
+        tokenizer.detokenize,
+        tokenizer.num_tokens,
+        tokenizer.eod,
+    )
+
+
+def load_export(arguments: argparse.Namespace) -> Loaded:
+    """From a directory in Hugging Face form; models other than ours work, too, if transformers knows them."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import umv2_megatron.hf  # noqa: F401  (registers our classes)
+
+    for name in ("ckpt_step", "tokenizer_model"):
+        if getattr(arguments, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {getattr(arguments, name)} and {arguments.load} is an export: leave it out")
+    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(arguments.load, **where)
+    tables = {}
+    if arguments.memory_tables is not None:
+        if config.model_type != "umv2":
+            raise ValueError(f"--memory-tables is {arguments.memory_tables} and the model is a {config.model_type}")
+        tables["memory_tables"] = arguments.memory_tables
+    model = AutoModelForCausalLM.from_pretrained(arguments.load, dtype="auto", **tables, **where).eval()
+    if not tables:
+        model = model.to(cpu_platform.device())
+    tokenizer = AutoTokenizer.from_pretrained(arguments.load, **where)
+    return Loaded(
+        CachedTransformersModel(model),
+        config.max_position_embeddings,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        min(config.vocab_size, max(tokenizer.get_vocab().values()) + 1),
+        tokenizer.eos_token_id,
+    )
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The texts of --prompt and --prompt-file, else that of stdin. A file's last line end is not part of its text."""
+    prompts = list(arguments.prompt or [])
+    for path in arguments.prompt_file or []:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        prompts.append(text.removesuffix("\n"))
+    if not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise ValueError("there is no text to continue: give --prompt or --prompt-file, or pipe it to stdin")
+        prompts.append(sys.stdin.read().removesuffix("\n"))
+    return prompts
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -27,41 +115,45 @@ def main(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more")
-    trained = load_trained_model(arguments.load, arguments.ckpt_step, arguments.tokenizer_model)
-    tokenizer = trained.tokenizer
-    print(f"iteration {trained.iteration} of {arguments.load}", file=sys.stderr)
-    for number, prompt in enumerate(arguments.prompt):
-        ids = tokenizer.tokenize(prompt) or [tokenizer.eod]
+    prompts = read_prompts(arguments)
+    is_export = (Path(arguments.load) / "config.json").is_file()
+    model = load_export(arguments) if is_export else load_checkpoint(arguments)
+    for number, prompt in enumerate(prompts):
+        ids = model.tokenize(prompt)
+        if not ids:
+            if model.end is None:
+                raise ValueError("--prompt is empty and the tokenizer has no end-of-document token to begin with")
+            ids = [model.end]
+        text = TextStream(model.detokenize, ids)
+        print(prompt, end="", flush=True)
         stream = generate(
-            functools.partial(next_token_logits, trained.model),
+            model.logits_of,
             ids,
             arguments.max_new_tokens,
-            trained.run.model.seq_length,
-            tokenizer.num_tokens,
-            tokenizer.eod,
+            model.context,
+            model.vocab_size,
+            model.end,
             sampling,
             arguments.seed + number,
         )
-        # the whole text is decoded each time: one token may be a part of a character
-        shown = 0
-        print(prompt, end="", flush=True)
-        start = len(tokenizer.detokenize(ids))
         for token in stream:
-            ids.append(token)
-            text = tokenizer.detokenize(ids)[start:]
-            if not text.endswith("\ufffd"):
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
-        print()
+            print(text.add(token), end="", flush=True)
+        print(text.end())
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--load", required=True, help="directory of checkpoints")
+    made.add_argument("--load", required=True, help="directory of checkpoints, or Hugging Face export")
     made.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest valid one)")
     made.add_argument("--tokenizer-model", help="the tokenizer's file, where it is no longer where training found it")
-    made.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
+    made.add_argument(
+        "--memory-tables",
+        choices=("device", "cpu", "mmap"),
+        help="of an export: where value tables stay; mmap reads the picked rows from the files (default: device)",
+    )
+    made.add_argument("--prompt", action="append", help="text to continue; may be given several times")
+    made.add_argument("--prompt-file", action="append", metavar="FILE", help="the same from a file; - is stdin")
     made.add_argument("--max-new-tokens", type=int, default=100, help="tokens to write (default: 100)")
     made.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     made.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: all (default: 0)")

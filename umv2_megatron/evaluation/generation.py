@@ -1,11 +1,20 @@
-"""Text from a trained model, one token at a time: greedy, or sampled with temperature, top-k and top-p."""
+"""Text from a trained model, one token at a time: greedy, or sampled with temperature, top-k and top-p.
+
+``CachedMegatronModel`` and ``CachedTransformersModel`` give the logits of the next token and keep keys and values of
+the tokens they have seen, so that a further token costs a forward pass over one token. ``generate`` draws from the
+logits of either, with the same numbers for the same seed. ``TextStream`` turns ids into text that can be printed as
+they come.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from umv2_megatron.parallel import cpu_platform
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def generate(
     """Yield the token ids that follow ``prompt``, at most ``max_new_tokens``, until ``end``.
 
     Args:
-        logits_of: logits [1, at least vocab_size] of the token after tokens [1, s] (``restore.next_token_logits``).
+        logits_of: logits [1, at least vocab_size] of the token after tokens [1, s], such as the two classes below.
         context: tokens the model takes; older ones drop out.
         vocab_size: ids from here on are padding and never drawn.
     """
@@ -68,3 +77,117 @@ def generate(
             return
         tokens.append(token)
         yield token
+
+
+class CachedModel:
+    """Logits of the next token, with keys and values of earlier tokens kept from call to call.
+
+    When a call's tokens begin with those of the call before, only the further ones are computed; otherwise (another
+    prompt, or a full context out of which old tokens drop) everything is, from the start.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[int] = []
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [1, vocabulary] of the token after ``tokens`` [1, s] int64."""
+        wanted = tokens[0].tolist()
+        known = len(self._seen)
+        if not 0 < known < len(wanted) or wanted[:known] != self._seen:
+            known = 0
+            self.forget()
+        logits = self.forward(tokens[:, known:].to(cpu_platform.device()), known)
+        self._seen = wanted
+        return logits
+
+    def forget(self) -> None:
+        """Drop all keys and values."""
+        raise NotImplementedError
+
+    def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
+        """Logits [1, vocabulary] after ``tokens`` [1, s], which follow the ``known`` tokens in the cache."""
+        raise NotImplementedError
+
+
+class CachedMegatronModel(CachedModel):
+    """An mcore ``GPTModel`` in evaluation mode on one rank, with mcore's static inference context as the cache.
+
+    Args:
+        context: the most tokens that a call will bring.
+    """
+
+    def __init__(self, model: torch.nn.Module, context: int) -> None:
+        super().__init__()
+        # here, because importing mcore's inference costs time that other users of this module need not spend
+        from megatron.core.inference.contexts import StaticInferenceContext
+
+        self._model = model
+        self._cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=context)
+
+    def forget(self) -> None:
+        self._cache.reset()
+
+    def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
+        # mcore's own attention takes either a whole prompt or a single token after it
+        parts = tokens.split(1, dim=1) if known else [tokens]
+        for part in parts:
+            self._cache.sequence_len_offset = known
+            positions = torch.arange(known, known + part.shape[1], device=part.device).unsqueeze(0)
+            # with a cache, the logits of the last token alone
+            logits = self._model(part, positions, None, inference_context=self._cache, runtime_gather_output=True)
+            known += part.shape[1]
+        return logits[:, -1]
+
+
+class CachedTransformersModel(CachedModel):
+    """A causal language model of transformers in evaluation mode."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._model = model
+        self._cache: Any = None
+
+    def forget(self) -> None:
+        self._cache = None  # the model makes a new one
+
+    def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
+        output = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+        return output.logits[:, -1]
+
+
+class TextStream:
+    """The text of token ids that come one by one, as soon as it is certain.
+
+    A token may be a part of a character, and a tokenizer may write a space only between two tokens. So a few tokens
+    before the new ones are always decoded with them, and text that ends in an unfinished character waits.
+
+    Args:
+        detokenize: text of token ids.
+        prompt: the ids that come before; their text is not given again.
+    """
+
+    _OVERLAP = 8
+
+    def __init__(self, detokenize: Callable[[Iterable[int]], str], prompt: list[int]) -> None:
+        self._detokenize = detokenize
+        self._ids = prompt[-self._OVERLAP :]
+        self._given = len(self._ids)
+
+    def add(self, token: int) -> str:
+        """The text that is new with ``token``, often empty."""
+        self._ids.append(token)
+        text = self._waiting()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._ids = self._ids[-self._OVERLAP :]
+        self._given = len(self._ids)
+        return text
+
+    def end(self) -> str:
+        """What has waited for the rest of a character that never came."""
+        return self._waiting()
+
+    def _waiting(self) -> str:
+        return self._detokenize(self._ids)[len(self._detokenize(self._ids[: self._given])) :]

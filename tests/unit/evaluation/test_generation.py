@@ -1,9 +1,11 @@
-"""Drawing tokens: greedy, temperature, top-k, top-p, padding never drawn, context window, end token."""
+"""Drawing tokens: greedy, temperature, top-k, top-p, padding never drawn, context window, end token; text as it comes;
+keys and values kept."""
 
 import pytest
 import torch
 
-from umv2_megatron.evaluation.generation import Sampling, draw, generate
+from umv2_megatron.evaluation.generation import CachedTransformersModel, Sampling, TextStream, draw, generate
+from umv2_megatron.training.tokenizers import ByteLevelTokenizer
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 
@@ -62,3 +64,49 @@ def test_generate_stops_at_the_end_keeps_the_context_and_never_draws_padding():
     assert seen == [1, 2, 3, 3]
     endless = list(generate(logits_of, [0], 7, context=3, vocab_size=5, end=None, sampling=greedy, seed=1))
     assert endless == [1, 2, 3, 4, 0, 1, 2]
+
+
+def test_text_comes_as_soon_as_its_characters_are_whole():
+    tokenizer = ByteLevelTokenizer()
+    text = TextStream(tokenizer.detokenize, tokenizer.tokenize("long prompt: é"))
+    pieces = [text.add(token) for token in tokenizer.tokenize("aé€b" + "x" * 20)]
+    assert pieces[:7] == ["a", "", "é", "", "", "€", "b"]
+    assert "".join(pieces) == "aé€b" + "x" * 20 and text.end() == ""
+
+
+def test_text_cut_within_a_character_is_given_at_the_end():
+    tokenizer = ByteLevelTokenizer()
+    text = TextStream(tokenizer.detokenize, tokenizer.tokenize("x"))
+    assert [text.add(token) for token in (ord("y"), 0xE2, 0x82)] == ["y", "", ""]
+    assert text.end() == "\ufffd"
+
+
+def test_words_keep_the_spaces_that_a_tokenizer_writes_between_tokens():
+    words = ["one", "two", "three"]
+    text = TextStream(lambda ids: " ".join(words[i] for i in ids), [0])
+    assert [text.add(1), text.add(2)] == [" two", " three"]
+
+
+def test_cached_transformers_model_gives_the_logits_of_a_whole_pass():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    fed = []
+
+    def counting(tokens: torch.Tensor, **options):
+        fed.append(tokens.shape[1])
+        return model(tokens, **options)
+
+    cached = CachedTransformersModel(counting)
+    tokens = torch.randint(0, 40, (1, 12))
+    for first, end in [(0, 5), (0, 6), (0, 9), (1, 10), (0, 5)]:
+        expected = model(input_ids=tokens[:, first:end]).logits[:, -1]
+        assert torch.allclose(cached(tokens[:, first:end]), expected, atol=1e-5)
+    assert fed == [5, 1, 3, 9, 5]
+    found = list(generate(cached, [1, 2, 3], 8, 64, 40, None, Sampling(temperature=0), seed=0))
+    whole = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert found == whole[0, 3:].tolist()
