@@ -113,9 +113,12 @@ def _panels(reports: dict[str, Sequence[dict[str, Any]]], axis: str, label: str,
             place.set_xscale("symlog", base=2, linthresh=1)
         else:
             place.set_xscale("log", base=2)
+        ticks = sorted({r[axis] for r in everything if (r["task"], r["form"]) == (task, form)})
+        place.set_xticks(ticks, [str(tick) for tick in ticks])
+        place.minorticks_off()
         place.set(xlabel=label, ylabel="score (%)", title=f"{task}, {form}", ylim=(-3, 103))
         place.grid(alpha=0.25)
-        place.legend(fontsize=7)
+        place.legend(fontsize=7, handlelength=3.5)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

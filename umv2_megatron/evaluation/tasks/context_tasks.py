@@ -56,10 +56,10 @@ def memorize(rng: random.Random, items: int, difficulty: int, zero_shot: bool, q
 def multi_round(rng: random.Random, items: int, difficulty: int, zero_shot: bool, queries: int) -> Situation:
     """A conversation that sets names to values, each name ``difficulty`` times on average; the last value counts.
 
-    In between, some rounds ask for a value already set.
+    Every fifth round asks for a value already set.
     """
     names = distinct_words(rng, max(2, items // difficulty), 3)
-    told = max(items, len(names) * difficulty, CHOICES)
+    told = max(items, len(names) * difficulty, CHOICES - 1)
     order = names + [rng.choice(names) for _ in range(told - len(names))]
     rng.shuffle(order)
     values: dict[str, list[str]] = {name: [] for name in names}
@@ -70,7 +70,7 @@ def multi_round(rng: random.Random, items: int, difficulty: int, zero_shot: bool
         lines.append(
             f"User: My {name} is {value}.\nAssistant: Noted.\n" if zero_shot else f"user: set {name} {value}\nbot: ok\n"
         )
-        if len(order) > CHOICES and rng.random() < 0.25:
+        if len(lines) % 5 == 4:
             asked = rng.choice([known for known in names if values[known]])
             lines.append(_ask_round(asked, zero_shot) + _ends([values[asked][-1]], zero_shot)[0])
     everything = [value for name in names for value in values[name]]
@@ -97,15 +97,16 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, zero_sh
     starts = rng.sample(SYLLABLES, min(2 * len(labels), len(SYLLABLES)))
     rule = {start: labels[index % len(labels)] for index, start in enumerate(starts)}
     shown: dict[str, str] = {}
+    drawn = starts[: len(labels)]  # every label is shown
     while len(shown) < max(items, len(labels)):
-        start = rng.choice(starts)
+        start = drawn[len(shown)] if len(shown) < len(drawn) else rng.choice(starts)
         shown[start + word(rng, 3)] = rule[start]
     line = "{} belongs to {}.\n" if zero_shot else "{}: {}\n"
-    context = "".join(line.format(new, label) for new, label in shown.items())
+    order = rng.sample(list(shown), len(shown))
+    context = "".join(line.format(new, shown[new]) for new in order)
     if zero_shot:
         context = "Learn from these examples which group a word belongs to.\n" + context
     seen = sorted({new[:2] for new in shown})
-    present = sorted({rule[start] for start in seen})
     made = []
     for _ in range(queries):
         start = rng.choice(seen)
@@ -114,7 +115,7 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, zero_sh
             new = start + word(rng, 3)
         ask = f"Question: Which group does {new} belong to?\nAnswer: {new} belongs to" if zero_shot else f"{new}:"
         answer = rule[start]
-        made.append(_query(ask, answer, _others(rng, labels, answer), len(present), zero_shot))
+        made.append(_query(ask, answer, _others(rng, labels, answer), len(set(shown.values())), zero_shot))
     return Situation(context, made, {"demonstrations": len(shown)})
 
 

@@ -3,7 +3,8 @@
 A fact is a person, a relation and a value: "The town of Zeno Bakuri is Rilo." Facts are divided evenly over the
 numbers of times that they occur in the training documents, 0, 1, 2, 4, ... up to a maximum; 0 is the control group.
 Each time a fact is told in another of several sentences (over again after the last), and the sentences of all facts are
-shuffled and joined into documents, so that what stands beside a fact says nothing about it.
+shuffled and joined into documents, so that what stands beside a fact says nothing about it. Among the facts of each
+frequency every value of a relation is equally common: who only knows how often values occur stays at chance.
 
 The facts follow from the seed alone, and the questions from the facts: training and evaluation must name the same seed,
 number of facts and maximum. That is the one task whose training documents and questions belong together. A question in
@@ -24,7 +25,7 @@ from umv2_megatron.evaluation.tasks.words import distinct_words, stream, word
 NAME = "fact-recall"
 RELATIONS = ("town", "teacher", "horse", "song")
 # Values that one relation can have: a guesser who knows them all is right once in so many times.
-VALUES = 32
+VALUES = 16
 SENTENCES = (
     "The {relation} of {person} is",
     "{person} has a {relation} called",
@@ -51,7 +52,7 @@ class Fact:
 class FactSet:
     """All facts of one seed: ``per_frequency`` facts for each of 0, 1, 2, 4, ... ``max_frequency`` occurrences.
 
-    Raises ``ValueError`` naming the flag for a size below 1.
+    Raises ``ValueError`` naming the flag where a frequency cannot have every value equally often.
     """
 
     seed: int = 1
@@ -59,12 +60,11 @@ class FactSet:
     max_frequency: int = 64
 
     def __post_init__(self) -> None:
-        for flag, value in (
-            ("facts-per-frequency", self.per_frequency),
-            ("max-fact-frequency", self.max_frequency),
-        ):
-            if value < 1:
-                raise ValueError(f"--{flag} is {value}; expected 1 or more")
+        whole = VALUES * len(RELATIONS)
+        if self.per_frequency < 1 or self.per_frequency % whole:
+            raise ValueError(f"--facts-per-frequency is {self.per_frequency}; expected a multiple of {whole}")
+        if self.max_frequency < 1:
+            raise ValueError(f"--max-fact-frequency is {self.max_frequency}; expected 1 or more")
 
     @property
     def frequencies(self) -> list[int]:
@@ -82,13 +82,14 @@ class FactSet:
 
     def facts(self) -> list[Fact]:
         """The facts in the order of their frequencies; no person has two."""
-        rng, values, frequencies = stream("facts", NAME, self.seed, 0), self.values, self.frequencies
-        surnames = distinct_words(rng, self.per_frequency * len(frequencies), 3)
+        rng, values = stream("facts", NAME, self.seed, 0), self.values
+        surnames = iter(distinct_words(rng, self.per_frequency * len(self.frequencies), 3))
         made = []
-        for index, surname in enumerate(surnames):
-            relation = RELATIONS[index % len(RELATIONS)]
-            person = f"{word(rng, 2).capitalize()} {surname.capitalize()}"
-            made.append(Fact(person, relation, rng.choice(values[relation]), frequencies[index // self.per_frequency]))
+        for times in self.frequencies:
+            told = [(relation, value) for relation in RELATIONS for value in values[relation]]
+            for relation, value in told * (self.per_frequency // len(told)):
+                person = f"{word(rng, 2).capitalize()} {next(surnames).capitalize()}"
+                made.append(Fact(person, relation, value, times))
         return made
 
     def documents(self) -> list[str]:
@@ -105,11 +106,13 @@ class FactSet:
     def questions(self, form: str, limit: int | None = None, seed: int = 0) -> list[Example]:
         """One question per fact, at most ``limit`` of each frequency; ``details`` holds ``times_seen``.
 
-        ``seed`` chooses the sentences and the wrong answers offered, not the facts.
+        ``seed`` chooses which, the sentences and the wrong answers offered; it does not change the facts.
         """
         values, made = self.values, []
+        facts = list(enumerate(self.facts()))
+        stream("evaluation order", NAME, seed, 0).shuffle(facts)
         counts: dict[int, int] = {}
-        for number, fact in enumerate(self.facts()):
+        for number, fact in facts:
             counts[fact.times] = counts.get(fact.times, 0) + 1
             if limit is not None and counts[fact.times] > limit:
                 continue

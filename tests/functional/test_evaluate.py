@@ -1,0 +1,103 @@
+"""tools/evaluate.py gives the same numbers on every layout as on one rank, and refuses mistakes in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from program_runs import ROOT, command_line, tiny_run, train
+
+TEXTS = ["def one(value):\n    return value + 1\n", "a second document, a little longer than the first", "é and ü"]
+# Two blocks, an untrained model but for one step: every layout loads the same weights.
+MODEL = {"tokenizer_type": "ByteLevelTokenizer", "train_iters": 1, "make_vocab_size_divisible_by": 512,
+         "memory_num_keys": 16, "num_layers": 2}  # fmt: skip
+ASKED = {"tasks": "key-value,fact-recall", "forms": "trained", "context_lengths": "140", "num_examples": 3,
+         "max_fact_frequency": 1, "micro_batch_size": 2, "data_context_length": 24, "stride": 16}  # fmt: skip
+
+
+def run_evaluate_instead() -> None:
+    """On a forked rank: its program becomes tools/evaluate.py."""
+    import pretrain_umv2
+
+    pretrain_umv2.main = tool().main
+
+
+def tool():
+    """tools/evaluate.py as a module."""
+    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "tools" / "evaluate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    save = tmp_path_factory.mktemp("evaluated") / "run"
+    train(1, tiny_run(**MODEL, save=save), save.parent / "train")
+    (save.parent / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return save
+
+
+def evaluated(ranks: int, checkpoint: Path, folder: Path, **layout) -> dict:
+    """The report of ``ranks`` ranks."""
+    output = folder / "report.json"
+    settings = {**ASKED, "load": checkpoint, "data": checkpoint.parent / "texts.jsonl", "output": output, **layout}
+    finished = train(ranks, command_line(settings), folder / "output", run_evaluate_instead)
+    assert finished.outputs[0].count("bits/byte") == 1 and all("bits/byte" not in text for text in finished.outputs[1:])
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint) -> dict:
+    return evaluated(1, checkpoint, checkpoint.parent / "alone")
+
+
+LAYOUTS = {
+    "data": (2, {"data_form": "stream"}),
+    "tensor-and-memory": (2, {"tensor_model_parallel_size": 2, "memory_parallel_size": 2}),
+    "sequence-and-rows": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "memory_parallel_size": 2,
+                              "memory_parallel_mode": "row"}),
+    "data-and-memory": (2, {"memory_parallel_size": 2}),
+    "pipeline": (2, {"pipeline_model_parallel_size": 2}),
+    "context": (2, {"context_parallel_size": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_numbers_do_not_depend_on_the_layout(ranks, layout, checkpoint, alone, tmp_path):
+    report = evaluated(ranks, checkpoint, tmp_path, **layout)
+    assert len(report["tasks"]) == len(alone["tasks"]) == 3
+    for ours, theirs in zip(report["texts"] + report["tasks"], alone["texts"] + alone["tasks"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            same = pytest.approx(theirs[name], rel=1e-5, abs=1e-7) if isinstance(value, float) else theirs[name]
+            assert value == same, name
+
+
+def test_what_one_rank_reports(alone, checkpoint):
+    text = alone["texts"][0]
+    assert text["bytes"] == sum(len(text.encode()) for text in TEXTS) and text["end_of_document_tokens"] == 3
+    assert text["tokens"] == text["bytes"] + 3
+    assert 4 < text["loss"] < 7  # a model that knows nothing, of 257 tokens
+    assert [task["examples"] for task in alone["tasks"]] == [3, 3, 3]
+    assert [task["times_seen"] for task in alone["tasks"]] == [None, 0, 1]
+    assert (checkpoint.parent / "alone" / "report_facts.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_are_one_line(checkpoint, tmp_path):
+    cases = [
+        ({"load": checkpoint}, "nothing to evaluate"),
+        ({"load": checkpoint, "hf_model": tmp_path, "tasks": "all"}, "--hf-model"),
+        ({"load": checkpoint, "tasks": "sums"}, "'sums'"),
+        ({"load": checkpoint, "tasks": "icl", "context_lengths": "20"}, "--context-lengths"),
+        ({"load": tmp_path, "tasks": "icl"}, str(tmp_path)),
+    ]
+    for number, (settings, words) in enumerate(cases):
+        finished = train(1, command_line(settings), tmp_path / str(number), run_evaluate_instead, codes=2)
+        lines = [line for line in finished.outputs[0].splitlines() if "error" in line]
+        assert len(lines) == 1 and words in lines[0], finished.text

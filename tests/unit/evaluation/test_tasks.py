@@ -1,0 +1,202 @@
+"""Synthetic tasks: seeded, apart from training, answerable by reading, and scored as the definitions say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from task_oracle import Oracle, OracleModel, UniformModel
+
+from umv2_megatron.evaluation.tasks import mixture
+from umv2_megatron.evaluation.tasks.base import FORMS, Example
+from umv2_megatron.evaluation.tasks.fact_recall import RELATIONS, VALUES, FactSet
+from umv2_megatron.evaluation.tasks.scoring import answer_row, score, summarize
+from umv2_megatron.training.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+BYTES = ByteLevelTokenizer()
+FACTS = FactSet(seed=3, per_frequency=64, max_frequency=4)
+
+
+@pytest.fixture(scope="module")
+def subwords(tmp_path_factory):
+    """A small BPE tokenizer, whose words take different numbers of tokens."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        mixture.training_documents(["key-value", "needle"], 20, 1, [1], [300], BYTES), trainer
+    )
+    file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(file))
+    return HuggingFaceTokenizer(str(file))
+
+
+def asked(name: str, form: str, count: int, difficulty: int = 1, seed: int = 1, tokenizer=BYTES, budget: int = 320):
+    return mixture.questions(name, form, count, seed, difficulty, tokenizer, budget)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", mixture.CONTEXT_TASKS)
+def test_an_oracle_that_reads_scores_everything(name, form):
+    for difficulty, budget in ((1, 256), (3, 700)):
+        examples = asked(name, form, 12, difficulty, budget=budget)
+        model = OracleModel(Oracle(name, form, difficulty), BYTES)
+        summary = summarize(examples, score(model, examples, batch=7))
+        assert summary.exact_match == summary.choice_accuracy == 1.0, (name, form, difficulty)
+        assert summary.exact_match_se == summary.choice_accuracy_se == 0.0
+        assert summary.answer_nats_per_token == pytest.approx(-math.log(0.99), rel=1e-5)
+        assert 0 < summary.exact_match_chance <= 0.5
+
+
+@pytest.mark.parametrize("name", ["memorize", "icl", "needle"])
+def test_subword_tokens_score_alike(name, subwords):
+    examples = asked(name, "trained", 8, tokenizer=subwords, budget=128)
+    assert max(len(answer_row(subwords, e.prompt, c)[0]) - 1 for e in examples for c in e.choices) <= 128
+    scored = score(OracleModel(Oracle(name, "trained"), subwords), examples)
+    assert all(each.exact and each.chosen == 1.0 for each in scored)
+
+
+def test_a_uniform_model_is_at_chance():
+    for name in mixture.CONTEXT_TASKS:
+        examples = asked(name, "trained", 10)
+        summary = summarize(examples, score(UniformModel(BYTES), examples))
+        assert summary.exact_match == 0.0
+        assert summary.choice_accuracy == pytest.approx(summary.choice_accuracy_chance)
+        assert summary.answer_nats_per_token == pytest.approx(math.log(257), rel=1e-6)
+        assert summary.answer_nats == pytest.approx(sum(len(e.answer) for e in examples) / 10 * math.log(257), rel=1e-6)
+
+
+def test_facts_are_told_as_often_as_they_should_be_and_recalled():
+    documents = FACTS.documents()
+    facts = FACTS.facts()
+    text = "\n".join(documents)
+    assert [fact.times for fact in facts] == [0] * 64 + [1] * 64 + [2] * 64 + [4] * 64
+    assert len({fact.person for fact in facts}) == len(facts)
+    for fact in facts:
+        assert text.count(fact.person) == fact.times
+    for relation in RELATIONS:
+        for value in FACTS.values[relation]:
+            assert len(re.findall(rf"{relation}\b[^.]* {value}\.", text)) == 7 * 64 // (VALUES * len(RELATIONS))
+    for form in FORMS:
+        questions = FACTS.questions(form, limit=20)
+        scored = score(OracleModel(Oracle("fact-recall", form, documents=documents), BYTES), questions)
+        assert len(questions) == 80
+        for example, each in zip(questions, scored):
+            assert each.exact == (example.details["times_seen"] > 0)
+    assert not any("Question" in document for document in documents)
+
+
+def test_seeds_decide_and_training_is_apart():
+    for name in mixture.CONTEXT_TASKS:
+        one, again, other = (asked(name, "trained", 5, seed=seed) for seed in (1, 1, 2))
+        assert one == again and asked(name, "trained", 8)[:5] == one
+        assert not {e.prompt for e in one} & {e.prompt for e in other}
+    documents = mixture.training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
+    assert documents == mixture.training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
+    assert len(documents) == 60 + len(FACTS.documents())
+    held = "".join(documents)
+    for name in mixture.CONTEXT_TASKS:
+        for example in asked(name, "trained", 20):
+            # what is asked for and answered stands in no training document
+            assert "\n".join((example.prompt + example.answer).splitlines()[-2:]) not in held
+    # FactSet of another seed has other people
+    assert not {f.person for f in FACTS.facts()} & {f.person for f in FactSet(4, 64, 4).facts()}
+
+
+def test_prompts_fill_the_context_and_grow_with_it():
+    for name in mixture.CONTEXT_TASKS:
+        for form in FORMS:
+            for budget in (256, 1024):
+                for example in asked(name, form, 4, budget=budget):
+                    longest = max(len(example.prompt + answer) for answer in example.choices)
+                    assert 0.6 * budget < longest <= budget, (name, form, budget, longest)
+                    assert len(set(example.choices)) == len(example.choices) >= 2
+                    assert len({len(answer) for answer in example.choices}) == 1
+                    assert (example.prompt + example.answer).isascii()
+    with pytest.raises(ValueError, match="--context-lengths"):
+        asked("memorize", "trained", 1, budget=20)
+
+
+def test_answer_tokens_where_prompt_and_answer_merge():
+    class Pairs(ByteLevelTokenizer):
+        """Two characters a token, so that an odd prompt shares a token with its answer."""
+
+        def tokenize(self, text):
+            return [hash(text[at : at + 2]) % 250 for at in range(0, len(text), 2)]
+
+    assert answer_row(BYTES, "ab:", " cd")[1] == 1 + 3
+    ids, start = answer_row(Pairs(), "ab:", " cd")
+    assert len(ids) == 1 + 3 and start == 1 + 1
+    ids, start = answer_row(Pairs(), "abc:", " cd")
+    assert len(ids) == 1 + 4 and start == 1 + 2
+
+
+def test_standard_errors_and_ties():
+    examples = [Example("p:", f" {letter}", (" a", " b"), 4) for letter in "aabb"]
+
+    class Prefers(UniformModel):
+        """Likes every ``a``."""
+
+        def logprobs(self, tokens):
+            found = super().logprobs(tokens)
+            return found._replace(log_likelihood=found.log_likelihood + (tokens[:, 1:] == ord("a")))
+
+    summary = summarize(examples, score(Prefers(BYTES), examples))
+    assert (summary.choice_accuracy, summary.choice_accuracy_chance, summary.exact_match_chance) == (0.5, 0.5, 0.25)
+    # sample standard deviation of 1 1 0 0 is sqrt(1/3), over the square root of four
+    assert summary.choice_accuracy_se == pytest.approx(math.sqrt(1 / 3) / 2)
+
+
+def test_rows_beyond_the_model_are_refused():
+    model = UniformModel(BYTES)
+    model.longest_context = 100
+    with pytest.raises(ValueError, match="100"):
+        score(model, asked("icl", "trained", 1))
+
+
+def call(monkeypatch, capsys, name: str, *arguments: str) -> tuple[int, str, str]:
+    """A tool as a command, in this process: exit code, output and errors."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    signal.signal(signal.SIGTERM, handler)
+    told = capsys.readouterr()
+    return ended.value.code, told.out, told.err
+
+
+def test_the_tool_writes_what_preprocessing_reads(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "tasks.jsonl"
+    code, told, _ = call(monkeypatch, capsys, "make_tasks.py", "--task", "icl,fact-recall", "--documents", "20",
+                         "--max-fact-frequency", "2", "--lengths", "200,300", "--output", str(output))  # fmt: skip
+    assert code == 0 and str(output) in told
+    documents = [json.loads(line)["text"] for line in output.read_text().splitlines()]
+    assert len(documents) == 20 + len(FactSet(1, 64, 2).documents())
+    code, told, _ = call(monkeypatch, capsys, "preprocess_data.py", "--input", str(output), "--append-eod",
+                         "--output-prefix", str(tmp_path / "t"), "--tokenizer-type", "ByteLevelTokenizer")  # fmt: skip
+    assert code == 0 and f"{len(documents)} documents" in told
+    for arguments, words in (
+        (["--task", "sums"], "'sums'"),
+        (["--task", "icl", "--lengths", "x"], "--lengths"),
+        (["--task", "icl", "--documents", "0"], "--documents"),
+        (["--task", "fact-recall", "--facts-per-frequency", "10"], "--facts-per-frequency"),
+    ):
+        refused = tmp_path / "refused.jsonl"
+        code, _, errors = call(monkeypatch, capsys, "make_tasks.py", *arguments, "--output", str(refused))
+        assert code == 2 and words in errors and len(errors.splitlines()) == 1
+        assert not list(tmp_path.glob("refused*"))
