@@ -205,6 +205,8 @@ def _check_memory_layout(run: RunConfig) -> None:
                 run.values[key],
                 "0 with --calculate-per-token-loss, which would divide it by the number of tokens",
             )
+    if memory.stream and run.overlap_param_gather:
+        _refuse("memory-stream", "on", "off with --overlap-param-gather, which waits for parameters on one stream only")
     if memory.norm_epsilon <= 0:
         _refuse("memory-norm-epsilon", memory.norm_epsilon, "a number above 0")
     if memory.parallel_size > 1:

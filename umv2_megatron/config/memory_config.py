@@ -115,6 +115,15 @@ class MemoryConfig:
         "implementation of the table lookup; auto picks the fastest that is proven on the device",
         choices=("auto", "reference", "scatter", "cpu", "triton"),
     )
+    backward: str = option(
+        "ordered",
+        "how the triton backend adds up the tables' gradients: sorted by row, or with atomic additions, whose results "
+        "vary in the last bits (--deterministic-mode sorts nevertheless)",
+        choices=("ordered", "atomic"),
+    )
+    stream: bool = option(
+        False, "run memory layers on a second CUDA stream beside the FFN of their block; no effect on a CPU"
+    )
     parallel_size: int = option(1, "M: ranks over which a value table is sharded")
     parallel_mode: str = option("dim", "how a table is sharded: by dimension or by row", choices=("dim", "row"))
     seed: int = option(1234, "seed of the row shuffle and of the initialisation's simulation")
@@ -236,6 +245,7 @@ class MemoryConfig:
             "sharing",
             "init",
             "backend",
+            "backward",
             "parallel_mode",
         ):
             choices = self.__dataclass_fields__[name].metadata["choices"]
@@ -271,6 +281,8 @@ class MemoryConfig:
                 f"at most {num_layers - 1 - last}, because the last memory layer is in block {last} of {num_layers} "
                 "(counted from 0)",
             )
+        if self.backward == "atomic" and self.backend != "triton":
+            refuse("backward", f"ordered with --memory-backend {self.backend}; only triton has atomic additions")
         if self.sharing == "none" and self.sharing_size != 1:
             refuse("sharing_size", "1 when --memory-sharing is none")
         if self.sharing_size > layers:

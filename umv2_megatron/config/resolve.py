@@ -77,6 +77,8 @@ def _is_layout(key: str) -> bool:
         "fp8",
         "bf16",
         "backend",
+        "memory_backward",
+        "memory_stream",
         "impl",
         "initialization",
         "deterministic",

@@ -74,7 +74,7 @@ class DimShardedLookup:
         config = self.config
         self._cores = self._cores.to(rows.device)  # moved once
         cells = encode(rows, blocks, config.num_blocks, self.rows)
-        parts = get_backend(config.backend, rows.device).grid
+        parts = get_backend(config.backend, rows.device, config.backward).grid
         assert parts is not None, config.backend
         call = _Call(
             self.exchange,

@@ -96,7 +96,7 @@ class RowShardedLookup:
         cells = encode(rows - self._starts[owners], blocks, config.num_blocks, self._largest).flatten()[order]
         arriving = pending.wait().long()
         send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
-        parts = get_backend(config.backend, rows.device).ragged
+        parts = get_backend(config.backend, rows.device, config.backward).ragged
         assert parts is not None, config.backend
         call = _Call(
             exchange,

@@ -108,7 +108,7 @@ class ValueTable(nn.Module):
         assert isinstance(started, WholeLookup)
         config = self.config
         # Asked for at every call, because mcore may build a model on the CPU and move it.
-        return get_backend(config.backend, started.rows.device).lookup(
+        return get_backend(config.backend, started.rows.device, config.backward).lookup(
             started.rows,
             started.blocks if config.num_blocks > 1 else None,
             started.scores,

@@ -27,7 +27,7 @@ from umv2_megatron.memory.layer import MemoryLayer, Started
 from umv2_megatron.memory.losses import microbatch_scale
 from umv2_megatron.memory.sharing import table_windows
 from umv2_megatron.memory.value_table import ValueTable
-from umv2_megatron.parallel import cpu_platform, groups
+from umv2_megatron.parallel import cpu_platform, groups, streams
 
 
 @dataclass
@@ -153,10 +153,15 @@ class FFNWithMemory(MegatronModule):
             # Cores stay as they are between two optimizer steps, so refreshing in every forward (also in those of
             # activation recompute and of evaluation) gives what refreshing once per step would.
             self.memory.retrieval.refresh_due = True
-        # The exchanges of sharded tables run while the FFN computes.
-        started = self._start_memory(hidden_states)
+        branch = streams.branch_for(hidden_states.device, self.memory_config.stream)
+        seen = branch.fork(hidden_states, self.memory.table.tables())
+        with branch.beside():
+            # The exchanges of sharded tables run while the FFN computes.
+            started = self._start_memory(seen)
         output, bias = self.ffn(hidden_states)
-        return output + self._finish_memory(started, hidden_states), bias
+        with branch.beside():
+            memory = self._finish_memory(started, hidden_states)
+        return output + branch.join(memory), bias
 
     def _start_memory(self, hidden_states: torch.Tensor) -> Started:
         """Start the memory layer on the tokens that are this rank's to look up."""

@@ -14,7 +14,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -49,6 +52,25 @@ def _triton() -> Backend:
     return Backend("triton", triton_search, triton_lookup.lookup, triton_lookup, triton_ragged)
 
 
+@cache
+def _triton_atomic() -> Backend:
+    from umv2_megatron.ops import triton_lookup, triton_ragged
+
+    ordered = _triton()
+    grid, ragged = (_atomic(parts) for parts in (triton_lookup, triton_ragged))
+    return replace(ordered, lookup=triton_lookup.atomic_lookup, grid=grid, ragged=ragged)
+
+
+def _atomic(parts: Any) -> Any:
+    """Triton's ``parts``, with atomic additions to the gradients of tables."""
+    backwards = ("weighted_sum_backward", "pre_scores_backward")
+    return SimpleNamespace(
+        pre_scores=parts.pre_scores,
+        weighted_sum=parts.weighted_sum,
+        **{name: partial(getattr(parts, name), deterministic=False) for name in backwards},
+    )
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "reference": _reference,
     "scatter": _scatter,
@@ -62,12 +84,18 @@ PREFERRED = {"cpu": "cpu"}
 ``make test-gpu`` has passed on a GPU: so far its kernels have run in Triton's interpreter only."""
 
 
-def get_backend(name: str, device: torch.device | str) -> Backend:
+def get_backend(name: str, device: torch.device | str, backward: str = "ordered") -> Backend:
     """Return the backend called ``name``; "auto" is the fastest there is for ``device``.
+
+    ``backward`` is --memory-backward: how the gradients of tables are added up, "ordered" or, with triton, "atomic".
 
     Raises ``ValueError`` for an unknown name, and for a backend that was asked for by name and cannot run here.
     """
-    return _get_backend(name, torch.device(device).type)
+    backend = _get_backend(name, torch.device(device).type)
+    if backward == "ordered":
+        return backend
+    assert backend.name == "triton", f"a backward {backward} with {backend.name}"  # MemoryConfig.validate
+    return _triton_atomic()
 
 
 @cache
