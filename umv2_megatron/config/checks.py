@@ -207,6 +207,10 @@ def _check_memory_layout(run: RunConfig) -> None:
             )
     if memory.stream and run.overlap_param_gather:
         _refuse("memory-stream", "on", "off with --overlap-param-gather, which waits for parameters on one stream only")
+    if memory.value_lr is not None:
+        for key in ("memory_value_lr_mult", "memory_value_lr_decay_iters"):
+            if run.values[key] != option_table()[key].default:
+                _refuse(key.replace("_", "-"), run.values[key], f"no value with --memory-value-lr {memory.value_lr:g}")
     if memory.norm_epsilon <= 0:
         _refuse("memory-norm-epsilon", memory.norm_epsilon, "a number above 0")
     if memory.parallel_size > 1:

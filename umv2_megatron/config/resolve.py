@@ -1,5 +1,8 @@
 """From a command line to a checked ``RunConfig``: flags over file over preset over checkpoint over defaults.
 
+A layer that sets ``ffn_variant`` brings that variant's defaults (``variants.py``) in just below itself, if it is
+another variant than the layers below have.
+
 ``resolve`` is the only door: it returns a ``RunConfig`` or raises ``UsageError`` with one sentence, and starts nothing.
 """
 
@@ -21,6 +24,7 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import ModelConfig
+from umv2_megatron.config.variants import variant_defaults
 
 
 def resolve(
@@ -52,8 +56,10 @@ def resolve(
         if preset not in PRESETS:
             raise UsageError(f"--model-preset is {preset!r}; expected one of {', '.join(PRESETS)}")
         layers.append((f"preset {preset}", read_mapping(PRESETS[preset].flags(), f"preset {preset}")))
-    if config_file is not None:
-        layers.append((config_file, file))
+    if "ffn_variant" in flags:
+        file["ffn_variant"] = flags["ffn_variant"]  # the file's settings, too, are over the variant's defaults
+    if file:
+        layers.append((config_file or "flag", file))
     layers.append(("flag", flags))
     return from_layers(layers, world_size, for_training=for_training)
 
@@ -97,13 +103,32 @@ def from_layers(layers: list[tuple[str, dict[str, Any]]], world_size: int, *, fo
     """A checked ``RunConfig`` from defaults and layers ``(source, values by key)``; later layers win."""
     values = {key: made.default for key, made in option_table().items()}
     sources: dict[str, str] = {}
-    for source, layer in layers:
+    for source, layer in _with_variant_defaults(layers, values):
         values.update(layer)
         sources.update(dict.fromkeys(layer, source))
     run = RunConfig(values, sources, world_size)
     _fill_derived_defaults(run)
     check(run, for_training=for_training)
     return run
+
+
+def _with_variant_defaults(
+    layers: list[tuple[str, dict[str, Any]]], defaults: dict[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """``layers`` with those of the variants that they choose; see the top."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    below, variant = dict(defaults), defaults["ffn_variant"]
+    for place, (source, layer) in enumerate(layers):
+        chosen = layer.get("ffn_variant", variant)
+        if chosen != variant:
+            variant = chosen
+            given = {key: value for _, later in layers[place:] for key, value in later.items()}
+            made = variant_defaults(variant, {**below, **given}, given)
+            found.append((f"variant {variant}", made))
+            below.update(made)
+        found.append((source, layer))
+        below.update(layer)
+    return found
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.config.flags import UsageError, option_table
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
+from umv2_megatron.config.variants import has_memory
 
 
 @dataclasses.dataclass
@@ -59,7 +60,7 @@ class RunConfig:
     @property
     def has_memory(self) -> bool:
         """Whether the blocks have memory layers."""
-        return self.model.ffn_variant == "umv2"
+        return has_memory(self.model.ffn_variant)
 
     @property
     def has_experts(self) -> bool:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from umv2_megatron.config.memory_config import option
-
-FFN_VARIANTS = ("umv2", "dense", "moe")
+from umv2_megatron.config.variants import FFN_VARIANTS
 
 
 @dataclass
@@ -20,7 +19,8 @@ class ModelConfig:
 
     ffn_variant: str = option(
         "umv2",
-        "what stands in the FFN slot of the blocks: FFN with UltraMemV2 memory, the FFN alone, or mcore's experts",
+        "what stands in the FFN slot of the blocks: FFN and memory (umv2, ultramem, memory-plus, pkm, peer: each sets "
+        "defaults of the memory flags), mcore's experts, or the FFN alone",
         choices=FFN_VARIANTS,
     )
     seq_length: int = option(1024, "tokens per sample")

@@ -20,8 +20,8 @@ from umv2_megatron.planning.parameters import memory_in_use
 class FlopsPerToken:
     """Forward operations per token, summed over all blocks; ``logits`` is the output matrix.
 
-    ``memory_projections``: Wq, Wp, Wv. ``memory_scoring``: queries against all keys, and the first stage's sums over
-    ranks. ``memory_grid``: the K x K grid. ``memory_lookup``: pre-value products and the weighted sum of rows.
+    ``memory_projections``: Wq, Wp, Wg, Wv. ``memory_scoring``: queries against all keys, and the first stage's sums
+    over ranks. ``memory_grid``: the K x K grid. ``memory_lookup``: pre-value products and the weighted sum of rows.
     """
 
     attention_projections: int
@@ -98,11 +98,14 @@ def _ffn(shape: ModelShape) -> int:
 def _memory_layer(m: MemoryConfig, hidden: int) -> tuple[int, int, int, int]:
     """One layer's projections, scoring, grid and lookup (steps 1-7 of docs/memory-layer.md)."""
     heads, ranks, cores, kept = m.num_heads, m.tucker_rank, m.num_cores, m.key_topk
-    value_rows = 0 if m.value_expansion == "none" else m.value_dim * m.num_blocks
-    projections = 2 * hidden * (m.query_rows + m.pre_value_dim + value_rows)
+    value_rows = 0 if m.value_expansion == "none" else m.summed_dim
+    pre_value_rows = m.pre_value_dim if m.has_pre_projection else 0
+    projections = 2 * hidden * (m.query_rows + pre_value_rows + m.gate_rows + value_rows)
+    lookup = heads * m.topk * 2 * (m.pre_value_dim + m.value_dim)
+    if m.scoring == "additive":  # <q, key> per head, side and key; the sums of two scores are no products
+        return projections, heads * 2 * m.scored_keys * 2 * m.key_dim, 0, lookup
     # <q, key> per head, side, key and rank, then the sums over ranks with u and t
     scoring = heads * 2 * m.scored_keys * ranks * (2 * m.key_dim + 2)
     # Srow C: [kept, R] x [R, R]; times Scol^T: [kept, R] x [R, kept]; for each core
     grid = heads * cores * (2 * kept * ranks**2 + 2 * kept**2 * ranks)
-    lookup = heads * m.topk * 2 * (m.pre_value_dim + m.value_dim)
     return projections, scoring, grid, lookup

@@ -13,6 +13,7 @@ from typing import Any
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
+from umv2_megatron.config.variants import has_memory
 from umv2_megatron.planning.model_shape import FFN_VARIANTS, ModelShape
 
 # Flags of megatron-core that move layers between stages in ways that are not counted here.
@@ -76,7 +77,7 @@ class Layout:
                                  "--num-layers-in-first-pipeline-stage and -last-pipeline-stage only")
         tp, pp, cp = (values[f"{kind}_parallel_size"] for kind in ("tensor_model", "pipeline_model", "context"))
         per_chunk = values.get("num_layers_per_virtual_pipeline_stage")
-        memory = variant == "umv2"
+        memory = has_memory(variant)
         micro = values["micro_batch_size"]
         replicas = max(1, world_size // (tp * pp * cp))
         batch = values.get("global_batch_size") or micro * replicas

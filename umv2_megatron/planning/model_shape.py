@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FFN_VARIANTS = ("umv2", "dense")
+from umv2_megatron.config.variants import MEMORY_VARIANTS, has_memory
+
+FFN_VARIANTS = (*MEMORY_VARIANTS, "dense")
 """What ``tools/plan.py`` plans. Counts of parameters and operations know experts ("moe") too."""
 
 
@@ -102,7 +104,7 @@ class ModelShape:
             qkv_bias=linear_bias or bool(fields.get("add_qkv_bias", False)),
             norm_bias=fields.get("normalization", "LayerNorm") == "LayerNorm",
             qk_norm=bool(fields.get("qk_layernorm", False)),
-            has_memory=variant == "umv2",
+            has_memory=has_memory(variant),
             num_experts=_size(fields, "num_experts", fields.get("num_moe_experts")) if has_experts else 0,
             experts_per_token=_size(fields, "moe_router_topk", 2) if has_experts else 0,
             expert_hidden_size=_size(fields, "moe_ffn_hidden_size", ffn) if has_experts else 0,

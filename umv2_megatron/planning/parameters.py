@@ -24,6 +24,7 @@ class MemoryCount:
     gains: int
     cores: int
     pre_value_projection: int
+    gate_projection: int
     value_projection: int
     table: int
     picked: int
@@ -32,11 +33,12 @@ class MemoryCount:
     def dense(self) -> int:
         """All parts outside the table; every token uses all of them."""
         return (self.query_projection + self.keys + self.gains + self.cores + self.pre_value_projection
-                + self.value_projection)
+                + self.gate_projection + self.value_projection)
 
     @classmethod
     def of(cls, memory_config: MemoryConfig, hidden_size: int) -> MemoryCount:
-        """Wq [2*R*Dk or 2*Dk, H], keys [h, 2, N, Dk, R], gains 2 x [Dk], cores [C, h, R, R], Wp [Dp, H], Wv [H, Dv*E].
+        """Wq [2*Dk times R, h or 1, H], keys [h, 2, N, Dk, R], gains 2 x [Dk], cores [C, h, R, R], Wp [Dp, H],
+        Wg [Dv*E, H], Wv [H, Dv*E]; which of them there are is a matter of the switches.
 
         ``table``: the N*N rows of Dp + Dv that a layer brings, whichever layers share them. ``picked``: values in the
         h*K rows that one token reads.
@@ -46,10 +48,11 @@ class MemoryCount:
         return cls(
             query_projection=m.query_rows * hidden_size,
             keys=m.num_heads * 2 * m.scored_keys * m.key_dim * m.tucker_rank,
-            gains=2 * m.key_dim,
-            cores=m.num_cores * m.num_heads * m.tucker_rank**2,
-            pre_value_projection=m.pre_value_dim * hidden_size,
-            value_projection=0 if m.value_expansion == "none" else hidden_size * m.value_dim * m.num_blocks,
+            gains=m.norm_gains,
+            cores=m.core_parameters,
+            pre_value_projection=m.pre_value_dim * hidden_size if m.has_pre_projection else 0,
+            gate_projection=m.gate_rows * hidden_size,
+            value_projection=0 if m.value_expansion == "none" else hidden_size * m.summed_dim,
             table=m.rows_per_layer * row,
             picked=m.num_heads * m.topk * row,
         )
@@ -167,7 +170,8 @@ def count_parameters(model_fields: Mapping[str, Any], memory_config: MemoryConfi
     """Parameters of the model that these flags describe.
 
     Args:
-        model_fields: Megatron's flag names with underscores -> values; ``ffn_variant`` umv2 (default), dense, moe.
+        model_fields: Megatron's flag names with underscores -> values; ``ffn_variant`` (default umv2) says whether
+            memory layers or experts count.
         memory_config: the memory layers; None for none.
 
     Raises:

@@ -90,17 +90,17 @@ def _memory_layer(
     hidden, prefix = shape.hidden_size, "mlp.memory."
     sizes = {
         "retrieval.keys": m.num_heads * 2 * m.scored_keys * m.key_dim * m.tucker_rank,
-        "retrieval.query_norm": m.key_dim,
-        "retrieval.key_norm": m.key_dim,
-        "retrieval.cores": m.num_cores * m.num_heads * m.tucker_rank**2,
+        "retrieval.query_norm": m.key_dim if m.qk_norm != "none" else 0,
+        "retrieval.key_norm": m.key_dim if m.qk_norm == "both" else 0,
+        "retrieval.cores": m.core_parameters,
         "retrieval.query.weight": m.query_rows * hidden,
+        "pre_proj.weight": m.pre_value_dim * hidden if m.has_pre_projection else 0,
+        "gate_proj.weight": m.gate_rows * hidden,
+        "value_proj.weight": hidden * m.summed_dim if m.value_expansion != "none" else 0,
     }
-    if m.has_pre_values:
-        sizes["pre_proj.weight"] = m.pre_value_dim * hidden
-    if m.value_expansion != "none":
-        sizes["value_proj.weight"] = hidden * m.value_dim * m.num_blocks
     for name, elements in sizes.items():
-        yield Parameter(prefix + name, elements, "memory")
+        if elements:
+            yield Parameter(prefix + name, elements, "memory")
     rows = owned_rows(shape, m, block)
     if rows:
         shard = layout.shard(memory_rank)

@@ -5,6 +5,7 @@ The tables learn at a multiple of the dense learning rate. At step t the multipl
     factor(t) = 1 + (mult - 1) * max(0, 1 - t / decay_steps)            (ultramemv2, "Training")
 
 and it scales the peak and the floor *before* warm-up and decay are applied; decay_steps = 0 means a constant multiple.
+With --memory-value-lr they learn at that rate instead, without warm-up and decay (Memory+, arXiv 2412.09764).
 Steps are counted in samples, as mcore's scheduler does.
 """
 
@@ -43,8 +44,8 @@ class ValueFactor:
 class ParamScheduler(OptimizerParamScheduler):
     """mcore's schedule of learning rate and weight decay, plus the value tables' factor.
 
-    ``warmup_init_fraction`` starts the warm-up at that fraction of the (scaled) peak instead of at ``init_lr``. The
-    factor's horizon is part of the state: a resumed run keeps it, whatever --train-iters says now. With
+    ``value_lr`` is the tables' rate where they have one of their own. ``warmup_init_fraction`` starts the warm-up at
+    that fraction of the (scaled) peak instead of at ``init_lr``. The factor's horizon is part of the state: a resumed run keeps it, whatever --train-iters says now. With
     --override-opt-param-scheduler a horizon that the user gave (``keep_saved_horizon`` off) takes its place.
     """
 
@@ -57,16 +58,20 @@ class ParamScheduler(OptimizerParamScheduler):
         *args: Any,
         value_factor: ValueFactor,
         keep_saved_horizon: bool = True,
+        value_lr: float | None = None,
         warmup_init_fraction: float | None = None,
         **kwargs: Any,
     ):
         self.value_factor = value_factor
         self.keep_saved_horizon = keep_saved_horizon
+        self.fixed_value_lr = value_lr
         self.warmup_init_fraction = warmup_init_fraction
         super().__init__(*args, **kwargs)
 
     def get_lr(self, param_group: dict) -> float:
         """Learning rate of ``param_group`` at the current step."""
+        if VALUE_GROUP in param_group and self.fixed_value_lr is not None:
+            return self.fixed_value_lr
         factor = self.value_factor(self.num_steps) if VALUE_GROUP in param_group else 1.0
         peak: float = param_group.get("max_lr", self.max_lr) * factor
         scaled = {**param_group, "max_lr": peak, "min_lr": param_group.get("min_lr", self.min_lr) * factor}
@@ -84,6 +89,7 @@ class ParamScheduler(OptimizerParamScheduler):
             **super().state_dict(),
             "value_lr_mult": self.value_factor.mult,
             "value_lr_decay_steps": self.value_factor.decay_steps,
+            "value_lr": self.fixed_value_lr,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -94,6 +100,8 @@ class ParamScheduler(OptimizerParamScheduler):
             if self.override_opt_param_scheduler:
                 mult = self.value_factor.mult
                 steps = steps if self.keep_saved_horizon else self.value_factor.decay_steps
+            else:
+                self.fixed_value_lr = state_dict.get("value_lr")
             self.value_factor = ValueFactor(mult, steps)
         self.num_steps = 0  # mcore adds the saved number of steps to the present one
         super().load_state_dict(state_dict)
@@ -145,6 +153,7 @@ def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamSchedu
         lr_wsd_decay_style=training.lr_wsd_decay_style,
         value_factor=ValueFactor(run.memory.value_lr_mult, value_steps),
         keep_saved_horizon=value_iters is None,
+        value_lr=run.memory.value_lr,
         warmup_init_fraction=training.lr_warmup_init_fraction,
     )
 

@@ -37,6 +37,7 @@ SAME_SCHEDULE = (
     "adam_eps",
     "memory_value_lr_mult",
     "memory_value_lr_decay_iters",
+    "memory_value_lr",
 )
 
 

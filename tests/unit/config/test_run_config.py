@@ -170,7 +170,7 @@ def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
         (["--context-parallel-size", "2", "--cp-comm-type", "p2p"], 2, ["--cp-comm-type is p2p", "local"]),
         (["--expert-model-parallel-size", "2"], 2, ["--expert-model-parallel-size is 2", "--ffn-variant moe"]),
         (["--moe-router-topk", "1"], 1, ["--moe-router-topk is 1", "--ffn-variant moe"]),
-        (["--ffn-variant", "moe"], 1, ["--num-experts is None"]),
+        (["--ffn-variant", "moe", "--num-experts", "0"], 1, ["--num-experts is 0"]),
         (MOE + ["--moe-router-topk", "5"], 1, ["--moe-router-topk is 5", "--num-experts (4)"]),
         (MOE + ["--memory-parallel-size", "2"], 2,
          ["--memory-parallel-size is 2", "--expert-model-parallel-size 2"]),
