@@ -1,6 +1,6 @@
 """UltraMemV2 for transformers. Importing this registers the model with transformers' Auto classes, so that
-``AutoModelForCausalLM.from_pretrained(export)`` needs no remote code; what ``save_pretrained`` then writes carries a copy
-of the files here and an ``auto_map``. Imports nothing else of the package.
+``AutoModelForCausalLM.from_pretrained(export)`` needs no remote code; what ``save_pretrained`` then writes carries a
+copy of the files ``*_umv2.py`` here and an ``auto_map``. Imports nothing else of the package.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -18,7 +18,12 @@ _CHOICES = {
     "normalization": ("RMSNorm", "LayerNorm"),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
     "ffn_variant": ("umv2", "dense"),
-    "memory_query_mode": ("per_rank", "shared"),
+    "memory_scoring": ("tucker", "additive"),
+    "memory_score_normalization": ("none", "softmax"),
+    "memory_query_mode": ("per_rank", "shared", "per_head"),
+    "memory_qk_norm": ("both", "query", "none"),
+    "memory_gate": ("none", "silu"),
+    "memory_pre_projection": ("linear", "none"),
     "memory_value_expansion": ("single", "per-block", "none"),
     "memory_pre_value_activation": ("none", "gelu"),
     "memory_sharing": ("none", "block", "ring", "noring"),
@@ -89,17 +94,24 @@ class UMv2Config(PreTrainedConfig):
     memory_num_heads: int = 1
     memory_tucker_rank: int = 2
     memory_num_cores: int = 2
+    memory_scoring: str = "tucker"
+    memory_score_normalization: str = "none"
     memory_query_mode: str = "per_rank"
+    memory_qk_norm: str = "both"
     memory_key_expansion: int = 1
     memory_value_expansion: str = "single"
+    memory_gate: str = "none"
+    memory_pre_projection: str = "linear"
     memory_pre_value_activation: str = "none"
     memory_norm_epsilon: float = 1e-5
     memory_layer_freq: str | int = "1"
+    memory_read_delay: int = 0
     memory_sharing: str = "none"
     memory_sharing_size: int = 1
     # read by training alone
     memory_value_lr_mult: float | int = 4.0
     memory_value_lr_decay_iters: int | None = None
+    memory_value_lr: float | None = None
     memory_balance_loss_coeff: float | int = 0.0
     memory_tucker_penalty_coeff: float | int = 0.0
     memory_tucker_penalty_margin: float | int = 0.15
@@ -125,14 +137,35 @@ class UMv2Config(PreTrainedConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_key_value_heads is {self.num_key_value_heads}; expected a divisor of num_attention_heads "
                 f"({self.num_attention_heads})"
             )
-        if self.ffn_variant == "dense":
-            return
-        self.memory_layers  # raises for a pattern that does not fit
+        if self.ffn_variant != "dense":
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        last = max((block for block, here in enumerate(self.memory_layers) if here), default=self.num_hidden_layers)
+        if last + self.memory_read_delay >= self.num_hidden_layers:
+            raise ValueError(
+                f"memory_layer_freq is {self.memory_layer_freq!r}; expected a memory layer, and none in the last "
+                f"{self.memory_read_delay} (memory_read_delay) of the {self.num_hidden_layers} blocks"
+            )
+        tucker = {"memory_score_normalization": ("none",), "memory_qk_norm": ("both",),
+                  "memory_query_mode": ("per_rank", "shared")}  # fmt: skip
+        additive = {"memory_tucker_rank": (1,), "memory_num_cores": (1,), "memory_query_mode": ("per_head", "shared")}
+        for name, allowed in (tucker if self.memory_scoring == "tucker" else additive).items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; expected {' or '.join(map(str, allowed))} where "
+                    f"memory_scoring is {self.memory_scoring}"
+                )
+        if self.memory_pre_projection == "none" and self.memory_pre_value_dim != self.hidden_size:
+            raise ValueError(
+                f"memory_pre_value_dim is {self.memory_pre_value_dim}; expected hidden_size ({self.hidden_size}) where "
+                "memory_pre_projection is none"
+            )
         if self.memory_value_dim % self.memory_num_cores:
             raise ValueError(
                 f"memory_value_dim is {self.memory_value_dim}; expected a multiple of memory_num_cores "
@@ -171,6 +204,12 @@ class UMv2Config(PreTrainedConfig):
     def memory_scored_keys(self) -> int:
         """Keys per side that a layer scores."""
         return self.memory_key_expansion * self.memory_window_side
+
+    @property
+    def memory_query_rows(self) -> int:
+        """Output rows of a layer's query projection."""
+        queries = {"per_rank": self.memory_tucker_rank, "per_head": self.memory_num_heads, "shared": 1}
+        return 2 * queries[self.memory_query_mode] * self.memory_key_dim
 
     @property
     def memory_num_blocks(self) -> int:

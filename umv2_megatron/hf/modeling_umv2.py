@@ -2,8 +2,9 @@
 
     s' = s + attention(norm(s)),   s'' = s' + FFN(x) + Memory(x),   x = norm(s')
 
-Self-contained: an export carries this file, ``configuration_umv2.py``, ``memory_umv2.py`` and ``tables_umv2.py``. The
-parameters of the decoder are named as in transformers' other models, those of the memory layers as in training.
+Self-contained: an export carries this file, the other files of this folder named
+``*_umv2.py``. The parameters of the decoder are named as in transformers' other models, those of the memory layers as
+in training.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_umv2 import UMv2Config
-from .memory_umv2 import UMv2Memory, UMv2Retrieval
-from .tables_umv2 import UMv2Table
+from .memory_umv2 import UMv2Memory
+from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval
 
 
 class UMv2Norm(nn.Module):
@@ -58,7 +59,7 @@ class UMv2RotaryEmbedding(nn.Module):
     def __init__(self, config: UMv2Config) -> None:
         super().__init__()
         self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type: str = (config.rope_parameters or {})["rope_type"]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         compute = self.compute_default_rope_parameters
         if self.rope_type != "default":
@@ -70,9 +71,10 @@ class UMv2RotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: UMv2Config, **_: Any) -> tuple[Tensor, float]:
         """Frequencies base^(-2i/d) for i < d/2, d the rotated part of the head dimension, and a factor of 1."""
-        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        rope = config.rope_parameters or {}
+        size = int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+        return rope["rope_theta"] ** -exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -84,6 +86,11 @@ class UMv2RotaryEmbedding(nn.Module):
         else:
             angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def head_dim(config: UMv2Config) -> int:
+    """Numbers of a head's query, key and value."""
+    return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -127,11 +134,12 @@ class UMv2Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim = head_dim(config)
+        groups = config.num_key_value_heads or config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // groups
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        inner, shared = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        inner, shared = config.num_attention_heads * self.head_dim, groups * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
@@ -194,11 +202,17 @@ class UMv2MLP(nn.Module):
 
 
 class UMv2DecoderLayer(GradientCheckpointingLayer):
-    """One block: attention, then FFN and, where the block has one, memory."""
+    """One block: attention, then FFN and memory.
 
-    def __init__(self, config: UMv2Config, layer_idx: int, memory: UMv2Memory | None) -> None:
+    ``memory`` is the memory layer that reads in this block, ``adds`` the one whose output is added in it: the same, or
+    with ``memory_read_delay`` that of an earlier block.
+    """
+
+    def __init__(self, config: UMv2Config, layer_idx: int, memory: UMv2Memory | None, adds: UMv2Memory | None) -> None:
         super().__init__()
         self.hidden_dropout = config.hidden_dropout
+        self.delayed = config.memory_read_delay > 0
+        object.__setattr__(self, "adds", adds)  # past nn.Module's registration: it has its name elsewhere
         self.self_attn = UMv2Attention(config, layer_idx)
         self.mlp = UMv2MLP(config)
         self.memory = memory
@@ -208,22 +222,26 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        begun: tuple[Tensor, ...] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The next hidden states. With a read delay ``begun`` is what the memory layer ``adds`` started in its block,
+        and what this block's own has started is returned beside them."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
         hidden_states = hidden_states + self._dropped(attended)
         x = self.post_attention_layernorm(hidden_states)
-        if self.memory is None:
-            return hidden_states + self._dropped(self.mlp(x))
         # Rows that lie outside the device are on their way while the FFN computes.
-        started = self.memory.start(x)
-        added = self.mlp(x) + self.memory.finish(started)
-        return hidden_states + self._dropped(added)
+        started = self.memory.start(x) if self.memory is not None else None
+        added = self.mlp(x)
+        if self.adds is not None:
+            added = added + self.adds.finish(begun if self.delayed else started).to(added.device)
+        hidden_states = hidden_states + self._dropped(added)
+        return (hidden_states, started) if self.delayed else hidden_states
 
     def _dropped(self, x: Tensor) -> Tensor:
         if self.hidden_dropout and self.training:
@@ -254,13 +272,15 @@ class UMv2PreTrainedModel(PreTrainedModel):
             (init.zeros_ if module.zero_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, UMv2Retrieval):
+        elif isinstance(module, (UMv2Retrieval, UMv2ProductKeys)):
             init.normal_(module.keys, std=1.0)
-            init.normal_(module.cores, std=1.0)
             for gain in (module.query_norm, module.key_norm):
-                init.constant_(gain, self.config.memory_key_dim**-0.25)
-            init.zeros_(module.u)
-            init.zeros_(module.t)
+                if gain is not None:
+                    init.constant_(gain, self.config.memory_key_dim**-0.25)
+            if isinstance(module, UMv2Retrieval):
+                init.normal_(module.cores, std=1.0)
+                init.zeros_(module.u)  # computed in the first forward
+                init.zeros_(module.t)
         elif isinstance(module, UMv2Memory):
             init.copy_(module.perm, torch.randperm(module.perm.numel()).to(module.perm))
         elif isinstance(module, nn.ParameterList):
@@ -278,15 +298,10 @@ class UMv2Model(UMv2PreTrainedModel):
         if config.position_embedding_type == "learned_absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList()
-        owners: list[UMv2Memory] = []
-        for block, has_memory in enumerate(config.memory_layers):
-            memory = None
-            if has_memory:
-                owner = config.memory_windows()[len(owners)][0]
-                table: UMv2Table | None = owners[owner].table if owner < len(owners) else None
-                memory = UMv2Memory(config, len(owners), table, memory_tables)
-                owners.append(memory)
-            self.layers.append(UMv2DecoderLayer(config, block, memory))
+        memories = _memory_layers(config, memory_tables)
+        for block, memory in enumerate(memories):
+            reader = block - config.memory_read_delay
+            self.layers.append(UMv2DecoderLayer(config, block, memory, memories[reader] if reader >= 0 else None))
         self.norm = UMv2Norm(config, config.hidden_size)
         self.rotary_emb = UMv2RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.gradient_checkpointing = False
@@ -327,9 +342,12 @@ class UMv2Model(UMv2PreTrainedModel):
         if self.config.hidden_dropout and self.training:
             hidden_states = functional.dropout(hidden_states, self.config.hidden_dropout)
         position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
+        delay = self.config.memory_read_delay
+        begun: list[tuple[Tensor, ...] | None] = [None] * delay
         for layer in self.layers:
-            hidden_states = layer(
+            output = layer(
                 hidden_states,
+                begun.pop(0) if delay else None,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
@@ -337,7 +355,25 @@ class UMv2Model(UMv2PreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+            if delay:
+                hidden_states, started = output
+                begun.append(started)
+            else:
+                hidden_states = output
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _memory_layers(config: UMv2Config, tables: str) -> list[UMv2Memory | None]:
+    """The memory layer of each block, None where there is none; layers that share a table share it here."""
+    owners = [window[0] for window in config.memory_windows()]
+    made: list[UMv2Memory] = []
+    layers: list[UMv2Memory | None] = []
+    for has_memory in config.memory_layers:
+        if has_memory:
+            owner = owners[len(made)]
+            made.append(UMv2Memory(config, len(made), made[owner].table if owner < len(made) else None, tables))
+        layers.append(made[-1] if has_memory else None)
+    return layers
 
 
 class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):

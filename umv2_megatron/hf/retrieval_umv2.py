@@ -1,0 +1,258 @@
+"""From a token to the table cells that it picks, and their scores: what memory layers of UltraMemV2 search.
+
+A cell (i, j) of the N x N grid is addressed by a row key i and a column key j. Its score is the Tucker form of the two
+keys' scores (``UMv2Retrieval``, arXiv 2411.12364: a first stage keeps K' keys per side, a second scores the cells of
+their grid), or their sum (``UMv2ProductKeys``, arXiv 1907.05242).
+
+Decoding has a few tokens per step, so that the count of small operations decides: what depends on parameters alone is
+kept between calls while autograd is off (``_Derived``).
+
+Letters: T tokens, H hidden, h heads, N keys per side, R rank, C cores, K values kept per head, K' = min(K, cap) keys
+kept per side, P = h * K picks of a token, Dk key dim. Side 0 is the row.
+
+Precision: projections and key scores in the dtype of the parameters; norms, selection and scores in float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .configuration_umv2 import UMv2Config
+
+# Cells of second-stage grids that are held at once: 64 MB in float32.
+_GRID_CELLS = 1 << 24
+
+
+class _Derived:
+    """A value computed from parameters, kept until one of the parameters is changed or replaced."""
+
+    def __init__(self) -> None:
+        self._sources: tuple[Tensor, ...] = ()
+        self._marks: list[tuple[int, int]] = []
+        self._value: Any = None
+
+    @property
+    def used(self) -> bool:
+        """Whether there was a call before."""
+        return bool(self._marks)
+
+    def changed(self, *parameters: Tensor) -> bool:
+        """Whether these are not the tensors, or not the contents, of the last call; in-place changes show in a tensor's
+        version. Remembers them."""
+        marks = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+        same = marks == self._marks and all(a is b for a, b in zip(parameters, self._sources))
+        self._sources, self._marks = parameters, marks
+        return not same
+
+    def get(self, make: Callable[[], Any], *parameters: Tensor) -> Any:
+        """``make()``, or what it gave last time."""
+        if self.changed(*parameters):
+            self._value = make()
+        return self._value
+
+
+class UMv2Retrieval(nn.Module):
+    """Queries, keys, cores, and the two-stage search.
+
+    ``query.weight`` [2 R' Dk, H] (side-major; R' is R with per-rank queries, else 1), ``keys`` [h, 2, N, Dk, R],
+    ``query_norm`` and ``key_norm`` [Dk], ``cores`` [C, h, R, R]; buffers ``u``, ``t`` [h, R], float32: the leading
+    singular pair of the summed cores.
+    """
+
+    u: Tensor
+    t: Tensor
+
+    def __init__(self, config: UMv2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.num_keys = config.memory_scored_keys
+        self.kept = min(config.memory_topk, config.memory_key_topk_cap)
+        heads, rank, dim = config.memory_num_heads, config.memory_tucker_rank, config.memory_key_dim
+        self.query = nn.Linear(config.hidden_size, config.memory_query_rows, bias=False)
+        self.keys = nn.Parameter(torch.empty(heads, 2, self.num_keys, dim, rank))
+        self.query_norm = nn.Parameter(torch.empty(dim))
+        self.key_norm = nn.Parameter(torch.empty(dim))
+        self.cores = nn.Parameter(torch.empty(config.memory_num_cores, heads, rank, rank))
+        self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32))
+        self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32))
+        self.forget_derived()
+
+    def forget_derived(self) -> None:
+        """Forget what was computed from parameters; for changes of them that leave no trace."""
+        self._normalised, self._search, self._factored = _Derived(), _Derived(), _Derived()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` [T, H] to the picked cells [T, P] (i * N + j) and their scores [T, P, C], differentiable."""
+        config, tokens = self.config, x.shape[0]
+        heads, cores, rank = config.memory_num_heads, config.memory_num_cores, config.memory_tucker_rank
+        key_scores = self.key_scores(x)
+        with torch.no_grad():
+            vectors, total = self._for_search(key_scores.dtype)
+            keys = (key_scores * vectors).sum(1).topk(self.kept, dim=-1).indices
+        # The scores of the kept keys, [2, R, T, h, K']; from here on no others are needed.
+        kept_scores = key_scores.gather(-1, keys.unsqueeze(1).expand(-1, rank, -1, -1, -1))
+        cell = self._best_cells(kept_scores.detach(), total)
+        row = cell.div(self.kept, rounding_mode="floor")
+        column = cell - row * self.kept
+        cells = keys[0].gather(-1, row) * self.num_keys + keys[1].gather(-1, column)
+        left = kept_scores[0].gather(-1, row.expand(rank, -1, -1, -1))
+        right = kept_scores[1].gather(-1, column.expand(rank, -1, -1, -1))
+        # score[c] = sum over r, s of left[r] cores[c, r, s] right[s]: [h, T K, R] x [h, R, C S], then the sum over s.
+        left = left.permute(2, 1, 3, 0).reshape(heads, -1, rank)
+        mixed = left @ self.cores.to(left.dtype).permute(1, 2, 0, 3).reshape(heads, rank, cores * rank)
+        mixed = mixed.view(heads, tokens, -1, cores, rank)
+        scores = (mixed * right.permute(2, 1, 3, 0).unsqueeze(3)).sum(-1)
+        return cells.flatten(1), scores.transpose(0, 1).flatten(1, 2)
+
+    def key_scores(self, x: Tensor) -> Tensor:
+        """Scores of every key, [2, R, T, h, N], float32 or better, of ``x`` [T, H]."""
+        config, tokens, rank = self.config, x.shape[0], self.config.memory_tucker_rank
+        query = self.query(x).view(tokens, 2, -1, config.memory_key_dim)
+        query = rms_norm(query, self.query_norm, config.memory_norm_epsilon).permute(1, 2, 0, 3)
+        if torch.is_grad_enabled():
+            keys = self._normalised_keys()
+        else:
+            keys = self._normalised.get(self._normalised_keys, self.keys, self.key_norm)
+        scores = query.expand(-1, rank, -1, -1) @ keys
+        return at_least_float32(scores).view(2, rank, tokens, config.memory_num_heads, self.num_keys)
+
+    def _normalised_keys(self) -> Tensor:
+        """[2, R, Dk, h N]."""
+        keys = rms_norm(self.keys.permute(1, 4, 0, 2, 3), self.key_norm, self.config.memory_norm_epsilon)
+        return keys.flatten(2, 3).transpose(-1, -2)
+
+    def _for_search(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """u and t as [2, R, 1, h, 1], and the summed cores [h, R, R], both in ``dtype``.
+
+        The pair comes with the weights; it is computed afresh when the cores change, or where it is missing (zeros).
+        """
+        known = self._factored.used
+        if self._factored.changed(self.cores) and (known or not bool(self.u.any())):
+            self.refresh_singular_vectors()
+
+        def make() -> tuple[Tensor, Tensor]:
+            vectors = torch.stack([self.u, self.t]).transpose(1, 2)[:, :, None, :, None]
+            return vectors.to(dtype), self.cores.detach().sum(0, dtype=dtype)
+
+        return self._search.get(make, self.cores, self.u, self.t)
+
+    def _best_cells(self, kept_scores: Tensor, total: Tensor) -> Tensor:
+        """The K best cells [T, h, K] of the K' x K' grids, by the score of the summed cores ``total`` [h, R, R]."""
+        left = kept_scores[0].permute(1, 2, 3, 0) @ total
+        right = kept_scores[1].permute(1, 2, 0, 3)
+        tokens, heads, topk = left.shape[0], left.shape[1], self.config.memory_topk
+        part = max(1, _GRID_CELLS // (heads * self.kept * self.kept))
+        if tokens <= part:
+            return (left @ right).flatten(2).topk(topk, dim=-1).indices
+        parts = zip(left.split(part), right.split(part))
+        return torch.cat([(one @ other).flatten(2).topk(topk, dim=-1).indices for one, other in parts])
+
+    @torch.no_grad()
+    def refresh_singular_vectors(self) -> None:
+        """Set u and t to the leading singular pair of the summed cores, with the common sign that keeps them nearer to
+        what they were."""
+        total = self.cores.detach().sum(0, dtype=torch.float32).cpu()
+        left, _, right = torch.linalg.svd(total)
+        new = torch.stack([left[:, :, 0], right[:, 0, :]])
+        old = torch.stack([self.u, self.t]).float().cpu()
+        flip = (new + old).abs().sum((0, -1)) < (new - old).abs().sum((0, -1))
+        new = torch.where(flip[None, :, None], -new, new)
+        self.u.copy_(new[0])
+        self.t.copy_(new[1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2Retrieval:
+        # u and t stay float32 when a model is turned into a half dtype.
+        exact = {"u": self.u, "t": self.t}
+        super()._apply(fn, recurse)
+        for name, vector in exact.items():
+            converted = getattr(self, name)
+            if converted.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, vector.to(converted.device))
+        self.forget_derived()
+        return self
+
+
+class UMv2ProductKeys(nn.Module):
+    """Queries, keys, and the exact search for the cells with the largest sums of their two keys' scores.
+
+    ``query.weight`` [2 h' Dk, H] (head-major, then side; h' is h with per-head queries, else 1), ``keys``
+    [h, 2, N, Dk, 1], and as ``memory_qk_norm`` says ``query_norm`` and ``key_norm`` [Dk].
+    """
+
+    def __init__(self, config: UMv2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.num_keys = config.memory_scored_keys
+        self.kept = min(config.memory_topk, config.memory_key_topk_cap)
+        dim, norms = config.memory_key_dim, config.memory_qk_norm
+        self.query = nn.Linear(config.hidden_size, config.memory_query_rows, bias=False)
+        self.keys = nn.Parameter(torch.empty(config.memory_num_heads, 2, self.num_keys, dim, 1))
+        self.query_norm = nn.Parameter(torch.empty(dim)) if norms != "none" else None
+        self.key_norm = nn.Parameter(torch.empty(dim)) if norms == "both" else None
+        self._candidates: tuple[Tensor, Tensor] | None = None
+        self.forget_derived()
+
+    def forget_derived(self) -> None:
+        """Forget what was computed from parameters; for changes of them that leave no trace."""
+        self._normalised = _Derived()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` [T, H] to the picked cells [T, P] (i * N + j) and their scores [T, P, 1], differentiable."""
+        scores, keys = self.key_scores(x).topk(self.kept, dim=-1)
+        rows, columns = self._places(x.device)
+        sums = scores[0].index_select(-1, rows) + scores[1].index_select(-1, columns)
+        picked, best = sums.topk(self.config.memory_topk, dim=-1)
+        cells = keys[0].gather(-1, rows[best]) * self.num_keys + keys[1].gather(-1, columns[best])
+        if self.config.memory_score_normalization == "softmax":
+            picked = picked.softmax(-1)
+        return cells.flatten(1), picked.flatten(1).unsqueeze(-1)
+
+    def key_scores(self, x: Tensor) -> Tensor:
+        """Scores of every key, [2, T, h, N], float32 or better, of ``x`` [T, H]."""
+        config, heads = self.config, self.config.memory_num_heads
+        query = self.query(x).view(x.shape[0], -1, 2, config.memory_key_dim)
+        if self.query_norm is not None:
+            query = rms_norm(query, self.query_norm, config.memory_norm_epsilon)
+        if torch.is_grad_enabled():
+            keys = self._normalised_keys()
+        else:
+            sources = (self.keys,) if self.key_norm is None else (self.keys, self.key_norm)
+            keys = self._normalised.get(self._normalised_keys, *sources)
+        # [2, h, T, Dk] x [2, h, Dk, N]; a shared query serves every head.
+        scores = query.permute(2, 1, 0, 3).expand(-1, heads, -1, -1) @ keys
+        return at_least_float32(scores).transpose(1, 2)
+
+    def _normalised_keys(self) -> Tensor:
+        """[2, h, Dk, N]."""
+        keys = self.keys.squeeze(-1)
+        if self.key_norm is not None:
+            keys = rms_norm(keys, self.key_norm, self.config.memory_norm_epsilon)
+        return keys.permute(1, 0, 3, 2)
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Places (m, n) in both sorted sides that can be among the K best: cells in (m+1)(n+1) places are as good."""
+        if self._candidates is None or self._candidates[0].device != device:
+            place = torch.arange(1, self.kept + 1)
+            rows, columns = (place.unsqueeze(1) * place <= self.config.memory_topk).nonzero(as_tuple=True)
+            self._candidates = (rows.to(device), columns.to(device))
+        return self._candidates
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2ProductKeys:
+        super()._apply(fn, recurse)
+        self.forget_derived()
+        return self
+
+
+def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * gain along the last dimension; in float32 or better, returned in x's dtype."""
+    return functional.rms_norm(x, (x.shape[-1],), gain.to(x.dtype), epsilon)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``, in float32 when its dtype is a half one."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
