@@ -2,7 +2,7 @@
 
 The rows of a batch are spread over the data-parallel ranks, which under memory parallelism hold the tables together;
 mcore's forward-only schedule runs them through the pipeline stages; the vocabulary stays split over tensor-parallel
-ranks, which exchange three numbers per token instead of logits; context-parallel ranks each score their part of the
+ranks, which exchange four numbers per token instead of logits; context-parallel ranks each score their part of the
 rows. In the end every rank knows every score, so the program around it is the same on all ranks.
 """
 
@@ -17,7 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from umv2_megatron.evaluation.scoring_model import TokenScores, scores_of_logits
+from umv2_megatron.evaluation.scoring_model import TokenScores, parts_of_logits, scores_of_logits
 from umv2_megatron.model.builder import evaluation_mode
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training.batches import next_batch
@@ -61,7 +61,7 @@ class MegatronScoringModel:
         schedule = get_forward_backward_func()
         with evaluation_mode(self._chunks):
             reports: list[TokenScores] = schedule(
-                forward_step_func=_forward_step,
+                forward_step_func=functools.partial(_forward_step, self.tokenizer.vocab_size),
                 data_iterator=_micro_batches(tokens, size),
                 model=self._chunks,
                 num_microbatches=count,
@@ -103,34 +103,27 @@ def _micro_batches(tokens: torch.Tensor, size: int) -> Iterator[dict[str, torch.
         yield {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "position_ids": positions}
 
 
-def _forward_step(iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward_step(vocab_size: int, iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """mcore's ``forward_step_func``, for logits instead of a loss."""
     batch = next_batch(iterator)
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"])
-    return output, functools.partial(_score, batch["labels"])
+    return output, functools.partial(_score, batch["labels"], vocab_size)
 
 
-def _score(labels: torch.Tensor, logits: torch.Tensor, non_loss_data: bool = True) -> TokenScores:
+def _score(labels: torch.Tensor, vocab_size: int, logits: torch.Tensor, non_loss_data: bool = True) -> TokenScores:
     """Scores [b, s] of logits [b, s, V / TP], the same on all tensor-parallel ranks."""
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     if ranks == 1:
-        return scores_of_logits(logits, labels)
-    group = parallel_state.get_tensor_model_parallel_group()
-    width, rank = logits.shape[-1], parallel_state.get_tensor_model_parallel_rank()
-    inside = (labels >= rank * width) & (labels < (rank + 1) * width)
-    own = scores_of_logits(logits, torch.where(inside, labels - rank * width, 0))
-    # log of the sum of exponentials here: of the target's logit and its likelihood within this part
-    target = torch.gather(logits, -1, torch.where(inside, labels - rank * width, 0)[..., None])[..., 0].float()
-    summed = target - own.log_likelihood
-    highest = torch.gather(logits, -1, own.argmax[..., None])[..., 0].float()
+        return scores_of_logits(logits, labels, vocab_size)
+    first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+    own = parts_of_logits(logits[..., : max(0, vocab_size - first)], labels - first)
     # double precision keeps the ids of any vocabulary exact beside the numbers
-    mine = torch.stack([torch.where(inside, target, 0.0), summed, highest, (own.argmax + rank * width)]).double()
+    mine = torch.stack([own.target.double(), own.log_sum, own.highest, own.argmax + first])
     parts = [torch.empty_like(mine) for _ in range(ranks)]
-    torch.distributed.all_gather(parts, mine, group=group)
+    torch.distributed.all_gather(parts, mine, group=parallel_state.get_tensor_model_parallel_group())
     targets, sums, peaks, ids = torch.stack(parts, 1)
     winner = peaks.argmax(0, keepdim=True)  # the first of equals: the lowest id
-    best = ids.gather(0, winner)[0].long()
-    return TokenScores((targets.sum(0) - sums.logsumexp(0)).float(), best)
+    return TokenScores((targets.sum(0) - sums.logsumexp(0)).float(), ids.gather(0, winner)[0].long())
 
 
 def _whole_sequence(part: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ One forward pass over a whole row gives both for every position, because decoder
 generated token by token: an answer is the greedy continuation of its prompt exactly when each of its tokens is the
 likeliest after the true ones before it.
 
-Likelihoods are those of the model's whole output, rows that pad the vocabulary included: this is the distribution that
-training's loss is taken from, and padding learns to be unlikely within a few steps.
+Likelihoods are over the tokenizer's ids. Rows that pad the output matrix are left out, as they are from an export, so a
+loss differs from training's by what the model gives to ids that never occur: nothing soon after the first steps.
 """
 
 from __future__ import annotations
@@ -47,18 +47,40 @@ class ScoringModel(Protocol):
         ...
 
 
-def scores_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-    """Log-likelihoods and argmax of whole ``logits`` [b, s, V] for ``targets`` [b, s]; results on the logits' device.
+class LogitParts(NamedTuple):
+    """Of logits over some ids: the target's (0 where it is not among them), log of the sum of exponentials, the highest
+    and its place; [b, s] each, float32 and int64."""
 
-    Among equal logits the lowest id is the likeliest.
+    target: torch.Tensor
+    log_sum: torch.Tensor
+    highest: torch.Tensor
+    argmax: torch.Tensor
+
+
+def parts_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> LogitParts:
+    """Parts of ``logits`` [b, s, n] (n may be 0) for ``targets`` [b, s], which may lie outside of 0 to n - 1.
+
+    Among equal logits the first is the highest. A few rows at a time are turned into fp32.
     """
-    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
-    likelihood = torch.empty(len(flat), dtype=torch.float32, device=flat.device)
-    best = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
-    step = max(1, _ENTRIES_AT_ONCE // flat.shape[-1])
-    for first in range(0, len(flat), step):
-        part = flat[first : first + step].float()
-        chosen = part.gather(1, wanted[first : first + step])[:, 0]
-        likelihood[first : first + step] = chosen - part.logsumexp(-1)
-        best[first : first + step] = part.argmax(-1)
-    return TokenScores(likelihood.view(targets.shape), best.view(targets.shape))
+    width = logits.shape[-1]
+    flat, wanted = logits.reshape(targets.numel(), width), targets.reshape(-1)
+    target, log_sum, highest = (flat.new_zeros(len(flat), dtype=torch.float32) for _ in range(3))
+    best = torch.zeros_like(wanted)
+    if width == 0:
+        log_sum, highest = log_sum - torch.inf, highest - torch.inf
+    step = max(1, _ENTRIES_AT_ONCE // max(1, width))
+    for first in range(0, len(flat) if width else 0, step):
+        rows = slice(first, first + step)
+        part = flat[rows].float()
+        inside = (wanted[rows] >= 0) & (wanted[rows] < width)
+        chosen = part.gather(1, wanted[rows].clamp(0, width - 1)[:, None])[:, 0]
+        target[rows] = torch.where(inside, chosen, 0.0)
+        log_sum[rows] = part.logsumexp(-1)
+        highest[rows], best[rows] = part.max(-1).values, part.argmax(-1)
+    return LogitParts(*(each.view(targets.shape) for each in (target, log_sum, highest, best)))
+
+
+def scores_of_logits(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> TokenScores:
+    """Scores of whole ``logits`` [b, s, at least vocab_size] for ``targets`` [b, s], on the logits' device."""
+    parts = parts_of_logits(logits[..., :vocab_size], targets)
+    return TokenScores(parts.target - parts.log_sum, parts.argmax)

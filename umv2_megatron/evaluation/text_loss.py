@@ -35,6 +35,8 @@ from umv2_megatron.training.indexing import check_corpus, read_tokens
 from umv2_megatron.training.tokenizers import ByteLevelTokenizer, NullTokenizer, Tokenizer
 
 DATA_FORMS = ("stream", "documents")
+# Bytes of one document of a text file.
+_LONGEST_DOCUMENT = 1 << 30
 # Batches whose windows are sorted by length together, so that little is padded.
 _SORTED_TOGETHER = 16
 
@@ -85,7 +87,7 @@ def documents_of(source: str, tokenizer: Tokenizer, append_eod: bool = True) -> 
                 yield tokens[start : start + int(index.lengths[first:after].sum())]
         return
     eod = [tokenizer.eod] if append_eod else []
-    for chunk in read_chunks([source], CorpusOptions(max_line_bytes=1 << 40)):
+    for chunk in read_chunks([source], CorpusOptions(max_line_bytes=_LONGEST_DOCUMENT)):
         for record in chunk.records:
             try:
                 texts = texts_of(record, is_json_file(source), ["text"])
@@ -101,13 +103,12 @@ def limited(documents: Iterable[np.ndarray], max_tokens: int | None, tokenizer: 
     left = max_tokens
     for document in documents:
         if left is not None and len(document) > left:
-            document = document[: _whole_characters(document[:left], tokenizer)]
-        if len(document):
-            yield document
+            if kept := _whole_characters(document[:left], tokenizer):
+                yield document[:kept]
+            return
+        yield document
         if left is not None:
             left -= len(document)
-            if left <= 0 or not len(document):
-                return
 
 
 def _whole_characters(ids: np.ndarray, tokenizer: Tokenizer) -> int:
