@@ -215,6 +215,8 @@ def _check_memory_layout(run: RunConfig) -> None:
         _refuse("memory-norm-epsilon", memory.norm_epsilon, "a number above 0")
     if memory.parallel_size > 1:
         _check_table_shards(run)
+    if memory.read_delay:
+        _check_read_delay(run)
     if memory.sharing in ("ring", "noring") and pp > 1:
         _refuse("memory-sharing", memory.sharing, "none or block with --pipeline-model-parallel-size above 1")
     if memory.sharing == "block" and pp > 1:
@@ -231,6 +233,37 @@ def _check_memory_layout(run: RunConfig) -> None:
                     memory.sharing_size,
                     f"a size whose blocks do not straddle the {stages} pipeline stages of {per_stage} layers",
                 )
+
+
+def _check_read_delay(run: RunConfig) -> None:
+    """Whether an output that waits for a later block meets it on the same stage, and where it keeps its gradient."""
+    delay, pp = run.memory.read_delay, run.pipeline_model_parallel_size
+    if pp > 1 and (run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage):
+        _refuse("memory-read-delay", delay, "0 where pipeline stages have different numbers of layers")
+    per_stage = run.num_layers // (pp * (run.virtual_pipeline_size or 1))
+    granularity, modules = run.recompute_granularity, run.recompute_modules or ()
+    for name in {"mlp", "layernorm"} & set(modules) if granularity == "selective" else ():
+        _refuse("memory-read-delay", delay, f"0 with --recompute-modules {name}")
+    for block, here in enumerate(run.memory.memory_layers(run.num_layers)):
+        if not here:
+            continue
+        first, last = block % per_stage, block % per_stage + delay
+        if last >= per_stage:
+            _refuse(
+                "memory-read-delay",
+                delay,
+                f"a delay with which the memory layer of block {block} adds its output on its own pipeline stage of "
+                f"{per_stage} layers; change --memory-layer-freq or --pipeline-model-parallel-size",
+            )
+        together = run.recompute_num_layers or 1
+        apart = first // together != last // together if run.recompute_method == "uniform" else first < together
+        if granularity == "full" and apart:
+            _refuse(
+                "memory-read-delay",
+                delay,
+                f"0, or a --recompute-num-layers with which block {block} and block {block + delay} are recomputed "
+                f"together, with --recompute-granularity full",
+            )
 
 
 def _check_split_tokens(run: RunConfig) -> None:

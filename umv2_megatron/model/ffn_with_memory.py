@@ -27,6 +27,7 @@ from umv2_megatron.memory.layer import MemoryLayer, Started
 from umv2_megatron.memory.losses import microbatch_scale
 from umv2_megatron.memory.sharing import table_windows
 from umv2_megatron.memory.value_table import ValueTable
+from umv2_megatron.model.delayed_outputs import DelayedOutputs
 from umv2_megatron.parallel import cpu_platform, groups, streams
 
 
@@ -74,6 +75,8 @@ class SharedTables:
 class FFNWithMemory(MegatronModule):
     """``ffn(x) + memory(x)`` for ``x`` of shape [s, b, H]; the blocks without a memory layer give ``ffn(x)``.
 
+    With a read delay of k, ``ffn(x)`` plus the output of the memory layer of the block k before, if that has one.
+
     Args:
         config: the TransformerConfig of the model.
         submodules: specs of the two parts.
@@ -82,6 +85,7 @@ class FFNWithMemory(MegatronModule):
             "none".
         standalone: True when no training program of ours is there to refresh u, t; every forward then does it
             (used by stock Megatron-LM, see docs/megatron-lm.md).
+        delayed: where outputs wait for a later block; needed when ``memory_config.read_delay`` is not 0.
     """
 
     def __init__(
@@ -91,11 +95,14 @@ class FFNWithMemory(MegatronModule):
         memory_config: MemoryConfig,
         tables: SharedTables | None = None,
         standalone: bool = False,
+        delayed: DelayedOutputs | None = None,
     ):
         super().__init__(config=config)
         self.memory_config = memory_config
         self.tables = tables if tables is not None else SharedTables()
         self.standalone = standalone
+        self.delayed = delayed if delayed is not None else DelayedOutputs()
+        self._adds_delayed = False
         self._memory_class = submodules.memory
         # Without sequence parallelism all tensor-parallel ranks have all tokens: each one takes its share of the work.
         self._splits_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
@@ -112,7 +119,11 @@ class FFNWithMemory(MegatronModule):
         """Build the memory layer of block ``layer_number`` (1-based over the whole model), if it has one."""
         self.layer_number = layer_number
         blocks = self.memory_config.memory_layers(self.config.num_layers)
-        if self._memory_class is None or not blocks[layer_number - 1]:
+        if self._memory_class is None:
+            return
+        source = layer_number - 1 - self.memory_config.read_delay
+        self._adds_delayed = 0 <= source < layer_number - 1 and blocks[source]
+        if not blocks[layer_number - 1]:
             return
         index = sum(blocks[: layer_number - 1])
         window = table_windows(self.memory_config, sum(blocks))[index]
@@ -148,7 +159,8 @@ class FFNWithMemory(MegatronModule):
         ``padding_mask`` is what mcore passes to experts; a memory layer treats every token alike.
         """
         if self.memory is None:
-            return self.ffn(hidden_states)
+            output, bias = self.ffn(hidden_states)
+            return self._with_delayed(output), bias
         if self.standalone:
             # Cores stay as they are between two optimizer steps, so refreshing in every forward (also in those of
             # activation recompute and of evaluation) gives what refreshing once per step would.
@@ -161,7 +173,19 @@ class FFNWithMemory(MegatronModule):
         output, bias = self.ffn(hidden_states)
         with branch.beside():
             memory = self._finish_memory(started, hidden_states)
-        return output + branch.join(memory), bias
+        memory = branch.join(memory)
+        if self.memory_config.read_delay == 0:
+            return output + memory, bias
+        assert self.layer_number is not None
+        self.delayed.put(self.layer_number + self.memory_config.read_delay, memory)
+        return self._with_delayed(output), bias
+
+    def _with_delayed(self, output: torch.Tensor) -> torch.Tensor:
+        """``output``, and the output of an earlier block's memory layer if one is due here."""
+        if not self._adds_delayed:
+            return output
+        assert self.layer_number is not None
+        return output + self.delayed.take(self.layer_number)
 
     def _start_memory(self, hidden_states: torch.Tensor) -> Started:
         """Start the memory layer on the tokens that are this rank's to look up."""

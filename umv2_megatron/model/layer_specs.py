@@ -36,6 +36,7 @@ from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.model.context_parallel_attention import ContextParallelAttention
+from umv2_megatron.model.delayed_outputs import DelayedOutputs
 from umv2_megatron.model.experts import experts_spec
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
 
@@ -65,7 +66,9 @@ def umv2_layer_spec(
     if config.num_moe_experts is not None:
         spec.submodules.mlp = experts_spec(config, use_engine)
         return spec
-    spec.submodules.mlp.params.update(memory_config=memory_config, tables=SharedTables(), standalone=standalone)
+    spec.submodules.mlp.params.update(
+        memory_config=memory_config, tables=SharedTables(), delayed=DelayedOutputs(), standalone=standalone
+    )
     if not with_memory:
         spec.submodules.mlp.submodules.memory = None
     return spec
@@ -162,19 +165,24 @@ class LayerFromEnvironment(TransformerLayer):
             ``hetereogenous_dist_checkpoint`` (mcore's spelling) is switched on, see below.
         use_engine: Transformer Engine's modules instead of megatron-core's own.
         tables: where the layers of this stage find the value tables that they share.
+        delayed: where their outputs wait for later layers.
 
     Raises:
         ValueError: the configuration cannot work; the sentence names the variable, the key or the flag.
     """
 
-    def __init__(self, config: TransformerConfig, use_engine: bool, tables: SharedTables, **others: Any):
+    def __init__(
+        self, config: TransformerConfig, use_engine: bool, tables: SharedTables, delayed: DelayedOutputs, **others: Any
+    ):
         memory_config = read_memory_config()
         _check_stock_run(config, memory_config, use_engine)
         # mcore stores a stack of alike layers as one tensor per parameter, of which layers without memory, or with
         # the table of another layer, would leave holes. Megatron-LM has no flag for this field.
         config.hetereogenous_dist_checkpoint = True
         spec = _base_spec(config, use_engine)
-        spec.submodules.mlp.params.update(memory_config=memory_config, tables=tables, standalone=True)
+        spec.submodules.mlp.params.update(
+            memory_config=memory_config, tables=tables, delayed=delayed, standalone=True
+        )
         super().__init__(config, spec.submodules, **others)
 
 
@@ -184,6 +192,13 @@ def _check_stock_run(config: TransformerConfig, memory_config: MemoryConfig, use
         memory_config.validate(config.hidden_size, config.num_layers)
     except ValueError as error:
         raise ValueError(f"{MEMORY_CONFIG_VARIABLE}: {error}") from error
+    if memory_config.read_delay and (
+        config.pipeline_model_parallel_size > 1 or config.recompute_granularity is not None
+    ):
+        raise ValueError(
+            f"{MEMORY_CONFIG_VARIABLE}: read_delay is {memory_config.read_delay}; expected 0 with this --spec and "
+            "--pipeline-model-parallel-size above 1 or activation recompute; use pretrain_umv2.py"
+        )
     if memory_config.parallel_size != 1:
         raise ValueError(
             f"{MEMORY_CONFIG_VARIABLE}: parallel_size is {memory_config.parallel_size}; expected 1, because "
@@ -208,7 +223,8 @@ def _check_stock_run(config: TransformerConfig, memory_config: MemoryConfig, use
 
 
 def _stock_spec(use_engine: bool) -> ModuleSpec:
-    return ModuleSpec(module=LayerFromEnvironment, params={"use_engine": use_engine, "tables": SharedTables()})
+    params = {"use_engine": use_engine, "tables": SharedTables(), "delayed": DelayedOutputs()}
+    return ModuleSpec(module=LayerFromEnvironment, params=params)
 
 
 umv2_local = _stock_spec(use_engine=False)

@@ -248,16 +248,27 @@ class _Block:
         scores = 2 * m.tucker_rank * tokens * m.num_heads * m.scored_keys * FP32
         if m.balance_loss_coeff > 0:
             retrieval += 4 * tokens * m.num_heads * m.scored_keys * FP32
-        # kept keys [.., K] of both sides, and their scores
-        retrieval += picks * (2 * INT32 + 2 * m.tucker_rank * FP32)
+        if m.scoring == "additive":
+            # normalised queries and keys, kept keys of both sides, the places of the best sums, their softmax
+            keys = m.num_heads * 2 * m.scored_keys * m.key_dim
+            retrieval += (retrieval + keys * size if m.qk_norm != "none" else 0)
+            retrieval += tokens * m.num_heads * 2 * m.key_topk * INT64 + picks * (INT64 + FP32)
+        else:
+            # kept keys [.., K] of both sides, and their scores
+            retrieval += picks * (2 * INT32 + 2 * m.tucker_rank * FP32)
         return retrieval, scores, self._lookup(m, picks)
 
     def _lookup(self, m: MemoryConfig, picks: int) -> int:
         """Kept by the lookup, and its result where the value projection needs it."""
         layout, tokens, size = self.layout, self.own, self.layout.weight_bytes
         shards = layout.memory_size
-        result = 0 if m.value_expansion == "none" else tokens * m.num_blocks * m.value_dim * size
+        summed = tokens * m.summed_dim * size
+        result = 0 if m.value_expansion == "none" else summed
+        if m.gate != "none":
+            result += 3 * summed  # Wg x, its SiLU, and the sum that it multiplies
         projected = tokens * m.pre_value_dim * size
+        if m.pre_projection == "none" and shards == 1:
+            projected = 0  # the FFN's input, which the norm keeps
         rho = picks * FP32 if m.has_pre_values else 0
         kept = result + rho + picks * m.num_cores * FP32
         if shards == 1:

@@ -228,6 +228,17 @@ class Layout:
             return f"sequence of {shape.seq_length} over TP {tp} x CP {cp}"
         return self._table_complaint(shape, memory) if memory is not None else None
 
+    def _delay_complaint(self, shape: ModelShape, memory: MemoryConfig) -> str | None:
+        if self.recompute == "full" or {"mlp", "layernorm"} & set(self.recompute_modules):
+            return "outputs of memory layers that wait for a later block, and recomputation"
+        present = memory.memory_layers(shape.num_layers)
+        for stage in range(self.pp):
+            for chunk in range(self.chunks):
+                blocks = self.stage_blocks(shape.num_layers, stage, chunk)
+                if any(present[block] and block + memory.read_delay not in blocks for block in blocks):
+                    return f"a read delay of {memory.read_delay} past the end of a stage"
+        return None
+
     def _table_complaint(self, shape: ModelShape, memory: MemoryConfig) -> str | None:
         size = self.memory_size
         if size > 1:
@@ -237,6 +248,10 @@ class Layout:
                 return f"Dv {memory.value_dim} and Dp {memory.pre_value_dim} by dimension over M {size}"
             if self.memory_mode == "row" and memory.rows_per_layer < size:
                 return f"{memory.rows_per_layer} rows over M {size}"
+        if memory.read_delay:
+            complaint = self._delay_complaint(shape, memory)
+            if complaint is not None:
+                return complaint
         if self.pp == 1 or memory.sharing == "none":
             return None
         if memory.sharing != "block":
