@@ -1,0 +1,175 @@
+"""Plans of ablations, what trials are started and started again, and the report's arithmetic."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from umv2_megatron.evaluation.ablation import runner
+from umv2_megatron.evaluation.ablation.plan import Plan, read_plan
+from umv2_megatron.evaluation.ablation.report import mean_difference, spread, write_report
+
+CONTENT: dict[str, Any] = {
+    "common": {"model-preset": "umv2-tiny", "train-iters": 20, "mock-data": True, "tokenizer-type": "NullTokenizer"},
+    "seeds": [1, 2],
+    "baseline": "dense",
+    "runs": {"dense": {"ffn-variant": "dense"}, "umv2": {"memory_topk": 3}},
+}
+
+
+def plan_of(folder: Path, smoke: bool = False, **changes: Any) -> Plan:
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump({**CONTENT, **changes}, sort_keys=False))
+    return read_plan(path, folder / "out", smoke)
+
+
+def test_trials_are_runs_times_seeds_with_their_settings_resolved(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert [trial.name for trial in plan.trials] == ["dense seed 1", "umv2 seed 1", "dense seed 2", "umv2 seed 2"]
+    umv2 = plan.trials[3]
+    assert umv2.run.memory.topk == 3 and umv2.run.training.seed == 2 and umv2.run.has_memory
+    assert not plan.trials[0].run.has_memory and umv2.preset == "umv2-tiny"
+    assert umv2.directory == tmp_path / "out" / "umv2" / "seed2"
+    assert not (tmp_path / "out").exists()
+
+
+def test_smoke_shortens_every_trial(tmp_path: Path) -> None:
+    run = plan_of(tmp_path, smoke=True, launcher="torchrun", ranks=2).trials[0].run
+    assert run.train_iters == 2 and run.model.seq_length == 32 and run.data.mock_data and run.world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"runs": {}}, "expected a mapping with the key runs"),
+        ({"seed": [1]}, "unknown key 'seed'; expected one of common, seeds"),
+        ({"seeds": 3}, "seeds is 3; expected a list of integers"),
+        ({"seeds": [3, 3]}, "expected each seed once"),
+        ({"baseline": "moe"}, "baseline is 'moe'; expected one of dense, umv2"),
+        ({"runs": {"a/b": {}}, "baseline": None}, "run 'a/b': expected a name of letters"),
+        ({"common": {"save": "x"}, "baseline": None}, "save is set; expected it left out"),
+        ({"common": {**CONTENT["common"], "memory-topkk": 3}}, "unknown key 'memory_topkk'; did you mean"),
+        ({"common": {**CONTENT["common"], "memory-num-cores": 5}}, "run 'umv2': --memory-value-dim is"),
+        ({"ranks": 2}, "ranks is 2; expected the number of ranks that launcher starts"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_before_anything_runs(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match="plan.yaml") as refused:
+        plan_of(tmp_path, **changes)
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the programs of the repository, so that starts can be counted and made to fail."""
+    root = tmp_path / "root"
+    (root / "tools").mkdir(parents=True)
+    text = f"""#!{sys.executable}
+import json, pathlib, sys, yaml
+arguments = sys.argv[1:]
+here = pathlib.Path({str(tmp_path)!r})
+with open(here / "calls", "a") as calls:
+    calls.write(" ".join([sys.argv[0].rsplit("/", 1)[-1], *arguments]) + "\\n")
+if (here / "fail").exists():
+    print("noise")
+    print("pretrain_umv2.py: error: --lr is odd")
+    print("more noise")
+    sys.exit(2)
+if "--config" in arguments:
+    settings = yaml.safe_load(open(arguments[arguments.index("--config") + 1]))
+    save = pathlib.Path(settings["save"])
+    save.mkdir(parents=True, exist_ok=True)
+    common = {{"lm loss": 3.0, "iteration-time": 0.5}}
+    lines = [{{"iteration": i, "lm loss validation": 4 - i / 10, **common}} for i in (5, 10)]
+    (save / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+else:
+    pathlib.Path(arguments[arguments.index("--output") + 1]).write_text(json.dumps({{"tasks": []}}))
+"""
+    for file in (root / "pretrain_umv2.py", root / "tools" / "evaluate.py"):
+        file.write_text(text)
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(runner, "ROOT", root)
+    return tmp_path
+
+
+def calls(folder: Path) -> list[str]:
+    file = folder / "calls"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_finished_trials_are_left_alone_and_failed_ones_run_again(program: Path) -> None:
+    plan = plan_of(program, evaluate={"tasks": "facts", "forms": ["a", "b"]})
+    (program / "fail").touch()
+    states = [state for _, state in runner.run_trials(plan, plan.trials[:1])]
+    assert states[0].startswith("failed: exit code 2: pretrain_umv2.py: error: --lr is odd (all of it in ")
+    assert not runner.read_results(plan)
+    (program / "fail").unlink()
+    assert [state for _, state in runner.run_trials(plan, plan.trials[:2])] == ["done", "done"]
+    before = len(calls(program))
+    assert [state for _, state in runner.run_trials(plan, plan.trials)] == ["was done", "was done", "done", "done"]
+    new = calls(program)[before:]
+    assert len(new) == 4 and all("seed2" in call for call in new)
+    assert new[0].startswith("pretrain_umv2.py --model-preset umv2-tiny --config ")
+    assert new[1].startswith("evaluate.py --load ") and new[1].endswith("--tasks facts --forms a,b")
+    result = runner.read_results(plan)["umv2"][0]
+    assert result["curve"] == [[5, 3.5], [10, 3.0]] and result["tokens_per_second"] == pytest.approx(
+        2 * result["tokens_per_iteration"]
+    )
+
+
+def test_other_settings_for_a_trial_that_has_begun_are_refused(program: Path) -> None:
+    plan = plan_of(program)
+    list(runner.run_trials(plan, plan.trials[:1]))
+    changed = plan_of(program, common={**CONTENT["common"], "lr": 0.5})
+    with pytest.raises(ValueError, match=r"settings.yaml has other settings .* dense seed 1 now"):
+        list(runner.run_trials(changed, changed.trials))
+    with pytest.raises(ValueError, match="other settings"):
+        runner.read_results(changed)
+
+
+def test_the_array_job_has_a_task_for_every_trial(program: Path) -> None:
+    text = runner.array_script(plan_of(program, slurm={"partition": "gpu", "exclusive": True}), program / "out")
+    assert "#SBATCH --array=0-3\n" in text and "#SBATCH --partition=gpu\n#SBATCH --exclusive\n" in text
+    assert text.rstrip().endswith('--trial "$SLURM_ARRAY_TASK_ID"')
+
+
+def result(curve: list[list[float]], **changes: Any) -> dict[str, Any]:
+    sizes = {"activated": 10**6, "parameters": 2 * 10**6, "flops": 10**6, "tokens": 640, "seconds": 3600.0}
+    return {"curve": curve, "tokens_per_second": 100.0, **sizes, **changes}
+
+
+def test_report_has_means_spreads_differences_and_plots(program: Path) -> None:
+    plan = plan_of(program)
+    plan.output.mkdir()
+    results = {
+        "dense": [result([[1, 5.0], [2, 4.0], [3, 3.0]]), result([[1, 5.0], [2, 4.2], [3, 3.2]])],
+        "umv2": [
+            result([[1, 5.5], [2, 4.0], [3, 2.9], [4, 1.0]], evaluation={"tasks": [task(0.5)]}),
+            result([[1, 5.5], [2, 4.0], [3, 2.7]], evaluation={"tasks": [task(0.25)]}),
+        ],
+    }
+    # only iterations that every seed has count
+    assert mean_difference(results["umv2"], results["dense"]) == [
+        (1, pytest.approx(0.5)), (2, pytest.approx(-0.1)), (3, pytest.approx(-0.3)),
+    ]  # fmt: skip
+    text = write_report(plan, results, bytes_per_token=2.0).read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| umv2"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[0:2] == ["umv2", "2"] and cells[7:9] == ["-0.3000", "2"]
+    assert "| facts | trained | seen 4x | - | 37.5 (25.0 to 50.0) |" in text
+    assert (plan.output / "losses.png").stat().st_size > 10_000
+    assert (plan.output / "differences.png").stat().st_size > 10_000
+    assert spread([1.0, 3.0], 1) == "2.0 (1.0 to 3.0)" and spread([2.0], 2) == "2.00"
+    json.dumps(results)
+
+
+def task(score: float) -> dict[str, Any]:
+    return {"task": "facts", "form": "trained", "times_seen": 4, "context_length": None, "exact_match": score}

@@ -1,0 +1,162 @@
+"""A comparison of runs, as a YAML file: what is common, what each run changes, and which seeds.
+
+    common:   {train-iters: 600, lr: 2e-3, ...}        # flags of pretrain_umv2.py without their dashes
+    seeds:    [1, 2]
+    baseline: dense                                     # optional: the run that the others are compared with
+    runs:
+      dense:  {model-preset: dense-3m}
+      umv2:   {model-preset: umv2-3m, memory-value-lr-mult: 16}
+    launcher: torchrun --standalone --nproc-per-node 2  # optional: what stands before pretrain_umv2.py
+    ranks:    2                                         # optional: how many ranks that makes
+    evaluate: {tasks: fact-recall, num-examples: 64}    # optional: flags of tools/evaluate.py, run after training
+    slurm:    {partition: gpu, time: "04:00:00"}        # optional: #SBATCH lines of --slurm-array
+
+Every run with every seed is a trial, in a directory of its own: <output>/<run>/seed<seed>.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.resolve import resolve
+from umv2_megatron.config.run_config import RunConfig
+
+KEYS = ("common", "seeds", "baseline", "runs", "launcher", "ranks", "evaluate", "slurm")
+OURS = ("save", "load", "seed", "config")
+SMOKE = {
+    "train-iters": 2, "lr-decay-iters": 2, "lr-warmup-iters": 0, "eval-interval": 2, "eval-iters": 1,
+    "save-interval": 2, "log-interval": 1, "global-batch-size": None, "micro-batch-size": 1, "seq-length": 32,
+    "max-position-embeddings": 32, "mock-data": True, "data-path": None, "train-data-path": None,
+    "valid-data-path": None, "test-data-path": None, "num-workers": 0,
+}  # fmt: skip
+"""What --smoke puts in the place of a plan's own settings; None leaves the setting out."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run with one seed."""
+
+    label: str
+    seed: int
+    directory: Path
+    settings: dict[str, Any]
+    """By flag name with underscores; ``save`` and ``seed`` included, ``model_preset`` not."""
+    preset: str | None
+    run: RunConfig
+    """The settings resolved, presets and defaults included."""
+
+    @property
+    def name(self) -> str:
+        """As it is shown."""
+        return f"{self.label} seed {self.seed}"
+
+    @property
+    def settings_file(self) -> Path:
+        """The settings as a file for --config."""
+        return self.directory / "settings.yaml"
+
+    def settings_text(self) -> str:
+        """Contents of ``settings_file``; the preset, which is no setting, in a comment."""
+        return f"# --model-preset {self.preset}\n" + yaml.safe_dump(self.settings, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All trials, in the order in which they run: every run with the first seed comes first."""
+
+    path: Path
+    output: Path
+    trials: list[Trial]
+    baseline: str | None
+    launcher: list[str]
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> list[str]:
+        """The runs, in the order of the file."""
+        return list(dict.fromkeys(trial.label for trial in self.trials))
+
+
+def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
+    """Read and check a plan, every setting of every run included.
+
+    With ``smoke`` all runs last two steps on random tokens. Raises ``ValueError`` naming the file and the key that
+    cannot work; writes nothing.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: expected a readable YAML file; {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
+        raise ValueError(f"{path}: expected a mapping with the key runs, itself a mapping of names to settings")
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(f"{path}: unknown key {key!r}; expected one of {', '.join(KEYS)}")
+    seeds = content.get("seeds", [1234])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{path}: seeds is {seeds!r}; expected a list of integers such as [1, 2]")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{path}: seeds is {seeds!r}; expected each seed once")
+    baseline = content.get("baseline")
+    if baseline is not None and baseline not in content["runs"]:
+        raise ValueError(f"{path}: baseline is {baseline!r}; expected one of {', '.join(content['runs'])}")
+    common = _mapping(content, "common", path)
+    launcher = [] if smoke else shlex.split(content.get("launcher") or "")
+    ranks = 1 if smoke else content.get("ranks", 1)
+    if type(ranks) is not int or ranks < 1 or (ranks > 1 and not launcher):
+        raise ValueError(f"{path}: ranks is {ranks!r}; expected the number of ranks that launcher starts")
+    trials = [
+        _trial(path, output, label, {**common, **_mapping(content["runs"], label, path)}, seed, ranks, smoke)
+        for seed in seeds
+        for label in content["runs"]
+    ]
+    evaluate, slurm = ({} if smoke else _mapping(content, key, path) for key in ("evaluate", "slurm"))
+    return Plan(path, output, trials, baseline, launcher, evaluate, slurm)
+
+
+def _mapping(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    found = content.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {key} is {found!r}; expected a mapping of flag names to values")
+    return {str(name): value for name, value in found.items()}
+
+
+def _trial(
+    path: Path, output: Path, label: str, given: dict[str, Any], seed: int, ranks: int, smoke: bool
+) -> Trial:
+    where = f"{path}, run {label!r}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", str(label)):
+        raise ValueError(f"{where}: expected a name of letters, digits and . _ + -, for it names a directory")
+    if smoke:
+        given = {key: value for key, value in given.items() if key.replace("_", "-") not in SMOKE}
+        given.update({key: value for key, value in SMOKE.items() if value is not None})
+    named = {key.replace("-", "_"): value for key, value in given.items()}
+    preset = named.pop("model_preset", None)
+    for key in OURS:
+        if key in named:
+            raise ValueError(f"{where}: {key} is set; expected it left out, because every trial gets its own")
+    directory = output / str(label) / f"seed{seed}"
+    named.update(save=str(directory / "checkpoints"), seed=seed)
+    # Through the door that the program itself uses, so that nothing can pass here that fails there.
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(yaml.safe_dump(named))
+        file.flush()
+        try:
+            run = resolve([*preset_flag(preset), "--config", file.name], ranks)
+        except UsageError as error:
+            raise ValueError(f"{where}: {str(error).replace(file.name, 'settings')}") from error
+    return Trial(str(label), seed, directory, named, preset, run)
+
+
+def preset_flag(preset: str | None) -> list[str]:
+    """The command line for a preset."""
+    return [] if preset is None else ["--model-preset", str(preset)]

@@ -1,0 +1,173 @@
+"""The report of an ablation: means and spreads over seeds, as Markdown and plots."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from umv2_megatron.evaluation.ablation.plan import Plan
+
+COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#8250df", "#bf8700", "#0a7e8c", "#6e7781", "#bc4c00")
+Results = dict[str, list[dict[str, Any]]]
+
+
+def write_report(plan: Plan, results: Results, bytes_per_token: float | None) -> Path:
+    """Write ``report.md`` with ``losses.png`` (and ``differences.png`` with a baseline) into the plan's output.
+
+    ``bytes_per_token``: of the validation text, for bits per byte; None leaves them out. Returns the report's path.
+    """
+    plots = [_plot_losses(plan, results)]
+    if plan.baseline in results and len(results) > 1:
+        plots.append(_plot_differences(plan, results))
+    done = sum(map(len, results.values()))
+    tokens = max((r["tokens"] for group in results.values() for r in group), default=0)
+    hours = sum(r["seconds"] for group in results.values() for r in group) / 3600
+    lines = [
+        f"# {plan.path.stem}",
+        "",
+        f"{done} of {len(plan.trials)} trials are done, {tokens:,} tokens each, {hours:.2f} hours in all, on "
+        f"{_machine()}. Mean over seeds, in brackets lowest to highest. Loss: nats per token on the validation set.",
+        "",
+        *_main_table(plan, results, bytes_per_token),
+        "",
+        *_task_tables(results),
+        *(f"![{plot.stem}]({plot.name})\n" for plot in plots),
+        "How it was made: " + f"`python tools/ablate.py {plan.path}`.",
+        "",
+    ]
+    report = plan.output / "report.md"
+    report.write_text("\n".join(lines), encoding="utf-8")
+    return report
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return f"{device}, torch {torch.__version__}"
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """ "mean (lowest to highest)", or the one value."""
+    mean = f"{sum(values) / len(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def _main_table(plan: Plan, results: Results, bytes_per_token: float | None) -> list[str]:
+    head = ["run", "seeds", "activated", "total", "forward MFLOP/token", "validation loss"]
+    if bytes_per_token:
+        head.append("bits per byte")
+    if plan.baseline in results:
+        head += [f"minus {plan.baseline}", f"not above {plan.baseline} from iteration"]
+    rows = [head + ["tokens/s"], ["---"] * (len(head) + 1)]
+    for label, group in results.items():
+        final = [result["curve"][-1][1] for result in group if result["curve"]]
+        row = [
+            label,
+            str(len(group)),
+            f"{group[0]['activated'] / 1e6:.2f}M",
+            f"{group[0]['parameters'] / 1e6:.2f}M",
+            f"{group[0]['flops'] / 1e6:.2f}",
+            spread(final) if final else "-",
+        ]
+        if bytes_per_token:
+            row.append(spread([loss / math.log(2) / bytes_per_token for loss in final]) if final else "-")
+        if plan.baseline in results:
+            row += _against(group, results[plan.baseline])
+        speeds = [result["tokens_per_second"] for result in group if result["tokens_per_second"]]
+        rows.append([*row, spread(speeds, 0) if speeds else "-"])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _against(group: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[str]:
+    """The last difference of the mean curves, and the iteration from which on it is never above zero."""
+    difference = mean_difference(group, baseline)
+    if group is baseline or not difference:
+        return ["-", "-"]
+    behind = [iteration for iteration, value in difference if value > 0]
+    later = [iteration for iteration, _ in difference if not behind or iteration > behind[-1]]
+    return [f"{difference[-1][1]:+.4f}", str(later[0]) if later else "never"]
+
+
+def mean_curve(group: list[dict[str, Any]]) -> list[tuple[int, list[float]]]:
+    """(iteration, losses of all seeds) wherever every seed was evaluated."""
+    curves = [dict(map(tuple, result["curve"])) for result in group]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return [(iteration, [curve[iteration] for curve in curves]) for iteration in shared]
+
+
+def mean_difference(group: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(iteration, mean loss of ``group`` minus mean loss of ``baseline``)."""
+    other = {iteration: sum(losses) / len(losses) for iteration, losses in mean_curve(baseline)}
+    return [
+        (iteration, sum(losses) / len(losses) - other[iteration])
+        for iteration, losses in mean_curve(group)
+        if iteration in other
+    ]
+
+
+def _task_tables(results: Results) -> list[str]:
+    """Exact match of every task, in percent, by form and size (context length, or times a fact was seen)."""
+    scores: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for label, group in results.items():
+        for result in group:
+            for task in result.get("evaluation", {}).get("tasks", []):
+                seen = task.get("times_seen")
+                size = str(task["context_length"]) if seen is None else f"seen {seen}x"
+                place = scores.setdefault((task["task"], task["form"], size), {})
+                place.setdefault(label, []).append(100 * task["exact_match"])
+    if not scores:
+        return []
+    rows = [["task", "form", "size", *results], ["---"] * (3 + len(results))]
+    for key, by_label in scores.items():
+        rows.append([*key, *(spread(by_label[label], 1) if label in by_label else "-" for label in results)])
+    return ["Exact match in percent:", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def _plot_losses(plan: Plan, results: Results) -> Path:
+    figure, axes = _figure()
+    for colour, (label, group) in zip(COLOURS * 4, results.items()):
+        curve = mean_curve(group)
+        if curve:
+            iterations = [iteration for iteration, _ in curve]
+            axes.plot(iterations, [sum(v) / len(v) for _, v in curve], "o-", color=colour, markersize=3, label=label)
+            axes.fill_between(
+                iterations, [min(v) for _, v in curve], [max(v) for _, v in curve], color=colour, alpha=0.2, linewidth=0
+            )
+    axes.set(xlabel="iteration", ylabel="validation loss (nats per token)", title=plan.path.stem)
+    return _save(figure, axes, plan.output / "losses.png")
+
+
+def _plot_differences(plan: Plan, results: Results) -> Path:
+    assert plan.baseline is not None
+    figure, axes = _figure()
+    for colour, (label, group) in zip(COLOURS * 4, results.items()):
+        difference = mean_difference(group, results[plan.baseline])
+        if label != plan.baseline and difference:
+            axes.plot(*zip(*difference), "o-", color=colour, markersize=3, label=f"{label} minus {plan.baseline}")
+    axes.axhline(0, color="#57606a", linewidth=1)
+    axes.set(xlabel="iteration", ylabel="difference (nats per token)", title=f"{plan.path.stem}: below 0 is better")
+    return _save(figure, axes, plan.output / "differences.png")
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+
+
+def _save(figure: Any, axes: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,158 @@
+"""Runs the trials of a plan one after another, each to its end; started again, goes on where it was stopped.
+
+A trial is the training program itself in a process of its own. It is finished when ``result.json`` is there, which is
+written last; an unfinished one is started again by the same command, and resumes from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from umv2_megatron.evaluation.ablation.plan import Plan, Trial, preset_flag
+from umv2_megatron.evaluation.report import write_json
+from umv2_megatron.planning import count_parameters, flops_per_token
+from umv2_megatron.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULT = "result.json"
+LOG = "log.txt"
+EVALUATION = "evaluation.json"
+
+
+class TrialFailed(Exception):
+    """A trial's program ended with an error; the message is the program's own last words."""
+
+
+def run_trials(plan: Plan, trials: Iterable[Trial]) -> Iterator[tuple[Trial, str]]:
+    """Run what is not finished yet; yields every trial with "done", "was done" or "failed: ..." .
+
+    Raises ``ValueError`` when the settings of a trial that has begun differ from the plan's.
+    """
+    for trial in trials:
+        if (trial.directory / RESULT).exists():
+            check_settings(trial)
+            yield trial, "was done"
+            continue
+        try:
+            _run(plan, trial)
+        except TrialFailed as problem:
+            yield trial, f"failed: {problem}"
+        else:
+            yield trial, "done"
+
+
+def check_settings(trial: Trial) -> None:
+    """Raises ``ValueError`` when a trial that has begun had other settings than it has now."""
+    file = trial.settings_file
+    if file.exists() and file.read_text(encoding="utf-8") != trial.settings_text():
+        raise ValueError(
+            f"{file} has other settings than the plan gives {trial.name} now; expected the same, because results of "
+            "different settings cannot be told apart; use another --output, or remove that directory"
+        )
+
+
+def _run(plan: Plan, trial: Trial) -> None:
+    check_settings(trial)
+    trial.directory.mkdir(parents=True, exist_ok=True)
+    trial.settings_file.write_text(trial.settings_text(), encoding="utf-8")
+    program = [*(plan.launcher or [sys.executable]), str(ROOT / "pretrain_umv2.py")]
+    begin = time.monotonic()
+    _call([*program, *preset_flag(trial.preset), "--config", str(trial.settings_file)], trial.directory / LOG)
+    seconds = time.monotonic() - begin
+    if plan.evaluate:
+        words = [word for key, value in plan.evaluate.items() for word in _flag(key, value)]
+        output = ["--output", str(trial.directory / EVALUATION), "--label", trial.label]
+        tool = [*(plan.launcher or [sys.executable]), str(ROOT / "tools" / "evaluate.py")]
+        _call([*tool, "--load", str(trial.settings["save"]), *output, *words], trial.directory / LOG)
+    write_json(trial.directory / RESULT, summary(trial, seconds))
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    name = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [name] if value else []
+    if isinstance(value, list):
+        return [name, ",".join(map(str, value))]
+    return [name, str(value)]
+
+
+def _call(command: list[str], log: Path) -> None:
+    """Run a command with its output appended to ``log``. Raises ``TrialFailed`` with its last line when it fails."""
+    with open(log, "ab") as file:
+        file.write(("$ " + " ".join(command) + "\n").encode())
+        file.flush()
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ).returncode
+    if code:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        told = [line for line in lines if ": error: " in line]
+        raise TrialFailed(f"exit code {code}: {(told or lines)[-1].strip()} (all of it in {log})")
+
+
+def summary(trial: Trial, seconds: float) -> dict[str, Any]:
+    """What a finished trial says, from its metrics.jsonl and by arithmetic.
+
+    ``curve``: [iteration, validation loss] pairs, in nats per token; ``parameters``, ``activated``: counts;
+    ``flops``: of the blocks, per token and forward; ``tokens``: trained on; ``tokens_per_second``: of the median
+    iteration; ``seconds``: this start's, so a resumed trial counts its last part alone.
+    """
+    run, records = trial.run, read_metrics(trial.settings["save"])
+    memory = run.memory if run.has_memory else None
+    count = count_parameters(run.values, memory)
+    curve = [[r["iteration"], r["lm loss validation"]] for r in records if r.get("lm loss validation") is not None]
+    times = [record["iteration-time"] for record in records if "iteration-time" in record]
+    tokens = run.global_batch_size * run.model.seq_length
+    return {
+        "run": trial.label,
+        "seed": trial.seed,
+        "curve": curve,
+        "training_curve": [[r["iteration"], r["lm loss"]] for r in records if r.get("lm loss") is not None],
+        "parameters": count.total,
+        "activated": count.activated,
+        "flops": flops_per_token(run.values, memory).blocks,
+        "tokens": run.train_iters * tokens,
+        "tokens_per_iteration": tokens,
+        "tokens_per_second": tokens / statistics.median(times) if times else None,
+        "seconds": seconds,
+    }
+
+
+def read_results(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """Results of the finished trials by run, with what tools/evaluate.py said under ``evaluation``."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for trial in plan.trials:
+        file = trial.directory / RESULT
+        if not file.exists():
+            continue
+        check_settings(trial)
+        result = json.loads(file.read_text(encoding="utf-8"))
+        evaluation = trial.directory / EVALUATION
+        if evaluation.exists():
+            result["evaluation"] = json.loads(evaluation.read_text(encoding="utf-8"))
+        found.setdefault(trial.label, []).append(result)
+    return found
+
+
+def array_script(plan: Plan, output: Path) -> str:
+    """A SLURM array job: one trial per task, each to be requeued or submitted again until it is done."""
+    options = {"job-name": f"ablate-{plan.path.stem}", **plan.slurm}
+    lines = [f"#SBATCH --{key}={value}" if value is not True else f"#SBATCH --{key}" for key, value in options.items()]
+    command = f"{sys.executable} tools/ablate.py {plan.path.resolve()} --output {output.resolve()}"
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *lines,
+            f"#SBATCH --array=0-{len(plan.trials) - 1}",
+            "# Every task runs one trial of the plan. Submit again: finished trials are left alone, others resume.",
+            f"cd {ROOT}",
+            f'exec {command} --trial "$SLURM_ARRAY_TASK_ID"',
+            "",
+        ]
+    )
