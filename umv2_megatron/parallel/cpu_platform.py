@@ -29,6 +29,7 @@ import os
 import re
 import resource
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType, ModuleType
@@ -132,6 +133,20 @@ def synchronize() -> None:
     """Wait until the device has done all the work given to it (the CPU always has)."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def mark() -> Any:
+    """A point in the work given to the device (its current stream), or in time on a CPU; see ``milliseconds``."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(begin: Any, end: Any) -> float:
+    """From one ``mark`` to a later one; ``synchronize`` must have been called after both."""
+    return (end - begin) * 1000 if isinstance(begin, float) else begin.elapsed_time(end)
 
 
 def memory_allocated() -> int:

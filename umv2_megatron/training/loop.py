@@ -70,10 +70,11 @@ class Trainer:
         interval_start, interval_first = time.perf_counter(), progress.iteration
         if run.training.memory_log_interval and run.has_memory:
             memory_health.start_counting(self.state.chunks)
-        with StepProfiler(run, progress.iteration) as profiler:
+        with StepProfiler(run, progress.iteration, self.state.chunks) as profiler:
             while progress.iteration < run.train_iters:
+                state = self.state
                 step = train_step(
-                    run, self.state.chunks, self.state.optimizer, self.state.scheduler, self.train_iterator
+                    run, state.chunks, state.optimizer, state.scheduler, self.train_iterator, profiler.ranges
                 )
                 self._count(step)
                 profiler.step(progress.iteration)
@@ -84,7 +85,9 @@ class Trainer:
                     interval_start, interval_first = time.perf_counter(), progress.iteration
                 self._report_memory_health()
                 pause = time.perf_counter()
-                if self._between_steps():
+                with profiler.ranges("evaluation and checkpoint"):
+                    leaving = self._between_steps()
+                if leaving:
                     return progress.iteration >= run.train_iters
                 interval_start += time.perf_counter() - pause
         return True

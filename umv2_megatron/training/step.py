@@ -21,6 +21,7 @@ from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training.batches import next_batch
 from umv2_megatron.training.optimizer import ParamScheduler, StepResult, guarded_step
+from umv2_megatron.training.ranges import NO_RANGES, NoRanges
 
 LOSS = "lm loss"
 
@@ -46,9 +47,10 @@ def loss_of_microbatch(
     return total, tokens.to(torch.int), report
 
 
-def forward_step(iterator: Iterator, model: torch.nn.Module):
+def forward_step(iterator: Iterator, model: torch.nn.Module, *, ranges: NoRanges = NO_RANGES):
     """mcore's ``forward_step_func``: one micro-batch through this stage."""
-    batch = next_batch(iterator)
+    with ranges("data"):
+        batch = next_batch(iterator)
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
     per_token = get_model_config(model).calculate_per_token_loss
     return output, functools.partial(loss_of_microbatch, batch["loss_mask"], per_token)
@@ -98,26 +100,33 @@ def train_step(
     optimizer: MegatronOptimizer,
     scheduler: ParamScheduler,
     iterator: Any,
+    ranges: NoRanges = NO_RANGES,
 ) -> TrainStep:
-    """Gradients of one global batch, the check, and the update."""
+    """Gradients of one global batch, the check, and the update; ``ranges`` is told what begins and ends."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     refresh_singular_vectors(chunks, at_next_forward=True)
-    reports = _run_schedule(run, chunks, iterator, forward_only=False)
+    reports = _run_schedule(run, chunks, iterator, forward_only=False, ranges=ranges)
     loss = _mean_loss(reports)
-    result = guarded_step(optimizer, loss_is_finite=math.isfinite(loss))
+    with ranges("optimizer"):
+        result = guarded_step(optimizer, loss_is_finite=math.isfinite(loss))
     if result.updated:
         scheduler.step(increment=run.global_batch_size)
     return TrainStep(loss, result)
 
 
 def _run_schedule(
-    run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, *, forward_only: bool
+    run: RunConfig,
+    chunks: list[torch.nn.Module],
+    iterator: Any,
+    *,
+    forward_only: bool,
+    ranges: NoRanges = NO_RANGES,
 ) -> list[dict[str, torch.Tensor]]:
     """One global batch through mcore's schedule; the last stage's reports, one per micro-batch."""
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=functools.partial(forward_step, ranges=ranges),
         data_iterator=iterator,
         model=chunks,
         num_microbatches=run.num_microbatches,
