@@ -1,8 +1,8 @@
 """Which tensor of a Megatron checkpoint is which tensor of a Hugging Face export: one table, read in both directions.
 
-Every difference between the two sides is one of rows (the first axis): Q, K and V lie interleaved by group in one tensor
-there and are three tensors here; gate and up are one there; a value table is one there and numbered chunks here. So a
-row of the table says which rows of the Megatron tensor make up each Hugging Face tensor, and going back is the same
+Every difference between the two sides is one of rows (the first axis): Q, K and V lie interleaved by group in one
+tensor there and are three tensors here; gate and up are one there; a value table is one there and numbered chunks here.
+So a row of the table says which rows of the Megatron tensor make up each Hugging Face tensor, and going back is the same
 statement read backwards. Rows of a padded vocabulary belong to no Hugging Face tensor.
 
 This module imports nothing: ``Sizes`` is filled from a checkpoint's or an export's configuration by ``conversion/``.
@@ -112,9 +112,9 @@ class _MemoryRow:
 
 def _qkv(sizes: Sizes) -> tuple[Ranges, ...]:
     """Rows of Q, K and V: for each group its query heads, its key head, its value head."""
-    queries = sizes.heads // sizes.groups * sizes.head_dim
-    starts = range(0, sizes.groups * (queries + 2 * sizes.head_dim), queries + 2 * sizes.head_dim)
-    bounds = ((0, queries), (queries, queries + sizes.head_dim), (queries + sizes.head_dim, queries + 2 * sizes.head_dim))
+    head, queries = sizes.head_dim, sizes.heads // sizes.groups * sizes.head_dim
+    starts = range(0, sizes.groups * (queries + 2 * head), queries + 2 * head)
+    bounds = ((0, queries), (queries, queries + head), (queries + head, queries + 2 * head))
     return tuple(tuple((at + first, at + last) for at in starts) for first, last in bounds)
 
 

@@ -1,0 +1,121 @@
+"""Checkpoints to Hugging Face exports and back.
+
+    python tools/convert_checkpoint.py to-hf --load runs/demo --save exports/demo
+    python tools/convert_checkpoint.py verify --load runs/demo --hf exports/demo
+    python tools/convert_checkpoint.py from-hf --load exports/demo --save runs/from_hf
+
+No flag describes the model: checkpoint and export each say what they hold. Tensors pass through in blocks, so memory
+does not grow with the model. A conversion that was killed goes on when the same command is given again. See
+docs/hugging-face.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from umv2_megatron.parallel import cpu_platform
+
+cpu_platform.install()  # before megatron.core is imported
+
+import torch  # noqa: E402
+
+from umv2_megatron.conversion.from_hf import import_export  # noqa: E402
+from umv2_megatron.conversion.plan import parse_size  # noqa: E402
+from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint  # noqa: E402
+from umv2_megatron.training.checkpoint_contents import locate  # noqa: E402
+from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run the chosen command."""
+    {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[arguments.command](arguments)
+
+
+def to_hf(arguments: argparse.Namespace) -> None:
+    """Write an export."""
+    store, iteration = locate(arguments.load, arguments.ckpt_step)
+    options = ExportOptions(
+        _dtype(arguments.dtype), parse_size(arguments.max_shard_size), arguments.tokenizer_model, arguments.tokenizer
+    )
+    export_checkpoint(store, iteration, Path(arguments.save), options)
+    print(f"exported iteration {iteration} of {store.root} to {arguments.save}")
+
+
+def from_hf(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint."""
+    size = parse_size(arguments.max_shard_size)
+    made = import_export(Path(arguments.load), Path(arguments.save), _dtype(arguments.dtype), size)
+    print(f"wrote {made}; train from it with pretrain_umv2.py --use-checkpoint-args --load {arguments.save} --finetune")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Compare logits; exit code 1 where they differ."""
+    from umv2_megatron.conversion.verify import compare  # imports the models
+
+    if arguments.tokens < 1:
+        raise ValueError(f"--tokens is {arguments.tokens}; expected 1 or more")
+    store, iteration = locate(arguments.load, arguments.ckpt_step)
+    text = Path(arguments.text).read_text(encoding="utf-8") if arguments.text else None
+    failed = False
+    for result in compare(
+        str(store.root),
+        iteration,
+        Path(arguments.hf),
+        text,
+        arguments.tokens,
+        arguments.tolerance,
+        arguments.tokenizer_model,
+    ):
+        failed |= not result.good
+        print(
+            f"{str(result.dtype).removeprefix('torch.')}: {result.what} difference of logits {result.difference:.1e} "
+            f"of the largest, limit {result.limit:.1e}; same likeliest token for {result.same_choice:.1%} of "
+            f"{result.tokens} tokens: {'good' if result.good else 'TOO FAR APART'}",
+            flush=True,
+        )
+    if failed:
+        print("convert_checkpoint.py: error: the export does not compute what the checkpoint does", file=sys.stderr)
+        sys.exit(1)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    return None if name == "auto" else getattr(torch, name)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = made.add_subparsers(dest="command", required=True, metavar="to-hf | from-hf | verify")
+    out = commands.add_parser("to-hf", help="checkpoint to export")
+    out.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one iter_* in it")
+    out.add_argument("--save", required=True, metavar="DIR", help="the export; must not exist yet")
+    back = commands.add_parser("from-hf", help="export to checkpoint")
+    back.add_argument("--load", required=True, metavar="DIR", help="the export")
+    back.add_argument("--save", required=True, metavar="DIR", help="directory of checkpoints, without any yet")
+    check = commands.add_parser("verify", help="compare the logits of a checkpoint and an export")
+    check.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one iter_* in it")
+    check.add_argument("--hf", required=True, metavar="DIR", help="the export")
+    check.add_argument("--text", metavar="FILE", help="text to compare on (default: a paragraph of our own)")
+    check.add_argument("--tokens", type=int, default=256, help="tokens of it to compare on, at most (default: 256)")
+    check.add_argument(
+        "--tolerance", type=float, help="largest difference in float32, as a share of the largest logit (default: 1e-5)"
+    )
+    for command in (out, check):
+        command.add_argument("--ckpt-step", type=int, help="iteration to take (default: the newest)")
+        command.add_argument(
+            "--tokenizer-model", help="the tokenizer's file, where it is no longer where training had it"
+        )
+    out.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer out")
+    for command in (out, back, check):
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+    choices = {out: ["auto", "float32", "bfloat16", "float16"], back: ["auto", "float32", "bfloat16"]}
+    for command, dtypes in choices.items():
+        command.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as they are)")
+        command.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    return made
+
+
+if __name__ == "__main__":
+    run_tool(parser(), main)

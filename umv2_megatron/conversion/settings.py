@@ -1,0 +1,236 @@
+"""What a model is, in Megatron's words (settings by key) and in those of the Hugging Face configuration, both ways.
+
+``config.json`` of a checkpoint and ``config.json`` of an export each say all of it, so conversions take no flags about
+the model. A setting that would change what the model computes and that the other side cannot express is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from umv2_megatron.config.flags import option_table
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.conversion.safetensors_files import ConversionError
+from umv2_megatron.hf.configuration_umv2 import UMv2Config
+from umv2_megatron.hf.name_table import MemorySizes, Sizes
+from umv2_megatron.memory.sharing import table_windows
+
+# Megatron's key -> the other side's, where value and meaning are the same.
+SAME = {
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+    "init_method_std": "initializer_range",
+    "normalization": "normalization",
+    "layernorm_epsilon": "norm_eps",
+    "layernorm_zero_centered_gamma": "norm_zero_centered",
+    "qk_layernorm": "qk_norm",
+    "swiglu": "gated_mlp",
+    "position_embedding_type": "position_embedding_type",
+    "rotary_interleaved": "rope_interleaved",
+    "attention_dropout": "attention_dropout",
+    "hidden_dropout": "hidden_dropout",
+    "ffn_variant": "ffn_variant",
+}
+# Fields of MemoryConfig that say how a run computes, not what.
+_OF_A_RUN = ("backend", "parallel_size", "parallel_mode")
+# Settings that change what the model computes and that the Hugging Face model does not know, with the value it has.
+_FIXED = {
+    "activation_func_clamp_value": None,
+    "attention_output_gate": False,
+    "glu_linear_offset": 0.0,
+    "no_rope_freq": None,
+    "qk_l2_norm": False,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "fp8": None,
+    "num_moe_experts": None,
+}
+
+
+def memory_keys() -> list[str]:
+    """Keys of the settings of memory layers that belong to the model; the same on both sides."""
+    return [f"memory_{field.name}" for field in dataclasses.fields(MemoryConfig) if field.name not in _OF_A_RUN]
+
+
+def refuse_unsupported(config: dict[str, Any]) -> None:
+    """Raise ``ConversionError`` naming a setting of a checkpoint's ``config`` that an export cannot express."""
+    values = config["values"]
+    known, table = UMv2Config().to_dict(), option_table()
+    fixed = {**_FIXED, **{key: table[key].default for key in memory_keys() if key not in known}}
+    if values["ffn_variant"] not in ("umv2", "dense"):
+        raise ConversionError(
+            f"the model was trained with --ffn-variant {values['ffn_variant']}; expected umv2 or dense, others have no "
+            "Hugging Face form here"
+        )
+    for key, expected in fixed.items():
+        if key in values and values[key] != expected:
+            raise ConversionError(
+                f"the model was trained with --{key.replace('_', '-')} {values[key]}, which the Hugging Face model "
+                f"does not know; expected {expected}"
+            )
+    if values.get("bias_activation_fusion") and not values["swiglu"]:
+        raise ConversionError(
+            "the model was trained with --bias-activation-fusion, which approximates GELU by tanh; the Hugging Face "
+            "model has the exact GELU of training without it"
+        )
+
+
+def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: int | None) -> UMv2Config:
+    """The export's configuration for a checkpoint's ``config``; ``eod`` is the end-of-document token."""
+    values = config["values"]
+    known = UMv2Config().to_dict()
+    has_memory = values["ffn_variant"] == "umv2"
+    made = UMv2Config(
+        **{theirs: values[ours] for ours, theirs in SAME.items()},
+        **{key: values[key] for key in memory_keys() if key in known and key in values},
+        vocab_size=config["tokenizer_vocab_size"],
+        num_key_value_heads=_groups(values),
+        hidden_act="silu" if values["swiglu"] else "gelu",
+        tie_word_embeddings=not values["untie_embeddings_and_output_weights"],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(values["rotary_base"]),
+            "partial_rotary_factor": values["rotary_percent"],
+        },
+        attention_bias=values["add_bias_linear"] or values["add_qkv_bias"],
+        attention_out_bias=values["add_bias_linear"],
+        mlp_bias=values["add_bias_linear"],
+        memory_table_chunk_rows=chunk_rows if has_memory else None,
+        eos_token_id=eod,
+        dtype=str(dtype).removeprefix("torch."),
+        architectures=["UMv2ForCausalLM"],
+        auto_map={
+            "AutoConfig": "configuration_umv2.UMv2Config",
+            "AutoModel": "modeling_umv2.UMv2Model",
+            "AutoModelForCausalLM": "modeling_umv2.UMv2ForCausalLM",
+        },
+    )
+    return made
+
+
+def read_hf_config(directory: Path) -> UMv2Config:
+    """config.json of an export. Raises ``ConversionError`` naming the file, the setting, or the other model."""
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConversionError(f"{path} is not a readable configuration: {error}") from error
+    if kind != "umv2":
+        raise ConversionError(f"{path} is of model_type {kind!r}; expected umv2")
+    try:
+        return UMv2Config.from_dict(content)
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def megatron_values(config: UMv2Config) -> dict[str, Any]:
+    """Settings by key that make the model of an export's configuration, and nothing else.
+
+    Raises ``ConversionError`` naming a value that training does not know.
+    """
+    rope = dict(config.rope_parameters or {})
+    if rope.get("rope_type", "default") != "default":
+        raise ConversionError(f"rope_parameters say rope_type {rope['rope_type']!r}; expected default")
+    if config.hidden_act != ("silu" if config.gated_mlp else "gelu"):
+        raise ConversionError(
+            f"hidden_act is {config.hidden_act!r} with gated_mlp {config.gated_mlp}; expected silu where it is true, "
+            "gelu where it is false"
+        )
+    if config.attention_out_bias != config.mlp_bias or (config.mlp_bias and not config.attention_bias):
+        raise ConversionError(
+            f"attention_bias, attention_out_bias and mlp_bias are {config.attention_bias}, "
+            f"{config.attention_out_bias}, {config.mlp_bias}; expected all alike, or attention_bias alone"
+        )
+    theirs = config.to_dict()
+    values = {ours: theirs[name] for ours, name in SAME.items()}
+    values.update({key: theirs[key] for key in memory_keys() if key in theirs})
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    values.update(
+        seq_length=config.max_position_embeddings,
+        group_query_attention=grouped,
+        num_query_groups=config.num_key_value_heads,
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        rotary_base=int(rope.get("rope_theta", 10000)),
+        rotary_percent=float(rope.get("partial_rotary_factor", 1.0)),
+        add_bias_linear=config.mlp_bias,
+        add_qkv_bias=config.attention_bias and not config.mlp_bias,
+        vocab_size=config.vocab_size,
+    )
+    values["memory_layer_freq"] = str(values["memory_layer_freq"])
+    if values["rotary_base"] != float(rope.get("rope_theta", 10000)):
+        raise ConversionError(f"rope_theta is {rope['rope_theta']}; expected a whole number, as --rotary-base takes")
+    return values
+
+
+def sizes_of(values: dict[str, Any], vocabulary: int, chunk_rows: int | None) -> Sizes:
+    """Sizes for the name table, from settings by key; ``chunk_rows`` None keeps every value table whole."""
+    memory = memory_config(values)
+    layers: list[MemorySizes | None] = [None] * values["num_layers"]
+    largest = 1
+    if memory is not None:
+        blocks = [block for block, here in enumerate(memory.memory_layers(values["num_layers"])) if here]
+        for index, (block, window) in enumerate(zip(blocks, table_windows(memory, len(blocks)))):
+            largest = max(largest, window.rows)
+            layers[block] = MemorySizes(
+                heads=memory.num_heads,
+                keys=memory.key_expansion * window.side,
+                key_dim=memory.key_dim,
+                rank=memory.tucker_rank,
+                cores=memory.num_cores,
+                query_rows=memory.query_rows,
+                pre_value_dim=memory.pre_value_dim,
+                value_dim=memory.value_dim,
+                projected=0 if memory.value_expansion == "none" else memory.num_blocks * memory.value_dim,
+                table_rows=window.rows if window.owner == index else 0,
+            )
+    return Sizes(
+        vocabulary=vocabulary,
+        positions=values["max_position_embeddings"] if values["position_embedding_type"] == "learned_absolute" else 0,
+        hidden=values["hidden_size"],
+        ffn=values["ffn_hidden_size"],
+        heads=values["num_attention_heads"],
+        groups=_groups(values),
+        head_dim=values["kv_channels"],
+        tied=not values["untie_embeddings_and_output_weights"],
+        gated=values["swiglu"],
+        linear_bias=values["add_bias_linear"],
+        qkv_bias=values["add_bias_linear"] or values["add_qkv_bias"],
+        norm_bias=values["normalization"] == "LayerNorm",
+        qk_norm=values["qk_layernorm"],
+        memory=tuple(layers),
+        chunk_rows=chunk_rows or largest,
+    )
+
+
+def memory_config(values: dict[str, Any]) -> MemoryConfig | None:
+    """The memory layers of a model, None where it has none."""
+    if values["ffn_variant"] != "umv2":
+        return None
+    return MemoryConfig(**{key.removeprefix("memory_"): values[key] for key in memory_keys() if key in values})
+
+
+def chunk_rows_below(values: dict[str, Any], max_bytes: int, itemsize: int) -> int:
+    """The most rows of a chunk of a value table that fit into ``max_bytes``, or all rows of the largest table."""
+    memory = memory_config(values)
+    if memory is None:
+        return 1
+    count = sum(memory.memory_layers(values["num_layers"]))
+    largest = max(window.rows for window in table_windows(memory, count))
+    row = max(memory.value_dim, memory.pre_value_dim) * itemsize
+    return max(1, min(largest, max_bytes // row))
+
+
+def _groups(values: dict[str, Any]) -> int:
+    """Key-value heads."""
+    return values["num_query_groups"] if values["group_query_attention"] else values["num_attention_heads"]

@@ -1,0 +1,175 @@
+"""A checkpoint of any parallel layout to a Hugging Face export.
+
+The export is written in a hidden directory beside its place, file by file, each noted with its hash as soon as it is
+safe; when all are there the directory gets its name. Killed anywhere, the conversion goes on from the files that were
+noted. A manifest keeps the hashes for whoever reads the export later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from umv2_megatron import __version__
+from umv2_megatron.conversion.checkpoint_tensors import CheckpointTensors
+from umv2_megatron.conversion.export_files import INDEX, copy_model_code, shard_names, write_config, write_manifest
+from umv2_megatron.conversion.journal import Journal, digest_of, write_json
+from umv2_megatron.conversion.plan import Copy, assemble, check_source, copies_to_hf, group_by_size
+from umv2_megatron.conversion.progress import Progress
+from umv2_megatron.conversion.safetensors_files import ConversionError, SafetensorsWriter
+from umv2_megatron.conversion.settings import chunk_rows_below, hf_config, refuse_unsupported, sizes_of
+from umv2_megatron.conversion.tokenizer_files import export_tokenizer
+from umv2_megatron.hf.name_table import Pairing, pairings
+from umv2_megatron.training import checkpointing
+from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.training.durable_files import fsync_path, remove_path
+from umv2_megatron.training.torch_dist_io import is_extra_state, is_optimizer_state
+
+_JOURNAL = "journal.json"
+_SAME_VECTOR = 1e-6
+"""Vectors nearer to each other than this are the same singular vector, computed twice."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the user may choose.
+
+    dtype: of the weights, None keeps the checkpoint's; max_shard_bytes: largest file of tensors; tokenizer_model: the
+    tokenizer's file where it is no longer where training found it; with_tokenizer: False leaves the tokenizer out.
+    """
+
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = 4 * 10**9
+    tokenizer_model: str | None = None
+    with_tokenizer: bool = True
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An open checkpoint: its configuration, its tensors, how they pair with an export's, and its dtype."""
+
+    config: dict[str, Any]
+    tensors: CheckpointTensors
+    pairings: list[Pairing]
+    chunk_rows: int
+    dtype: torch.dtype
+
+
+def export_checkpoint(
+    store: CheckpointStore, iteration: int, target: Path, options: ExportOptions, say: Callable[[str], None] = print
+) -> None:
+    """Write the export ``target`` of a published checkpoint; ``say`` gets a line for each file.
+
+    Every byte of the checkpoint is verified first. Raises ``CheckpointError`` or ``ConversionError`` naming the file or
+    tensor at fault, ``ValueError`` for a model or tokenizer that cannot be exported; ``target`` is then not there.
+    """
+    if target.exists():
+        raise ConversionError(f"{target} exists already; give a directory that is not there yet")
+    manifest = store.verify(iteration)
+    source = _open(store, iteration, options)
+    try:
+        groups = group_by_size(
+            copies_to_hf(source.pairings, source.tensors.tensors, source.dtype), options.max_shard_bytes
+        )
+        work = target.absolute().parent / f".{target.name}.incomplete"
+        work.mkdir(parents=True, exist_ok=True)
+        identity = {"iteration": iteration, "files_sha256": digest_of(manifest.files)}
+        layout = [[(copy.name, str(copy.info)) for copy in group] for group in groups]
+        journal = Journal(work / _JOURNAL, {"checkpoint": identity, "tensors": layout})
+        _remove_leftovers(work, {*shard_names(len(groups)), _JOURNAL})
+        _write_tensors(source, groups, work, journal, say)
+        eod = None
+        if options.with_tokenizer:
+            eod = export_tokenizer(source.config, work, options.tokenizer_model, say)
+    finally:
+        source.tensors.close()
+    write_config(work, hf_config(source.config, source.dtype, source.chunk_rows, eod))
+    copy_model_code(work)
+    remove_path(work / _JOURNAL)
+    details = {"checkpoint": identity, "umv2_megatron": __version__}
+    write_manifest(work, {name: note["sha256"] for name, note in journal.files.items()}, details)
+    os.rename(work, target)
+    fsync_path(target.absolute().parent)
+
+
+def _open(store: CheckpointStore, iteration: int, options: ExportOptions) -> _Source:
+    """Open a checkpoint and compare its tensors with what its configuration says."""
+    config = checkpointing.read_config(store, iteration)
+    refuse_unsupported(config)
+    values, directory = config["values"], store.path(iteration)
+    stored = torch.bfloat16 if values["bf16"] else torch.float32
+    dtype = options.dtype or stored
+    chunk_rows = chunk_rows_below(values, options.max_shard_bytes, dtype.itemsize)
+    pairs = list(pairings(sizes_of(values, config["tokenizer_vocab_size"], chunk_rows)))
+    tensors = CheckpointTensors(directory)
+    held = {key: info for key, info in tensors.tensors.items() if not (is_optimizer_state(key) or is_extra_state(key))}
+    expected = {pair.key: (pair.shape, pair.dtype, pair.padded) for pair in pairs}
+    check_source(held, expected, stored, str(directory))
+    for key in held:
+        tensors.check_covered(key)
+    return _Source(config, tensors, pairs, chunk_rows, dtype)
+
+
+def _remove_leftovers(work: Path, kept: set[str]) -> None:
+    """Files of another job, or of one that was killed while it wrote them."""
+    for path in work.iterdir():
+        if path.name not in kept:
+            remove_path(path)
+
+
+def _write_tensors(
+    source: _Source, groups: list[list[Copy]], work: Path, journal: Journal, say: Callable[[str], None]
+) -> None:
+    names = shard_names(len(groups))
+    total = sum(copy.info.num_bytes for group in groups for copy in group)
+    with Progress("tensors", total) as progress:
+        for name, group in zip(names, groups):
+            if journal.has(work / name):
+                say(f"{name} is there already: {len(group)} tensors")
+                progress.add(sum(copy.info.num_bytes for copy in group))
+                continue
+            remove_path(work / name)
+            with SafetensorsWriter(work / name, [(copy.name, copy.info) for copy in group]) as writer:
+                for copy in group:
+                    for part in _parts(source, copy):
+                        writer.write(copy.name, part)
+                        progress.add(part.nbytes)
+            journal.add(name, writer.size, writer.sha256)
+            say(f"{name}: {len(group)} tensors, {writer.size:,} bytes")
+    if len(groups) > 1:
+        weight_map = {copy.name: name for name, group in zip(names, groups) for copy in group}
+        write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _parts(source: _Source, copy: Copy) -> Iterator[torch.Tensor]:
+    """The rows of one tensor, block by block, in the dtype of the export."""
+    key = copy.pieces[0].name
+    if key.endswith((".retrieval.u", ".retrieval.t")):
+        yield singular_vector(source.tensors, key, source.dtype)
+        return
+    for block in copy.blocks():
+        yield assemble(source.tensors.rows, block, copy.info.dtype)
+
+
+def singular_vector(tensors: CheckpointTensors, key: str, dtype: torch.dtype) -> torch.Tensor:
+    """u or t of a memory layer, whichever ``key`` names, as of its cores in ``dtype``; float32 [h, R].
+
+    A checkpoint holds those of the cores before its last step: whoever trains or loads it refreshes them before using
+    them, and of an export nobody does. The common sign of the pair is that of the stored one.
+    """
+    prefix, which = key.rsplit(".", 1)
+    cores, u, t = (
+        tensors.rows(f"{prefix}.{name}", 0, tensors.tensors[f"{prefix}.{name}"].rows) for name in ("cores", "u", "t")
+    )
+    left, _, right = torch.linalg.svd(cores.to(dtype).sum(0, dtype=torch.float32))
+    fresh, stored = torch.stack([left[:, :, 0], right[:, 0, :]]), torch.stack([u, t])
+    flipped = (fresh + stored).abs().sum((0, -1)) < (fresh - stored).abs().sum((0, -1))
+    fresh = torch.where(flipped[None, :, None], -fresh, fresh)
+    if (fresh - stored).abs().max() < _SAME_VECTOR:
+        fresh = stored  # so that a round trip keeps every bit on any machine
+    return fresh[("u", "t").index(which)].contiguous()
