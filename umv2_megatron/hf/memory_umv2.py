@@ -76,8 +76,7 @@ class UMv2Memory(nn.Module):
         if not self._plain:
             blocks = rows.div(self.window, rounding_mode="floor")
             rows = (rows - blocks * self.window + self.offset) % self.table_rows
-        self.table.announce(rows)
-        return flat, x, rows, blocks, scores
+        return flat, x, self.table.announce(rows), blocks, scores
 
     def finish(self, started: tuple[Tensor, ...]) -> Tensor:
         """The output [..., H] for the input of ``start``."""
@@ -110,10 +109,10 @@ class UMv2Memory(nn.Module):
         flat = rows.flatten()
         weights = scores
         if self.has_pre_values:
-            pre_values = self.table.pick("pre_values", flat).view(tokens, picks, -1)
+            pre_values = self.table.pick("pre_values", flat, scores.device).view(tokens, picks, -1)
             rho = torch.bmm(pre_values, projected.to(pre_values.dtype).unsqueeze(-1)).to(scores.dtype)
             weights = scores * (functional.gelu(rho) if config.memory_pre_value_activation == "gelu" else rho)
-        values = self.table.pick("values", flat)
+        values = self.table.pick("values", flat, scores.device)
         dtype = values.dtype
         # [T, C, P, Dv/C], and for each block the weights of its picks and zeros, [T, C, E, P].
         values = values.to(scores.dtype).view(tokens, picks, cores, -1).transpose(1, 2)

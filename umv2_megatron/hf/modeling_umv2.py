@@ -9,6 +9,7 @@ in training.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +25,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import cached_file, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_umv2 import UMv2Config
 from .memory_umv2 import UMv2Memory
 from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval
+from .tables_umv2 import PLACES, UMv2Table, attach_tables, tensor_files
 
 
 class UMv2Norm(nn.Module):
@@ -263,6 +265,65 @@ class UMv2PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": UMv2DecoderLayer, "attentions": UMv2Attention}
 
+    def __init__(self, config: UMv2Config, memory_tables: str = "device") -> None:
+        super().__init__(config)
+        self.memory_tables = memory_tables
+        if memory_tables != "device":
+            # transformers shall leave them in the files
+            self._keys_to_ignore_on_load_unexpected = [r"\.memory\.table\."]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, memory_tables: str = "device", **kwargs: Any
+    ) -> Any:
+        """As transformers' own, with the place of the value tables: "device", "cpu" or "mmap" (``tables_umv2``).
+
+        Tables off the device take no part in training, and stay where they are when the model is moved.
+        """
+        if memory_tables not in PLACES:
+            raise ValueError(f"memory_tables is {memory_tables!r}; expected one of {', '.join(PLACES)}")
+        if memory_tables == "device":
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if pretrained_model_name_or_path is None or kwargs.get("variant") or kwargs.get("gguf_file"):
+            raise ValueError(f"memory_tables is {memory_tables!r}; expected 'device' without safetensors files to read")
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, memory_tables=memory_tables, **kwargs)
+        source = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        options = {name: kwargs[name] for name in source if name in kwargs}
+        options |= {"_raise_exceptions_for_missing_entries": False}
+        model = result[0] if isinstance(result, tuple) else result
+        attach_tables(
+            model.value_tables(), tensor_files(lambda name: cached_file(pretrained_model_name_or_path, name, **options))
+        )
+        return result
+
+    def value_tables(self) -> dict[str, UMv2Table]:
+        """The value tables by their names inside UMv2Model."""
+        decoder: nn.Module = self.model if isinstance(self, UMv2ForCausalLM) else self
+        return {name: module for name, module in decoder.named_modules() if isinstance(module, UMv2Table)}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers' own; tables off the device are written too, but not over the files that are mapped."""
+        if self.memory_tables != "device":
+            prefix = "model." if isinstance(self, UMv2ForCausalLM) else ""
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+            for name, table in self.value_tables().items():
+                for file in table.files():
+                    if os.path.isdir(save_directory) and os.path.samefile(os.path.dirname(file), save_directory):
+                        raise ValueError(
+                            f"{save_directory} holds the tables that this model reads (memory_tables='mmap'); expected "
+                            "another directory"
+                        )
+                for kind in table.widths:
+                    chunks = enumerate(getattr(table, kind))
+                    state_dict |= {f"{prefix}{name}.{kind}.{index}": chunk for index, chunk in chunks}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Random weights, for tests and benchmarks: a model that is to be trained gets them from training."""
@@ -292,7 +353,7 @@ class UMv2Model(UMv2PreTrainedModel):
     """The decoder without its output layer."""
 
     def __init__(self, config: UMv2Config, memory_tables: str = "device") -> None:
-        super().__init__(config)
+        super().__init__(config, memory_tables)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_positions = None
         if config.position_embedding_type == "learned_absolute":
@@ -382,7 +443,7 @@ class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: UMv2Config, memory_tables: str = "device") -> None:
-        super().__init__(config)
+        super().__init__(config, memory_tables)
         self.model = UMv2Model(config, memory_tables)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -2,14 +2,26 @@
 
 A token reads a few rows of a table that may be larger than the machine's memory. ``memory_tables`` says where it lies:
 
-    device    parameters like all others (the default; the only form in which tables are trained)
+    device    parameters like all others (the default; the only form in which tables are trained and moved)
     cpu       host memory, pinned where there is CUDA; only picked rows go to the device
-    mmap      the safetensors files of the model, mapped; only picked rows are ever read
+    mmap      the safetensors files of the model, mapped into the address space; only picked rows are ever read
 
-A table is held in chunks of ``config.memory_table_chunk_rows`` rows, because a file has a largest size.
+The same operations work on the same numbers in all three, so that results are equal to the bit. A table is held in
+chunks of ``config.memory_table_chunk_rows`` rows, because files have a largest size.
+
+A safetensors file is 8 bytes (length of the header, little-endian), a header in JSON (name -> dtype, shape, range of
+bytes after the header), and the tensors' bytes. Nothing in it is executed.
 """
 
 from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +30,60 @@ from torch.nn import functional
 from .configuration_umv2 import UMv2Config
 
 PLACES = ("device", "cpu", "mmap")
-KINDS = ("values", "pre_values")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# A header is at most 100 MB in every implementation of the format.
+_LARGEST_HEADER = 100_000_000
+# Lookups for which rows are announced to the kernel after a page had to be waited for.
+_ANNOUNCED = 64
+
+
+class MappedTensor:
+    """A tensor of a safetensors file, mapped: ``tensor`` reads the file's bytes where they are touched.
+
+    Args:
+        path: of the file.
+        name, entry: of the tensor in the file's header.
+        start: bytes before the first tensor.
+
+    Raises ``ValueError`` naming the tensor and the file when the entry does not describe bytes of the file.
+    """
+
+    def __init__(self, path: str, name: str, entry: dict[str, Any], start: int) -> None:
+        dtype, shape, (first, last) = _DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        size = math.prod(shape) * (dtype.itemsize if dtype is not None else 0)
+        if dtype is None or len(shape) != 2 or last - first != size or start + last > os.path.getsize(path):
+            raise ValueError(
+                f"{name} in {path} is {entry}; expected a matrix of {'/'.join(_DTYPES)} that lies inside the file: "
+                "the file is damaged or no export of a model"
+            )
+        self.path = path
+        aligned = (start + first) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        self._shift = start + first - aligned
+        self._row_bytes = shape[1] * dtype.itemsize
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), self._shift + size, access=mmap.ACCESS_READ, offset=aligned)
+        if hasattr(self._map, "madvise"):
+            # Rows are far apart: reading on after one would fetch pages that nobody asked for.
+            self._map.madvise(mmap.MADV_RANDOM)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the bytes are read-only, and nothing writes them
+            flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=self._shift)
+        self.tensor = flat.view(shape)
+
+    def announce(self, rows: Tensor) -> None:
+        """Tell the kernel that ``rows`` [n] int64 will be read, so that it fetches their pages at the same time."""
+        if not hasattr(self._map, "madvise") or not rows.numel():
+            return
+        page = mmap.PAGESIZE
+        starts = rows * self._row_bytes + self._shift
+        first, last = starts // page, (starts + self._row_bytes - 1) // page
+        pages = (first.unsqueeze(1) + torch.arange((self._row_bytes - 1) // page + 2)).minimum(last.unsqueeze(1))
+        wanted = pages.unique()
+        if wanted.numel() > len(self._map) // page // 2:
+            self._map.madvise(mmap.MADV_WILLNEED)
+            return
+        for number in wanted.tolist():
+            self._map.madvise(mmap.MADV_WILLNEED, number * page, page)
 
 
 class UMv2Table(nn.Module):
@@ -35,31 +100,155 @@ class UMv2Table(nn.Module):
         self.rows = rows
         self.place = place
         self.chunk_rows = min(config.memory_table_chunk_rows or rows, rows)
-        self.widths = {"values": config.memory_value_dim, "pre_values": config.memory_pre_value_dim}
-        if place == "device":
-            for kind, width in self.widths.items():
-                if width:
-                    chunks = [nn.Parameter(torch.empty(*shape)) for shape in self.chunk_shapes(kind)]
-                    setattr(self, kind, nn.ParameterList(chunks))
+        widths = {"values": config.memory_value_dim, "pre_values": config.memory_pre_value_dim}
+        self.widths = {kind: width for kind, width in widths.items() if width}
+        self.dtype = torch.get_default_dtype()  # that of the model, in which picked rows are given
+        self._mapped: dict[str, list[MappedTensor]] = {}
+        self._announcements_left, self._faults = _ANNOUNCED, 0
+        for kind in self.widths:
+            shapes = self.chunk_shapes(kind) if place == "device" else []
+            chunks = [nn.Parameter(torch.empty(*shape)) for shape in shapes]
+            setattr(self, kind, nn.ParameterList(chunks) if place == "device" else chunks)
 
     def chunk_shapes(self, kind: str) -> list[tuple[int, int]]:
         """Rows and columns of each chunk of ``kind``."""
         starts = range(0, self.rows, self.chunk_rows)
         return [(min(self.chunk_rows, self.rows - start), self.widths[kind]) for start in starts]
 
-    def announce(self, rows: Tensor) -> None:
-        """``rows`` will be picked soon."""
+    def attach(self, kind: str, chunks: list[MappedTensor]) -> None:
+        """Take the chunks of ``kind`` from mapped files: as they are ("mmap"), or read into memory ("cpu")."""
+        if self.place == "mmap":
+            self._mapped[kind] = chunks
+            setattr(self, kind, [chunk.tensor for chunk in chunks])
+            return
+        pin = torch.cuda.is_available()
+        copies = [torch.empty(chunk.tensor.shape, dtype=self.dtype, pin_memory=pin) for chunk in chunks]
+        for copy, chunk in zip(copies, chunks):
+            copy.copy_(chunk.tensor)
+        setattr(self, kind, copies)
 
-    def pick(self, kind: str, rows: Tensor) -> Tensor:
-        """``rows`` [n] of the table, [n, Dv or Dp], on the device of ``rows``."""
+    def files(self) -> set[str]:
+        """The files that rows are read from."""
+        return {chunk.path for chunks in self._mapped.values() for chunk in chunks}
+
+    def announce(self, rows: Tensor) -> Tensor:
+        """``rows`` (any shape) will be picked soon; gives them on the device of the table, for ``pick``."""
+        if self.place == "device":
+            return rows.to(self.values[0].device)
+        rows = rows.cpu()
+        if self.place == "mmap":
+            self._fetch(rows.flatten())
+        return rows
+
+    def _fetch(self, rows: Tensor) -> None:
+        """Have the kernel fetch rows while the FFN computes, if reading had to wait for a disk not long ago."""
+        faults = _page_faults()
+        if faults > self._faults:
+            self._announcements_left = _ANNOUNCED
+        self._faults = faults
+        if self._announcements_left:
+            self._announcements_left -= 1
+            for chunks in self._mapped.values():
+                for index, own, _ in self._by_chunk(rows) if len(chunks) > 1 else [(0, rows, None)]:
+                    chunks[index].announce(own)
+
+    def pick(self, kind: str, rows: Tensor, device: torch.device) -> Tensor:
+        """``rows`` [n], as ``announce`` gave them: [n, Dv or Dp] on ``device``, in the dtype of the model."""
         chunks = getattr(self, kind)
+        if not len(chunks):
+            raise ValueError(
+                f"memory_tables is {self.place!r}, but this model was not made by from_pretrained, which attaches the "
+                "tables of the files; use it, or memory_tables='device'"
+            )
         if len(chunks) == 1:
-            return functional.embedding(rows, chunks[0])
-        picked = chunks[0].new_empty(rows.shape[0], self.widths[kind])
+            picked = functional.embedding(rows, chunks[0])
+        else:
+            picked = chunks[0].new_empty(rows.shape[0], self.widths[kind])
+            for index, own, place in self._by_chunk(rows):
+                picked = picked.index_copy(0, place, functional.embedding(own, chunks[index]))
+        if self.place == "device":
+            return picked.to(device)
+        if device.type == "cuda":
+            picked = picked.pin_memory()
+        return picked.to(device=device, dtype=self.dtype, non_blocking=True)
+
+    def _by_chunk(self, rows: Tensor) -> Iterable[tuple[int, Tensor, Tensor]]:
+        """For each chunk that is asked for: its index, the rows in it, and their places in ``rows`` [n]."""
         chunk_of = rows.div(self.chunk_rows, rounding_mode="floor")
-        for index, chunk in enumerate(chunks):
+        for index in range(-(-self.rows // self.chunk_rows)):
             (place,) = (chunk_of == index).nonzero(as_tuple=True)
             if place.numel():
-                own = functional.embedding(rows[place] - index * self.chunk_rows, chunk)
-                picked = picked.index_copy(0, place, own)
-        return picked
+                yield index, rows[place] - index * self.chunk_rows, place
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2Table:
+        # Tables off the device stay where they are; picked rows follow the model's dtype.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+
+def _page_faults() -> int:
+    """Page faults of this process that waited for a disk."""
+    try:
+        import resource
+    except ImportError:  # not on this system: never announce but at the start
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def attach_tables(tables: dict[str, UMv2Table], files: dict[str, str]) -> None:
+    """Give ``tables`` (by the name of the module inside UMv2Model) their chunks.
+
+    Args:
+        files: path of the safetensors file that holds each tensor, by the tensor's name.
+
+    Raises ``ValueError`` naming the tensor that is missing or has another shape.
+    """
+    headers = {path: _read_header(path) for path in set(files.values())}
+    for name, table in tables.items():
+        for kind in table.widths:
+            chunks = []
+            for index, shape in enumerate(table.chunk_shapes(kind)):
+                tensor = f"{name}.{kind}.{index}"
+                found = f"model.{tensor}" if f"model.{tensor}" in files else tensor
+                header, start = headers[files[found]] if found in files else ({}, 0)
+                if found not in header:
+                    raise ValueError(
+                        f"{tensor} is in none of the model's safetensors files; the export is not complete"
+                    )
+                chunks.append(MappedTensor(files[found], found, header[found], start))
+                if chunks[-1].tensor.shape != shape:
+                    raise ValueError(f"{found} is {list(chunks[-1].tensor.shape)}; config.json asks for {list(shape)}")
+            table.attach(kind, chunks)
+
+
+def _read_header(path: str) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the bytes before its first tensor."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_LARGEST_HEADER, os.path.getsize(path) - 8):
+            raise ValueError(f"{path} starts with a length of {length} bytes; expected a safetensors file")
+        try:
+            return json.loads(file.read(length)), 8 + length
+        except ValueError as error:
+            raise ValueError(f"{path} has no readable header; expected a safetensors file ({error})") from error
+
+
+def tensor_files(find: Callable[[str], str | None]) -> dict[str, str]:
+    """Path of the safetensors file of each tensor of a model. ``find`` gives the path of a file of the model by its
+    name, or None.
+
+    Raises ``ValueError`` where there is no such file.
+    """
+    whole = find("model.safetensors")  # before the index, as transformers has it
+    if whole is not None:
+        return {name: whole for name in _read_header(whole)[0] if name != "__metadata__"}
+    index = find("model.safetensors.index.json")
+    if index is None:
+        raise ValueError("memory_tables other than 'device' read model.safetensors, which is missing")
+    with open(index, encoding="utf-8") as file:
+        names: dict[str, str] = json.load(file)["weight_map"]
+    paths = {name: find(name) for name in sorted(set(names.values()))}
+    missing = [name for name, path in paths.items() if path is None]
+    if missing:
+        raise ValueError(f"{missing[0]}, which {index} names, is missing; the export is not complete")
+    return {tensor: str(paths[name]) for tensor, name in names.items()}

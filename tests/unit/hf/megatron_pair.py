@@ -87,7 +87,7 @@ def hf_state(megatron: torch.nn.Module, config: UMv2Config) -> dict[str, torch.T
     """The weights of ``megatron`` under the names of the Hugging Face model."""
     source = dict(megatron.state_dict())
     state: dict[str, torch.Tensor] = {}
-    groups, size = config.num_key_value_heads, config.head_dim
+    groups, size = config.num_key_value_heads or 1, config.head_dim
     per_group = config.num_attention_heads // groups
     for name, tensor in source.items():
         if tensor is None or name.endswith("_extra_state"):
