@@ -25,14 +25,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
-import platform
-import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -46,6 +43,16 @@ from umv2_megatron.parallel import cpu_platform  # noqa: E402
 
 cpu_platform.install()
 
+from benchmarks.measure import (  # noqa: E402
+    add_options,
+    describe_machine,
+    machine_line,
+    prepare,
+    put_between_marks,
+    take_turns,
+    timed,
+    write_json,
+)
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.ops import BACKENDS, get_backend, reference  # noqa: E402
 
@@ -177,7 +184,7 @@ def contenders(case: Case) -> list[Contender]:
     return [Contender(name, lookup, case, shared) for name, lookup in found]
 
 
-def run_case(case: Case, rounds: int, machine: dict[str, Any]) -> dict[str, Any]:
+def run_case(case: Case, rounds: int, machine: dict[str, Any], clock: str = "wall") -> dict[str, Any]:
     """Compare, then time forward and forward + backward of all contenders in turns."""
     generator = torch.Generator().manual_seed(1)
     picks = [torch.randint(0, case.rows, (case.tokens, case.topk), generator=generator).to(case.device)
@@ -190,7 +197,7 @@ def run_case(case: Case, rounds: int, machine: dict[str, Any]) -> dict[str, Any]
         times: dict[str, list[float]] = {racer.name: [] for racer in racers}
         for number, rows in enumerate(picks):
             for racer in racers:
-                elapsed = timed(racer.step if backward else racer.forward, rows, case.device)
+                elapsed = timed(partial(racer.step if backward else racer.forward, rows), clock, case.device)
                 racer.clear()
                 if number:  # the first round warms up
                     times[racer.name].append(elapsed)
@@ -206,18 +213,6 @@ def run_case(case: Case, rounds: int, machine: dict[str, Any]) -> dict[str, Any]
 def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
     """Relative to the largest element of each tensor."""
     return max(float((each - wanted).abs().max() / wanted.abs().max()) for each, wanted in zip(found, expected))
-
-
-def timed(work: Callable[[Tensor], Any], argument: Tensor, device: str) -> float:
-    """Seconds of ``work(argument)``."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    wait()
-    start = time.perf_counter()
-    kept = work(argument)
-    wait()
-    elapsed = time.perf_counter() - start
-    del kept
-    return elapsed
 
 
 def summary(seconds: list[float], baseline: list[float], bound: float, error: float) -> dict[str, float]:
@@ -237,7 +232,7 @@ def summary(seconds: list[float], baseline: list[float], bound: float, error: fl
 
 def peer_layers(tokens: int, topk: int, width: int, keys: int) -> Iterator[tuple[str, Callable, dict]]:
     """Packages that are installed: name, what makes their layer, and the fields of our layer of the same sizes."""
-    makers = {
+    makers: dict[str, tuple[str, Callable, dict]] = {
         "PEER-pytorch": ("PEER_pytorch", lambda module: module.PEER(
             width, heads=1, num_experts=keys * keys, num_experts_per_head=topk),
             {"pre_value_dim": width, "num_cores": 1, "tucker_rank": 1, "pre_value_activation": "gelu"}),
@@ -268,13 +263,14 @@ def run_peers(options: argparse.Namespace) -> list[dict[str, Any]]:
         for table in ours.table.tables():
             table.main_grad = torch.empty_like(table).fill_(0.0)  # type: ignore[attr-defined]
         x = torch.randn(1, options.tokens, width)
-        times: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for number in range(options.rounds + 1):
-            for who, layer, argument in (("ours", ours, x[0]), ("theirs", theirs, x)):
-                elapsed = timed(lambda value, layer=layer: _step(layer, value), argument, "cpu")
+        layers = {"ours": (ours, x[0]), "theirs": (theirs, x)}
+
+        def clear(layers: dict = layers) -> None:
+            for layer, _ in layers.values():
                 layer.zero_grad(set_to_none=True)
-                if number:
-                    times[who].append(elapsed)
+
+        turns = {who: lambda number, pair=pair: _step(*pair) for who, pair in layers.items()}
+        times = take_turns(turns, options.rounds, options.clock, clear)
         ratios = [theirs / ours for theirs, ours in zip(times["theirs"], times["ours"])]
         results.append({"package": name, "ratio": statistics.median(ratios)}
                        | {f"{who}_ms": statistics.median(each) * 1e3 for who, each in times.items()})  # fmt: skip
@@ -284,32 +280,6 @@ def run_peers(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _step(layer: torch.nn.Module, x: Tensor) -> None:
     out = layer(x.requires_grad_())
     (out[0] if isinstance(out, tuple) else out).square().sum().backward()
-
-
-# -- the machine ----------------------------------------------------------------------------------------------------
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    """Name, threads, copy bandwidth (bytes read plus written per second) and float32 GEMM rate, best of several."""
-    source = torch.randn(64 << 20, device=device)
-    target = torch.empty_like(source)
-    copies = [timed(target.copy_, source, device) for _ in range(8)]
-    left = torch.randn(2048, 2048, device=device)
-    products = [timed(left.matmul, left, device) for _ in range(5)]
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "copy_bytes_per_s": 2 * source.numel() * 4 / min(copies[1:]),
-        "gemm_flops_per_s": 2 * 2048**3 / min(products[1:]),
-    }
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.*)", information.read_text()) if information.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
 
 
 # -- output ---------------------------------------------------------------------------------------------------------
@@ -334,12 +304,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def markdown(machine: dict[str, Any], results: list[dict[str, Any]], peers: list[dict[str, Any]]) -> str:
+def markdown(
+    machine: dict[str, Any], results: list[dict[str, Any]], peers: list[dict[str, Any]], clock: str = "wall"
+) -> str:
     """Everything as tables for a document."""
-    lines = [
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; copies "
-        f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 GEMM {machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s."
-    ]
+    lines = [machine_line(machine, clock)]
     for result in results:
         kind = "values and pre-values" if result["pre_values"] else "values only"
         first, both = result["passes"].values()
@@ -360,16 +329,6 @@ def markdown(machine: dict[str, Any], results: list[dict[str, Any]], peers: list
     return "\n".join(lines)
 
 
-def put_between_marks(text: str, path: Path) -> None:
-    """Replace what stands between the two marks of this program in ``path``. Raises ``ValueError`` without them."""
-    begin, end = ("<!-- benchmarks/lookup.py: " + word + " -->" for word in ("begin", "end"))
-    old = path.read_text(encoding="utf-8")
-    if old.count(begin) != 1 or old.count(end) != 1:
-        raise ValueError(f"--docs is {path}; expected a file with the lines {begin} and {end}, once each")
-    head, rest = old.split(begin)
-    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
 def main(argv: list[str]) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -378,22 +337,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dim", type=int, default=192, help="columns of both tables")
     parser.add_argument("--rows", type=int, default=260_000, help="rows of both tables")
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), action="append", help="default: both")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="write everything there, too")
-    parser.add_argument("--docs", type=Path, help="put the tables between the marks of this Markdown file")
+    add_options(parser, rounds=11)
     options = parser.parse_args(argv)
-    if min(options.tokens, options.topk, options.dim, options.rows, options.cores, options.rounds) < 1:
-        parser.error("sizes and rounds must be at least 1")
+    if options.quick:
+        options.tokens, options.topk, options.dim, options.rows, options.rounds = 6, 3, 8, 50, 2
+    if min(options.tokens, options.topk, options.dim, options.rows, options.cores) < 1:
+        parser.error("sizes must be at least 1")
     if options.dim % options.cores:
         parser.error(f"--dim is {options.dim}; expected a multiple of --cores ({options.cores})")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, and there is no CUDA device; use --device cpu")
-    machine = describe_machine(options.device)
+    prepare(parser, options, "lookup.py")
+    machine = describe_machine(options.device, options.quick)
     print(
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}: copies "
-        f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, GEMM {machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s\n"
+        f"{machine_line(machine, options.clock)}\n"
         f"T {options.tokens}, K {options.topk}, {options.dim} columns, {options.rows} rows, C {options.cores}, "
         f"{options.rounds} rounds"
     )
@@ -402,17 +361,16 @@ def main(argv: list[str]) -> int:
         for dtype in options.dtype or ("float32", "bfloat16"):
             case = Case(options.tokens, options.topk, options.dim, options.rows, options.cores, pre_values,
                         getattr(torch, dtype), options.device)  # fmt: skip
-            results.append(run_case(case, options.rounds, machine))
+            results.append(run_case(case, options.rounds, machine, options.clock))
             print(table(results[-1]), flush=True)
     peers = run_peers(options) if options.device == "cpu" else []
     for peer in peers:
         print(f"\nwhole layer, forward + backward, float32: {peer['package']} {peer['theirs_ms']:.0f} ms, ours "
               f"{peer['ours_ms']:.0f} ms, {peer['ratio']:.1f}x")  # fmt: skip
     if options.docs:
-        put_between_marks(markdown(machine, results, peers), options.docs)
+        put_between_marks(markdown(machine, results, peers, options.clock), options.docs, "lookup.py")
     if options.json:
-        document = {"machine": machine, "options": {k: str(v) for k, v in vars(options).items()}, "cases": results}
-        options.json.write_text(json.dumps({**document, "peers": peers}, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, "lookup.py", options, machine, {"cases": results, "peers": peers})
     return 0
 
 

@@ -23,7 +23,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     machine = {"device": "test", "threads": 1, "torch": "", "copy_bytes_per_s": 1e9, "gemm_flops_per_s": 1e9}
-    monkeypatch.setattr(module, "describe_machine", lambda device: machine)
+    monkeypatch.setattr(module, "describe_machine", lambda device, quick: machine)
     monkeypatch.setattr(module, "run_peers", lambda options: [])
     return module
 
