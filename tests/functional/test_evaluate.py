@@ -22,15 +22,23 @@ def run_evaluate_instead() -> None:
     """On a forked rank: its program becomes tools/evaluate.py."""
     import pretrain_umv2
 
-    pretrain_umv2.main = tool().main
+    pretrain_umv2.main = tool("evaluate").main
 
 
-def tool():
-    """tools/evaluate.py as a module."""
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "tools" / "evaluate.py")
+def run_convert_instead() -> None:
+    """On a forked rank: its program becomes tools/convert_checkpoint.py."""
+    import pretrain_umv2
+
+    convert = tool("convert_checkpoint")
+    pretrain_umv2.main = lambda argv: convert.main(convert.parser().parse_args(argv)) or 0
+
+
+def tool(name: str):
+    """tools/<name>.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -68,15 +76,26 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=LAYOUTS)
-def test_numbers_do_not_depend_on_the_layout(ranks, layout, checkpoint, alone, tmp_path):
-    report = evaluated(ranks, checkpoint, tmp_path, **layout)
+def compare(report: dict, alone: dict, tolerance: float) -> None:
+    """Every number of every record."""
     assert len(report["tasks"]) == len(alone["tasks"]) == 3
     for ours, theirs in zip(report["texts"] + report["tasks"], alone["texts"] + alone["tasks"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            same = pytest.approx(theirs[name], rel=1e-5, abs=1e-7) if isinstance(value, float) else theirs[name]
+            same = pytest.approx(theirs[name], rel=tolerance, abs=1e-7) if isinstance(value, float) else theirs[name]
             assert value == same, name
+
+
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_numbers_do_not_depend_on_the_layout(ranks, layout, checkpoint, alone, tmp_path):
+    compare(evaluated(ranks, checkpoint, tmp_path, **layout), alone, 1e-5)
+
+
+def test_an_export_gives_the_numbers_of_its_checkpoint(checkpoint, alone, tmp_path):
+    export = tmp_path / "export"
+    train(1, ["to-hf", "--load", str(checkpoint), "--save", str(export)], tmp_path / "convert", run_convert_instead)
+    hugging = {"load": None, "hf_model": export, "trust_remote_code": True}
+    compare(evaluated(1, checkpoint, tmp_path, **hugging), alone, 1e-4)
 
 
 def test_what_one_rank_reports(alone, checkpoint):

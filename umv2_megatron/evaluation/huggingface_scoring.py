@@ -39,7 +39,7 @@ class HuggingFaceScoringModel:
         for rows in tokens.split(self._micro_batch_size):
             rows = rows.to(device)
             logits = self._model(input_ids=rows[:, :-1], use_cache=False).logits
-            parts.append(scores_of_logits(logits, rows[:, 1:], self.tokenizer.vocab_size))
+            parts.append(scores_of_logits(logits, rows[:, 1:], self.tokenizer.num_tokens))
         likelihood, best = (torch.cat(part).cpu() for part in zip(*parts))
         return TokenScores(likelihood, best)
 
@@ -79,9 +79,9 @@ def load_hugging_face(
     if torch.cuda.is_available():
         model = model.cuda()
     rows = model.get_output_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:
+    if tokenizer.num_tokens > rows:
         raise ValueError(
-            f"--hf-model is {directory!r}; its model has {rows} tokens, fewer than the {tokenizer.vocab_size} of the "
+            f"--hf-model is {directory!r}; its model has {rows} tokens, fewer than the {tokenizer.num_tokens} of the "
             "tokenizer; give the tokenizer that it was trained with by --tokenizer-type and --tokenizer-model"
         )
     return HuggingFaceScoringModel(model, tokenizer, micro_batch_size)

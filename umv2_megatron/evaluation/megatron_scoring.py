@@ -61,7 +61,7 @@ class MegatronScoringModel:
         schedule = get_forward_backward_func()
         with evaluation_mode(self._chunks):
             reports: list[TokenScores] = schedule(
-                forward_step_func=functools.partial(_forward_step, self.tokenizer.vocab_size),
+                forward_step_func=functools.partial(_forward_step, self.tokenizer.num_tokens),
                 data_iterator=_micro_batches(tokens, size),
                 model=self._chunks,
                 num_microbatches=count,

@@ -4,8 +4,8 @@ One forward pass over a whole row gives both for every position, because decoder
 generated token by token: an answer is the greedy continuation of its prompt exactly when each of its tokens is the
 likeliest after the true ones before it.
 
-Likelihoods are over the tokenizer's ids. Rows that pad the output matrix are left out, as they are from an export, so a
-loss differs from training's by what the model gives to ids that never occur: nothing soon after the first steps.
+Likelihoods are over the tokenizer's own ids. Rows that pad the output matrix are left out, as they are from an export,
+so a loss is below training's by what the model still gives to ids that never occur: nothing soon after the first steps.
 """
 
 from __future__ import annotations
