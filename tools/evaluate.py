@@ -154,7 +154,7 @@ def _tasks(arguments: argparse.Namespace, model: ScoringModel, rows: int) -> lis
 
 
 def _fact_questions(arguments: argparse.Namespace, form: str) -> list[tuple[dict[str, Any], list[Example]]]:
-    facts = fact_recall.from_flags(arguments)
+    facts = fact_recall.FactSet(arguments.fact_seed, arguments.facts_per_frequency, arguments.max_fact_frequency)
     made = facts.questions(form, arguments.num_examples, arguments.seed)
     what = {"task": fact_recall.NAME, "form": form, "context_length": None, "difficulty": None}
     return [
@@ -216,7 +216,10 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--difficulty", default="1", metavar="N,N", help="what it counts depends on the task")
     group.add_argument("--num-examples", type=int, default=100, help="of each task and length (default: 100)")
     group.add_argument("--seed", type=int, default=1234, help="of the questions (default: 1234)")
-    fact_recall.add_flags(made)
+    group = made.add_argument_group("facts: the same as given to tools/make_tasks.py")
+    group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")
+    group.add_argument("--facts-per-frequency", type=int, default=64, metavar="N", help="(default: 64)")
+    group.add_argument("--max-fact-frequency", type=int, default=64, metavar="N", help="(default: 64)")
     group = made.add_argument_group("report")
     group.add_argument("--output", type=Path, metavar="FILE", help="JSON to write; plots get its name")
     group.add_argument("--label", help="name of the model in the plots (default: the directory's)")

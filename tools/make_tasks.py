@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from umv2_megatron.config.data_config import TOKENIZER_TYPES
-from umv2_megatron.evaluation.tasks import fact_recall, mixture
+from umv2_megatron.evaluation.tasks import mixture
+from umv2_megatron.evaluation.tasks.fact_recall import FactSet
 from umv2_megatron.training.tokenizers import build_tokenizer
 from umv2_megatron.training.tool_entry import run_tool
 
@@ -43,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
         mixture.integers("--lengths", arguments.lengths),
         tokenizer,
         arguments.queries,
-        fact_recall.from_flags(arguments),
+        FactSet(arguments.fact_seed, arguments.facts_per_frequency, arguments.max_fact_frequency),
     )
     if not documents:
         raise ValueError("--documents is 0; expected 1 or more, or fact-recall among --task")
@@ -74,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
     group = made.add_argument_group("tokenizer that --lengths counts in")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="ByteLevelTokenizer")
     group.add_argument("--tokenizer-model", metavar="FILE")
-    fact_recall.add_flags(made)
+    group = made.add_argument_group("facts: the same as given to tools/evaluate.py")
+    group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")
+    group.add_argument("--facts-per-frequency", type=int, default=64, metavar="N", help="(default: 64)")
+    group.add_argument("--max-fact-frequency", type=int, default=64, metavar="N", help="(default: 64)")
     return made
 
 

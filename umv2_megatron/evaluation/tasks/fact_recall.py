@@ -15,7 +15,6 @@ fact twice as often.
 
 from __future__ import annotations
 
-import argparse
 import random
 from dataclasses import dataclass
 
@@ -122,19 +121,6 @@ class FactSet:
             query = Query(prompt, _end(fact.value), wrong, VALUES)
             made.append(offer(rng, prompt, query, {"times_seen": fact.times}))
         return made
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which facts there are; the same for training documents and for questions."""
-    group = parser.add_argument_group("facts: as given to tools/make_tasks.py and tools/evaluate.py alike")
-    group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")
-    group.add_argument("--facts-per-frequency", type=int, default=64, metavar="N", help="(default: 64)")
-    group.add_argument("--max-fact-frequency", type=int, default=64, metavar="N", help="(default: 64)")
-
-
-def from_flags(arguments: argparse.Namespace) -> FactSet:
-    """The facts that the flags of ``add_flags`` name."""
-    return FactSet(arguments.fact_seed, arguments.facts_per_frequency, arguments.max_fact_frequency)
 
 
 def _stem(sentence: str, fact: Fact) -> str:
