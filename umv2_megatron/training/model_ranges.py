@@ -2,7 +2,7 @@
 
 The backward of a call begins when autograd comes to the node that made its output, and ends when the gradients of all
 its inputs are there; gradients of weights are computed in between. To see the end, the hooks pass the inputs through an
-identity whose backward reports. A call without differentiable inputs (the embedding) ends where the next range begins.
+identity whose backward reports. Where that cannot be (embedding, norms, loss), it ends where the next range begins.
 Under activation recompute the second forward of a part is listed apart, as "recompute".
 """
 
@@ -33,7 +33,9 @@ class WatchedModel:
             for name, module in _parts(unwrap(chunk)):
                 if module not in seen:  # tables that layers share, for one
                     seen.add(module)
-                    self._watch(name, module)
+                    # A norm uses its input several times, the residual once more: an identity in between would add up
+                    # their gradients in another order, and a profiled run would not be the same run.
+                    self._watch(name, module, inputs=name != "norms")
             model = unwrap(chunk)
             if getattr(model, "post_process", False):
                 # mcore's cross entropy works in the logits' memory, which an identity before it would forbid; the
@@ -55,14 +57,14 @@ class WatchedModel:
             undo()
         self._undo.clear()
 
-    def _watch(self, name: str, module: nn.Module) -> None:
-        """Time the forward and the backward of every call of ``module``."""
+    def _watch(self, name: str, module: nn.Module, inputs: bool) -> None:
+        """Time the forward and the backward of every call of ``module``; ``inputs`` as in ``_timed``."""
         calls: list[tuple[OpenRange, _Backward]] = []
 
         def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             backward = _Backward(self._ranges, name)
             calls.append((self._ranges.open(name, _section()), backward))
-            return backward.pass_through(args, kwargs)
+            return backward.pass_through(args, kwargs) if inputs else (args, kwargs)
 
         def after(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             opened, backward = calls.pop()
@@ -180,7 +182,8 @@ class _Report(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, arrived: Callable[[], None]) -> Tensor:
         ctx.arrived = arrived
-        return x.view_as(x)
+        # not a view for autograd: what an exchange has under way is still written to
+        return x.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
