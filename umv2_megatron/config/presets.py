@@ -5,6 +5,7 @@ Flags override it. Each preset says where its sizes come from:
 
 - *published*: arXiv 2508.18756, table 10 and text. What the paper leaves out (the FFN size of all but the 227M model,
   the number of heads of the ablation models) is chosen so that the counts come out.
+- *released script*: the authors' run scripts, where they say more than the paper.
 - *our choice*: the paper names the model but prints no sizes, or we need one for tests and demonstrations. Sizes follow
   the rules the paper found: memory about 17% of a block's FLOPs, Dp:Dv = 1:3, one head, a memory layer in every block.
   The paper's Dk = H/2 goes past 17% once N nears H, so Dk is what 17% leaves. For sharding, Dp, Dv and N*N are
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.variants import OLMOE_LOSSES, variant_defaults
 
 PAPER = "arXiv 2508.18756, table 10"
 OUR_CHOICE = "our choice"
@@ -58,9 +60,16 @@ class Preset:
         """All fields in one dictionary by flag name; memory fields carry the prefix ``memory_``."""
         return {**self.model, **{f"memory_{name}": value for name, value in self.memory.items()}}
 
+    @property
+    def variant(self) -> str:
+        """What ``--ffn-variant`` is with this preset."""
+        return self.model.get("ffn_variant", "umv2")
+
     def memory_config(self) -> MemoryConfig:
-        """The memory fields as a ``MemoryConfig``; what a preset leaves out keeps its default."""
-        return MemoryConfig(**self.memory)
+        """The memory fields as a ``MemoryConfig``; what a preset leaves out is its variant's default."""
+        made = variant_defaults(self.variant, self.model, self.flags()) if self.variant != "umv2" else {}
+        switches = {name.removeprefix("memory_"): value for name, value in made.items() if name.startswith("memory_")}
+        return MemoryConfig(**{**switches, **self.memory})
 
 
 def _model(
@@ -118,6 +127,108 @@ def _memory(num_keys: int, key_dim: int, topk: int, pre_value_dim: int, value_di
         "sharing": "none",
     }
 
+
+def _bytes_3m(ffn_variant: str, ffn_hidden_size: int | None, **others: Any) -> dict[str, Any]:
+    """Model fields of a byte-level model of 3M activated parameters; ``others`` are experts' fields."""
+    model = _model(8, 160, 4, ffn_hidden_size or 440, seq_length=256, vocab_size=257)
+    return {**model, "ffn_variant": ffn_variant, **others}
+
+
+def _paper_227m(ffn_variant: str, ffn_hidden_size: int, **others: Any) -> dict[str, Any]:
+    """Model fields of the paper's 227M/1.2B comparison."""
+    return {**_model(20, 768, 12, ffn_hidden_size), "ffn_variant": ffn_variant, **others}
+
+
+def _sizes(num_keys: int, key_dim: int, topk: int, value_dim: int, pre_value_dim: int | None = None) -> dict[str, Any]:
+    """Memory fields of a baseline; its switches are the variant's."""
+    sizes = {"num_keys": num_keys, "key_dim": key_dim, "topk": topk, "value_dim": value_dim}
+    return sizes if pre_value_dim is None else {**sizes, "pre_value_dim": pre_value_dim}
+
+
+_EQUAL_3M = "as umv2-3m in activated FLOPs per token{} (tools/match.py); bytes"
+_BASELINES = (
+    Preset(
+        "umv2-3m",
+        "3M activated and 12.6M total parameters for bytes (vocabulary of 257); the *-3m presets cost as much",
+        OUR_CHOICE,
+        _bytes_3m("umv2", 432),
+        _memory(num_keys=112, key_dim=40, topk=16, pre_value_dim=24, value_dim=72),
+        ExpectedCounts(3.03e6, 12.59e6, "tools/match.py"),
+    ),
+    Preset(
+        "ultramem-3m",
+        _EQUAL_3M.format(" and total parameters"),
+        OUR_CHOICE,
+        _bytes_3m("ultramem", 440),
+        _sizes(num_keys=224, key_dim=40, topk=32, value_dim=96),
+        ExpectedCounts(3.03e6, 12.59e6, "tools/match.py"),
+    ),
+    Preset(
+        "memory-plus-3m",
+        _EQUAL_3M.format(" and total parameters"),
+        OUR_CHOICE,
+        _bytes_3m("memory-plus", 464),
+        _sizes(num_keys=173, key_dim=80, topk=32, value_dim=160),
+        ExpectedCounts(3.03e6, 12.59e6, "tools/match.py"),
+    ),
+    Preset(
+        "pkm-3m",
+        _EQUAL_3M.format(" and total parameters"),
+        OUR_CHOICE,
+        _bytes_3m("pkm", 472),
+        _sizes(num_keys=174, key_dim=80, topk=32, value_dim=160),
+        ExpectedCounts(3.03e6, 12.59e6, "tools/match.py"),
+    ),
+    Preset(
+        "peer-3m",
+        _EQUAL_3M.format(" and total parameters"),
+        OUR_CHOICE,
+        _bytes_3m("peer", 360),
+        _sizes(num_keys=123, key_dim=80, topk=8, value_dim=160, pre_value_dim=160),
+        ExpectedCounts(3.03e6, 12.59e6, "tools/match.py"),
+    ),
+    Preset(
+        "moe-3m",
+        _EQUAL_3M.format(" and total parameters"),
+        OUR_CHOICE,
+        _bytes_3m("moe", None, num_moe_experts=45, moe_router_topk=8, moe_ffn_hidden_size=68, **OLMOE_LOSSES),
+        {},
+        ExpectedCounts(3.03e6, 12.59e6, "tools/match.py"),
+    ),
+    Preset(
+        "dense-3m",
+        _EQUAL_3M.format(""),
+        OUR_CHOICE,
+        _bytes_3m("dense", 560),
+        {},
+        ExpectedCounts(3.03e6, None, "tools/match.py"),
+    ),
+    Preset(
+        "ultramem-227m-1.2b",
+        "UltraMem-227M/1.2B: published N, Dk, K, Dv; FFN of the released script",
+        PAPER,
+        _paper_227m("ultramem", 2752),
+        _sizes(num_keys=808, key_dim=192, topk=80, value_dim=384),
+        ExpectedCounts(225e6, 1.18e9, PAPER),
+    ),
+    Preset(
+        "memory-plus-227m-1.2b",
+        "Memory+-227M/1.2B: published N (569 per layer, 1138 for the four that share), Dk, K; Dv 768 as in the "
+        "released script, because the printed 384 gives half the printed total; FFN fitted to the printed counts",
+        f"{PAPER}; Dv and FFN fitted to its counts",
+        _paper_227m("memory-plus", 2720),
+        _sizes(num_keys=569, key_dim=384, topk=80, value_dim=768),
+        ExpectedCounts(228e6, 1.19e9, PAPER),
+    ),
+    Preset(
+        "olmoe-227m-1.2b",
+        "OLMoE-227M/1.2B: 64 experts, 8 active; their width fitted to the published counts",
+        f"{PAPER}; width of the experts fitted",
+        _paper_227m("moe", 3072, num_moe_experts=64, moe_router_topk=8, moe_ffn_hidden_size=384, **OLMOE_LOSSES),
+        {},
+        ExpectedCounts(227e6, 1.18e9, PAPER),
+    ),
+)
 
 _ALL = (
     Preset(
@@ -193,7 +304,7 @@ _ALL = (
     ),
 )
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*_ALL, *_BASELINES)}
 
 
 def find_preset(name: str) -> Preset:

@@ -28,7 +28,8 @@ from umv2_megatron.config.memory_config import MemoryConfig, parse_layer_freq
 MEMORY_VARIANTS = ("umv2", "ultramem", "memory-plus", "pkm", "peer")
 FFN_VARIANTS = (*MEMORY_VARIANTS, "moe", "dense")
 
-OLMOE = {"num_moe_experts": 64, "moe_router_topk": 8, "moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
+OLMOE_LOSSES = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
+OLMOE = {"num_moe_experts": 64, "moe_router_topk": 8, **OLMOE_LOSSES}
 """Experts as in OLMoE (arXiv 2409.02060): load-balance loss and router z-loss included."""
 
 _SWITCHES = (

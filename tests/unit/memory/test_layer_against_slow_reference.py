@@ -20,7 +20,18 @@ HIDDEN = 12
 TOKENS = 3
 BASE = {"num_keys": 6, "key_dim": 5, "value_dim": 12, "pre_value_dim": 7, "topk": 4}
 
+ADDITIVE = {"scoring": "additive", "query_mode": "per_head", "tucker_rank": 1, "num_cores": 1, "num_heads": 2}
+SOFTMAX = {**ADDITIVE, "score_normalization": "softmax"}
+
 CASES = {
+    "memory_plus": {**SOFTMAX, "gate": "silu", "pre_value_dim": 0, "sharing": "block", "sharing_size": 3},
+    "pkm_raw_queries": {**SOFTMAX, "pre_value_dim": 0, "qk_norm": "none", "balance_loss_coeff": 0.3},
+    "peer": {**SOFTMAX, "num_heads": 3, "pre_value_dim": HIDDEN, "pre_projection": "none", "value_dim": HIDDEN,
+             "value_expansion": "none", "pre_value_activation": "gelu"},
+    "plain_sums_one_query_capped": {**ADDITIVE, "query_mode": "shared", "qk_norm": "query", "num_keys": 9, "topk": 8,
+                                    "key_topk_cap": 3},
+    "softmax_expanded_gate": {**SOFTMAX, "key_expansion": 2, "value_expansion": "per-block", "gate": "silu"},
+    "tucker_gate_without_projection": {"gate": "silu", "value_expansion": "none"},
     "two_heads_rank3_cores4": {"num_heads": 2, "tucker_rank": 3, "num_cores": 4},
     "rank1_core1": {"tucker_rank": 1, "num_cores": 1},
     "v1_gelu_without_pre_values": {"query_mode": "shared", "key_expansion": 2, "value_expansion": "per-block",
@@ -87,7 +98,7 @@ def test_layer_equals_loops(case: str, backend: str) -> None:
     total.backward()
     for x, slow_x in zip(fast_inputs, slow_inputs):
         assert_close(x.grad, slow_x.grad, "gradient of x")
-    assert len(parameters) == len(fast_grads) > 6
+    assert len(parameters) == len(fast_grads) >= (4 if layers[0].config.scoring == "additive" else 7)
     for name, parameter in parameters.items():
         if fast_grads[name] is None:
             assert parameter.grad is None or not parameter.grad.any(), name
@@ -105,9 +116,11 @@ def slow_layer(layer: MemoryLayer, x: Tensor, window: TableWindow) -> tuple[Tens
     """Output [T, H] and the sum of the auxiliary losses, with their coefficients."""
     c, r = layer.config, layer.retrieval
     n, rank = r.num_keys, c.tucker_rank
-    per_rank = c.query_mode == "per_rank"
+    additive, normalises = c.scoring == "additive", (c.qk_norm != "none", c.qk_norm == "both")
+    query_gain, key_gain = r.query_norm, r.key_norm
     values, pre_values, perm = layer.table.values, layer.table.pre_values, layer.perm.tolist()
-    keys = [[[[slow_norm(r.keys[h, side, i, :, k], r.key_norm, c.norm_epsilon) for k in range(rank)] for i in range(n)]
+    keys = [[[[slow_norm(r.keys[h, side, i, :, k], key_gain, c.norm_epsilon) if normalises[1] else
+               r.keys[h, side, i, :, k] for k in range(rank)] for i in range(n)]
              for side in range(2)] for h in range(c.num_heads)]
     first_stage: list[list[Tensor]] = [[], []]
     kept_keys: list[list[int]] = [[], []]
@@ -122,13 +135,15 @@ def slow_layer(layer: MemoryLayer, x: Tensor, window: TableWindow) -> tuple[Tens
                 for i in range(n):
                     parts = []
                     for k in range(rank):
-                        start = (side * rank + k if per_rank else side) * c.key_dim
-                        q = slow_norm(projected_query[start : start + c.key_dim], r.query_norm, c.norm_epsilon)
+                        place = {"per_rank": side * rank + k, "shared": side, "per_head": 2 * h + side}[c.query_mode]
+                        q = projected_query[place * c.key_dim : (place + 1) * c.key_dim]
+                        q = slow_norm(q, query_gain, c.norm_epsilon) if normalises[0] else q
                         parts.append((q * keys[h][side][i][k]).sum())
                     scores.append(torch.stack(parts))
                 sides.append(scores)
             kept = []
-            for side, vector in enumerate((r.u[h], r.t[h])):
+            one = torch.ones(1, dtype=torch.float64)
+            for side, vector in enumerate((one, one) if additive else (r.u[h], r.t[h])):
                 plain = torch.stack([(vector * s).sum() for s in sides[side]])
                 first_stage[side].append(plain)
                 order = sorted(range(n), key=lambda i: -plain[i].item())
@@ -137,22 +152,31 @@ def slow_layer(layer: MemoryLayer, x: Tensor, window: TableWindow) -> tuple[Tens
             cells = []
             for i in kept[0]:
                 for j in kept[1]:
-                    by_core = [sides[0][i] @ r.cores[core, h] @ sides[1][j] for core in range(c.num_cores)]
+                    if additive:
+                        by_core = [sides[0][i][0] + sides[1][j][0]]
+                    else:
+                        by_core = [sides[0][i] @ r.cores[core, h] @ sides[1][j] for core in range(c.num_cores)]
                     cells.append((sum(s.item() for s in by_core), i, j, by_core))
             cells.sort(key=lambda cell: -cell[0])
+            total = sum(torch.exp(by_core[0]) for _, _, _, by_core in cells[: c.topk])
             for _, i, j, by_core in cells[: c.topk]:
+                if c.score_normalization == "softmax":
+                    by_core = [torch.exp(by_core[0]) / total]
                 virtual = perm[i * n + j]
                 block = virtual // window.window if c.num_blocks > 1 else 0
                 row = (virtual % window.window + window.offset) % window.rows
                 rho = torch.ones((), dtype=torch.float64)
-                if pre_values is not None and layer.pre_proj is not None:
-                    rho = pre_values[row] @ (layer.pre_proj.weight @ x[token])
+                if pre_values is not None:
+                    rho = pre_values[row] @ (x[token] if layer.pre_proj is None else layer.pre_proj.weight @ x[token])
                     if c.pre_value_activation == "gelu":
                         rho = rho * 0.5 * (1 + torch.erf(rho / math.sqrt(2)))
                 width = c.value_dim // c.num_cores
                 scale = torch.stack([by_core[d // width] for d in range(c.value_dim)])
                 sums[block] = sums[block] + scale * rho * values[row]
         summed = torch.cat(sums)
+        if layer.gate_proj is not None:
+            opening = layer.gate_proj.weight @ x[token]
+            summed = summed * opening / (1 + torch.exp(-opening))
         outputs.append(layer.value_proj.weight @ summed if layer.value_proj is not None else summed)
     return torch.stack(outputs), slow_losses(layer, first_stage, kept_keys)
 
