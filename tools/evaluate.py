@@ -147,6 +147,8 @@ def _tasks(arguments: argparse.Namespace, model: ScoringModel, rows: int) -> lis
                         count, seed = arguments.num_examples, arguments.seed
                         made = mixture.questions(name, form, count, seed, difficulty, model.tokenizer, length)
                         asked.append(({**what, "times_seen": None}, made))
+    if arguments.no_choices:
+        asked = [(what, [dataclasses.replace(example, choices=()) for example in made]) for what, made in asked]
     # only now: a context that is too short for a task ends the program before hours of scoring
     return [
         {**what, **dataclasses.asdict(summarize(examples, score(model, examples, rows)))} for what, examples in asked
@@ -215,6 +217,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--context-lengths", metavar="N,N", help="tokens of context (default: as trained)")
     group.add_argument("--difficulty", default="1", metavar="N,N", help="what it counts depends on the task")
     group.add_argument("--num-examples", type=int, default=100, help="of each task and length (default: 100)")
+    group.add_argument("--no-choices", action="store_true", help="score the right answers alone: a quarter of the work")
     group.add_argument("--seed", type=int, default=1234, help="of the questions (default: 1234)")
     group = made.add_argument_group("facts: the same as given to tools/make_tasks.py")
     group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -157,6 +158,10 @@ def test_standard_errors_and_ties():
             return found._replace(log_likelihood=found.log_likelihood + (tokens[:, 1:] == ord("a")))
 
     summary = summarize(examples, score(Prefers(BYTES), examples))
+    alone = [dataclasses.replace(example, choices=()) for example in examples]
+    without = summarize(alone, score(Prefers(BYTES), alone))
+    assert (without.choice_accuracy, without.choice_accuracy_se, without.choice_accuracy_chance) == (None, None, None)
+    assert without.answer_nats == summary.answer_nats
     assert (summary.choice_accuracy, summary.choice_accuracy_chance, summary.exact_match_chance) == (0.5, 0.5, 0.25)
     # sample standard deviation of 1 1 0 0 is sqrt(1/3), over the square root of four
     assert summary.choice_accuracy_se == pytest.approx(math.sqrt(1 / 3) / 2)
