@@ -111,7 +111,7 @@ class TrainingConfig:
     )
     max_skipped_iterations: int = option(10, "with --nan-policy skip: stop after this many skipped in a row")
 
-    profile: bool = option(False, "profile some iterations: mark them for nsys, or see --use-pytorch-profiler")
+    profile: bool = option(False, "print where the time of some iterations goes, and mark them for nsys")
     use_pytorch_profiler: bool = option(False, "with --profile: write a torch.profiler trace to <save>/profile")
     profile_step_start: int = option(10, "first profiled iteration")
     profile_step_end: int = option(12, "iteration before which profiling ends")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import field
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -45,6 +46,7 @@ class UMv2Config(PreTrainedConfig):
         rope_interleaved: rotate pairs of neighbours instead of halves.
         hidden_dropout: dropout of what attention and FFN add to the residual, and of the embeddings.
         ffn_variant: "umv2" or "dense" (no memory layers).
+        auto_map: where transformers finds the classes when it trusts the code beside an export.
         memory_table_chunk_rows: rows of one chunk of a value table; None keeps every table in one.
         memory_*: the fields of training's MemoryConfig.
 
@@ -82,6 +84,14 @@ class UMv2Config(PreTrainedConfig):
     mlp_bias: bool = False
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
+
+    auto_map: dict = field(
+        default_factory=lambda: {
+            "AutoConfig": "configuration_umv2.UMv2Config",
+            "AutoModel": "modeling_umv2.UMv2Model",
+            "AutoModelForCausalLM": "modeling_umv2.UMv2ForCausalLM",
+        }
+    )
 
     ffn_variant: str = "umv2"
     memory_table_chunk_rows: int | None = None

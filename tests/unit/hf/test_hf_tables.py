@@ -1,0 +1,154 @@
+"""Value tables in host memory or in the mapped files: the same bits as on the device; damage is refused by name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tiny_model import VARIANTS, tiny_config, tiny_model, tokens  # noqa: E402
+
+from umv2_megatron.hf import UMv2ForCausalLM, UMv2Model  # noqa: E402
+from umv2_megatron.hf.tables_umv2 import MappedTensor  # noqa: E402
+
+
+def saved(folder: Path, shard: str = "50GB", **changes: Any) -> Path:
+    model = tiny_model(**changes)
+    model(tokens(1, 1))
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [*((name, torch.float32) for name in VARIANTS if name != "dense"), ("chunks", torch.bfloat16)],
+)
+def test_places_give_the_same_bits(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "50GB" if dtype == torch.float32 else "40KB", **VARIANTS[variant])
+    models = {
+        place: UMv2ForCausalLM.from_pretrained(folder, memory_tables=place, dtype=dtype).eval()
+        for place in ("device", "cpu", "mmap")
+    }
+    held = {place: sum(p.numel() for p in model.parameters()) for place, model in models.items()}
+    rows = sum(chunk.numel() for name, chunk in models["device"].named_parameters() if ".table." in name)
+    assert rows > 0 and held["cpu"] == held["mmap"] == held["device"] - rows
+    with torch.inference_mode():
+        for batch in (tokens(1, 1), tokens(5, 1), tokens(2, 40)):
+            logits = {place: model(batch).logits for place, model in models.items()}
+            assert torch.equal(logits["cpu"], logits["device"]) and torch.equal(logits["mmap"], logits["device"])
+    if variant != "chunks":
+        return
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    for prompt in (tokens(1, 5), tokens(3, 5)):
+        decoded = {place: model.generate(prompt, **options) for place, model in models.items()}
+        for place in ("cpu", "mmap"):
+            assert torch.equal(torch.stack(decoded[place].logits), torch.stack(decoded["device"].logits))
+
+
+def test_large_batches_are_looked_up_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from umv2_megatron.hf import memory_umv2, retrieval_umv2
+
+    for variant in ("chunks", "v1"):
+        model, batch = tiny_model(**VARIANTS[variant]), tokens(2, 40)
+        expected = model(batch).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(memory_umv2, "_PICKED_NUMBERS", 3 * 4 * 24)
+            patch.setattr(retrieval_umv2, "_GRID_CELLS", 50)
+            torch.testing.assert_close(model(batch).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_model_with_mapped_tables_is_saved_elsewhere(tmp_path: Path) -> None:
+    folder, batch = saved(tmp_path / "first", "40KB", memory_table_chunk_rows=100), tokens(2, 9)
+    model = UMv2ForCausalLM.from_pretrained(folder, memory_tables="mmap").eval()
+    with pytest.raises(ValueError, match="expected another directory"):
+        model.save_pretrained(folder)
+    for place in ("mmap", "cpu"):
+        copy = UMv2ForCausalLM.from_pretrained(folder, memory_tables=place)
+        copy.save_pretrained(tmp_path / place)
+        loaded, report = UMv2ForCausalLM.from_pretrained(tmp_path / place, output_loading_info=True)
+        assert not any(report.values()), report
+        assert torch.equal(loaded.eval()(batch).logits, model(batch).logits)
+    bare = UMv2Model.from_pretrained(folder, memory_tables="mmap").eval()
+    assert torch.equal(bare(batch).last_hidden_state, model.model(batch).last_hidden_state)
+
+
+def test_other_parameters_learn_beside_mapped_tables(tmp_path: Path) -> None:
+    folder, batch = saved(tmp_path), tokens(2, 9)
+    grads = {}
+    for place in ("device", "mmap"):
+        model = UMv2ForCausalLM.from_pretrained(folder, memory_tables=place)
+        model(batch, labels=batch).loss.backward()
+        grads[place] = {name: p.grad for name, p in model.named_parameters() if ".table." not in name}
+    assert all(torch.equal(grads["mmap"][name], grad) for name, grad in grads["device"].items())
+
+
+def test_tables_do_not_move_with_the_model(tmp_path: Path) -> None:
+    model = UMv2ForCausalLM.from_pretrained(saved(tmp_path), memory_tables="mmap").eval()
+    chunk = model.value_tables()["layers.0.memory.table"].values[0]
+    model.to(torch.bfloat16)
+    again = model.value_tables()["layers.0.memory.table"].values[0]
+    assert again is chunk and chunk.dtype == torch.float32
+    reference = UMv2ForCausalLM.from_pretrained(tmp_path).to(torch.bfloat16).eval()
+    assert torch.equal(model(tokens(2, 9)).logits, reference(tokens(2, 9)).logits)
+    assert model.to("meta").value_tables()["layers.0.memory.table"].values[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("columns", [24, 3000])
+def test_announced_rows_stay_inside_the_file(columns: int, tmp_path: Path) -> None:
+    numbers = torch.randn(40, columns)
+    path = tmp_path / "t"
+    path.write_bytes(b"x" * 5000 + numbers.numpy().tobytes())
+    entry = {"dtype": "F32", "shape": [40, columns], "data_offsets": [1000, 1000 + numbers.numel() * 4]}
+    mapped = MappedTensor(str(path), "t", entry, 4000)
+    assert torch.equal(mapped.tensor, numbers)
+    for rows in ([0], [39], [0, 39, 39, 17], list(range(40)), []):
+        mapped.announce(torch.tensor(rows, dtype=torch.int64))
+
+
+def change_header(path: Path, change: Any) -> None:
+    """Write the file's header anew, changed, in the same number of bytes."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    path.write_bytes(content[:8] + text + content[8 + length :])
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    name = "model.layers.1.memory.table.pre_values.0"
+
+    def refused(folder: Path, *words: str, **options: Any) -> None:
+        with pytest.raises(ValueError) as caught:
+            UMv2ForCausalLM.from_pretrained(folder, memory_tables="mmap", **options)
+        assert all(word in str(caught.value) for word in words), caught.value
+
+    first = saved(tmp_path / "missing")
+    change_header(first / "model.safetensors", lambda header: header.pop(name))
+    refused(first, "layers.1.memory.table.pre_values.0", "in none of")
+
+    second = saved(tmp_path / "shape")
+    change_header(second / "model.safetensors", lambda header: header[name].update(shape=[512, 4]))
+    refused(second, name, "[512, 4]", "[256, 8]")
+
+    third = saved(tmp_path / "bytes")
+    change_header(third / "model.safetensors", lambda header: header[name].update(shape=[256, 7]))
+    refused(third, name, "damaged")
+
+    fourth = saved(tmp_path / "shard", "40KB")
+    index = json.loads((fourth / "model.safetensors.index.json").read_text())["weight_map"]
+    with pytest.raises((ValueError, OSError)):
+        (fourth / index[name]).unlink()
+        UMv2ForCausalLM.from_pretrained(fourth, memory_tables="mmap")
+
+    refused(saved(tmp_path / "whole"), "variant", variant="other")
+    with pytest.raises(ValueError, match="memory_tables is 'disk'"):
+        UMv2ForCausalLM.from_pretrained(tmp_path / "whole", memory_tables="disk")
+    with pytest.raises(ValueError, match="from_pretrained"):
+        UMv2ForCausalLM(tiny_config(), memory_tables="mmap")(tokens(1, 3))
