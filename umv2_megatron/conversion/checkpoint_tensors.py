@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from umv2_megatron.conversion.safetensors_files import ConversionError, TensorInfo, as_bytes, read_into
-from umv2_megatron.training.durable_files import fsync_path, write_synced
+from umv2_megatron.training.durable_files import CheckpointError, fsync_path, write_synced
 from umv2_megatron.training.torch_dist_io import METADATA_FILE, read_metadata_safely
 
 _STORAGES = {
@@ -245,6 +245,25 @@ def _place_of_data(file: BinaryIO, part: _Rectangle, dtype: torch.dtype, what: s
     read_into(file, memoryview(header), part.offset + entry.header_offset, what)
     names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     return part.offset + entry.header_offset + 30 + names + described.first * dtype.itemsize
+
+
+def damaged_tensors(directory: Path) -> list[str]:
+    """Keys of the tensors whose stored bytes do not have their archives' checksums; [] where that shows nothing."""
+    try:
+        metadata = read_metadata_safely(directory)
+    except CheckpointError:
+        return []
+    found = []
+    for index, place in metadata.storage_data.items():
+        try:
+            with open(directory / str(place.relative_path), "rb", buffering=0) as file:
+                window = io.BufferedReader(_Window(file, place.offset, place.length))
+                is_bad = zipfile.ZipFile(window).testzip() is not None
+        except (OSError, ValueError, zipfile.BadZipFile):
+            is_bad = True
+        if is_bad:
+            found.append(index.fqn)
+    return sorted(set(found))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

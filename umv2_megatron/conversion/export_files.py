@@ -6,6 +6,7 @@ purpose removes it; a reader without it can still find every fault of structure,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -48,13 +49,13 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_manifest(directory: Path, known: dict[str, str], details: dict[str, Any]) -> None:
-    """Write the manifest of all files of ``directory``; ``known`` are hashes that need not be computed again."""
-    files = {}
+def write_manifest(directory: Path, known: dict[str, dict[str, Any]], details: dict[str, Any]) -> None:
+    """Write the manifest of all files of ``directory``; ``known`` are the entries of those hashed already."""
+    files = dict(known)
     for path in sorted(directory.iterdir()):
         if path.name not in known:
             fsync_path(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": known.get(path.name) or sha256_of(path)}
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     write_json(directory / MANIFEST, {"format": 1, **details, "files": files})
 
 
@@ -84,8 +85,22 @@ def verify_manifest(directory: Path, say: Callable[[str], None]) -> None:
         for name, (size, expected) in files.items():
             found = sha256_of(directory / name)
             if found != expected:
-                raise ConversionError(f"{directory / name} has SHA-256 {found}, the manifest says {expected}; {advice}")
+                where = _damaged(directory / name, content["files"][name].get("crc32", {}))
+                raise ConversionError(
+                    f"{directory / name} has SHA-256 {found}, the manifest says {expected}{where}; {advice}"
+                )
             progress.add(size)
+
+
+def _damaged(path: Path, crc32: dict[str, int]) -> str:
+    """Which tensors of a damaged file are not what they were, as words of a sentence."""
+    names = []
+    with contextlib.suppress(ConversionError):
+        file = SafetensorsFile(path)
+        names = [name for name in file.tensors if name in crc32 and file.crc32(name) != crc32[name]]
+        file.close()
+    more = " ..." if len(names) > 4 else ""
+    return f" (damaged: {', '.join(names[:4])}{more})" if names else ""
 
 
 class ExportTensors:

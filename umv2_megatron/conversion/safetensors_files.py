@@ -1,9 +1,9 @@
 """safetensors files read and written by ranges of rows, so that a tensor of any size passes through a small buffer.
 
 A file is 8 bytes (length of the header, little-endian), a header in JSON (name -> dtype, shape, range of bytes), and
-the tensors' bytes, row-major, end to end. The safetensors package maps whole files into memory and writes whole tensors;
-here bytes are read with ``pread`` and written in order, and are hashed on the way. What a file claims is checked before
-a byte of a tensor is read: the ranges must cover the data exactly once and fit the shapes.
+the tensors' bytes, row-major, end to end. The safetensors package maps whole files into memory and writes whole
+tensors; here bytes are read with ``pread`` and written in order, and are hashed on the way. What a file claims is
+checked before a byte of a tensor is read: the ranges must cover the data exactly once and fit the shapes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CRC_BYTES = 16 << 20
 _LARGEST_HEADER = 100_000_000  # that of the safetensors package
 
 
@@ -128,6 +130,14 @@ class SafetensorsFile:
         read_into(self._file, as_bytes(result), self._start[name] + start * info.row_bytes, f"{self.path}: {name}")
         return result
 
+    def crc32(self, name: str) -> int:
+        """CRC-32 of a tensor's bytes."""
+        info, found = self.tensors[name], 0
+        step = max(1, _CRC_BYTES // max(1, info.row_bytes))
+        for start in range(0, info.rows, step):
+            found = zlib.crc32(as_bytes(self.rows(name, start, min(start + step, info.rows))), found)
+        return found
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -156,14 +166,15 @@ def _entry(entry: dict) -> tuple[TensorInfo, int, int]:
 class SafetensorsWriter:
     """Writes one file, whose tensors are known beforehand and whose bytes come in order; the file appears when closed.
 
-    Used as a context manager; ``sha256`` and ``size`` are set at a successful end. Until then the bytes are in a file
-    whose name ends in ``.incomplete``.
+    Used as a context manager; ``sha256``, ``size`` and ``crc32`` (of each tensor) are there at a successful end. Until
+    then the bytes are in a file whose name ends in ``.incomplete``.
     """
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, TensorInfo]]) -> None:
         self.path = path
         self.sha256 = ""
         self.size = 0
+        self.crc32 = {name: 0 for name, _ in tensors}
         self._unfinished = path.with_name(path.name + ".incomplete")
         self._left = [(name, info.num_bytes) for name, info in tensors]
         self._hash = hashlib.sha256()
@@ -185,6 +196,7 @@ class SafetensorsWriter:
         view = as_bytes(part)
         assert self._left and self._left[0][0] == name and len(view) <= self._left[0][1], (name, self._left[:1])
         self._left[0] = (name, self._left[0][1] - len(view))
+        self.crc32[name] = zlib.crc32(view, self.crc32[name])
         self._put(view)
 
     def _put(self, view: memoryview) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from umv2_megatron import __version__
-from umv2_megatron.conversion.checkpoint_tensors import CheckpointTensors
+from umv2_megatron.conversion.checkpoint_tensors import CheckpointTensors, damaged_tensors
 from umv2_megatron.conversion.export_files import INDEX, copy_model_code, shard_names, write_config, write_manifest
 from umv2_megatron.conversion.journal import Journal, digest_of, write_json
 from umv2_megatron.conversion.plan import Copy, assemble, check_source, copies_to_hf, group_by_size
@@ -26,7 +26,7 @@ from umv2_megatron.conversion.settings import chunk_rows_below, hf_config, refus
 from umv2_megatron.conversion.tokenizer_files import export_tokenizer
 from umv2_megatron.hf.name_table import Pairing, pairings
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.training.checkpoint_store import CheckpointError, CheckpointStore, Manifest
 from umv2_megatron.training.durable_files import fsync_path, remove_path
 from umv2_megatron.training.torch_dist_io import is_extra_state, is_optimizer_state
 
@@ -70,7 +70,7 @@ def export_checkpoint(
     """
     if target.exists():
         raise ConversionError(f"{target} exists already; give a directory that is not there yet")
-    manifest = store.verify(iteration)
+    manifest = verified(store, iteration)
     source = _open(store, iteration, options)
     try:
         groups = group_by_size(
@@ -92,9 +92,20 @@ def export_checkpoint(
     copy_model_code(work)
     remove_path(work / _JOURNAL)
     details = {"checkpoint": identity, "umv2_megatron": __version__}
-    write_manifest(work, {name: note["sha256"] for name, note in journal.files.items()}, details)
+    write_manifest(work, journal.files, details)
     os.rename(work, target)
     fsync_path(target.absolute().parent)
+
+
+def verified(store: CheckpointStore, iteration: int) -> Manifest:
+    """Compare every file of a checkpoint with its hash. Raises ``CheckpointError`` naming the file, and the tensors."""
+    try:
+        return store.verify(iteration)
+    except CheckpointError as error:
+        names = damaged_tensors(store.path(iteration))
+        if not names:
+            raise
+        raise CheckpointError(f"{error}; damaged: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}") from error
 
 
 def _open(store: CheckpointStore, iteration: int, options: ExportOptions) -> _Source:
@@ -139,7 +150,7 @@ def _write_tensors(
                     for part in _parts(source, copy):
                         writer.write(copy.name, part)
                         progress.add(part.nbytes)
-            journal.add(name, writer.size, writer.sha256)
+            journal.add(name, writer.size, writer.sha256, crc32=writer.crc32)
             say(f"{name}: {len(group)} tensors, {writer.size:,} bytes")
     if len(groups) > 1:
         weight_map = {copy.name: name for name, group in zip(names, groups) for copy in group}

@@ -27,7 +27,7 @@ PARAGRAPH = (
     "with a million of them reads as much from a table of ten million; so the table may grow, and what one step moves "
     "stays the same. In 2025 a baker in Łódź, who kept his recipes in a ledger of 1 200 pages, put it like this: “I "
     "never read the book – I read the page.” Whether he was right depends on the index: def find(page): return "
-    "ledger[page % 1200]  # and nothing else.\n\n\tThe rest follows: cost = rows × width, for example 32 × 192 = 6 144.\n"
+    "ledger[page % 1200]  # and nothing else.\n\n\tThe rest follows: cost = rows × width, as 32 × 192 = 6 144.\n"
 )
 """Plain English with a few other characters, code and white space; our own."""
 

@@ -2,7 +2,7 @@
 
 Every difference between the two sides is one of rows (the first axis): Q, K and V lie interleaved by group in one
 tensor there and are three tensors here; gate and up are one there; a value table is one there and numbered chunks here.
-So a row of the table says which rows of the Megatron tensor make up each Hugging Face tensor, and going back is the same
+So a row of the table says which rows of the Megatron tensor make up each Hugging Face tensor, and going back is that
 statement read backwards. Rows of a padded vocabulary belong to no Hugging Face tensor.
 
 This module imports nothing: ``Sizes`` is filled from a checkpoint's or an export's configuration by ``conversion/``.
