@@ -4,9 +4,10 @@
     python benchmarks/layer.py --preset umv2-8m --tokens 4096 --json layer.json
     python benchmarks/layer.py --docs docs/performance.md        puts the tables between that file's marks
 
-Compared are modules of one block, built as for training, float32, inside mcore's DDP, so that all gradients end in
-``main_grad`` (those of the value tables directly, all others by DDP's hooks). Buffers are cleared between the turns,
-unmeasured. "forward" runs without gradients; "forward + backward" computes the gradients of the input, too.
+Compared are modules of one block, built as for training, inside mcore's DDP, so that all gradients end in ``main_grad``
+(those of the value tables directly, all others by DDP's hooks). Buffers are cleared between the turns, unmeasured.
+"forward" runs without gradients; "forward + backward" computes the gradients of the input, too. Where there is a CUDA
+device, they run on it.
 
 - "memory layer": retrieval, lookup and value projection; "dense FFN": mcore's MLP of the same preset. The quotient
   (memory time / FFN time) / (memory operations / FFN operations) says how much slower an operation of the memory layer
@@ -84,11 +85,13 @@ class Bench:
     Each round has another input: a layer must not find the last round's rows in the cache.
     """
 
-    def __init__(self, preset: str, tokens: int, inputs: int) -> None:
+    def __init__(self, preset: str, tokens: int, inputs: int, dtype: torch.dtype = torch.float32) -> None:
         fields, memory = variants.preset_fields(preset, seq_length=tokens, max_position_embeddings=tokens)
         expert_fields = variants.expert_fields(fields, memory)
-        ours = variants.configured(fields, memory)
+        precision = {"bf16": dtype == torch.bfloat16}
+        ours = variants.configured(fields, memory, **precision)
         start_processes(ours)
+        self.device, self.dtype = cpu_platform.device(), dtype
         self.preset, self.tokens, self.memory, self.expert_fields = preset, tokens, memory, expert_fields
         self.sizes = {"memory": variants.Size.of(fields, memory), "experts": variants.Size.of(expert_fields, None)}
         layers = fields["num_layers"]
@@ -102,7 +105,7 @@ class Bench:
             BOTH: Contender(partial(first_output, block), block, pair, ffn_flops + memory_flops),
         }
         for kind, name in EXPERTS.items():
-            theirs = variants.configured(expert_fields, None, moe_token_dispatcher_type=kind)
+            theirs = variants.configured(expert_fields, None, moe_token_dispatcher_type=kind, **precision)
             experts = wrapped(theirs, slot(theirs))
             flops = self.sizes["experts"].flops.ffn / layers
             self.contenders[name] = Contender(partial(first_output, experts), experts, experts.module, flops)
@@ -110,8 +113,8 @@ class Bench:
         self.inputs = []
         for _ in range(inputs):
             x = torch.randn(tokens, 1, fields["hidden_size"], generator=generator)
-            self.inputs.append(x * x.square().mean(-1, keepdim=True).rsqrt())
-        self.upstream = torch.randn(tokens, 1, fields["hidden_size"], generator=generator)
+            self.inputs.append((x * x.square().mean(-1, keepdim=True).rsqrt()).to(self.device, dtype))
+        self.upstream = torch.randn(tokens, 1, fields["hidden_size"], generator=generator).to(self.device, dtype)
 
     def forward(self, name: str, number: int) -> Tensor:
         """One forward pass without gradients, on the input of round ``number``."""
@@ -148,19 +151,19 @@ def slot(run: RunConfig) -> nn.Module:
 
 def wrapped(run: RunConfig, module: nn.Module) -> DistributedDataParallel:
     """``module`` with gradient buffers, as in training."""
-    return DistributedDataParallel(run.transformer_config(), run.ddp_config(), module)
+    return DistributedDataParallel(run.transformer_config(), run.ddp_config(), module.to(cpu_platform.device()))
 
 
 def measure(bench: Bench, rounds: int, clock: str) -> dict[str, Any]:
     """Times of both passes and peaks; everything that the tables and the JSON show."""
     names = list(bench.contenders)
     times = {
-        kind: take_turns({name: partial(work, name) for name in names}, rounds, clock, bench.clear)
+        kind: take_turns({name: partial(work, name) for name in names}, rounds, clock, bench.clear, bench.device.type)
         for kind, work in zip(PASSES, (bench.forward, bench.step))
     }
     peaks = {}
     for name in names:
-        peaks[name] = peak_bytes(partial(bench.step, name, 0))
+        peaks[name] = peak_bytes(partial(bench.step, name, 0), bench.device.type)
         bench.clear()
     both = times[PASSES[1]]
     experts = min(EXPERTS.values(), key=lambda name: Spread.of(both[name]).median)
@@ -172,6 +175,7 @@ def measure(bench: Bench, rounds: int, clock: str) -> dict[str, Any]:
                 "ms": {kind: spread_ms(times[kind][name]) for kind in PASSES},
                 "peak_bytes": peaks[name],
                 "parameters": contender.parameters,
+                "state_bytes": contender.parameters * (bench.dtype.itemsize + 4),
                 "flops_per_token": contender.flops,
             }
             for name, contender in bench.contenders.items()
@@ -202,11 +206,12 @@ def describe(bench: Bench, result: dict[str, Any]) -> list[Table | str]:
         forward, both = (Spread(**row["ms"][kind]) for kind in PASSES)
         rows.append((
             name, forward.text(), both.text(), f"{row['flops_per_token'] / 1e6:.2f}", f"{row['parameters'] / 1e6:.1f}",
-            f"{row['peak_bytes'] / 2**20:.0f}", f"{row['parameters'] * 8 / 2**20:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}", f"{row['state_bytes'] / 2**20:.0f}",
         ))  # fmt: skip
     columns = ("", *(f"{kind}, ms" for kind in PASSES), "MFLOP/token", "M parameters", "peak, MiB", "state, MiB")
     title = (
-        f"One block of {bench.preset}, {bench.tokens} tokens, float32; medians (lowest-highest). The experts: 64 of "
+        f"One block of {bench.preset}, {bench.tokens:,} tokens, {str(bench.dtype).removeprefix('torch.')}; medians "
+        "(lowest-highest). The experts: 64 of "
         f"inner size {result['expert_sizes']['moe_ffn_hidden_size']}, 8 for a token"
     )
     shared = result["expert_sizes"]["moe_shared_expert_intermediate_size"]
@@ -230,6 +235,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="umv2-227m-1.2b")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and tokens")
     add_options(parser, rounds=15)
     options = parser.parse_args(argv)
     if options.quick:
@@ -237,8 +243,8 @@ def main(argv: list[str]) -> int:
     if options.tokens < 1:
         parser.error(f"--tokens is {options.tokens}; expected at least 1")
     prepare(parser, options, "layer.py")
-    machine = describe_machine(quick=options.quick)
-    bench = Bench(options.preset, options.tokens, options.rounds + 1)
+    machine = describe_machine(cpu_platform.device().type, options.quick)
+    bench = Bench(options.preset, options.tokens, options.rounds + 1, getattr(torch, options.dtype))
     result = measure(bench, options.rounds, options.clock)
     publish("layer.py", options, machine, describe(bench, result), result)
     torch.distributed.destroy_process_group()

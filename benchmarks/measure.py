@@ -85,6 +85,7 @@ def take_turns(
     rounds: int,
     clock: str = "wall",
     after: Callable[[], None] | None = None,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round, by name.
 
@@ -93,7 +94,7 @@ def take_turns(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, work in contenders.items():
-            elapsed = timed(partial(work, number), clock)
+            elapsed = timed(partial(work, number), clock, device)
             if after is not None:
                 after()
             if number:
@@ -125,9 +126,14 @@ def ratio(upper: Sequence[float], lower: Sequence[float], factor: float = 1.0) -
     return Spread.of([factor * above / below for above, below in zip(upper, lower)])
 
 
-def peak_bytes(work: Callable[[], Any]) -> int:
+def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
     """Most bytes that torch's allocator had handed out during ``work()``, beyond what it had before: exact, by its own
-    records. What is allocated past torch (by a BLAS, say) is not in it. CPU only."""
+    records. What is allocated past torch (by a BLAS, say) is not in it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
