@@ -10,8 +10,9 @@ place and all of this is nothing. "Main" is the stream that is current when ``fo
 **Forward.** The side stream reads x and parameters, which the main stream wrote before the fork; the main stream reads
 the output after the join. The caching allocator gives a freed block to the next tensor of the stream it was allocated
 on, so a tensor that crosses over is recorded on the other stream (``Tensor.record_stream``): x, whose last reference
-may be the one that the side stream's autograd nodes hold, and the output. (A norm that is recomputed by mcore fills new
-memory into x unknown to this; it is freed by the last node but one before ``fork``, with nothing in between to take it.)
+may be the one that the side stream's autograd nodes hold, and the output. (Where mcore recomputes the norm before the
+slot, x gets new memory that is not recorded. The node that frees it comes just before ``fork``, whose wait makes it
+safe to use again, and in between nothing is allocated on the main stream.)
 
 **Backward.** Autograd runs the backward of an operation on the stream of its forward. Where a gradient passes from a
 node to one on another stream, the engine makes the second wait for the first and records the tensor
