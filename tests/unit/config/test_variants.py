@@ -1,0 +1,121 @@
+"""--ffn-variant: the switches of each member of the family, who wins over whom, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from umv2_megatron.parallel import cpu_platform
+
+cpu_platform.install()
+
+from umv2_megatron.config.flags import UsageError  # noqa: E402
+from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
+from umv2_megatron.config.resolve import from_layers, resolve  # noqa: E402
+from umv2_megatron.config.run_config import RunConfig  # noqa: E402
+
+TINY = ["--model-preset", "umv2-tiny", "--train-iters", "10", "--mock-data", "--tokenizer-type", "NullTokenizer"]
+PUBLISHED = ["--model-preset", "umv2-227m-1.2b", "--train-iters", "10", "--mock-data"]
+
+
+def run(*argv: str, base: list[str] = TINY, world_size: int = 1) -> RunConfig:
+    return resolve([*base, *argv], world_size)
+
+
+def blocks(memory: MemoryConfig, num_layers: int) -> list[int]:
+    return [block for block, here in enumerate(memory.memory_layers(num_layers)) if here]
+
+
+def test_switches_of_the_variants():
+    v1 = run("--ffn-variant", "ultramem", base=PUBLISHED).memory
+    assert (v1.query_mode, v1.key_expansion, v1.num_blocks, v1.pre_value_dim, v1.num_heads) == ("shared", 2, 4, 0, 2)
+    assert blocks(v1, 20) == [2, 6, 10, 14] and v1.read_delay == 3 and v1.sharing == "none"
+    plus = run("--ffn-variant", "memory-plus", base=PUBLISHED).memory
+    assert (plus.scoring, plus.score_normalization, plus.query_mode, plus.gate) == (
+        "additive", "softmax", "per_head", "silu",
+    )  # fmt: skip
+    assert blocks(plus, 20) == [4, 8, 12, 16] and (plus.sharing, plus.sharing_size) == ("block", 4)
+    assert plus.value_lr == 1e-3 and plus.num_heads == 2 and not plus.has_pre_values
+    pkm = run("--ffn-variant", "pkm", base=PUBLISHED).memory
+    assert pkm == dataclasses.replace(plus, gate="none")
+    peer = run("--ffn-variant", "peer", base=PUBLISHED).memory
+    assert peer.pre_value_dim == peer.value_dim == 768 and peer.pre_value_activation == "gelu" and peer.num_heads == 8
+    assert not peer.has_pre_projection and peer.value_expansion == "none" and peer.gate == "none"
+    assert peer.sharing == "none" and peer.value_lr is None
+
+
+def test_sizes_stay_those_of_the_preset():
+    memory = run("--ffn-variant", "memory-plus", base=PUBLISHED).memory
+    assert (memory.num_keys, memory.key_dim, memory.topk, memory.value_dim) == (360, 192, 32, 192)
+
+
+def test_flags_and_files_win_over_the_variant_and_it_over_another_variants_preset(tmp_path):
+    assert run("--ffn-variant", "memory-plus", "--memory-num-heads", "3").memory.num_heads == 3
+    file = tmp_path / "run.yaml"
+    file.write_text("memory-num-heads: 5\n")
+    found = run("--ffn-variant", "memory-plus", "--config", str(file))
+    assert found.memory.num_heads == 5 and found.sources["memory_gate"] == "variant memory-plus"
+    back = run("--ffn-variant", "umv2", base=["--model-preset", "memory-plus-3m", *TINY[2:]])
+    assert back.memory.scoring == "tucker" and back.memory.gate == "none" and back.memory.has_pre_values
+    assert back.memory.layer_freq == "1" and back.memory.value_lr is None and back.memory.num_keys == 173
+    named = run("--ffn-variant", "memory-plus", base=["--model-preset", "memory-plus-3m", *TINY[2:]])
+    assert named.memory == run(base=["--model-preset", "memory-plus-3m", *TINY[2:]]).memory
+
+
+def test_what_follows_from_what_the_user_gave():
+    few = run("--ffn-variant", "memory-plus", "--memory-layer-freq", "[0,1,1,1]").memory
+    assert few.sharing_size == 3
+    late = run("--ffn-variant", "ultramem", "--memory-layer-freq", "[0,0,1,0]").memory
+    assert late.read_delay == 1
+    assert run("--ffn-variant", "ultramem", "--memory-read-delay", "0").memory.read_delay == 0
+    assert run("--ffn-variant", "pkm", "--memory-value-lr-mult", "2").memory.value_lr is None
+    moe = run("--ffn-variant", "moe")
+    assert (moe.num_moe_experts, moe.moe_router_topk, moe.moe_ffn_hidden_size) == (64, 8, 16)
+    assert moe.moe_aux_loss_coeff == 0.01
+    own = run("--ffn-variant", "moe", "--num-experts", "4")
+    assert (own.moe_router_topk, own.moe_ffn_hidden_size, own.moe_aux_loss_coeff) == (2, None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "told"),
+    [
+        (["--ffn-variant", "pkm", "--memory-tucker-rank", "2"], 1, ["--memory-tucker-rank is 2", "additive"]),
+        (["--memory-scoring", "additive"], 1, ["--memory-tucker-rank is 2", "additive"]),
+        (["--memory-score-normalization", "softmax"], 1, ["--memory-score-normalization is softmax", "tucker"]),
+        (["--memory-qk-norm", "none"], 1, ["--memory-qk-norm is none", "tucker"]),
+        (["--memory-query-mode", "per_head"], 1, ["--memory-query-mode is per_head", "tucker"]),
+        (["--ffn-variant", "pkm", "--memory-query-mode", "per_rank"], 1, ["--memory-query-mode is per_rank"]),
+        (["--ffn-variant", "pkm", "--memory-tucker-penalty-coeff", "1"], 1, ["--memory-tucker-penalty-coeff is 1.0"]),
+        (["--ffn-variant", "peer", "--memory-pre-value-dim", "8"], 1, ["--memory-pre-value-dim is 8", "64"]),
+        (["--memory-value-lr", "0"], 1, ["--memory-value-lr is 0"]),
+        (["--memory-value-lr", "1e-3", "--memory-value-lr-mult", "2"], 1, ["--memory-value-lr-mult is 2"]),
+        (["--memory-read-delay", "1"], 1, ["--memory-read-delay is 1", "at most 0"]),
+        (["--memory-read-delay", "-1"], 1, ["--memory-read-delay is -1"]),
+        (["--ffn-variant", "ultramem", "--pipeline-model-parallel-size", "2"], 2,
+         ["--memory-read-delay is 3", "block 0", "--pipeline-model-parallel-size"]),
+        (["--ffn-variant", "ultramem", "--recompute-granularity", "full", "--recompute-method", "uniform",
+          "--recompute-num-layers", "2"], 1, ["--memory-read-delay is 3", "--recompute-num-layers"]),
+        (["--ffn-variant", "ultramem", "--recompute-granularity", "full", "--recompute-method", "block",
+          "--recompute-num-layers", "1"], 1, ["--memory-read-delay is 3", "--recompute-num-layers"]),
+        (["--ffn-variant", "ultramem", "--recompute-granularity", "selective", "--recompute-modules", "mlp"], 1,
+         ["--memory-read-delay is 3", "mlp"]),
+    ],
+)  # fmt: skip
+def test_refused_in_one_line(argv, world_size, told):
+    with pytest.raises(UsageError) as caught:
+        run(*argv, world_size=world_size)
+    text = str(caught.value)
+    assert "\n" not in text and all(part in text for part in told), text
+
+
+def test_recomputed_together_is_allowed():
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "4"]
+    assert run("--ffn-variant", "ultramem", *full).memory.read_delay == 3
+
+
+def test_settings_of_an_older_checkpoint_describe_the_same_model():
+    values = dict(run().values)
+    new = ("scoring", "score_normalization", "qk_norm", "gate", "pre_projection", "read_delay", "value_lr")
+    older = {key: value for key, value in values.items() if key.removeprefix("memory_") not in new}
+    assert from_layers([("checkpoint", older)], 1).memory == run().memory

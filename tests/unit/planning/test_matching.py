@@ -1,0 +1,109 @@
+"""tools/match.py: equal activated FLOPs and total parameters, the published baselines, and flags that can be pasted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umv2_megatron.parallel import cpu_platform
+
+cpu_platform.install()
+
+from umv2_megatron.config.resolve import resolve  # noqa: E402
+from umv2_megatron.config.variants import FFN_VARIANTS  # noqa: E402
+from umv2_megatron.planning.matching import Model, match  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def load_tool() -> Any:
+    """The module tools/match.py."""
+    spec = importlib.util.spec_from_file_location("match_tool", ROOT / "tools" / "match.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOOL = load_tool()
+
+
+def model(*argv: str) -> Model:
+    return Model.of(resolve([*argv, "--transformer-impl", "local"], 1, for_training=False))
+
+
+@pytest.mark.parametrize("variant", FFN_VARIANTS)
+@pytest.mark.parametrize("preset", ["umv2-8m", "umv2-227m-1.2b", "moe-3m", "peer-3m"])
+def test_within_one_percent(preset, variant):
+    source = model("--model-preset", preset)
+    found = match(source, variant).found
+    assert found.variant == variant
+    assert found.flops.forward == pytest.approx(source.flops.forward, rel=0.01)
+    if variant != "dense":
+        assert found.parameters.total == pytest.approx(source.parameters.total, rel=0.01)
+
+
+def test_published_baselines_come_out():
+    """Table 10 of arXiv 2508.18756, from its UltraMemV2 models: N and K of UltraMem and Memory+, OLMoE's experts."""
+    source = model("--model-preset", "umv2-227m-1.2b")
+    v1, plus = (match(source, variant).found.memory for variant in ("ultramem", "memory-plus"))
+    assert v1.num_keys == pytest.approx(808, rel=0.005) and plus.scored_keys == pytest.approx(1138, rel=0.005)
+    assert (v1.num_heads, v1.topk, v1.key_dim, v1.value_dim) == (2, 80, 192, 384)
+    assert (plus.num_heads, plus.topk, plus.key_dim, plus.value_dim) == (2, 80, 384, 768)
+    experts = match(model("--model-preset", "umv2-1b-7b"), "moe").found.values
+    assert (experts["num_moe_experts"], experts["moe_router_topk"], experts["moe_ffn_hidden_size"]) == (64, 8, 1024)
+
+
+def test_a_model_matches_itself():
+    source = model("--model-preset", "umv2-8m")
+    assert match(source, "umv2").found.memory == source.memory
+    assert match(source, "umv2").flops_deviation == match(source, "umv2").total_deviation == 0
+
+
+@pytest.mark.parametrize("variant", ["memory-plus", "peer", "moe"])
+def test_printed_flags_make_the_model(variant, capsys):
+    argv = ["--model-preset", "umv2-3m", "--memory-topk", "24"]
+    keep = [] if variant == "moe" else ["--keep", "--memory-num-heads 3"]
+    assert TOOL.main([*argv, "--to", variant, "--json", *keep]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    pasted = model(*argv, *shlex.split(shown["flags"]))
+    assert pasted.flops.forward == shown["found"]["flops_per_token"]
+    assert pasted.parameters.total == shown["found"]["total"]
+    assert abs(shown["flops_deviation"]) <= 0.01 and abs(shown["total_deviation"]) <= 0.01
+    if pasted.memory is not None:
+        assert pasted.memory.num_heads == 3
+
+
+def test_table(capsys):
+    assert TOOL.main(["--model-preset", "umv2-227m-1.2b", "--to", "ultramem"]) == 0
+    out = capsys.readouterr().out
+    assert "574,671,104" in out and "--ffn-variant ultramem --ffn-hidden-size 2624 --memory-num-keys 806" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--model-preset", "umv2-8m"], "--to"),
+        (["--model-preset", "umv2-8m", "--to", "rnn"], "--to is 'rnn'"),
+        (["--model-preset", "dense-3m", "--to", "umv2"], "--total"),
+        (["--model-preset", "umv2-8m", "--to", "pkm", "--tolerance", "x"], "--tolerance is 'x'"),
+        (["--model-preset", "umv2-8m", "--to", "pkm", "--keep", "--ffn-variant pkm"], "--keep"),
+        (["--model-preset", "umv2-8m", "--to", "pkm", "--keep", "--memory-tucker-rank 2"], "--memory-tucker-rank is 2"),
+        (["--model-preset", "umv2-8m", "--to", "moe", "--tolerance", "1e-6"], "no sizes are within"),
+    ],
+)
+def test_mistakes_take_one_line(argv, told, capsys):
+    assert TOOL.main(argv) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
+
+
+def test_a_dense_source_can_be_given_a_total():
+    source = model("--model-preset", "dense-3m")
+    found = match(source, "umv2", total=12_586_976)
+    assert found.found.parameters.total == pytest.approx(12_586_976, rel=0.01)
