@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from program_runs import ROOT, command_line, tiny_run, train
 
+from umv2_megatron.config.flags import UsageError
+
 TEXTS = ["def one(value):\n    return value + 1\n", "a second document, a little longer than the first", "é and ü"]
 # Two blocks, an untrained model but for one step: every layout loads the same weights.
 MODEL = {"tokenizer_type": "ByteLevelTokenizer", "train_iters": 1, "make_vocab_size_divisible_by": 512,
@@ -76,6 +78,9 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+SLOW = ("data",)
+
+
 def compare(report: dict, alone: dict, tolerance: float) -> None:
     """Every number of every record."""
     assert len(report["tasks"]) == len(alone["tasks"]) == 3
@@ -86,7 +91,11 @@ def compare(report: dict, alone: dict, tolerance: float) -> None:
             assert value == same, name
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [pytest.param(*case, marks=pytest.mark.slow if name in SLOW else ()) for name, case in LAYOUTS.items()],
+    ids=LAYOUTS,
+)
 def test_numbers_do_not_depend_on_the_layout(ranks, layout, checkpoint, alone, tmp_path):
     compare(evaluated(ranks, checkpoint, tmp_path, **layout), alone, 1e-5)
 
@@ -108,11 +117,22 @@ def test_what_one_rank_reports(alone, checkpoint):
     assert (checkpoint.parent / "alone" / "report_facts.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_mistakes_are_refused_before_anything_starts(checkpoint, tmp_path):
+    main = tool("evaluate").main
+    for settings, words in (
+        ({"load": checkpoint, "hf_model": tmp_path, "tasks": "all"}, "--hf-model"),
+        ({"load": checkpoint, "tasks": "sums"}, "'sums'"),
+        ({"load": checkpoint, "tasks": "all", "num_examples": 0}, "--num-examples"),
+        ({"load": checkpoint, "data": tmp_path / "none"}, "none"),
+        ({"load": checkpoint, "tasks": "all", "output": tmp_path / "none" / "x.json"}, "--output"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            main(command_line(settings))
+
+
 def test_mistakes_are_one_line(checkpoint, tmp_path):
     cases = [
         ({"load": checkpoint}, "nothing to evaluate"),
-        ({"load": checkpoint, "hf_model": tmp_path, "tasks": "all"}, "--hf-model"),
-        ({"load": checkpoint, "tasks": "sums"}, "'sums'"),
         ({"load": checkpoint, "tasks": "icl", "context_lengths": "20"}, "--context-lengths"),
         ({"load": tmp_path, "tasks": "icl"}, str(tmp_path)),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from umv2_megatron.evaluation.scoring_model import TokenScores, scores_of_logits
+from umv2_megatron.evaluation.scoring_model import TokenScores, rows_at_once, scores_of_logits
 from umv2_megatron.training.tokenizers import Tokenizer, build_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,13 +30,14 @@ class HuggingFaceScoringModel:
         self.longest_context: int | None = None
         self._model = model.eval()
         self._micro_batch_size = micro_batch_size
+        self._columns: int = config.vocab_size
 
     @torch.no_grad()
     def logprobs(self, tokens: torch.Tensor) -> TokenScores:
         """See ``ScoringModel``."""
         device = next(self._model.parameters()).device
         parts = []
-        for rows in tokens.split(self._micro_batch_size):
+        for rows in tokens.split(rows_at_once(self._micro_batch_size, tokens.shape[1], self._columns)):
             rows = rows.to(device)
             logits = self._model(input_ids=rows[:, :-1], use_cache=False).logits
             parts.append(scores_of_logits(logits, rows[:, 1:], self.tokenizer.num_tokens))

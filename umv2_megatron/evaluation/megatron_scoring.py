@@ -17,7 +17,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from umv2_megatron.evaluation.scoring_model import TokenScores, parts_of_logits, scores_of_logits
+from umv2_megatron.evaluation.scoring_model import TokenScores, parts_of_logits, rows_at_once, scores_of_logits
 from umv2_megatron.model.builder import evaluation_mode
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training.batches import next_batch
@@ -36,6 +36,7 @@ class MegatronScoringModel:
         self.longest_context: int | None = run.max_position_embeddings if learned else None
         self._chunks = restored.chunks
         self._micro_batch_size = micro_batch_size
+        self._columns = run.padded_vocab_size(self.tokenizer.vocab_size) // run.tensor_model_parallel_size
         tensor, context = run.tensor_model_parallel_size, run.context_parallel_size
         # tokens are split over tensor-parallel ranks, and over two parts of each context-parallel rank
         self._multiple = tensor * (2 * context if context > 1 else 1)
@@ -44,7 +45,7 @@ class MegatronScoringModel:
         """See ``ScoringModel``; collective over all ranks."""
         rows, length = len(tokens), tokens.shape[1] - 1
         ranks = parallel_state.get_data_parallel_world_size()
-        size = min(self._micro_batch_size, math.ceil(rows / ranks))
+        size = min(rows_at_once(self._micro_batch_size, length, self._columns), math.ceil(rows / ranks))
         count = math.ceil(rows / (ranks * size))
         padded = torch.nn.functional.pad(
             tokens, (0, -length % self._multiple, 0, count * size * ranks - rows), value=self.tokenizer.eod

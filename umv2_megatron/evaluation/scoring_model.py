@@ -18,6 +18,8 @@ from umv2_megatron.training.tokenizers import Tokenizer
 
 # Logits that are turned into fp32 at once; bounds the extra memory whatever the vocabulary.
 _ENTRIES_AT_ONCE = 1 << 24
+# Logits of one forward pass on one rank, 4 GiB of them in fp32.
+LOGITS_AT_ONCE = 1 << 30
 
 
 class TokenScores(NamedTuple):
@@ -45,6 +47,11 @@ class ScoringModel(Protocol):
         Rows of different lengths are padded at the end with any id; what is scored there means nothing.
         """
         ...
+
+
+def rows_at_once(micro_batch_size: int, length: int, vocabulary: int) -> int:
+    """Rows of ``length`` tokens that pass a model at once: fewer than asked for where logits would fill memory."""
+    return max(1, min(micro_batch_size, LOGITS_AT_ONCE // (length * vocabulary)))
 
 
 class LogitParts(NamedTuple):

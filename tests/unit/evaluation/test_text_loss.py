@@ -160,7 +160,7 @@ def llama():
     return LlamaForCausalLM(config)
 
 
-def test_a_hugging_face_model_scores_as_transformers_says(llama):
+def test_a_hugging_face_model_scores_as_transformers_says(llama, monkeypatch):
     model = HuggingFaceScoringModel(llama, BYTES, micro_batch_size=2)
     documents = ids_of(["a text of some length", "another one", "third"])
     tokens = torch.from_numpy(np.concatenate([[256], documents[0]]))[None]
@@ -171,6 +171,8 @@ def test_a_hugging_face_model_scores_as_transformers_says(llama):
     scores = model.logprobs(tokens.expand(3, -1))
     assert scores.argmax[2].tolist() == out.logits[0, :-1].argmax(-1).tolist()
     # batches and padding change nothing
+    monkeypatch.setattr(scoring_model, "LOGITS_AT_ONCE", 257 * 30)
+    torch.testing.assert_close(model.logprobs(tokens.expand(3, -1)), scores)
     alone = sum(text_loss(model, [ids]).loss * len(ids) for ids in documents)
     together = text_loss(model, documents, form="documents", batch=2)
     assert together.loss * together.tokens == pytest.approx(alone, rel=1e-5)
