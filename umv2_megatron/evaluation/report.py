@@ -31,9 +31,9 @@ def text_table(results: Sequence[dict[str, Any]]) -> str:
             str(result["context"]),
             str(result["tokens"]),
             f"{result['loss']:.4f}",
-            f"{result['loss_se']:.4f}",
+            _number(result["loss_se"], 4),
             f"{result['perplexity']:.3f}",
-            "-" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f}",
+            _number(result["bits_per_byte"], 4),
         )
         for result in results
     ]
@@ -47,7 +47,7 @@ def task_table(results: Sequence[dict[str, Any]]) -> str:
         size = f"seen {result['times_seen']}x" if result["times_seen"] is not None else str(result["context_length"])
         exact = _percent(result, "exact_match")
         choice = _percent(result, "choice_accuracy")
-        nats = (f"{result['answer_nats']:.2f}", f"{result['answer_nats_se']:.2f}")
+        nats = (_number(result["answer_nats"], 2), _number(result["answer_nats_se"], 2))
         rows.append(
             (result["task"], result["form"], size, str(result["difficulty"] or "-"), str(result["examples"]))
             + (*exact, *choice, *nats)
@@ -56,10 +56,12 @@ def task_table(results: Sequence[dict[str, Any]]) -> str:
     return table((*head, "nats", "+-"), rows)
 
 
-def _percent(result: dict[str, Any], name: str) -> tuple[str, str, str]:
-    if result[name] is None:
-        return "-", "-", "-"
-    return tuple(f"{100 * result[name + end]:.1f}" for end in ("", "_se", "_chance"))  # type: ignore[return-value]
+def _percent(result: dict[str, Any], name: str) -> tuple[str, ...]:
+    return tuple(_number(result[name + end], 1, 100) for end in ("", "_se", "_chance"))
+
+
+def _number(value: float | None, digits: int, times: float = 1) -> str:
+    return "-" if value is None else f"{times * value:.{digits}f}"
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
@@ -113,7 +115,7 @@ def _panels(reports: dict[str, Sequence[dict[str, Any]]], axis: str, label: str,
             place.set_xscale("symlog", base=2, linthresh=1)
         else:
             place.set_xscale("log", base=2)
-        ticks = sorted({r[axis] for r in everything if (r["task"], r["form"]) == (task, form)})
+        ticks = sorted({r[axis] for r in everything if (r["task"], r["form"]) == (task, form)} - {None})
         place.set_xticks(ticks, [str(tick) for tick in ticks])
         place.minorticks_off()
         place.set(xlabel=label, ylabel="score (%)", title=f"{task}, {form}", ylim=(-3, 103))
@@ -129,7 +131,7 @@ def _lines(place: Any, results: Sequence[dict[str, Any]], axis: str, colour: str
         if not known:
             continue
         at = [r[axis] for r in known]
-        heights, errors = ([100 * r[key] for r in known] for key in (score, score + "_se"))
+        heights, errors = ([100 * (r[key] or 0) for r in known] for key in (score, score + "_se"))
         what = f"{name}, {score.replace('_', ' ')}" + (
             f", difficulty {known[0]['difficulty']}" if known[0]["difficulty"] not in (None, 1) else ""
         )

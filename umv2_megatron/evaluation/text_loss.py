@@ -45,7 +45,8 @@ _SORTED_TOGETHER = 16
 class TextLoss:
     """What was measured; see the top of the file. ``bits_per_byte`` and ``bytes`` are None where tokens are no text.
 
-    loss_se: standard error of ``loss``, from its spread over documents (form documents) or windows (form stream).
+    loss_se: standard error of ``loss``, from its spread over documents (form documents) or windows (form stream); None
+    for a single one.
     """
 
     form: str
@@ -56,7 +57,7 @@ class TextLoss:
     end_of_document_tokens: int
     bytes: int | None
     loss: float
-    loss_se: float
+    loss_se: float | None
     perplexity: float
     bits_per_byte: float | None
 
@@ -228,7 +229,7 @@ def _result(
         bytes=size,
         loss=loss,
         # of a ratio of means: units have different numbers of tokens
-        loss_se=math.sqrt(spread * number / (number - 1)) / tokens if number > 1 else 0.0,
+        loss_se=math.sqrt(spread * number / (number - 1)) / tokens if number > 1 else None,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         bits_per_byte=nats / math.log(2) / size if size else None,
     )

@@ -72,6 +72,7 @@ def test_standard_error_over_documents():
     # sums 1, 3, 10 over 1, 2, 4 tokens: the mean is 2, and their residuals -1, -1, 2
     assert found.loss == pytest.approx(2.0)
     assert found.loss_se == pytest.approx(math.sqrt(6 * 3 / 2) / 7)
+    assert text_loss(ContextModel(BYTES), ids_of(["a"]), form="documents").loss_se is None
 
 
 def test_an_indexed_data_set_equals_its_text(tmp_path):

@@ -43,13 +43,13 @@ class Summary:
 
     examples: int
     exact_match: float
-    exact_match_se: float
+    exact_match_se: float | None
     exact_match_chance: float
     choice_accuracy: float | None
     choice_accuracy_se: float | None
     choice_accuracy_chance: float | None
     answer_nats: float
-    answer_nats_se: float
+    answer_nats_se: float | None
     answer_nats_per_token: float
 
 
@@ -148,9 +148,9 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    """Sample standard deviation over the square root of the count; 0 for a single value."""
+def _standard_error(values: Sequence[float]) -> float | None:
+    """Sample standard deviation over the square root of the count; None for a single value."""
     if len(values) < 2:
-        return 0.0
+        return None
     mean = _mean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
