@@ -15,6 +15,8 @@ from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.memory.sharing import table_windows
 
 SMALL = {"num_keys": 48, "key_dim": 32, "value_dim": 48, "pre_value_dim": 32, "topk": 16}
+PRODUCT_KEYS = {"scoring": "additive", "score_normalization": "softmax", "query_mode": "per_head", "tucker_rank": 1,
+                "num_cores": 1, "num_heads": 2}
 # name: (hidden, inner size of the FFN, blocks, memory layers, memory options)
 SIZES = {
     "h64": (64, 192, 4, 4, {**SMALL, "num_keys": 32, "topk": 8}),
@@ -28,6 +30,13 @@ SIZES = {
     "h256_block_rank3_cores4": (256, 640, 6, 4, {**SMALL, "sharing": "block", "sharing_size": 4, "tucker_rank": 3,
                                                  "num_cores": 4}),
     "h192_no_projection": (192, 512, 6, 2, {**SMALL, "value_dim": 192, "value_expansion": "none"}),
+    "h256_memory_plus": (256, 1024, 6, 3, {**SMALL, **PRODUCT_KEYS, "pre_value_dim": 0, "gate": "silu",
+                                           "sharing": "block", "sharing_size": 3}),
+    "h128_peer": (128, 512, 6, 2, {**SMALL, **PRODUCT_KEYS, "pre_value_dim": 128, "value_dim": 128,
+                                   "pre_projection": "none", "value_expansion": "none", "num_heads": 4,
+                                   "pre_value_activation": "gelu"}),
+    "h128_sums_raw_keys": (128, 512, 6, 2, {**SMALL, **PRODUCT_KEYS, "score_normalization": "none",
+                                            "qk_norm": "none"}),
     # umv2-227m-1.2b with fewer rows.
     "h768_227m": (768, 2496, 20, 3, {"num_keys": 128, "key_dim": 192, "value_dim": 192, "pre_value_dim": 192,
                                      "topk": 32}),
@@ -72,6 +81,11 @@ def test_memory_and_ffn_start_with_equal_output_variance(size: str) -> None:
             ratio = layer(x).var().item() / ffn
             assert 0.8 < ratio < 1.2, f"layer {layer.layer_index}: {ratio:.3f}"
             mean_score = layer.retrieval(x).scores.sum(-1).mean().item()
+            if layer.config.score_normalization == "softmax":
+                assert mean_score == pytest.approx(1 / layer.config.topk)
+                spread = layer.retrieval.key_scores(x).std().item() * math.sqrt(2)  # of the sum of two scores
+                assert spread == pytest.approx(1, rel=0.1)
+                continue
             assert abs(mean_score - 1) < (0.1 if layer.owns_table else 0.3), mean_score
 
 

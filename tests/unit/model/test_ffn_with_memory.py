@@ -24,6 +24,7 @@ from umv2_megatron.config.presets import PRESETS  # noqa: E402
 from umv2_megatron.config.resolve import from_layers  # noqa: E402
 from umv2_megatron.config.run_config import RunConfig  # noqa: E402
 from umv2_megatron.model.builder import build_model  # noqa: E402
+from umv2_megatron.model.delayed_outputs import DelayedOutputs  # noqa: E402
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, SharedTables, memory_layers  # noqa: E402
 from umv2_megatron.model.layer_specs import umv2_layer_spec  # noqa: E402
 
@@ -50,10 +51,10 @@ def slots_of(run: RunConfig) -> list[FFNWithMemory]:
     """The slot of every block, one after another, without the rest of the model."""
     config = run.transformer_config()
     slot = umv2_layer_spec(config, run.memory).submodules.mlp
-    tables = SharedTables()
+    tables, delayed = SharedTables(), DelayedOutputs()
     slots = []
     for number in range(1, config.num_layers + 1):
-        slots.append(FFNWithMemory(config, slot.submodules, run.memory, tables))
+        slots.append(FFNWithMemory(config, slot.submodules, run.memory, tables, delayed=delayed))
         slots[-1].set_layer_number(number)
     return slots
 
@@ -86,6 +87,56 @@ def sum_of_both() -> None:
 
 def test_output_is_ffn_plus_memory_of_the_same_input() -> None:
     run_ranks(1, sum_of_both)
+
+
+def delayed_sums() -> None:
+    start()
+    # Block 1 has no memory layer and still adds that of block 0; block 2 adds that of block 1's place: none.
+    for freq, delay, sources in (("[1,0,1,0]", 1, {1: 0, 3: 2}), ("[1,1,0,0]", 2, {2: 0, 3: 1})):
+        slots = slots_of(configured("umv2-tiny", memory_layer_freq=freq, memory_read_delay=delay))
+        inputs = [normalised(8, 64).roll(block, 0).requires_grad_() for block in range(4)]
+        outputs = [slot(x)[0] for slot, x in zip(slots, inputs)]
+        for block, (slot, x, output) in enumerate(zip(slots, inputs, outputs)):
+            expected = slot.ffn(x)[0]
+            if block in sources:
+                source = sources[block]
+                expected = expected + slots[source].memory(inputs[source])
+            torch.testing.assert_close(output, expected, rtol=0, atol=0)
+        last, source = max(sources.items())
+        outputs[last].square().sum().backward()
+        memory = slots[source].memory
+        assert inputs[source].grad.abs().sum() > 0 and memory.value_proj.weight.grad.abs().sum() > 0
+        assert not slots[0].delayed._waiting
+
+
+def test_delayed_output_is_added_to_a_later_block() -> None:
+    run_ranks(1, delayed_sums)
+
+
+def recomputed_grads() -> None:
+    """Activation recompute of both blocks together gives the gradients of none."""
+    start()
+    found: list[dict[str, torch.Tensor]] = []
+    weights: dict[str, Any] = {}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 4}
+    for changes in ({}, recompute):
+        run = configured("umv2-tiny", ffn_variant="ultramem", **changes)
+        assert run.memory.read_delay == 3
+        model = build_model(run, run.values["vocab_size"])
+        weights = weights or model.state_dict()
+        model.load_state_dict(weights)
+        tokens = torch.arange(32).view(1, 32)
+        mask = torch.ones(1, 1, 32, 32).triu(1).bool()
+        model(tokens, tokens, mask, labels=tokens).mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys() and any(".memory.value_proj" in name for name in plain)
+    for name, grad in plain.items():
+        torch.testing.assert_close(again[name], grad, rtol=1e-6, atol=1e-9)
+
+
+def test_delayed_output_under_recompute() -> None:
+    run_ranks(1, recomputed_grads)
 
 
 def initial_stds() -> list[dict[str, float]]:

@@ -65,6 +65,21 @@ def test_the_horizon_is_part_of_the_state():
     assert other.value_factor == ValueFactor(9.0, 77)
 
 
+def test_a_rate_of_the_tables_own_has_no_schedule_and_is_part_of_the_state():
+    first = scheduler(ROWS[0], value_lr=1e-3)
+    rates = []
+    for _ in range(3):
+        first.step(100)
+        rates.append((first.dense_lr, first.value_lr))
+    assert {value for _, value in rates} == {1e-3} and len({dense for dense, _ in rates}) == 3
+    second = scheduler(ROWS[0], use_checkpoint_opt_param_scheduler=True)
+    second.load_state_dict(first.state_dict())
+    assert (second.dense_lr, second.value_lr) == rates[-1]
+    other = scheduler(ROWS[0], override_opt_param_scheduler=True, use_checkpoint_opt_param_scheduler=False)
+    other.load_state_dict(first.state_dict())
+    assert other.value_lr != 1e-3
+
+
 def test_a_factor_without_decay_stays():
     assert ValueFactor(4.0, 0)(10**9) == 4.0
     assert [ValueFactor(4.0, 100)(step) for step in (0, 50, 100, 200)] == [4.0, 2.5, 1.0, 1.0]
