@@ -9,9 +9,9 @@ case for caches. One table is allocated; smaller ones are its first rows. A time
 kind on other picks, so that a table that fits a cache is in it.
 
 - Rows: the lookup alone at fixed T and K. More rows mean more cache and address-cache (TLB) misses. What these explain
-  is measured by a plain copy of the same rows: for forward, reading the picked rows of both tables; for forward +
-  backward, reading them twice, and reading and writing the picked rows of both gradients. "beyond" is the growth of the
-  lookup over the growth of the copy.
+  is measured by a plain copy of as many rows of the same tables, picked alike: for forward, reading rows of both; for
+  forward + backward, reading them twice, and reading and writing the rows of both gradients. "beyond" is the growth of
+  the lookup over the growth of the copy.
 - K and T: the lookup alone, on 262,144 rows.
 - N: the whole layer (hidden 768, Dk 192), whose table has N * N rows: scoring follows N, the square root of the rows.
 
@@ -89,13 +89,13 @@ class Store:
 
 
 class Lookup:
-    """The lookup of ``tokens`` * ``topk`` picks in a table of ``rows`` rows, and the copy of the same rows."""
+    """The lookup of ``tokens`` * ``topk`` picks in a table of ``rows`` rows, and a copy of as many."""
 
     def __init__(self, store: Store, rows: int, tokens: int, topk: int) -> None:
         generator = torch.Generator().manual_seed(1)
         self.values, self.pre_values = store.parameters(rows)
         dim = self.values.shape[1]
-        self.picks = [torch.randint(rows, (tokens, topk), generator=generator) for _ in range(4)]
+        self._picks = [torch.randint(rows, (tokens, topk), generator=generator) for _ in range(8)]
         self.scores = torch.randn(tokens, topk, CORES, generator=generator)
         self.projected = torch.randn(tokens, dim, generator=generator).bfloat16()
         self.upstream = torch.randn(tokens, dim, generator=generator).bfloat16()
@@ -103,41 +103,47 @@ class Lookup:
         self.copied = torch.empty(tokens * topk, dim, dtype=torch.bfloat16)
         self.sums = torch.empty(tokens * topk, dim)
 
+    def picks(self, number: int, user: int) -> Tensor:
+        """[T, K]; each of the four users has two sets of its own, lest it finds another's rows in a cache."""
+        return self._picks[2 * user + number % 2]
+
     def forward(self, number: int) -> Tensor:
         """Without gradients."""
         with torch.no_grad():
-            return self._look_up(number, self.scores, self.projected)
+            return self._look_up(self.picks(number, 0), self.scores, self.projected)
 
     def step(self, number: int) -> None:
         """Forward and backward, of scores, projected input and both tables."""
         scores, projected = (each.detach().requires_grad_() for each in (self.scores, self.projected))
-        self._look_up(number, scores, projected).backward(self.upstream)
+        self._look_up(self.picks(number, 1), scores, projected).backward(self.upstream)
 
-    def _look_up(self, number: int, scores: Tensor, projected: Tensor) -> Tensor:
+    def _look_up(self, picks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:
         return self.lookup(
-            rows=self.picks[number % len(self.picks)], blocks=None, scores=scores, projected=projected,
+            rows=picks, blocks=None, scores=scores, projected=projected,
             pre_values=self.pre_values, values=self.values, num_blocks=1, activation="none",
         )  # fmt: skip
 
     def copy(self, number: int) -> None:
-        """Read the rows that ``forward`` reads."""
-        rows = self.picks[number % len(self.picks)].flatten()
-        for table in (self.values.detach(), self.pre_values.detach()):
-            torch.index_select(table, 0, rows, out=self.copied)
+        """Read as many rows as ``forward`` reads."""
+        self._read(self.picks(number, 2).flatten())
 
     def copy_both(self, number: int) -> None:
-        """Touch the rows that ``step`` touches."""
-        self.copy(number)
-        self.copy(number)
-        rows = self.picks[number % len(self.picks)].flatten()
+        """Touch as many rows as ``step`` touches."""
+        rows = self.picks(number, 3).flatten()
+        self._read(rows)
+        self._read(rows)
         for table in (self.values, self.pre_values):
             torch.index_select(table.main_grad, 0, rows, out=self.sums)  # type: ignore[arg-type]
             table.main_grad.index_copy_(0, rows, self.sums)  # type: ignore[operator]
 
+    def _read(self, rows: Tensor) -> None:
+        for table in (self.values.detach(), self.pre_values.detach()):
+            torch.index_select(table, 0, rows, out=self.copied)
+
     def touched(self, caches: dict[str, int]) -> dict[str, Any]:
         """What one forward touches of the tables: distinct rows, bytes, pages, and the smallest cache that holds the
         whole tables, or "none"."""
-        picked = self.picks[0].unique()
+        picked = self.picks(0, 0).unique()
         row = self.values.shape[1] * self.values.itemsize
         table = 2 * self.values.numel() * self.values.itemsize
         fits = [name for name, size in caches.items() if table <= size]

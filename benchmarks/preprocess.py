@@ -167,7 +167,7 @@ def describe(options: argparse.Namespace, results: list[dict[str, Any]]) -> list
 def main(argv: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--megabytes", type=float, default=8.0, help="text of one run (default: 8)")
+    parser.add_argument("--megabytes", type=float, default=5.0, help="text of one run (default: 5)")
     add_options(parser, rounds=3)
     options = parser.parse_args(argv)
     options.vocab_size = VOCABULARY
