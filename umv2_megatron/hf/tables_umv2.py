@@ -19,7 +19,9 @@ import json
 import math
 import mmap
 import os
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,7 +35,7 @@ PLACES = ("device", "cpu", "mmap")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # A header is at most 100 MB in every implementation of the format.
 _LARGEST_HEADER = 100_000_000
-# Lookups for which rows are announced to the kernel after a page had to be waited for.
+# Lookups for which rows are fetched ahead after a page had to be waited for.
 _ANNOUNCED = 64
 
 
@@ -60,8 +62,10 @@ class MappedTensor:
         aligned = (start + first) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         self._shift = start + first - aligned
         self._row_bytes = shape[1] * dtype.itemsize
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), self._shift + size, access=mmap.ACCESS_READ, offset=aligned)
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file).atexit = False  # a thread may still be fetching
+        self._map = mmap.mmap(self._file, self._shift + size, access=mmap.ACCESS_READ, offset=aligned)
+        self._aligned = aligned
         if hasattr(self._map, "madvise"):
             # Rows are far apart: reading on after one would fetch pages that nobody asked for.
             self._map.madvise(mmap.MADV_RANDOM)
@@ -70,20 +74,21 @@ class MappedTensor:
             flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=self._shift)
         self.tensor = flat.view(shape)
 
-    def announce(self, rows: Tensor) -> None:
-        """Tell the kernel that ``rows`` [n] int64 will be read, so that it fetches their pages at the same time."""
-        if not hasattr(self._map, "madvise") or not rows.numel():
+    def fetch(self, rows: Tensor) -> None:
+        """Have the system read the pages of ``rows`` [n] int64 into its cache, all at the same time, so that who reads
+        the rows does not wait for one page after another."""
+        if not rows.numel():
             return
         page = mmap.PAGESIZE
         starts = rows * self._row_bytes + self._shift
         first, last = starts // page, (starts + self._row_bytes - 1) // page
-        pages = (first.unsqueeze(1) + torch.arange((self._row_bytes - 1) // page + 2)).minimum(last.unsqueeze(1))
-        wanted = pages.unique()
-        if wanted.numel() > len(self._map) // page // 2:
-            self._map.madvise(mmap.MADV_WILLNEED)
-            return
-        for number in wanted.tolist():
-            self._map.madvise(mmap.MADV_WILLNEED, number * page, page)
+        pages = first.unsqueeze(1) + torch.arange((self._row_bytes - 1) // page + 2)
+        wanted = pages.minimum(last.unsqueeze(1)).unique()
+        ends = (wanted.diff() > 1).nonzero().flatten()
+        runs = zip([int(wanted[0]), *wanted[ends + 1].tolist()], [*wanted[ends].tolist(), int(wanted[-1])], strict=True)
+        for start, end in runs:
+            offset = self._aligned + start * page
+            os.posix_fadvise(self._file, offset, (end - start + 1) * page, os.POSIX_FADV_WILLNEED)
 
 
 class UMv2Table(nn.Module):
@@ -141,16 +146,20 @@ class UMv2Table(nn.Module):
         return rows
 
     def _fetch(self, rows: Tensor) -> None:
-        """Have the kernel fetch rows while the FFN computes, if reading had to wait for a disk not long ago."""
+        """Fetch rows while the FFN computes, if reading them had to wait for a disk not long ago."""
         faults = _page_faults()
         if faults > self._faults:
             self._announcements_left = _ANNOUNCED
         self._faults = faults
-        if self._announcements_left:
+        if self._announcements_left and hasattr(os, "posix_fadvise"):
             self._announcements_left -= 1
-            for chunks in self._mapped.values():
-                for index, own, _ in self._by_chunk(rows) if len(chunks) > 1 else [(0, rows, None)]:
-                    chunks[index].announce(own)
+            # A request to a disk takes a while to hand in, and nobody has to wait for it.
+            threading.Thread(target=self._fetch_now, args=(rows,), daemon=True).start()
+
+    def _fetch_now(self, rows: Tensor) -> None:
+        for chunks in self._mapped.values():
+            for index, own, _ in self._by_chunk(rows) if len(chunks) > 1 else [(0, rows, None)]:
+                chunks[index].fetch(own)
 
     def pick(self, kind: str, rows: Tensor, device: torch.device) -> Tensor:
         """``rows`` [n], as ``announce`` gave them: [n, Dv or Dp] on ``device``, in the dtype of the model."""

@@ -99,7 +99,7 @@ def test_tables_do_not_move_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [24, 3000])
-def test_announced_rows_stay_inside_the_file(columns: int, tmp_path: Path) -> None:
+def test_rows_are_fetched_ahead(columns: int, tmp_path: Path) -> None:
     numbers = torch.randn(40, columns)
     path = tmp_path / "t"
     path.write_bytes(b"x" * 5000 + numbers.numpy().tobytes())
@@ -107,7 +107,7 @@ def test_announced_rows_stay_inside_the_file(columns: int, tmp_path: Path) -> No
     mapped = MappedTensor(str(path), "t", entry, 4000)
     assert torch.equal(mapped.tensor, numbers)
     for rows in ([0], [39], [0, 39, 39, 17], list(range(40)), []):
-        mapped.announce(torch.tensor(rows, dtype=torch.int64))
+        mapped.fetch(torch.tensor(rows, dtype=torch.int64))
 
 
 def change_header(path: Path, change: Any) -> None:
