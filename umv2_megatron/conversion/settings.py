@@ -15,6 +15,7 @@ import torch
 
 from umv2_megatron.config.flags import option_table
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.variants import has_memory
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.hf.configuration_umv2 import UMv2Config
 from umv2_megatron.hf.name_table import MemorySizes, Sizes
@@ -38,10 +39,9 @@ SAME = {
     "rotary_interleaved": "rope_interleaved",
     "attention_dropout": "attention_dropout",
     "hidden_dropout": "hidden_dropout",
-    "ffn_variant": "ffn_variant",
 }
 # Fields of MemoryConfig that say how a run computes, not what.
-_OF_A_RUN = ("backend", "parallel_size", "parallel_mode")
+_OF_A_RUN = ("backend", "backward", "stream", "parallel_size", "parallel_mode")
 # Settings that change what the model computes and that the Hugging Face model does not know, with the value it has.
 _FIXED = {
     "activation_func_clamp_value": None,
@@ -67,10 +67,10 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
     values = config["values"]
     known, table = UMv2Config().to_dict(), option_table()
     fixed = {**_FIXED, **{key: table[key].default for key in memory_keys() if key not in known}}
-    if values["ffn_variant"] not in ("umv2", "dense"):
+    if values["ffn_variant"] == "moe":
         raise ConversionError(
-            f"the model was trained with --ffn-variant {values['ffn_variant']}; expected umv2 or dense, others have no "
-            "Hugging Face form here"
+            "the model was trained with --ffn-variant moe; expected dense or one with memory layers, because mcore's "
+            "experts have no Hugging Face form here"
         )
     for key, expected in fixed.items():
         if key in values and values[key] != expected:
@@ -89,10 +89,12 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
     """The export's configuration for a checkpoint's ``config``; ``eod`` is the end-of-document token."""
     values = config["values"]
     known = UMv2Config().to_dict()
-    has_memory = values["ffn_variant"] == "umv2"
+    with_memory = has_memory(values["ffn_variant"])
     made = UMv2Config(
         **{theirs: values[ours] for ours, theirs in SAME.items()},
         **{key: values[key] for key in memory_keys() if key in known and key in values},
+        # variants with memory layers differ in the fields of those only
+        ffn_variant="umv2" if with_memory else "dense",
         vocab_size=config["tokenizer_vocab_size"],
         num_key_value_heads=_groups(values),
         hidden_act="silu" if values["swiglu"] else "gelu",
@@ -105,7 +107,7 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
         attention_bias=values["add_bias_linear"] or values["add_qkv_bias"],
         attention_out_bias=values["add_bias_linear"],
         mlp_bias=values["add_bias_linear"],
-        memory_table_chunk_rows=chunk_rows if has_memory else None,
+        memory_table_chunk_rows=chunk_rows if with_memory else None,
         eos_token_id=eod,
         dtype=str(dtype).removeprefix("torch."),
         architectures=["UMv2ForCausalLM"],
@@ -157,6 +159,7 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
     values.update({key: theirs[key] for key in memory_keys() if key in theirs})
     grouped = config.num_key_value_heads != config.num_attention_heads
     values.update(
+        ffn_variant=config.ffn_variant,
         seq_length=config.max_position_embeddings,
         group_query_attention=grouped,
         num_query_groups=config.num_key_value_heads,
@@ -187,11 +190,15 @@ def sizes_of(values: dict[str, Any], vocabulary: int, chunk_rows: int | None) ->
                 keys=memory.key_expansion * window.side,
                 key_dim=memory.key_dim,
                 rank=memory.tucker_rank,
-                cores=memory.num_cores,
+                cores=memory.num_cores if memory.scoring == "tucker" else 0,
+                query_norm=memory.qk_norm != "none",
+                key_norm=memory.qk_norm == "both",
+                gate_rows=memory.gate_rows,
+                projects_input=memory.has_pre_projection,
                 query_rows=memory.query_rows,
                 pre_value_dim=memory.pre_value_dim,
                 value_dim=memory.value_dim,
-                projected=0 if memory.value_expansion == "none" else memory.num_blocks * memory.value_dim,
+                projected=0 if memory.value_expansion == "none" else memory.summed_dim,
                 table_rows=window.rows if window.owner == index else 0,
             )
     return Sizes(
@@ -215,7 +222,7 @@ def sizes_of(values: dict[str, Any], vocabulary: int, chunk_rows: int | None) ->
 
 def memory_config(values: dict[str, Any]) -> MemoryConfig | None:
     """The memory layers of a model, None where it has none."""
-    if values["ffn_variant"] != "umv2":
+    if not has_memory(values["ffn_variant"]):
         return None
     return MemoryConfig(**{key.removeprefix("memory_"): values[key] for key in memory_keys() if key in values})
 

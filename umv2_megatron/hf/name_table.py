@@ -27,12 +27,19 @@ class MemorySizes:
     key_dim: int
     rank: int
     cores: int
+    """0 with additive scores, which need none."""
+    query_norm: bool
+    key_norm: bool
     query_rows: int
     pre_value_dim: int
     value_dim: int
     projected: int
     """Columns of the value projection; 0 where there is none."""
     table_rows: int
+    gate_rows: int
+    """Rows of the gate's projection; 0 without a gate."""
+    projects_input: bool
+    """Whether pre-values are multiplied with a projection of the input."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +175,14 @@ _OF_A_LAYER = (
 _OF_A_MEMORY_LAYER = (
     _MemoryRow("retrieval.query.weight", lambda m, s: (m.query_rows, s.hidden)),
     _MemoryRow("retrieval.keys", lambda m, s: (m.heads, 2, m.keys, m.key_dim, m.rank)),
-    _MemoryRow("retrieval.query_norm", lambda m, s: (m.key_dim,)),
-    _MemoryRow("retrieval.key_norm", lambda m, s: (m.key_dim,)),
-    _MemoryRow("retrieval.cores", lambda m, s: (m.cores, m.heads, m.rank, m.rank)),
-    _MemoryRow("retrieval.u", lambda m, s: (m.heads, m.rank), dtype="float32"),
-    _MemoryRow("retrieval.t", lambda m, s: (m.heads, m.rank), dtype="float32"),
+    _MemoryRow("retrieval.query_norm", lambda m, s: (m.key_dim,), lambda m: m.query_norm),
+    _MemoryRow("retrieval.key_norm", lambda m, s: (m.key_dim,), lambda m: m.key_norm),
+    _MemoryRow("retrieval.cores", lambda m, s: (m.cores, m.heads, m.rank, m.rank), lambda m: m.cores > 0),
+    _MemoryRow("retrieval.u", lambda m, s: (m.heads, m.rank), lambda m: m.cores > 0, dtype="float32"),
+    _MemoryRow("retrieval.t", lambda m, s: (m.heads, m.rank), lambda m: m.cores > 0, dtype="float32"),
     _MemoryRow("perm", lambda m, s: (m.keys**2,), dtype="index"),
-    _MemoryRow("pre_proj.weight", lambda m, s: (m.pre_value_dim, s.hidden), lambda m: m.pre_value_dim > 0),
+    _MemoryRow("pre_proj.weight", lambda m, s: (m.pre_value_dim, s.hidden), lambda m: m.projects_input),
+    _MemoryRow("gate_proj.weight", lambda m, s: (m.gate_rows, s.hidden), lambda m: m.gate_rows > 0),
     _MemoryRow("value_proj.weight", lambda m, s: (s.hidden, m.projected), lambda m: m.projected > 0),
     _MemoryRow("table.values", lambda m, s: (m.table_rows, m.value_dim), lambda m: m.table_rows > 0, chunked=True),
     _MemoryRow("table.pre_values", lambda m, s: (m.table_rows, m.pre_value_dim),
