@@ -5,14 +5,16 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
 
-.PHONY: demo test test-slow test-gpu layouts lint clean help
+.PHONY: demo compare test test-slow test-gpu layouts bench lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
+	@echo "make compare    train memory layers, experts and a dense FFN of equal cost, and report (about 10 minutes)"
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
+	@echo "make bench      benchmarks of this machine, into docs/performance.md (under 15 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what the demo wrote (runs/demo)"
 
@@ -29,6 +31,13 @@ $(TRITON_READY): requirements-triton.txt $(READY)
 
 demo: $(READY)
 	$(PY) tools/demo.py
+
+compare: $(READY)
+	mkdir -p runs/compare
+	$(PY) tools/demo_corpus.py --output runs/compare/corpus.jsonl
+	$(PY) tools/preprocess_data.py --input runs/compare/corpus.jsonl --output-prefix runs/compare/corpus \
+		--tokenizer-type ByteLevelTokenizer --append-eod
+	$(PY) tools/ablate.py examples/ablations/smallest.yaml --output runs/compare
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -24,18 +24,21 @@ RANKS = {
     "pretrain_umv2_2.5b_120b.sh": 1024,
 }
 TOOLS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-# Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, and Megatron-LM.
+# Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, Megatron-LM, transformers, systemd-run, and
+# lm_eval's up to their first underscore.
 OTHER_PROGRAMS = set(
     re.findall(
         r"\S+",
         """
 --nproc-per-node --nnodes --standalone --shutdown-timeout --rdzv-id --rdzv-backend --rdzv-endpoint --node-rank
 --no-build-isolation --job-name --nodes --ntasks-per-node --gpus-per-node --exclusive --time --signal --requeue
---open-mode --output --kill-on-bad-exit --mpi --capture-range --spec --help
+--open-mode --output --kill-on-bad-exit --mpi --capture-range --spec --help --host --port --model --include --trust
+--scope
 """,
     )
 )
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").iterdir())]
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*") if path.is_file())
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *EXAMPLES]
 
 
 @pytest.fixture(scope="module")
