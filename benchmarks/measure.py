@@ -167,6 +167,7 @@ def describe_machine(device: str = "cpu", quick: bool = False) -> dict[str, Any]
         "torch": torch.__version__,
         "copy_bytes_per_s": 2 * source.numel() * 4 / min(copies[1:]),
         "gemm_flops_per_s": 2 * side**3 / min(products[1:]),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "load_average": load,
         "busy_processors": round(busy, 2),
     }
@@ -174,11 +175,12 @@ def describe_machine(device: str = "cpu", quick: bool = False) -> dict[str, Any]
 
 def machine_line(machine: Mapping[str, Any], clock: str = "wall") -> str:
     """One sentence for tables and documents."""
-    clocks = " Processor time, not elapsed time." if clock == "processor" else ""
+    notes = " THP_MEM_ALLOC_ENABLE=1 (huge pages)." if machine.get("huge_pages") else ""
+    notes += " Processor time, not elapsed time." if clock == "processor" else ""
     return (
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; copies "
         f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 GEMM {machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s."
-        f"{clocks}{load_warning(machine)}"
+        f"{notes}{load_warning(machine)}"
     )
 
 
