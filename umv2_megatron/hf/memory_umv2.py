@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_umv2 import UMv2Config
-from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval
+from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval, without_autocast
 from .tables_umv2 import UMv2Table
 
 # Numbers in picked rows that are held at once: 256 MB in float32.
@@ -84,7 +84,9 @@ class UMv2Memory(nn.Module):
         projected = self.pre_proj(flat) if self.pre_proj is not None else flat
         if torch.is_grad_enabled() and scores.requires_grad:
             # The picked rows of a whole batch are large: they are picked again for the backward.
-            summed = checkpoint(self._sum_rows, rows, blocks, scores, projected, use_reentrant=False)
+            summed = checkpoint(
+                self._sum_rows, rows, blocks, scores, projected, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             summed = self._sum_rows(rows, blocks, scores, projected)
         if self.gate_proj is not None:
@@ -94,6 +96,10 @@ class UMv2Memory(nn.Module):
 
     def _sum_rows(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:
         """The picked rows added up, [T, E Dv] in the dtype of the table: for part of the tokens after part of them."""
+        with without_autocast(scores.device):
+            return self._sum_parts(rows, blocks, scores, projected)
+
+    def _sum_parts(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:
         width = max(self.config.memory_value_dim, self.config.memory_pre_value_dim)
         part = max(1, _PICKED_NUMBERS // (rows.shape[1] * width))
         if rows.shape[0] <= part:

@@ -46,10 +46,10 @@ class UMv2Norm(nn.Module):
         self.zero_centered = config.norm_zero_centered
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.weight + 1 if self.zero_centered else self.weight
+        gain = (self.weight + 1 if self.zero_centered else self.weight).to(x.dtype)  # which autocast may have changed
         if self.bias is None:
             return functional.rms_norm(x, gain.shape, gain, self.epsilon)
-        return functional.layer_norm(x, gain.shape, gain, self.bias, self.epsilon)
+        return functional.layer_norm(x, gain.shape, gain, self.bias.to(x.dtype), self.epsilon)
 
 
 class UMv2RotaryEmbedding(nn.Module):

@@ -15,6 +15,7 @@ Precision: projections and key scores in the dtype of the parameters; norms, sel
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -88,9 +89,14 @@ class UMv2Retrieval(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` [T, H] to the picked cells [T, P] (i * N + j) and their scores [T, P, C], differentiable."""
-        config, tokens = self.config, x.shape[0]
-        heads, cores, rank = config.memory_num_heads, config.memory_num_cores, config.memory_tucker_rank
         key_scores = self.key_scores(x)
+        with without_autocast(x.device):
+            return self._pick(key_scores)
+
+    def _pick(self, key_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``forward`` gives, from the scores of every key."""
+        config, tokens = self.config, key_scores.shape[2]
+        heads, cores, rank = config.memory_num_heads, config.memory_num_cores, config.memory_tucker_rank
         with torch.no_grad():
             vectors, total = self._for_search(key_scores.dtype)
             keys = (key_scores * vectors).sum(1).topk(self.kept, dim=-1).indices
@@ -246,6 +252,13 @@ class UMv2ProductKeys(nn.Module):
         super()._apply(fn, recurse)
         self.forget_derived()
         return self
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast would compute in a half dtype inside, where scores that are close to each other are told apart."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:

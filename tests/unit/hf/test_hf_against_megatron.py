@@ -33,6 +33,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
       "memory_pre_value_dim": 0, "memory_qk_norm": "query"}, {}),
     ({**ADDITIVE, "memory_query_mode": "shared", "memory_qk_norm": "none", "memory_pre_projection": "none",
       "memory_pre_value_dim": 64, "memory_pre_value_activation": "gelu"}, {}),
+    ({"memory_read_delay": 2, "memory_layer_freq": "[1,1,0,0]"}, {}),
     ({"ffn_variant": "dense"}, {}),
 ]  # fmt: skip
 

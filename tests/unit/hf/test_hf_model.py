@@ -121,30 +121,30 @@ def test_auto_classes_know_the_model(tmp_path: Path) -> None:
 REMOTE = """
 import sys, torch
 from transformers import AutoModel, AutoModelForCausalLM
-folder, place = sys.argv[1:]
+folder = sys.argv[1]
 try:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 except ValueError as error:
     assert "trust_remote_code" in str(error), error
 else:
     raise SystemExit("remote code ran without being asked for")
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, memory_tables=place).eval()
-assert "umv2_megatron" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
-print(model(torch.arange(1, 9)[None]).logits.double().sum().item())
+for place in ("device", "mmap"):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, memory_tables=place).eval()
+    assert "umv2_megatron" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
+    print(model(torch.arange(1, 9)[None]).logits.double().sum().item())
 """
 
 
-@pytest.mark.parametrize("place", ["device", "mmap"])
-def test_copied_files_are_enough(place: str, tmp_path: Path) -> None:
+def test_copied_files_are_enough(tmp_path: Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "export")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", REMOTE, str(tmp_path / "export"), place]
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "export")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     expected = model(torch.arange(1, 9)[None]).logits.double().sum().item()
-    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-6)
+    assert [float(line) for line in done.stdout.split()] == [pytest.approx(expected, abs=1e-6)] * 2
 
 
 def test_files_import_nothing_of_the_package() -> None:
@@ -192,6 +192,22 @@ def test_gradients_are_derivatives() -> None:
                 parameter.sub_(direction, alpha=sign * step)
         slope = (losses[0] - losses[1]) / (2 * step)
         assert slope == pytest.approx(float((parameter.grad * direction).sum()), rel=1e-4, abs=1e-9)
+
+
+def test_autocast_leaves_the_search_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = tiny_model(**VARIANTS["v1"]).model.layers[0].memory
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        halved = memory.retrieval.key_scores(x)
+        cells, scores = memory.retrieval(x)
+    monkeypatch.setattr(memory.retrieval, "key_scores", lambda x: halved)
+    expected = memory.retrieval(x)
+    assert halved.dtype == scores.dtype == torch.float32
+    assert torch.equal(cells, expected[0]) and torch.equal(scores, expected[1])
+    model, batch = tiny_model(), tokens(2, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch, labels=batch).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_what_is_kept_between_calls_follows_the_parameters() -> None:
