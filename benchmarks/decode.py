@@ -38,10 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measure import Spread, Table, add_options, describe_machine, prepare, publish, ratio  # noqa: E402
 from umv2_megatron.config.presets import find_preset  # noqa: E402
 from umv2_megatron.planning.parameters import count_parameters  # noqa: E402
 
@@ -125,21 +127,23 @@ def run_batch(contestants: Contestants, batch: int, options: argparse.Namespace)
     for number in range(options.rounds):
         for name in names if number % 2 == 0 else names[::-1]:
             process = contestants.ready(name, batch, options.context)
-            times[name].append(statistics.mean(process.ask("time", steps=options.steps)["ms"]))
+            answer = process.ask("time", steps=options.steps, clock=options.clock)
+            times[name].append(statistics.mean(answer["ms"]))
             measured[name]["peak_bytes"] = max(measured[name].get("peak_bytes", 0), process.ask("peak")["bytes"])
             if number == options.rounds - 1:
                 measured[name].update(process.ask("count", steps=3))
                 measured[name]["experts_implementation"] = contestants.facts[name]["chosen"]
     for name in names:
-        each = times[name]
-        measured[name].update(ms=statistics.median(each), lowest_ms=min(each), highest_ms=max(each), rounds_ms=each)
-    result = {"batch": batch, "context": options.context, "sides": measured}
-    if len(names) == 2:
-        ours, peer = measured[OURS], measured[PEER]
-        result["times_faster"] = statistics.median(slow / fast for slow, fast in zip(times[PEER], times[OURS]))
-        result["sparse_bytes_ratio"] = peer["sparse"] / ours["sparse"]
-        result["bytes_ratio"] = (peer["sparse"] + peer["dense"]) / (ours["sparse"] + ours["dense"])
-    return result
+        measured[name]["rounds_ms"] = times[name]
+    ours, peer = measured[OURS], measured[PEER]
+    return {
+        "batch": batch,
+        "context": options.context,
+        "sides": measured,
+        "times_faster": ratio(times[PEER], times[OURS]).median,
+        "sparse_bytes_ratio": peer["sparse"] / ours["sparse"],
+        "bytes_ratio": (peer["sparse"] + peer["dense"]) / (ours["sparse"] + ours["dense"]),
+    }
 
 
 def run_size(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def run_size(name: str, options: argparse.Namespace) -> dict[str, Any]:
     try:
         for batch in options.batch or size["batches"]:
             batches.append(run_batch(contestants, batch, options))
-            print(text_of(name, batches[-1]), flush=True)
+            print(f"{name}, batch {batch}: {batches[-1]['times_faster']:.2f} times faster", file=sys.stderr, flush=True)
     finally:
         contestants.close()
     result = {"size": name, "dtype": common["dtype"], "facts": contestants.facts, "batches": batches,
@@ -182,20 +186,18 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
         saver = SideProcess({"side": "umv2", **common, "save": str(folder)})
         table_bytes = saver.facts["sparse_bytes"]
         saver.close()
-        limit = int((options.mmap_limit_gib or 0.6 * table_bytes / 2**30) * 2**30)
+        limit = int((options.mmap_limit_gib or max(1.0, 0.7 * table_bytes / 2**30)) * 2**30)
         side = SideProcess({"side": "umv2", **common, "load": str(folder), "limit_bytes": limit})
         found = []
         for each in batches:
             side.ask("prepare", batch=each["batch"], context=options.context)
-            row: dict[str, Any] = {"batch": each["batch"]}
-            for name, cold in (("warm", False), ("cold", True)):
-                steps = [side.ask("time", steps=1, cold=cold)["ms"][0] for _ in range(options.rounds + 2)][2:]
-                row[name] = {"ms": statistics.median(steps), "lowest_ms": min(steps), "highest_ms": max(steps)}
+            row: dict[str, Any] = {"batch": each["batch"], "in_memory_ms": each["sides"][OURS]["rounds_ms"]}
+            for name in ("warm", "cold"):
+                request = {"cold": name == "cold", "clock": options.clock}
+                side.ask("time", steps=2, **request)
+                row[name] = side.ask("time", steps=max(options.rounds, 3), **request)["ms"]
             row["peak_bytes"] = side.ask("peak")["bytes"]
-            row["in_memory_ms"] = each["sides"][OURS]["ms"]
             found.append(row)
-            print(f"  mmap, batch {row['batch']}: {row['warm']['ms']:.0f} ms, cold {row['cold']['ms']:.0f} ms, peak "
-                  f"{row['peak_bytes'] / 2**30:.2f} GiB", flush=True)  # fmt: skip
         side.close()
         return {"table_bytes": table_bytes, "limit_bytes": limit, "batches": found}
     finally:
@@ -205,93 +207,88 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
 # -- output -------------------------------------------------------------------------------------------------------
 
 
-def text_of(size: str, result: dict[str, Any]) -> str:
-    """One batch size as text."""
-    lines = [f"\n{size}, batch {result['batch']}, {result['context']} tokens in the cache"]
-    lines.append(
-        f"{'':<12}{'ms/step':>9} {'lowest-highest':>17} {'MB touched':>11} {'of these sparse':>16} {'peak GiB':>9}"
+def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
+    """What stands in a document about one size."""
+    facts = "\n".join(
+        f"- {name}: {fact['activated'] / 1e6:.0f}M activated parameters, {fact['total'] / 1e9:.2f}B in all without "
+        f"embeddings; {fact['sparse_bytes'] / 2**30:.2f} of {fact['bytes'] / 2**30:.2f} GiB sparse"
+        for name, fact in size["facts"].items()
     )
-    for name, row in result["sides"].items():
-        spread = f"{row['lowest_ms']:.1f}-{row['highest_ms']:.1f}"
-        lines.append(
-            f"{name:<12}{row['ms']:>9.1f} {spread:>17} {(row['dense'] + row['sparse']) / 1e6:>11.0f} "
-            f"{row['sparse'] / 1e6:>16.2f} {row['peak_bytes'] / 2**30:>9.2f}"
-        )
-    lines.append(f"{OURS} is {result['times_faster']:.2f} times faster and touches one "
-                 f"{result['sparse_bytes_ratio']:.0f}th of the sparse bytes")  # fmt: skip
-    return "\n".join(lines)
+    turns = "both models in memory" if size["resident"] else "one model in memory at a time"
+    times, touched = [], []
+    for result in size["batches"]:
+        ours, peer = result["sides"][OURS], result["sides"][PEER]
+        batch = str(result["batch"])
+        times.append((
+            batch,
+            *(Spread.of(side["rounds_ms"]).text() for side in (ours, peer)),
+            f"{result['times_faster']:.2f}",
+            str(peer["experts_implementation"]),
+            *(f"{side['peak_bytes'] / 2**30:.2f}" for side in (ours, peer)),
+        ))  # fmt: skip
+        touched.append((
+            batch,
+            *(f"{(side['dense'] + side['sparse']) / 1e6:,.0f}" for side in (ours, peer)),
+            *(f"{side['sparse'] / 1e6:,.2f}" for side in (ours, peer)),
+            f"1 : {result['sparse_bytes_ratio']:,.0f}",
+        ))  # fmt: skip
+    context = size["batches"][0]["context"]
+    parts: list[Table | str] = [
+        f"### {size['size'].upper()}, {size['dtype']}",
+        facts,
+        Table(
+            f"Milliseconds per decode step after {context} cached tokens: medians of {rounds} rounds (lowest-highest), "
+            f"{turns}; peak memory in GiB.",
+            ("batch", OURS, PEER, "times faster", f"{PEER}'s experts", f"peak, {OURS}", f"peak, {PEER}"),
+            times,
+        ),
+        Table(
+            "MB of weights that a step touches, counted.",
+            ("batch", f"all, {OURS}", f"all, {PEER}", f"sparse, {OURS}", f"sparse, {PEER}", "sparse ratio"),
+            touched,
+        ),
+    ]
+    if "mmap" in size:
+        parts.append(mmap_table(size["mmap"]))
+    return parts
 
 
-def markdown(document: dict[str, Any], plot: str | None) -> str:
-    """Everything as tables for docs/inference.md."""
-    machine = document["machine"]
-    lines = [f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
-             f"{machine['transformers']}; `{machine['command']}`"]  # fmt: skip
-    for size in document["sizes"]:
-        lines += ["", f"### {size['size'].upper()}, {size['dtype']}", ""]
-        lines += [
-            f"- {name}: {fact['activated'] / 1e6:.0f}M activated, {fact['total'] / 1e9:.2f}B parameters without "
-            f"embeddings, {fact['sparse_bytes'] / 2**30:.2f} of {fact['bytes'] / 2**30:.2f} GiB sparse"
-            for name, fact in size["facts"].items()
-        ]
-        lines += ["", f"Medians of {machine['rounds']} rounds (lowest to highest), "
-                  + ("both models in memory, in turns" if size["resident"] else "one model in memory at a time")
-                  + f"; {machine['context']} tokens in the cache.", ""]  # fmt: skip
-        lines += [f"| batch | {OURS}, ms per step | {PEER}, ms per step | times faster | MB of weights touched, ours | "
-                  f"{PEER} | sparse ones, ours | {PEER} | ratio | peak memory, ours | {PEER} |",
-                  "|" + "---|" * 11]  # fmt: skip
-        for result in size["batches"]:
-            cells = []
-            ours, peer = result["sides"][OURS], result["sides"][PEER]
-            for row in (ours, peer):
-                cells.append(f"{row['ms']:.1f} ({row['lowest_ms']:.1f}-{row['highest_ms']:.1f})")
-            cells[1] += f" ({peer['experts_implementation']})"
-            cells.append(f"**{result['times_faster']:.2f}**")
-            cells += [f"{(row['dense'] + row['sparse']) / 1e6:.0f}" for row in (ours, peer)]
-            cells += [f"{row['sparse'] / 1e6:.2f}" for row in (ours, peer)]
-            cells.append(f"1 : {result['sparse_bytes_ratio']:.0f}")
-            cells += [f"{row['peak_bytes'] / 2**30:.2f} GiB" for row in (ours, peer)]
-            lines.append(f"| {result['batch']} | " + " | ".join(cells) + " |")
-        if "mmap" in size:
-            lines += ["", *mmap_markdown(size["mmap"])]
-    if plot:
-        lines += ["", f"![Milliseconds and bytes per decode step]({plot})"]
-    return "\n".join(lines)
-
-
-def mmap_markdown(mmap: dict[str, Any]) -> list[str]:
+def mmap_table(mmap: dict[str, Any]) -> Table:
     """The table about tables in files."""
-    lines = [f"`memory_tables=\"mmap\"`, tables of {mmap['table_bytes'] / 2**30:.2f} GiB, in a process that may "
-             f"allocate {mmap['limit_bytes'] / 2**30:.2f} GiB (RLIMIT_DATA):", ""]  # fmt: skip
-    lines += ["| batch | in memory, ms per step | mmap | mmap, file cache dropped before each step | peak resident |",
-              "|---|---|---|---|---|"]  # fmt: skip
-    for row in mmap["batches"]:
-        cells = [f"{row[name]['ms']:.1f} ({row[name]['lowest_ms']:.1f}-{row[name]['highest_ms']:.1f})"
-                 for name in ("warm", "cold")]  # fmt: skip
-        lines.append(f"| {row['batch']} | {row['in_memory_ms']:.1f} | " + " | ".join(cells)
-                     + f" | {row['peak_bytes'] / 2**30:.2f} GiB |")  # fmt: skip
-    return lines
+    return Table(
+        f'`memory_tables="mmap"`: tables of {mmap["table_bytes"] / 2**30:.2f} GiB in a process that may allocate '
+        f"{mmap['limit_bytes'] / 2**30:.2f} GiB (RLIMIT_DATA); milliseconds per step, peak resident memory in GiB.",
+        ("batch", "in memory", "mmap, files cached", "mmap, files not cached", "peak"),
+        [
+            (
+                str(row["batch"]),
+                *(Spread.of(row[name]).text() for name in ("in_memory_ms", "warm", "cold")),
+                f"{row['peak_bytes'] / 2**30:.2f}",
+            )
+            for row in mmap["batches"]
+        ],
+    )
 
 
-def draw(document: dict[str, Any], path: Path) -> None:
-    """Bars of milliseconds and of bytes touched per step, one group per size and batch."""
+def draw(sizes: list[dict[str, Any]], path: Path) -> None:
+    """Bars of milliseconds and of sparse bytes touched per step, one group per size and batch."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups = [(size["size"], result) for size in document["sizes"] for result in size["batches"]]
+    groups = [(size["size"], result) for size in sizes for result in size["batches"]]
     labels = [f"{size.upper()}\nbatch {result['batch']}" for size, result in groups]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     panels = (
-        ("milliseconds per decode step", lambda row: row["ms"]),
-        ("MB of sparse weights touched per step", lambda row: row["sparse"] / 1e6),
+        ("milliseconds per decode step", lambda side: statistics.median(side["rounds_ms"])),
+        ("MB of sparse weights touched per step", lambda side: side["sparse"] / 1e6),
     )
     for axis, (title, value) in zip(axes, panels):
         for offset, name in ((-0.2, OURS), (0.2, PEER)):
             heights = [value(result["sides"][name]) for _, result in groups]
-            places = [place + offset for place in range(len(groups))]
-            axis.bar_label(axis.bar(places, heights, 0.4, label=name), fmt="%.3g", fontsize=8)
+            bars = axis.bar([place + offset for place in range(len(groups))], heights, 0.4, label=name)
+            axis.bar_label(bars, fmt="%.3g", fontsize=8)
         axis.set_title(title)
         axis.set_yscale("log")
         axis.set_xticks(range(len(groups)), labels)
@@ -302,34 +299,6 @@ def draw(document: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def put_between_marks(text: str, path: Path) -> None:
-    """Replace what stands between the two marks of this program in ``path``. Raises ``ValueError`` without them."""
-    begin, end = ("<!-- benchmarks/decode.py: " + word + " -->" for word in ("begin", "end"))
-    old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if old.count(begin) != 1 or old.count(end) != 1:
-        raise ValueError(f"--docs is {path}; expected a file with the lines {begin} and {end}, once each")
-    head, rest = old.split(begin)
-    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
-def describe_machine(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """What the figures belong to."""
-    import torch
-    import transformers
-
-    processor = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
-    return {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor,
-        "threads": options.threads or torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rounds": options.rounds,
-        "steps": options.steps,
-        "context": options.context,
-        "command": " ".join(["python benchmarks/decode.py", *argv]),
-    }
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -337,16 +306,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, action="append", help="default: 1, 8, 32 (1b-7b: 1); may be repeated")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 (1b-7b: bfloat16)")
     made.add_argument("--context", type=int, default=128, help="tokens in the cache (default: 128)")
-    made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--steps", type=int, default=5, help="steps of a side in one round (default: 5)")
-    made.add_argument("--threads", type=int, help="default: torch's own choice")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--no-mmap", action="store_true", help="leave out the part with tables in files")
-    made.add_argument("--mmap-limit-gib", type=float, help="RLIMIT_DATA of that part (default: 0.6 x the tables)")
-    made.add_argument("--export-dir", help="where that part writes the model and removes it (default: /tmp)")
-    made.add_argument("--json", type=Path, help="write everything there, too")
-    made.add_argument("--docs", type=Path, help="put the tables between the marks of this Markdown file")
+    made.add_argument(
+        "--mmap-limit-gib", type=float, help="RLIMIT_DATA of that part (default: 0.7 x the tables, 1 at least)"
+    )
+    made.add_argument("--export-dir", help="where that part writes the model, for the time it runs (default: /tmp)")
     made.add_argument("--plot", type=Path, help="PNG (default with --docs: decode.png beside that file)")
+    add_options(made, rounds=9)
     return made
 
 
@@ -354,21 +322,27 @@ def main(argv: list[str]) -> int:
     """Run all sizes and write what was asked for."""
     made = parser()
     options = made.parse_args(argv)
-    for name in ("rounds", "steps", "context"):
+    prepare(made, options, "decode.py")
+    for name in ("steps", "context"):
         if getattr(options, name) < 1:
-            made.error(f"--{name} is {getattr(options, name)}; expected 1 or more")
+            made.error(f"--{name} is {getattr(options, name)}; expected at least 1")
     if min(options.batch or [1]) < 1:
-        made.error(f"--batch is {min(options.batch)}; expected 1 or more")
-    machine = describe_machine(options, argv)
-    sizes = [run_size(name, options) for name in options.size or ["227m-1.2b"]]
-    document = {"machine": machine, "sizes": sizes}
+        made.error(f"--batch is {min(options.batch)}; expected at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device is cuda, and there is no CUDA device; use --device cpu")
+    if options.quick:
+        options.rounds, options.steps, options.context = 2, 1, 8
+    machine = describe_machine(options.device, options.quick)
+    sizes = [run_size(name, options) for name in options.size or ["tiny" if options.quick else "227m-1.2b"]]
+    parts: list[Table | str] = [f"`{' '.join(['python benchmarks/decode.py', *argv])}`"]
+    for size in sizes:
+        parts += tables_of(size, options.rounds)
     plot = options.plot or (options.docs.parent / "decode.png" if options.docs else None)
     if plot:
-        draw(document, plot)
-    if options.docs:
-        put_between_marks(markdown(document, os.path.relpath(plot, options.docs.parent)), options.docs)
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        draw(sizes, plot)
+    if options.docs and plot:
+        parts.append(f"![Milliseconds and sparse bytes of a decode step]({os.path.relpath(plot, options.docs.parent)})")
+    publish("decode.py", options, machine, parts, sizes)
     return 0
 
 

@@ -5,7 +5,7 @@
 One JSON object per line comes in on stdin, one goes out on stdout for each:
 
     {"do": "prepare", "batch": 8, "context": 128}   cache of random keys and values; OLMoE: takes its fastest experts
-    {"do": "time", "steps": 5}                      milliseconds of each step
+    {"do": "time", "steps": 5}                      milliseconds of each step ("cold": true: files not in the cache)
     {"do": "count", "steps": 5}                     bytes of weights that a step touches, mean over the steps
     {"do": "peak"}                                  highest memory use since "prepare", bytes
 
@@ -25,8 +25,8 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measure import timed  # noqa: E402
 from umv2_megatron.config.presets import find_preset  # noqa: E402
 from umv2_megatron.planning.model_shape import padded_vocab_size  # noqa: E402
 from umv2_megatron.planning.parameters import count_parameters  # noqa: E402
@@ -53,6 +54,8 @@ class Side:
         self.generator = torch.Generator().manual_seed(1)
         self.batch = self.context = 0
         self.cache: Any = None
+        self.folder = ""
+        """Where the tables' files lie, with tables in files."""
         self.touched: list[tuple[int, int]] = []
         """(distinct sparse items, bytes of one) of each sparse layer in the step under way."""
 
@@ -96,17 +99,20 @@ class Side:
             layer.cumulative_length.fill_(self.context)
         return self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
 
-    def time(self, steps: int) -> list[float]:
-        """Milliseconds of each of ``steps`` steps."""
-        wait = torch.cuda.synchronize if self.device == "cuda" else (lambda: None)
+    def time(self, steps: int, cold: bool = False, clock: str = "wall") -> list[float]:
+        """Milliseconds of each of ``steps`` steps; ``cold``: with the model's files dropped from the system's cache."""
         found = []
         for tokens in self.draw_tokens(steps):
-            wait()
-            start = time.perf_counter()
-            self.step(tokens)
-            wait()
-            found.append((time.perf_counter() - start) * 1e3)
+            if cold:
+                self.drop_file_cache()
+            found.append(timed(partial(self.step, tokens), clock, self.device) * 1e3)
         return found
+
+    def drop_file_cache(self) -> None:
+        """Ask the system to forget the files in ``self.folder``."""
+        for path in Path(self.folder).glob("*.safetensors"):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def draw_tokens(self, steps: int) -> list[Tensor]:
         """Random tokens [b, 1] for each step."""
@@ -115,12 +121,12 @@ class Side:
 
     def count(self, steps: int) -> dict[str, float]:
         """Bytes of weights touched by a step, mean of ``steps``."""
-        hooks = self.watch()
         sparse = items = 0
         embedded = 0
         separate = not self.config.tie_word_embeddings
+        hooks = self.watch()
         for tokens in self.draw_tokens(steps):
-            self.touched = []
+            self.touched.clear()
             self.step(tokens)
             sparse += sum(count * size for count, size in self.touched)
             items += sum(count for count, _ in self.touched)
@@ -183,6 +189,64 @@ class Experts(Side):
             tried[name] = min(self.time(3))
         self.model.set_experts_implementation(min(tried, key=lambda name: tried[name]))
         return tried
+
+
+class Memory(Side):
+    """UltraMemV2 of this repository."""
+
+    def sparse_parameters(self) -> list[Tensor]:
+        return [p for table in self._tables() for p in table.parameters()]
+
+    def activated_sparse(self) -> int:
+        config = self.config
+        picks = config.memory_num_heads * config.memory_topk
+        return sum(config.memory_layers) * picks * (config.memory_value_dim + config.memory_pre_value_dim)
+
+    def watch(self) -> list[Any]:
+        config = self.config
+        size = (config.memory_value_dim + config.memory_pre_value_dim) * self.dtype.itemsize
+        return [Announcements(table, self.touched, size) for table in self._tables()]
+
+    def _tables(self) -> list[Any]:
+        memories = [layer.memory for layer in self.model.model.layers if layer.memory is not None]
+        return list({id(memory.table): memory.table for memory in memories}.values())
+
+
+class Announcements:
+    """A hook on a table: notes the distinct rows of each pick."""
+
+    def __init__(self, table: Any, touched: list[tuple[int, int]], size: int) -> None:
+        self._table, announce = table, table.announce
+
+        def noting(rows: Tensor) -> Any:
+            touched.append((rows.unique().numel(), size))
+            return announce(rows)
+
+        table.announce = noting
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        del self._table.announce
+
+
+def umv2_config(preset_name: str) -> Any:
+    """The configuration of a preset for transformers."""
+    from umv2_megatron.hf import UMv2Config
+
+    preset = find_preset(preset_name)
+    shape = preset.model
+    return UMv2Config(
+        vocab_size=padded_vocab_size(shape["vocab_size"], shape["make_vocab_size_divisible_by"]),
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["ffn_hidden_size"],
+        num_hidden_layers=shape["num_layers"],
+        num_attention_heads=shape["num_attention_heads"],
+        num_key_value_heads=shape["num_query_groups"],
+        max_position_embeddings=shape["max_position_embeddings"],
+        qk_norm=shape["qk_layernorm"],
+        tie_word_embeddings=not shape["untie_embeddings_and_output_weights"],
+        **{f"memory_{name}": value for name, value in preset.memory.items()},
+    )
 
 
 def olmoe_config(preset_name: str) -> Any:
@@ -259,6 +323,33 @@ def build_olmoe(options: dict[str, Any]) -> Experts:
     return Experts(model, dtype, options["device"])
 
 
+def build_umv2(options: dict[str, Any]) -> Memory:
+    """Our side, with random weights, or loaded from ``options["load"]`` with tables mapped from the files there.
+
+    ``options["save"]`` writes it there instead of decoding.
+    """
+    from umv2_megatron.hf import UMv2ForCausalLM
+    from umv2_megatron.hf.modeling_umv2 import UMv2RotaryEmbedding
+
+    dtype, device = getattr(torch, options["dtype"]), options["device"]
+    if "load" in options:
+        model = UMv2ForCausalLM.from_pretrained(options["load"], memory_tables="mmap", dtype=dtype).eval()
+        side = Memory(model, dtype, device)
+        side.folder = options["load"]
+        return side
+    config = umv2_config(options["preset"])
+    model = build(UMv2ForCausalLM, config, dtype, device)
+    model.model.rotary_emb = UMv2RotaryEmbedding(config).to(device)
+    for layer in model.model.layers:
+        layer.memory.perm.copy_(torch.randperm(layer.memory.perm.numel()))
+        layer.memory.retrieval.u.zero_()
+        layer.memory.retrieval.t.zero_()
+        layer.memory.retrieval.refresh_singular_vectors()
+    if "save" in options:
+        model.save_pretrained(options["save"])
+    return Memory(model, dtype, device)
+
+
 # -- the process --------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +395,10 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not come between the answers
     if options.get("threads"):
         torch.set_num_threads(options["threads"])
-    side = {"olmoe": build_olmoe}[options["side"]](options)
+    if options.get("limit_bytes"):
+        resource.setrlimit(resource.RLIMIT_DATA, (options["limit_bytes"], options["limit_bytes"]))
+    makers: dict[str, Callable[[dict[str, Any]], Side]] = {"olmoe": build_olmoe, "umv2": build_umv2}
+    side = makers[options["side"]](options)
     print(json.dumps(side.describe()), file=answers, flush=True)
     serve(side, sys.stdin, answers)
 

@@ -1,0 +1,169 @@
+"""Text, a server and lm-eval from the same model: tools/generate.py from checkpoint and export, tools/serve.py, and
+lm-eval's score against our own evaluator's. The last two are skipped where their packages are not installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "functional"))
+
+from conversions import forked, saved, to_hf  # noqa: E402
+
+SERVING = ("accelerate", "fastapi", "openai", "uvicorn")
+
+
+def installed(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    return saved(folder, tokenizer_type="ByteLevelTokenizer", vocab_size=257, seq_length=64,
+                 max_position_embeddings=64)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def export(run, tmp_path_factory) -> Path:
+    return forked(to_hf, run, tmp_path_factory.mktemp("export") / "model")
+
+
+def generated(argv: list[str], stdin: str = "") -> str:
+    """What the program prints; errors come as the ``ValueError`` that its caller turns into a line."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import generate
+
+    sys.stdin = io.StringIO(stdin)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
+        generate.main(generate.parser().parse_args(argv))
+    return printed.getvalue()
+
+
+LONG = "def é" * 10  # 60 tokens, so that the context of 64 overflows
+TALK = ["--prompt", LONG, "--max-new-tokens", "20"]
+DRAWS = (["--temperature", "0"], ["--seed", "7", "--top-k", "40"])
+
+
+def from_export(export: str, folder: str) -> tuple[list[str], list[str], list[str]]:
+    """Texts with tables in memory, with tables in files, and of one prompt given in every way."""
+    prompt = Path(folder, "prompt.txt")
+    prompt.write_text("def é\n", encoding="utf-8")
+    load, short = ["--load", export], ["--load", export, "--seed", "7", "--max-new-tokens", "9"]
+    return (
+        [generated([*load, *TALK, *draw]) for draw in DRAWS],
+        [generated([*load, *TALK, *draw, "--memory-tables", "mmap"]) for draw in DRAWS],
+        [
+            generated([*short, "--prompt", "def é"]),
+            generated([*short, "--prompt-file", str(prompt)]),
+            generated([*short, "--prompt-file", "-"], "def é\n"),
+            generated(short, "def é\n"),
+        ],
+    )
+
+
+def test_checkpoint_and_export_give_the_same_text_however_it_is_asked_for(run, export, tmp_path):
+    checkpoint = [forked(generated, ["--load", str(run), *TALK, *draw]) for draw in DRAWS]
+    greedy, sampled = checkpoint
+    assert greedy.startswith(LONG) and len(greedy) > len(LONG) + 5 and sampled != greedy
+    in_memory, in_files, asked = forked(from_export, str(export), str(tmp_path))
+    assert in_memory == checkpoint and in_files == checkpoint
+    assert len(set(asked)) == 1 and asked[0].startswith("def é")
+
+
+def refusals(run: str, export: str) -> list[str]:
+    """The messages of calls that must be refused."""
+    found = []
+    for argv in (
+        ["--load", run, "--memory-tables", "mmap", "--prompt", "x"],
+        ["--load", export, "--ckpt-step", "2", "--prompt", "x"],
+        ["--load", export, "--temperature", "-1", "--prompt", "x"],
+        ["--load", export, "--max-new-tokens", "0", "--prompt", "x"],
+    ):
+        try:
+            found.append(generated(argv))
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_wrong_flags_are_named(run, export):
+    messages = forked(refusals, str(run), str(export))
+    for message, flag in zip(messages, ("--memory-tables is mmap", "--ckpt-step is 2", "--temperature is -1",
+                                        "--max-new-tokens is 0")):  # fmt: skip
+        assert flag in message
+
+
+def test_serve_refuses_in_one_line(tmp_path):
+    for argv, word in ((["model", "--memory-tables", "ram"], "--memory-tables"), ([str(tmp_path)], "serve.py: error")):
+        done = subprocess.run([sys.executable, "tools/serve.py", *argv], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed(*SERVING), reason="the packages of transformers[serving] are not installed")
+def test_the_server_completes_and_streams_what_the_model_generates(export, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "tools/serve.py", str(export), "--memory-tables", "mmap", "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=log, stderr=log, env=environment)
+    try:
+        base = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 300
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{base}/health", timeout=5):
+                break
+            time.sleep(0.5)
+
+        def ask(**options: Any) -> str:
+            body = {"model": str(export), "prompt": "def x", "max_tokens": 8, "temperature": 0, **options}
+            request = urllib.request.Request(
+                f"{base}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=200) as answer:
+                return answer.read().decode()
+
+        whole = json.loads(ask())["choices"][0]["text"]
+        lines = [line for line in ask(stream=True).splitlines() if line.startswith("data: {")]
+        parts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines]
+        assert whole and "".join(parts) == whole and len(lines) > 2
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed("lm_eval"), reason="lm-eval is not installed")
+def test_lm_eval_and_our_evaluator_give_the_same_score(run, export, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                   "HF_HOME": str(tmp_path / "cache")}  # fmt: skip
+    program = "import umv2_megatron.hf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    theirs = [sys.executable, "-c", program, "--model", "hf", "--model_args", f"pretrained={export},dtype=float32",
+              "--device", "cpu", "--batch_size", "4", "--tasks", "umv2_documents", "--include_path",
+              "examples/lm_eval", "--output_path", str(tmp_path / "lm_eval")]  # fmt: skip
+    ours = [sys.executable, "tools/evaluate.py", "--load", str(run), "--data", "examples/lm_eval/documents.jsonl",
+            "--data-form", "documents", "--no-append-eod", "--output", str(tmp_path / "ours.json")]  # fmt: skip
+    for command in (theirs, ours):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=280)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (report,) = (tmp_path / "lm_eval").rglob("results_*.json")
+    their_bits = json.loads(report.read_text())["results"]["umv2_documents"]["bits_per_byte,none"]
+    (our_text,) = json.loads((tmp_path / "ours.json").read_text())["data"].values()
+    assert our_text["bits_per_byte"] == pytest.approx(their_bits, rel=1e-4)

@@ -1,0 +1,145 @@
+"""The decode benchmark at tiny sizes: both sides decode, and what a step touches is counted right."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import decode_side
+from umv2_megatron.config.presets import find_preset
+from umv2_megatron.planning.parameters import count_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = {"preset": "umv2-tiny", "dtype": "float32", "device": "cpu"}
+LAYERS, TOPK, ROW_BYTES = 4, 4, (8 + 24) * 4
+
+
+@pytest.fixture(scope="module")
+def memory() -> decode_side.Memory:
+    return decode_side.build_umv2(OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def experts() -> decode_side.Experts:
+    return decode_side.build_olmoe(OPTIONS)
+
+
+def same_tokens(side: decode_side.Side) -> None:
+    """Let every sequence of a step get the same token and the same cache, so that all pick the same items."""
+    side.draw_tokens = lambda steps: [torch.full((side.batch, 1), 7 + step) for step in range(steps)]
+    with torch.inference_mode():
+        for layer in side.cache.layers:
+            layer.keys.copy_(layer.keys[:1].clone().expand_as(layer.keys))
+            layer.values.copy_(layer.values[:1].clone().expand_as(layer.values))
+
+
+def test_distinct_rows_are_counted_once(memory):
+    memory.prepare(batch=3, context=8)
+    same_tokens(memory)
+    found = memory.count(steps=2)
+    assert found["items"] == LAYERS * TOPK
+    assert found["sparse"] == LAYERS * TOPK * ROW_BYTES
+    count = count_parameters(find_preset("umv2-tiny").model, find_preset("umv2-tiny").memory_config())
+    assert found["dense"] == 4 * (count.total - count.tables + count.embedding)
+    del memory.draw_tokens
+    memory.prepare(batch=64, context=8)
+    rows = 16 * 16
+    assert LAYERS * TOPK < memory.count(steps=2)["items"] < LAYERS * rows
+
+
+def test_distinct_experts_are_counted_once(experts):
+    experts.prepare(batch=3, context=8)
+    same_tokens(experts)
+    found = experts.count(steps=2)
+    active, inner, hidden = 8, experts.config.intermediate_size, 64
+    assert found["items"] == LAYERS * active
+    assert found["sparse"] == LAYERS * active * 3 * inner * hidden * 4
+    assert found["dense"] + LAYERS * 64 * 3 * inner * hidden * 4 == experts.describe()["bytes"]
+    del experts.draw_tokens
+    experts.prepare(batch=64, context=8)
+    assert experts.count(steps=1)["items"] > LAYERS * 50  # of 64 in each layer
+
+
+def test_sizes_are_those_of_the_preset(memory):
+    preset = find_preset("umv2-tiny")
+    count = count_parameters(preset.model, preset.memory_config())
+    facts = memory.describe()
+    assert facts["total"] == count.total and facts["activated"] == count.activated
+    assert facts["sparse_bytes"] == 4 * count.tables
+
+
+@pytest.mark.parametrize("preset, inner", [("umv2-227m-1.2b", 384), ("umv2-1b-7b", 1024)])
+def test_olmoe_of_equal_total_has_the_papers_inner_size(preset, inner):
+    assert decode_side.olmoe_config(preset).intermediate_size == inner
+
+
+def test_decoding_after_a_cache_equals_a_pass_over_all_tokens(memory):
+    from transformers import StaticCache
+
+    tokens = torch.randint(0, 512, (2, 9))
+    with torch.inference_mode():
+        expected = memory.model(input_ids=tokens).logits[:, -1]
+        memory.prepare(batch=2, context=8)
+        memory.cache = StaticCache(config=memory.config, max_cache_len=9)
+        memory.model(input_ids=tokens[:, :8], past_key_values=memory.cache, use_cache=True)
+        for _ in range(2):  # a step leaves the context as it was
+            assert torch.allclose(memory.step(tokens[:, 8:])[:, -1], expected, atol=1e-5)
+
+
+def run_program(folder: Path, *flags: str) -> tuple[dict, str]:
+    """What the whole program wrote: JSON and the document."""
+    page = folder / "page.md"
+    page.write_text("before\n<!-- benchmarks/decode.py: begin -->\nold\n<!-- benchmarks/decode.py: end -->\nafter\n")
+    command = [sys.executable, "benchmarks/decode.py", "--quick", "--batch", "2", "--docs", str(page)]
+    done = subprocess.run(
+        [*command, "--json", str(folder / "out.json"), *flags],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (folder / "decode.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "out.json").read_text())["results"][0], page.read_text()
+
+
+def test_the_program_measures_both_sides_in_turns(tmp_path):
+    result, page = run_program(tmp_path, "--no-mmap")
+    (batch,) = result["batches"]
+    assert batch["batch"] == 2 and result["resident"]
+    for side in batch["sides"].values():
+        assert len(side["rounds_ms"]) == 2 and min(side["rounds_ms"]) > 0
+        assert side["peak_bytes"] > side["dense"] > 0
+    ratios = [slow / fast for fast, slow in zip(*(side["rounds_ms"] for side in batch["sides"].values()))]
+    assert batch["times_faster"] == pytest.approx(sum(ratios) / 2)
+    assert "old" not in page and page.startswith("before") and "| 2 |" in page and "decode.png" in page
+
+
+@pytest.mark.slow
+def test_the_program_with_tables_in_files_and_one_model_at_a_time(tmp_path, monkeypatch):
+    from benchmarks import decode
+
+    result, page = run_program(tmp_path)
+    (row,) = result["mmap"]["batches"]
+    assert min(row["warm"] + row["cold"]) > 0 and "RLIMIT_DATA" in page
+    sides = {name: {"side": side, **OPTIONS, "threads": 1} for name, side in
+             ((decode.OURS, "umv2"), (decode.PEER, "olmoe"))}  # fmt: skip
+    contestants = decode.Contestants(sides, resident=False)
+    try:
+        contestants.ready(decode.OURS, 1, 8)
+        contestants.ready(decode.PEER, 1, 8)
+        assert list(contestants._kept) == [decode.PEER]
+    finally:
+        contestants.close()
+
+
+def test_wrong_values_are_refused_before_anything_is_measured(capsys):
+    from benchmarks import decode
+
+    for flags in (["--steps", "0"], ["--batch", "0"], ["--docs", "missing.md"]):
+        with pytest.raises(SystemExit) as stopped:
+            decode.main(flags)
+        assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err
