@@ -129,6 +129,7 @@ def held_bytes(state: Any) -> dict[str, int]:
 
 SHARDED = {"use_distributed_optimizer": True}
 DIM2 = {"memory_parallel_size": 2}
+PEER = {"memory_value_dim": 32, "memory_pre_value_dim": 32}  # the hidden size
 ROW2 = {"memory_parallel_size": 2, "memory_parallel_mode": "row"}
 STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {"bf16": True, "ffn_variant": "dense", "disable_bias_linear": False, "normalization": "LayerNorm",
@@ -139,9 +140,13 @@ STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {**SHARDED, **DIM2, "bf16": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
     (2, {**SHARDED, "pipeline_model_parallel_size": 2, "memory_sharing": "block", "memory_sharing_size": 2}),
     (4, {**SHARDED, **ROW2, "bf16": True, "overlap_grad_reduce": True, "bucket_size": 2000}),
+    (2, {**SHARDED, **ROW2, "ffn_variant": "memory-plus", "memory_layer_freq": "2"}),
 ]
 RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
+    (1, {"ffn_variant": "peer", **PEER}),
+    (1, {"ffn_variant": "pkm", "memory_qk_norm": "query", "memory_num_heads": 3}),
+    (1, {"ffn_variant": "ultramem", "bf16": True}),
     (2, {**SHARDED, "bf16": True}),
     (2, {**ROW2, "tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
     (2, {"bf16": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
@@ -227,6 +232,8 @@ EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
     (4, {"memory_parallel_size": 4, "memory_parallel_mode": "row", "memory_num_keys": 11}),
 ]
 RARER_EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
+    (2, {**DIM2, "ffn_variant": "peer", **PEER}),
+    (2, {**ROW2, "ffn_variant": "memory-plus", "memory_layer_freq": "2"}),
     (2, DIM2),
     (4, {"memory_parallel_size": 4, "memory_num_cores": 1, "bf16": True, "memory_layer_freq": "2",
          "global_batch_size": 8, "recompute_granularity": "full", "recompute_method": "uniform",
@@ -310,6 +317,12 @@ RARER_ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**SMALL_LOGITS, **SELECTIVE, "recompute_modules": ["layernorm"]}),
     (1, {**SMALL_LOGITS, **FULL, "memory_num_keys": 400, "memory_topk": 8}),
     (1, {**SMALL_LOGITS, "ffn_variant": "dense"}),
+    (1, {**SMALL_LOGITS, "ffn_variant": "memory-plus", "memory_layer_freq": "1", "memory_topk": 32}),
+    (1, {**SMALL_LOGITS, "ffn_variant": "peer", "memory_layer_freq": "1", "bf16": True}),
+    (1, {**SMALL_LOGITS, "ffn_variant": "peer", "memory_layer_freq": "1", "memory_num_keys": 200}),
+    (1, {**SMALL_LOGITS, "ffn_variant": "pkm", "memory_layer_freq": "1", "memory_qk_norm": "query", "bf16": True,
+         "memory_num_heads": 4, "memory_value_dim": 256}),
+    (1, {**SMALL_LOGITS, "ffn_variant": "ultramem"}),
     (1, {**SMALL_LOGITS, "seq_length": 512, "max_position_embeddings": 512, "micro_batch_size": 1}),
     (1, {**SMALL_LOGITS, "memory_query_mode": "shared", "memory_key_expansion": 2, "memory_num_heads": 2,
          "memory_value_expansion": "per-block", "memory_pre_value_dim": 0, "qk_layernorm": False, "swiglu": False}),

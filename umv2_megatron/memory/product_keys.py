@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from umv2_megatron.config.memory_config import MemoryConfig
-from umv2_megatron.memory.key_scores import rms_norm
+from umv2_megatron.memory.key_scores import key_scores, rms_norm
 from umv2_megatron.memory.losses import balance_loss
 from umv2_megatron.memory.retrieval import Picks, Projection, at_least_float32
 from umv2_megatron.ops import get_backend
@@ -58,10 +58,10 @@ class ProductKeys(nn.Module):
     def forward(self, x: Tensor) -> Picks:
         """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
         config = self.config
-        key_scores = self.key_scores(x)
+        every = self.key_scores(x)
         one = torch.ones(config.num_heads, 1, dtype=torch.float32, device=x.device)
-        keys = get_backend(config.backend, x.device).search.best_keys(key_scores, one, one, config.key_topk)
-        row_scores, column_scores = (gather_keys(scores, kept)[0] for scores, kept in zip(key_scores, keys))
+        keys = get_backend(config.backend, x.device).search.best_keys(every, one, one, config.key_topk)
+        row_scores, column_scores = (gather_keys(scores, kept)[0] for scores, kept in zip(every, keys))
         rows, columns = _candidates(config.topk, config.key_topk, x.device)
         sums = row_scores.index_select(-1, rows) + column_scores.index_select(-1, columns)
         with torch.no_grad():
@@ -73,21 +73,23 @@ class ProductKeys(nn.Module):
             scores = scores.softmax(-1)
         balance = None
         if config.balance_loss_coeff > 0 and torch.is_grad_enabled():
-            balance = balance_loss(key_scores[0, 0], keys[0]) + balance_loss(key_scores[1, 0], keys[1])
+            balance = balance_loss(every[0, 0], keys[0]) + balance_loss(every[1, 0], keys[1])
         return Picks((row_keys * self.num_keys + column_keys).flatten(1), scores.flatten(1).unsqueeze(-1), balance)
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, 1, T, h, N], of ``x`` [T, H]."""
-        config, heads, dim = self.config, self.config.num_heads, self.config.key_dim
+        config, dim = self.config, self.config.key_dim
         query = self.query(x).view(x.shape[0], config.query_rows // (2 * dim), 2, dim)
-        if self.query_norm is not None:
-            query = rms_norm(query, self.query_norm, config.norm_epsilon)
-        keys = self.keys.squeeze(-1)
-        if self.key_norm is not None:
-            keys = rms_norm(keys, self.key_norm, config.norm_epsilon)
-        # [2, h, T, Dk] x [2, h, Dk, N]; a shared query serves every head.
-        query = query.permute(2, 1, 0, 3).expand(-1, heads, -1, -1)
-        scores = query @ keys.permute(1, 0, 3, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            # Heads take the place of ranks there: [T, 2, h', Dk] and [1, 2, N, Dk, h] to [2, h, T, N].
+            per_rank = self.keys.permute(4, 1, 2, 3, 0)
+            scores = key_scores(query.transpose(1, 2), per_rank, self.query_norm, self.key_norm, config.norm_epsilon)
+        else:
+            if self.query_norm is not None:
+                query = rms_norm(query, self.query_norm, config.norm_epsilon)
+            # [2, h, T, Dk] x [2, h, Dk, N]; a shared query serves every head.
+            query = query.permute(2, 1, 0, 3).expand(-1, config.num_heads, -1, -1)
+            scores = query @ self.keys.squeeze(-1).permute(1, 0, 3, 2)
         return at_least_float32(scores).transpose(1, 2).contiguous().unsqueeze(1)
 
     @torch.no_grad()

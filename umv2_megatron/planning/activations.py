@@ -203,7 +203,8 @@ class _Block:
         if self.memory is not None:
             exchange = self._exchange_buffers(self.memory)
             found.append((missing + hidden + self._chunk(self.memory) + exchange, exchange))
-            found.append((missing + hidden + int(2.5 * parts.key_scores) - parts.lookup - parts.ffn, 0))
+            scoring = int(2.5 * parts.key_scores) + self._queries_again(self.memory)
+            found.append((missing + hidden + scoring - parts.lookup - parts.ffn, 0))
         found.append((missing + 2 * hidden + in_attention - parts.memory - parts.ffn, 0))
         return found
 
@@ -249,9 +250,9 @@ class _Block:
         if m.balance_loss_coeff > 0:
             retrieval += 4 * tokens * m.num_heads * m.scored_keys * FP32
         if m.scoring == "additive":
-            # normalised queries and keys, kept keys of both sides, the places of the best sums, their softmax
-            keys = m.num_heads * 2 * m.scored_keys * m.key_dim
-            retrieval += (retrieval + keys * size if m.qk_norm != "none" else 0)
+            if m.qk_norm == "query":  # a norm of its own, which keeps what it returns
+                retrieval += tokens * m.query_rows * (size if size == FP32 else 2 * FP32)
+            # kept keys of both sides, the places of the best sums, their softmax
             retrieval += tokens * m.num_heads * 2 * m.key_topk * INT64 + picks * (INT64 + FP32)
         else:
             # kept keys [.., K] of both sides, and their scores
@@ -277,6 +278,14 @@ class _Block:
             columns = len(layout.shard().cores(m.value_dim, m.num_cores))
             return kept + projected + shards * picks * (4 + columns * FP32)
         return kept + shards * projected + picks * (INT64 + 4) + shards * tokens * INT64
+
+    def _queries_again(self, m: MemoryConfig) -> int:
+        """Queries of every head, normalised again in the backward, with their gradients; for one head they are small
+        beside the scores of its keys."""
+        if m.scoring != "additive":
+            return 0
+        size = self.layout.weight_bytes
+        return self.own * m.query_rows * (4 * FP32 + (3 * size if size < FP32 else 0))
 
     def _exchange_buffers(self, m: MemoryConfig) -> int:
         """What the lookup's exchanges hold beside what is kept, in the backward, where they are largest."""

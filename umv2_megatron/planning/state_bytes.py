@@ -162,4 +162,5 @@ def _buffer_size(shape: ModelShape, memory: MemoryConfig | None, layout: Layout,
     here = sum(layers[block] for chunk in range(layout.chunks)
                for block in layout.stage_blocks(shape.num_layers, stage, chunk))
     cells = memory.scored_keys**2
-    return here * (cells * (4 if cells <= 2**31 else 8) + 2 * memory.num_heads * memory.tucker_rank * FP32)
+    vectors = 2 * memory.num_heads * memory.tucker_rank if memory.scoring == "tucker" else 0
+    return here * (cells * (4 if cells <= 2**31 else 8) + vectors * FP32)
