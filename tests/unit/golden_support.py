@@ -26,13 +26,13 @@ PARAMETERS = {
     "core": "retrieval.cores",
     "pre_proj": "pre_proj.weight",
     "value_proj": "value_proj.weight",
-    # the gate of Memory+, which the released file calls swilu_projection
-    "gate": "gate_proj.weight",
-    "gate_proj": "gate_proj.weight",
-    "swilu_proj": "gate_proj.weight",
-    "swilu_projection": "gate_proj.weight",
 }
 KINDS = ("ultramem_v2", "ultramem_v1", "memory_plus")
+
+
+def parameter_name(name: str) -> str:
+    """Ours for a weight of a golden file; what the table lacks is the gate of Memory+, which has several names."""
+    return PARAMETERS.get(name, "gate_proj.weight")
 
 
 def golden_pairs() -> list[str]:
@@ -123,8 +123,11 @@ def build_layers(hyper: dict, tensors: dict[str, Tensor], backend: str, dtype: t
             perform_initialization=False,
         )
         own = dict(layer.named_parameters())
-        state = {ours: fitted(tensors[f"layer{index}.w.{name}"], own[ours]) for name, ours in PARAMETERS.items()
-                 if f"layer{index}.w.{name}" in tensors and ours in own}
+        weights = {parameter_name(name.split(".w.")[1]): tensor for name, tensor in tensors.items()
+                   if name.startswith(f"layer{index}.w.")}
+        if config.qk_norm == "query":
+            weights.pop("retrieval.key_norm", None)
+        state = {name: fitted(tensor, own[name]) for name, tensor in weights.items()}
         for name in ("values", "pre_values"):
             if index == 0 and f"shared.w.{name}" in tensors:
                 state[f"table.{name}"] = tensors[f"shared.w.{name}"]

@@ -11,11 +11,11 @@ import torch
 from golden_support import (
     KINDS,
     OWN_DIR,
-    PARAMETERS,
     assert_near,
     build_layers,
     config_of,
     golden_pairs,
+    parameter_name,
     read_pair,
 )
 
@@ -156,9 +156,9 @@ def gradient(layers, inputs, owner: str, rest: str) -> torch.Tensor:
     else:
         index = int(owner.removeprefix("layer"))
         own = dict(layers[index].named_parameters())
-        if rest == "key_norm" and PARAMETERS[rest] not in own:  # the released Memory+ layer does not use its own
+        if rest == "key_norm" and parameter_name(rest) not in own:  # the released Memory+ layer does not use its own
             return torch.zeros(layers[index].config.key_dim)
-        parameter = inputs[index] if rest == "x" else own[PARAMETERS[rest]]
+        parameter = inputs[index] if rest == "x" else own[parameter_name(rest)]
     return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
 
 
