@@ -73,9 +73,7 @@ def export_checkpoint(
     manifest = verified(store, iteration)
     source = _open(store, iteration, options)
     try:
-        groups = group_by_size(
-            copies_to_hf(source.pairings, source.tensors.tensors, source.dtype), options.max_shard_bytes
-        )
+        groups = _files_of(copies_to_hf(source.pairings, source.tensors.tensors, source.dtype), options.max_shard_bytes)
         work = target.absolute().parent / f".{target.name}.incomplete"
         work.mkdir(parents=True, exist_ok=True)
         identity = {"iteration": iteration, "files_sha256": digest_of(manifest.files)}
@@ -124,6 +122,16 @@ def _open(store: CheckpointStore, iteration: int, options: ExportOptions) -> _So
     for key in held:
         tensors.check_covered(key)
     return _Source(config, tensors, pairs, chunk_rows, dtype)
+
+
+def _files_of(copies: list[Copy], largest: int) -> list[list[Copy]]:
+    """The tensors of each file. Where there are several, value tables share none with other tensors: transformers keeps
+    files mapped whose tensors it loaded, which would be a second mapping of tables that are read from their files."""
+    if sum(copy.info.num_bytes for copy in copies) <= largest:
+        return [copies]
+    tables = [copy for copy in copies if ".memory.table." in copy.name]
+    others = [copy for copy in copies if ".memory.table." not in copy.name]
+    return group_by_size(others, largest) + group_by_size(tables, largest)
 
 
 def _remove_leftovers(work: Path, kept: set[str]) -> None:
