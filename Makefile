@@ -55,5 +55,9 @@ test-gpu: $(READY)
 layouts: $(READY)
 	OMP_NUM_THREADS=1 $(PY) tests/functional/layout_matrix.py
 
+bench: $(READY)
+	for program in lookup layer step growth preprocess; do \
+		$(PY) benchmarks/$$program.py --docs docs/performance.md || exit 1; done
+
 clean:
 	rm -rf runs/demo

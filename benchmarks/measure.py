@@ -24,6 +24,8 @@ from typing import Any
 import psutil
 import torch
 
+from umv2_megatron.parallel.huge_pages import use_huge_pages
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler is to be silent about its starts
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
@@ -47,7 +49,8 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace, program: str) -> None:
-    """Refuse what cannot work before anything is measured, and set the number of threads."""
+    """Refuse what cannot work before anything is measured, and set the number of threads; huge pages as in training."""
+    use_huge_pages()
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; expected at least 1")
     if options.threads is not None:

@@ -38,6 +38,8 @@ from typing import Any
 import psutil
 import torch
 
+from umv2_megatron.parallel.huge_pages import use_huge_pages
+
 _CPU = torch.device("cpu")
 
 
@@ -60,6 +62,7 @@ def install(ignore_cuda: bool = False) -> None:
     # Without CUDA there is neither Apex nor Transformer Engine; saying so once per module and rank helps nobody.
     for message in ("Apex is not installed", "Transformer Engine and Apex are not installed"):
         warnings.filterwarnings("ignore", message=message)
+    use_huge_pages()
     # tensor_parallel/data.py:84, language_module.py:244, exchange_utils.py:336: `tensor.cuda()`.
     torch.Tensor.cuda = _stay_here  # type: ignore[assignment, method-assign]
     sys.meta_path.insert(0, _BridgingFinder())
