@@ -61,11 +61,18 @@ class SideProcess:
     def __init__(self, options: dict[str, Any]) -> None:
         command = [sys.executable, str(ROOT / "benchmarks" / "decode_side.py"), json.dumps(options)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        self.facts = self._answer()
+        self._facts: dict[str, Any] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Sizes of the model; waits until it is built."""
+        if self._facts is None:
+            self._facts = self._answer()
+        return self._facts
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """The answer to one request."""
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self.facts
         self._process.stdin.write(json.dumps({"do": do, **request}) + "\n")
         self._process.stdin.flush()
         return self._answer()
@@ -94,7 +101,7 @@ class Contestants:
     def __init__(self, sides: dict[str, dict[str, Any]], resident: bool) -> None:
         self.sides, self.resident = sides, resident
         self.facts: dict[str, dict[str, Any]] = {}
-        self._kept: dict[str, SideProcess] = {}
+        self._kept = {name: SideProcess(side) for name, side in sides.items()} if resident else {}
         self._prepared: dict[str, tuple[int, int]] = {}
 
     def ready(self, name: str, batch: int, context: int) -> SideProcess:
@@ -105,8 +112,8 @@ class Contestants:
                 self._prepared.pop(other, None)
         if name not in self._kept:
             self._kept[name] = SideProcess(self.sides[name])
-            self.facts.setdefault(name, {}).update(self._kept[name].facts)
         process = self._kept[name]
+        self.facts.setdefault(name, {}).update(process.facts)
         if self._prepared.get(name) != (batch, context):
             self.facts[name].update(process.ask("prepare", batch=batch, context=context))
             process.ask("time", steps=2)  # the first steps after a change are slower

@@ -350,6 +350,9 @@ def build_umv2(options: dict[str, Any]) -> Memory:
     return Memory(model, dtype, device)
 
 
+SIDES: dict[str, Callable[[dict[str, Any]], Side]] = {"olmoe": build_olmoe, "umv2": build_umv2}
+
+
 # -- the process --------------------------------------------------------------------------------------------------
 
 
@@ -371,21 +374,17 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def serve(side: Side, requests: Any, answers: Any) -> None:
-    """Answer each request until stdin ends."""
-    for line in requests:
-        request = json.loads(line)
-        work = request.pop("do")
-        answer: dict[str, Any]
-        if work == "prepare":
-            answer = side.prepare(**request)
-        elif work == "time":
-            answer = {"ms": side.time(**request)}
-        elif work == "count":
-            answer = side.count(**request)
-        else:
-            answer = {"bytes": peak_bytes(side.device)}
-        print(json.dumps(answer), file=answers, flush=True)
+def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:
+    """Do what ``request`` asks for, see the top of this file."""
+    work = request.pop("do")
+    if work == "prepare":
+        return side.prepare(**request)
+    if work == "time":
+        return {"ms": side.time(**request)}
+    if work == "count":
+        return side.count(**request)
+    assert work == "peak", work
+    return {"bytes": peak_bytes(side.device)}
 
 
 def main() -> None:
@@ -397,10 +396,10 @@ def main() -> None:
         torch.set_num_threads(options["threads"])
     if options.get("limit_bytes"):
         resource.setrlimit(resource.RLIMIT_DATA, (options["limit_bytes"], options["limit_bytes"]))
-    makers: dict[str, Callable[[dict[str, Any]], Side]] = {"olmoe": build_olmoe, "umv2": build_umv2}
-    side = makers[options["side"]](options)
+    side = SIDES[options["side"]](options)
     print(json.dumps(side.describe()), file=answers, flush=True)
-    serve(side, sys.stdin, answers)
+    for line in sys.stdin:
+        print(json.dumps(answer(side, json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

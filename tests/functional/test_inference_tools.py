@@ -143,7 +143,7 @@ def test_the_server_completes_and_streams_what_the_model_generates(export, tmp_p
         whole = json.loads(ask())["choices"][0]["text"]
         lines = [line for line in ask(stream=True).splitlines() if line.startswith("data: {")]
         parts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines]
-        assert whole and "".join(parts) == whole and len(lines) > 2
+        assert whole and "".join(parts) == whole and len(lines) >= 2
     finally:
         server.terminate()
         server.wait(30)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode_side
+from benchmarks import decode, decode_side
 from umv2_megatron.config.presets import find_preset
 from umv2_megatron.planning.parameters import count_parameters
 
@@ -92,53 +92,67 @@ def test_decoding_after_a_cache_equals_a_pass_over_all_tokens(memory):
             assert torch.allclose(memory.step(tokens[:, 8:])[:, -1], expected, atol=1e-5)
 
 
-def run_program(folder: Path, *flags: str) -> tuple[dict, str]:
-    """What the whole program wrote: JSON and the document."""
+class SideHere:
+    """Stands for a process of decode_side.py: the same side in this process, which saves the starts of two."""
+
+    def __init__(self, options: dict) -> None:
+        self._side = decode_side.SIDES[options["side"]](options)
+        self.facts = self._side.describe()
+
+    def ask(self, do: str, **request) -> dict:
+        return json.loads(json.dumps(decode_side.answer(self._side, {"do": do, **request})))
+
+    def close(self) -> None:
+        pass
+
+
+def page_in(folder: Path) -> Path:
     page = folder / "page.md"
     page.write_text("before\n<!-- benchmarks/decode.py: begin -->\nold\n<!-- benchmarks/decode.py: end -->\nafter\n")
-    command = [sys.executable, "benchmarks/decode.py", "--quick", "--batch", "2", "--docs", str(page)]
-    done = subprocess.run(
-        [*command, "--json", str(folder / "out.json"), *flags],
-        cwd=ROOT, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (folder / "decode.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "out.json").read_text())["results"][0], page.read_text()
+    return page
 
 
-def test_the_program_measures_both_sides_in_turns(tmp_path):
-    result, page = run_program(tmp_path, "--no-mmap")
-    (batch,) = result["batches"]
-    assert batch["batch"] == 2 and result["resident"]
+def test_sides_take_turns_and_all_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "SideProcess", SideHere)
+    page, out = page_in(tmp_path), tmp_path / "out.json"
+    assert decode.main(["--quick", "--batch", "2", "--no-mmap", "--docs", str(page), "--json", str(out)]) == 0
+    (batch,) = json.loads(out.read_text())["results"][0]["batches"]
     for side in batch["sides"].values():
         assert len(side["rounds_ms"]) == 2 and min(side["rounds_ms"]) > 0
         assert side["peak_bytes"] > side["dense"] > 0
     ratios = [slow / fast for fast, slow in zip(*(side["rounds_ms"] for side in batch["sides"].values()))]
     assert batch["times_faster"] == pytest.approx(sum(ratios) / 2)
-    assert "old" not in page and page.startswith("before") and "| 2 |" in page and "decode.png" in page
+    text = page.read_text()
+    assert "old" not in text and text.startswith("before") and "| 2 |" in text and "decode.png" in text
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_the_program_with_tables_in_files_and_one_model_at_a_time(tmp_path, monkeypatch):
-    from benchmarks import decode
-
-    result, page = run_program(tmp_path)
+def test_the_program_with_processes_and_tables_in_files(tmp_path):
+    page, out = page_in(tmp_path), tmp_path / "out.json"
+    flags = ["--quick", "--batch", "2", "--docs", str(page), "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/decode.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(out.read_text())["results"][0]
+    assert result["resident"]
     (row,) = result["mmap"]["batches"]
-    assert min(row["warm"] + row["cold"]) > 0 and "RLIMIT_DATA" in page
-    sides = {name: {"side": side, **OPTIONS, "threads": 1} for name, side in
-             ((decode.OURS, "umv2"), (decode.PEER, "olmoe"))}  # fmt: skip
+    assert min(row["warm"] + row["cold"]) > 0 and "RLIMIT_DATA" in page.read_text()
+
+
+def test_where_memory_has_room_for_one_the_other_ends_first(monkeypatch):
+    monkeypatch.setattr(decode, "SideProcess", SideHere)
+    sides = {name: {"side": side, **OPTIONS} for name, side in ((decode.OURS, "umv2"), (decode.PEER, "olmoe"))}
     contestants = decode.Contestants(sides, resident=False)
-    try:
-        contestants.ready(decode.OURS, 1, 8)
-        contestants.ready(decode.PEER, 1, 8)
-        assert list(contestants._kept) == [decode.PEER]
-    finally:
-        contestants.close()
+    for name in (decode.OURS, decode.PEER, decode.OURS):
+        contestants.ready(name, 1, 8)
+        assert list(contestants._kept) == [name]
+    assert set(contestants.facts) == set(sides)
 
 
 def test_wrong_values_are_refused_before_anything_is_measured(capsys):
-    from benchmarks import decode
-
     for flags in (["--steps", "0"], ["--batch", "0"], ["--docs", "missing.md"]):
         with pytest.raises(SystemExit) as stopped:
             decode.main(flags)
