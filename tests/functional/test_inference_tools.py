@@ -165,5 +165,5 @@ def test_lm_eval_and_our_evaluator_give_the_same_score(run, export, tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     (report,) = (tmp_path / "lm_eval").rglob("results_*.json")
     their_bits = json.loads(report.read_text())["results"]["umv2_documents"]["bits_per_byte,none"]
-    (our_text,) = json.loads((tmp_path / "ours.json").read_text())["data"].values()
+    (our_text,) = json.loads((tmp_path / "ours.json").read_text())["texts"]
     assert our_text["bits_per_byte"] == pytest.approx(their_bits, rel=1e-4)
