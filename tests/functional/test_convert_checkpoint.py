@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,27 @@ def test_other_dtypes(plain, tmp_path):
     back = from_hf(export, tmp_path / "back", dtype=torch.float32)
     again = to_hf(back, tmp_path / "again", dtype=torch.bfloat16)
     assert (again / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
+
+
+def _saved_by_transformers(export: Path, folder: Path) -> None:
+    from umv2_megatron.hf import UMv2ForCausalLM
+
+    model = UMv2ForCausalLM.from_pretrained(export)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(2)
+    model.save_pretrained(folder / "tuned", max_shard_size="200KB")
+    from_hf(folder / "tuned", folder / "back")
+    to_hf(folder / "back", folder / "again")
+
+
+def test_what_transformers_saves_becomes_a_checkpoint(plain, tmp_path):
+    from safetensors.torch import load_file
+
+    forked(_saved_by_transformers, plain[1], tmp_path)
+    tuned = {k: v for path in (tmp_path / "tuned").glob("*.safetensors") for k, v in load_file(path).items()}
+    again, name = load_file(tmp_path / "again" / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    assert again.keys() == tuned.keys() and all(torch.equal(again[key], tuned[key]) for key in tuned)
+    assert torch.equal(load_file(_shard_of(plain[1], name))[name] * 2, again[name])
 
 
 # -- damage --------------------------------------------------------------------------------------------------------
@@ -445,21 +468,41 @@ def test_an_import_that_was_killed_goes_on(plain, tmp_path):
 # -- command line --------------------------------------------------------------------------------------------------
 
 
-def _tool(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/convert_checkpoint.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def _tool(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the tool, in a process that has its imports already."""
+    sys.argv = ["convert_checkpoint.py", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / "tools" / "convert_checkpoint.py"), run_name="__main__")
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+def _session(save: Path, folder: Path) -> list[tuple[int, str, str]]:
+    """The commands of docs/hugging-face.md, one after the other, and a comparison that must fail."""
+    export, back = str(folder / "export"), str(folder / "back")
+    done = [_tool("to-hf", "--load", str(save), "--save", export)]
+    done.append(_tool("from-hf", "--load", export, "--save", back))
+    done.append(_tool("verify", "--load", back, "--hf", export, "--tokens", "20", "--tolerance", "1e-30"))
+    return done
+
+
+def test_the_commands(plain, tmp_path):
+    there, back, different = forked(_session, plain[0], tmp_path)
+    assert there[0] == 0 and f"exported iteration 2 of {plain[0]}" in there[1]
+    assert back[0] == 0 and f"wrote {tmp_path / 'back' / 'iter_0000000'}" in back[1]
+    assert different[0] == 1 and "of 20 tokens: TOO FAR APART" in different[1]
+    assert different[2].strip().splitlines()[-1].startswith("convert_checkpoint.py: error: the export does not compute")
 
 
 def test_the_tool_ends_a_mistake_in_one_line(plain, tmp_path):
-    done = _tool("to-hf", "--load", str(plain[0]), "--save", str(plain[1]), "--max-shard-size", "4 apples")
-    assert done.returncode == 2 and "--max-shard-size is '4 apples'" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    flags = ("to-hf", "--load", str(plain[0]), "--save", str(tmp_path / "x"), "--max-shard-size", "4 apples")
+    code, _, told = forked(_tool, *flags)
+    assert code == 2 and "--max-shard-size is '4 apples'" in told
+    assert len(told.strip().splitlines()) == 1, told
     with pytest.raises(ConversionError, match="exists already"):
         to_hf(*plain)
     with pytest.raises(ConversionError, match="holds checkpoints already"):

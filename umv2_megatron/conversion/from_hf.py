@@ -22,7 +22,7 @@ from umv2_megatron import __version__
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.conversion.checkpoint_tensors import ShardWriter, write_metadata
 from umv2_megatron.conversion.export_files import ExportTensors, verify_manifest
-from umv2_megatron.conversion.journal import Journal, write_json
+from umv2_megatron.conversion.journal import Journal, check_space, write_json
 from umv2_megatron.conversion.plan import (
     BLOCK_BYTES,
     Copy,
@@ -117,6 +117,7 @@ def _write(
         if path.name not in names:
             remove_path(path)
     total = sum(copy.info.num_bytes for copy in copies)
+    check_space(work, total - sum(path.stat().st_size for path in work.iterdir()))
     with Progress("tensors", total) as progress:
         for name, file in zip(names, files):
             if journal.has(work / name):

@@ -9,13 +9,17 @@ finished only while it still has the size and hash that were noted.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.training.durable_files import fsync_path, sha256_of, write_synced
 
 
@@ -30,6 +34,29 @@ def write_json(path: Path, value: Any) -> None:
     write_synced(unfinished, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
     os.replace(unfinished, path)
     fsync_path(path.parent)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise ``ConversionError`` where the disk has less than ``needed`` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise ConversionError(
+            f"{directory} needs {needed:,} more bytes, but its disk has {free:,} free; make room there"
+        )
+
+
+@contextlib.contextmanager
+def sole_user(directory: Path) -> Iterator[None]:
+    """Hold a lock on a directory, which ends with the process. Raises ``ConversionError`` where another one has it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConversionError(f"{directory} is being written by another conversion; wait for it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Journal:

@@ -18,7 +18,7 @@ import torch
 from umv2_megatron import __version__
 from umv2_megatron.conversion.checkpoint_tensors import CheckpointTensors, damaged_tensors
 from umv2_megatron.conversion.export_files import INDEX, copy_model_code, shard_names, write_config, write_manifest
-from umv2_megatron.conversion.journal import Journal, digest_of, write_json
+from umv2_megatron.conversion.journal import Journal, check_space, digest_of, sole_user, write_json
 from umv2_megatron.conversion.plan import Copy, assemble, check_source, copies_to_hf, group_by_size
 from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import ConversionError, SafetensorsWriter
@@ -71,27 +71,19 @@ def export_checkpoint(
     if target.exists():
         raise ConversionError(f"{target} exists already; give a directory that is not there yet")
     manifest = verified(store, iteration)
+    work = target.absolute().parent / f".{target.name}.incomplete"
     source = _open(store, iteration, options)
     try:
-        groups = _files_of(copies_to_hf(source.pairings, source.tensors.tensors, source.dtype), options.max_shard_bytes)
-        work = target.absolute().parent / f".{target.name}.incomplete"
         work.mkdir(parents=True, exist_ok=True)
-        identity = {"iteration": iteration, "files_sha256": digest_of(manifest.files)}
-        layout = [[(copy.name, str(copy.info)) for copy in group] for group in groups]
-        journal = Journal(work / _JOURNAL, {"checkpoint": identity, "tensors": layout})
-        _remove_leftovers(work, {*shard_names(len(groups)), _JOURNAL})
-        _write_tensors(source, groups, work, journal, say)
-        eod = None
-        if options.with_tokenizer:
-            eod = export_tokenizer(source.config, work, options.tokenizer_model, say)
+        with sole_user(work):
+            identity = {"iteration": iteration, "files_sha256": digest_of(manifest.files)}
+            eod, hashed = _write_files(source, identity, work, options, say)
+            write_config(work, hf_config(source.config, source.dtype, source.chunk_rows, eod))
+            copy_model_code(work)
+            write_manifest(work, hashed, {"checkpoint": identity, "umv2_megatron": __version__})
+            os.rename(work, target)
     finally:
         source.tensors.close()
-    write_config(work, hf_config(source.config, source.dtype, source.chunk_rows, eod))
-    copy_model_code(work)
-    remove_path(work / _JOURNAL)
-    details = {"checkpoint": identity, "umv2_megatron": __version__}
-    write_manifest(work, journal.files, details)
-    os.rename(work, target)
     fsync_path(target.absolute().parent)
 
 
@@ -139,6 +131,25 @@ def _remove_leftovers(work: Path, kept: set[str]) -> None:
     for path in work.iterdir():
         if path.name not in kept:
             remove_path(path)
+
+
+def _write_files(
+    source: _Source, identity: dict[str, Any], work: Path, options: ExportOptions, say: Callable[[str], None]
+) -> tuple[int | None, dict[str, dict[str, Any]]]:
+    """Write tensors and tokenizer; returns the end-of-document token and the manifest's entries of the former."""
+    copies = copies_to_hf(source.pairings, source.tensors.tensors, source.dtype)
+    groups = _files_of(copies, options.max_shard_bytes)
+    layout = [[(copy.name, str(copy.info)) for copy in group] for group in groups]
+    journal = Journal(work / _JOURNAL, {"checkpoint": identity, "tensors": layout})
+    _remove_leftovers(work, {*shard_names(len(groups)), _JOURNAL})
+    there = sum(path.stat().st_size for path in work.iterdir())
+    check_space(work, sum(copy.info.num_bytes for copy in copies) - there)
+    _write_tensors(source, groups, work, journal, say)
+    eod = None
+    if options.with_tokenizer:
+        eod = export_tokenizer(source.config, work, options.tokenizer_model, say)
+    remove_path(work / _JOURNAL)
+    return eod, journal.files
 
 
 def _write_tensors(
