@@ -19,9 +19,9 @@ Bytes touched are counted in steps of their own, see decode_side.py. Peak memory
 moment its weights and cache are ready.
 
 The mmap rows: the same UltraMemV2, saved by ``save_pretrained`` and loaded with ``memory_tables="mmap"`` in a process
-whose RLIMIT_DATA (all memory it may allocate: heap, anonymous and private writable mappings) is below the size of
-the tables. RLIMIT_DATA does not bound the operating system's cache of files; therefore "cold" drops the export from
-that cache before every step, which is what a machine with no memory to spare would see.
+whose RLIMIT_DATA (all memory it may allocate: heap, anonymous and private writable mappings) is below the size of the
+tables from the moment it has loaded. RLIMIT_DATA does not bound the operating system's cache of files; therefore "files
+not cached" drops the export from that cache before every step, as a machine with no memory to spare would.
 """
 
 from __future__ import annotations
@@ -153,11 +153,16 @@ def run_batch(contestants: Contestants, batch: int, options: argparse.Namespace)
     }
 
 
+def settings_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What both sides of a size are told."""
+    dtype = options.dtype or SIZES[name]["dtype"]
+    return {"preset": SIZES[name]["preset"], "dtype": dtype, "device": options.device, "threads": options.threads}
+
+
 def run_size(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one size."""
     size = SIZES[name]
-    common = {"preset": size["preset"], "dtype": options.dtype or size["dtype"], "device": options.device,
-              "threads": options.threads}  # fmt: skip
+    common = settings_of(name, options)
     sides = {OURS: {"side": "umv2", **common}, PEER: {"side": "olmoe", **common}}
     free = psutil.virtual_memory().available
     resident = options.device == "cpu" and 2.3 * bytes_of_weights(common) < free
@@ -206,7 +211,8 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
             row["peak_bytes"] = side.ask("peak")["bytes"]
             found.append(row)
         side.close()
-        return {"table_bytes": table_bytes, "limit_bytes": limit, "batches": found}
+        loading = side.facts["loading_peak_bytes"]
+        return {"table_bytes": table_bytes, "limit_bytes": limit, "loading_peak_bytes": loading, "batches": found}
     finally:
         shutil.rmtree(folder)
 
@@ -264,7 +270,9 @@ def mmap_table(mmap: dict[str, Any]) -> Table:
     """The table about tables in files."""
     return Table(
         f'`memory_tables="mmap"`: tables of {mmap["table_bytes"] / 2**30:.2f} GiB in a process that may allocate '
-        f"{mmap['limit_bytes'] / 2**30:.2f} GiB (RLIMIT_DATA); milliseconds per step, peak resident memory in GiB.",
+        f"{mmap['limit_bytes'] / 2**30:.2f} GiB while it decodes (RLIMIT_DATA). At most "
+        f"{mmap['loading_peak_bytes'] / 2**30:.2f} GiB were resident while it loaded. Milliseconds per step; peak "
+        "resident memory in GiB.",
         ("batch", "in memory", "mmap, files cached", "mmap, files not cached", "peak"),
         [
             (
@@ -339,8 +347,17 @@ def main(argv: list[str]) -> int:
         made.error("--device is cuda, and there is no CUDA device; use --device cpu")
     if options.quick:
         options.rounds, options.steps, options.context = 2, 1, 8
+    names = options.size or ["tiny" if options.quick else "227m-1.2b"]
+    free = psutil.virtual_memory().available
+    for name in names:
+        needed = 1.1 * bytes_of_weights(settings_of(name, options))
+        if options.device == "cpu" and needed > free:
+            made.error(
+                f"--size {name} needs {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free: end "
+                "other programs, or take a smaller size"
+            )
     machine = describe_machine(options.device, options.quick)
-    sizes = [run_size(name, options) for name in options.size or ["tiny" if options.quick else "227m-1.2b"]]
+    sizes = [run_size(name, options) for name in names]
     parts: list[Table | str] = [f"`{' '.join(['python benchmarks/decode.py', *argv])}`"]
     for size in sizes:
         parts += tables_of(size, options.rounds)

@@ -394,10 +394,11 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not come between the answers
     if options.get("threads"):
         torch.set_num_threads(options["threads"])
+    side = SIDES[options["side"]](options)
+    # After loading: transformers maps whole files privately then, which counts as if it were memory.
     if options.get("limit_bytes"):
         resource.setrlimit(resource.RLIMIT_DATA, (options["limit_bytes"], options["limit_bytes"]))
-    side = SIDES[options["side"]](options)
-    print(json.dumps(side.describe()), file=answers, flush=True)
+    print(json.dumps({**side.describe(), "loading_peak_bytes": peak_bytes(side.device)}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(side, json.loads(line))), file=answers, flush=True)
 
