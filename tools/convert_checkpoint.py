@@ -70,8 +70,8 @@ def verify(arguments: argparse.Namespace) -> None:
     ):
         failed |= not result.good
         print(
-            f"{str(result.dtype).removeprefix('torch.')}: {result.what} difference of logits {result.difference:.1e} "
-            f"of the largest, limit {result.limit:.1e}; same likeliest token for {result.same_choice:.1%} of "
+            f"{str(result.dtype).removeprefix('torch.')}: {result.what} {result.difference:.1e} of the "
+            f"largest logit, limit {result.limit:.1e}; same likeliest token for {result.same_choice:.1%} of "
             f"{result.tokens} tokens: {'good' if result.good else 'TOO FAR APART'}",
             flush=True,
         )
