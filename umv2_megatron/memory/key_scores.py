@@ -47,7 +47,13 @@ class _KeyScores(torch.autograd.Function):
         query, keys, query_gain, key_gain = leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             left, right = _normalised(query, keys, query_gain, key_gain, ctx.epsilon)
-        upstream = (grads[0] @ right.detach(), grads[0].transpose(-1, -2) @ left.detach())
+        # Under autocast queries, keys and their product can be of different dtypes.
+        common = torch.promote_types(left.dtype, right.dtype)
+        grad = grads[0].to(common)
+        upstream = (
+            (grad @ right.detach().to(common)).to(left.dtype),
+            (grad.transpose(-1, -2) @ left.detach().to(common)).to(right.dtype),
+        )
         return (*torch.autograd.grad((left, right), leaves, upstream), None)
 
 

@@ -65,6 +65,22 @@ def test_bfloat16_keeps_singular_vectors_and_is_near_float32() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for name, p in layer.named_parameters())
 
 
+@pytest.mark.parametrize("backend", ["scatter", "auto"])
+def test_autocast_gives_nearly_the_same_gradients(backend: str) -> None:
+    layer = build(backend=backend, topk=16, key_topk_cap=8)[0]
+    x = torch.randn(32, 16)
+    grads = []
+    for enabled in (False, True):
+        seen = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = layer(seen)
+        leaves = (seen, layer.retrieval.query.weight, layer.retrieval.keys, layer.retrieval.query_norm)
+        grads.append(torch.autograd.grad(out.float().square().sum(), leaves))
+    for exact, rounded in zip(*grads):
+        assert rounded.dtype == torch.float32
+        assert torch.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.9
+
+
 def test_marks_for_mcore() -> None:
     for flag in (False, True):
         for name, parameter in build(sequence_parallel=flag)[0].named_parameters():
