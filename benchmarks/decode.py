@@ -19,9 +19,9 @@ Bytes touched are counted in steps of their own, see decode_side.py. Peak memory
 moment its weights and cache are ready.
 
 The mmap rows: the same UltraMemV2, saved by ``save_pretrained`` and loaded with ``memory_tables="mmap"`` in a process
-whose RLIMIT_DATA (all memory it may allocate: heap, anonymous and private writable mappings) is below the size of the
-tables from the moment it has loaded. RLIMIT_DATA does not bound the operating system's cache of files; therefore "files
-not cached" drops the export from that cache before every step, as a machine with no memory to spare would.
+that may take less memory than the tables from the moment it has loaded (RLIMIT_AS: what is mapped then, and so much
+more). Pages of the files are the system's cache, which gives them up when memory is short; therefore the resident
+memory without them is reported, and "files not cached" drops the export from that cache before every step.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
         saver = SideProcess({"side": "umv2", **common, "save": str(folder)})
         table_bytes = saver.facts["sparse_bytes"]
         saver.close()
-        limit = int((options.mmap_limit_gib or max(1.0, 0.7 * table_bytes / 2**30)) * 2**30)
+        limit = int((options.mmap_limit_gib or 1.0) * 2**30)
         side = SideProcess({"side": "umv2", **common, "load": str(folder), "limit_bytes": limit})
         found = []
         for each in batches:
@@ -208,7 +208,7 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
                 request = {"cold": name == "cold", "clock": options.clock}
                 side.ask("time", steps=2, **request)
                 row[name] = side.ask("time", steps=max(options.rounds, 3), **request)["ms"]
-            row["peak_bytes"] = side.ask("peak")["bytes"]
+            row.update(side.ask("peak"))
             found.append(row)
         side.close()
         loading = side.facts["loading_peak_bytes"]
@@ -269,16 +269,16 @@ def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
 def mmap_table(mmap: dict[str, Any]) -> Table:
     """The table about tables in files."""
     return Table(
-        f'`memory_tables="mmap"`: tables of {mmap["table_bytes"] / 2**30:.2f} GiB in a process that may allocate '
-        f"{mmap['limit_bytes'] / 2**30:.2f} GiB while it decodes (RLIMIT_DATA). At most "
-        f"{mmap['loading_peak_bytes'] / 2**30:.2f} GiB were resident while it loaded. Milliseconds per step; peak "
-        "resident memory in GiB.",
-        ("batch", "in memory", "mmap, files cached", "mmap, files not cached", "peak"),
+        f'`memory_tables="mmap"`: tables of {mmap["table_bytes"] / 2**30:.2f} GiB in a process that may take '
+        f"{mmap['limit_bytes'] / 2**30:.2f} GiB more than it has mapped after loading (RLIMIT_AS). At most "
+        f"{mmap['loading_peak_bytes'] / 2**30:.2f} GiB were resident while it loaded. Milliseconds per step; "
+        "resident memory without pages of files in GiB.",
+        ("batch", "in memory", "mmap, files cached", "mmap, files not cached", "resident"),
         [
             (
                 str(row["batch"]),
                 *(Spread.of(row[name]).text() for name in ("in_memory_ms", "warm", "cold")),
-                f"{row['peak_bytes'] / 2**30:.2f}",
+                f"{(row['private_bytes'] or row['bytes']) / 2**30:.2f}",
             )
             for row in mmap["batches"]
         ],
@@ -325,7 +325,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--no-mmap", action="store_true", help="leave out the part with tables in files")
     made.add_argument(
-        "--mmap-limit-gib", type=float, help="RLIMIT_DATA of that part (default: 0.7 x the tables, 1 at least)"
+        "--mmap-limit-gib",
+        type=float,
+        help="what that part may take beyond what it has mapped (default: 1)",
     )
     made.add_argument("--export-dir", help="where that part writes the model, for the time it runs (default: /tmp)")
     made.add_argument("--plot", type=Path, help="PNG (default with --docs: decode.png beside that file)")

@@ -21,6 +21,7 @@ distinct rows, that a hook has seen picked in the step.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -109,7 +110,13 @@ class Side:
         return found
 
     def drop_file_cache(self) -> None:
-        """Ask the system to forget the files in ``self.folder``."""
+        """Unmap the pages of the tables (the system drops none that is mapped), then let it forget the files."""
+        libc = ctypes.CDLL(None)
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, rights, *_, name = line.split(maxsplit=5)
+            if rights == "r--s" and name.startswith(self.folder):
+                start, end = (int(each, 16) for each in span.split("-"))
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)  # MADV_DONTNEED
         for path in Path(self.folder).glob("*.safetensors"):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -347,6 +354,7 @@ def build_umv2(options: dict[str, Any]) -> Memory:
         layer.memory.retrieval.refresh_singular_vectors()
     if "save" in options:
         model.save_pretrained(options["save"])
+        os.sync()  # the system cannot drop pages that are not yet on the disk
     return Memory(model, dtype, device)
 
 
@@ -368,10 +376,14 @@ def peak_bytes(device: str) -> int:
     """Highest memory use since ``forget_peak``: allocated on the GPU, or resident in this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    if Path("/proc/self/status").exists():
+        return status_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def status_bytes(name: str) -> int:
+    """A figure of /proc/self/status: VmHWM (highest resident), RssAnon (resident now, without files), VmSize ..."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) * 1024
 
 
 def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:
@@ -384,7 +396,8 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:
     if work == "count":
         return side.count(**request)
     assert work == "peak", work
-    return {"bytes": peak_bytes(side.device)}
+    private = status_bytes("RssAnon") if Path("/proc/self/status").exists() else None
+    return {"bytes": peak_bytes(side.device), "private_bytes": private}
 
 
 def main() -> None:
@@ -395,9 +408,9 @@ def main() -> None:
     if options.get("threads"):
         torch.set_num_threads(options["threads"])
     side = SIDES[options["side"]](options)
-    # After loading: transformers maps whole files privately then, which counts as if it were memory.
+    # After loading: transformers keeps its files mapped as private memory, of which only dense weights become resident.
     if options.get("limit_bytes"):
-        resource.setrlimit(resource.RLIMIT_DATA, (options["limit_bytes"], options["limit_bytes"]))
+        resource.setrlimit(resource.RLIMIT_AS, (status_bytes("VmSize") + options["limit_bytes"],) * 2)
     print(json.dumps({**side.describe(), "loading_peak_bytes": peak_bytes(side.device)}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(side, json.loads(line))), file=answers, flush=True)

@@ -139,7 +139,7 @@ def test_the_program_with_processes_and_tables_in_files(tmp_path):
     result = json.loads(out.read_text())["results"][0]
     assert result["resident"]
     (row,) = result["mmap"]["batches"]
-    assert min(row["warm"] + row["cold"]) > 0 and "RLIMIT_DATA" in page.read_text()
+    assert min(row["warm"] + row["cold"]) > 0 and "RLIMIT_AS" in page.read_text()
 
 
 def test_where_memory_has_room_for_one_the_other_ends_first(monkeypatch):
