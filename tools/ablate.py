@@ -28,10 +28,13 @@ from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
 
 def main(arguments: argparse.Namespace) -> None:
     """Run, then report."""
-    output = Path(arguments.output)
-    plan = read_plan(Path(arguments.plan), output, arguments.smoke)
+    if arguments.slurm_array and arguments.smoke:
+        raise ValueError("--smoke is given with --slurm-array; expected only one of them")
+    if arguments.report_only and arguments.trial is not None:
+        raise ValueError(f"--trial is {arguments.trial} with --report-only; expected only one of them")
+    plan = read_plan(Path(arguments.plan), Path(arguments.output), arguments.smoke)
     if arguments.slurm_array:
-        Path(arguments.slurm_array).write_text(array_script(plan, output), encoding="utf-8")
+        Path(arguments.slurm_array).write_text(array_script(plan), encoding="utf-8")
         print(f"wrote {arguments.slurm_array}: {len(plan.trials)} tasks; submit it with sbatch")
         return
     chosen = plan.trials

@@ -57,6 +57,9 @@ def test_smoke_shortens_every_trial(tmp_path: Path) -> None:
         ({"common": {**CONTENT["common"], "memory-topkk": 3}}, "unknown key 'memory_topkk'; did you mean"),
         ({"common": {**CONTENT["common"], "memory-num-cores": 5}}, "run 'umv2': --memory-value-dim is"),
         ({"ranks": 2}, "ranks is 2; expected the number of ranks that launcher starts"),
+        ({"launcher": ["torchrun"]}, "launcher is ['torchrun']; expected the words of a command, in one string"),
+        ({"launcher": "torchrun 'x"}, "expected the words of a command"),
+        ({"baseline": ["dense"]}, "baseline is ['dense']; expected one of dense, umv2"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_anything_runs(
@@ -78,6 +81,7 @@ arguments = sys.argv[1:]
 here = pathlib.Path({str(tmp_path)!r})
 with open(here / "calls", "a") as calls:
     calls.write(" ".join([sys.argv[0].rsplit("/", 1)[-1], *arguments]) + "\\n")
+(here / "cwd").write_text(str(pathlib.Path.cwd()))
 if (here / "fail").exists():
     print("noise")
     print("pretrain_umv2.py: error: --lr is odd")
@@ -135,8 +139,28 @@ def test_other_settings_for_a_trial_that_has_begun_are_refused(program: Path) ->
         runner.read_results(changed)
 
 
+def test_one_output_by_two_names_and_after_a_move(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an array job names it in full, and a user from where he is."""
+    plan = plan_of(program)
+    list(runner.run_trials(plan, plan.trials))
+    monkeypatch.chdir(program)
+    again = read_plan(plan.path, Path("out"))
+    assert [state for _, state in runner.run_trials(again, again.trials)] == ["was done"] * 4
+    (program / "out").rename(program / "moved")
+    assert len(runner.read_results(read_plan(plan.path, Path("moved")))["umv2"]) == 2
+
+
+def test_programs_run_where_the_user_is(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (program / "here").mkdir()
+    monkeypatch.chdir(program / "here")
+    plan = plan_of(program)
+    list(runner.run_trials(plan, plan.trials[:1]))
+    assert (program / "cwd").read_text() == str(Path.cwd())
+    assert f"\ncd {Path.cwd()}\n" in runner.array_script(plan)
+
+
 def test_the_array_job_has_a_task_for_every_trial(program: Path) -> None:
-    text = runner.array_script(plan_of(program, slurm={"partition": "gpu", "exclusive": True}), program / "out")
+    text = runner.array_script(plan_of(program, slurm={"partition": "gpu", "exclusive": True}))
     assert "#SBATCH --array=0-3\n" in text and "#SBATCH --partition=gpu\n#SBATCH --exclusive\n" in text
     assert text.rstrip().endswith('--trial "$SLURM_ARRAY_TASK_ID"')
 

@@ -16,6 +16,7 @@ Every run with every seed is a trial, in a directory of its own: <output>/<run>/
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import tempfile
@@ -92,6 +93,7 @@ def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
     With ``smoke`` all runs last two steps on random tokens. Raises ``ValueError`` naming the file and the key that
     cannot work; writes nothing.
     """
+    output = output.resolve()  # an array job and the command line may name the same directory differently
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as error:
@@ -107,10 +109,10 @@ def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{path}: seeds is {seeds!r}; expected each seed once")
     baseline = content.get("baseline")
-    if baseline is not None and baseline not in content["runs"]:
-        raise ValueError(f"{path}: baseline is {baseline!r}; expected one of {', '.join(content['runs'])}")
+    if baseline is not None and baseline not in list(content["runs"]):
+        raise ValueError(f"{path}: baseline is {baseline!r}; expected one of {', '.join(map(str, content['runs']))}")
     common = _mapping(content, "common", path)
-    launcher = [] if smoke else shlex.split(content.get("launcher") or "")
+    launcher = [] if smoke else _launcher(content.get("launcher"), path)
     ranks = 1 if smoke else content.get("ranks", 1)
     if type(ranks) is not int or ranks < 1 or (ranks > 1 and not launcher):
         raise ValueError(f"{path}: ranks is {ranks!r}; expected the number of ranks that launcher starts")
@@ -119,8 +121,16 @@ def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
         for seed in seeds
         for label in content["runs"]
     ]
+    baseline = None if baseline is None else str(baseline)
     evaluate, slurm = ({} if smoke else _mapping(content, key, path) for key in ("evaluate", "slurm"))
     return Plan(path, output, trials, baseline, launcher, evaluate, slurm)
+
+
+def _launcher(given: Any, path: Path) -> list[str]:
+    if given is None or isinstance(given, str):
+        with contextlib.suppress(ValueError):
+            return shlex.split(given or "")
+    raise ValueError(f"{path}: launcher is {given!r}; expected the words of a command, in one string")
 
 
 def _mapping(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ written last; an unfinished one is started again by the same command, and resume
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from umv2_megatron.evaluation.ablation.plan import Plan, Trial, preset_flag
 from umv2_megatron.evaluation.report import write_json
@@ -52,11 +54,23 @@ def run_trials(plan: Plan, trials: Iterable[Trial]) -> Iterator[tuple[Trial, str
 def check_settings(trial: Trial) -> None:
     """Raises ``ValueError`` when a trial that has begun had other settings than it has now."""
     file = trial.settings_file
-    if file.exists() and file.read_text(encoding="utf-8") != trial.settings_text():
+    if file.exists() and _compared(file.read_text(encoding="utf-8")) != _compared(trial.settings_text()):
         raise ValueError(
             f"{file} has other settings than the plan gives {trial.name} now; expected the same, because results of "
             "different settings cannot be told apart; use another --output, or remove that directory"
         )
+
+
+def _compared(text: str) -> tuple[str, Any]:
+    """Preset and settings without ``save``, which is another one once an output directory has been moved."""
+    preset, _, rest = text.partition("\n")
+    try:
+        settings = yaml.safe_load(rest)
+    except yaml.YAMLError:
+        settings = None
+    if not isinstance(settings, dict):
+        return text, None  # half-written
+    return preset, {key: value for key, value in settings.items() if key != "save"}
 
 
 def _run(plan: Plan, trial: Trial) -> None:
@@ -89,7 +103,7 @@ def _call(command: list[str], log: Path) -> None:
     with open(log, "ab") as file:
         file.write(("$ " + " ".join(command) + "\n").encode())
         file.flush()
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if ": error: " in line]
@@ -140,18 +154,20 @@ def read_results(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def array_script(plan: Plan, output: Path) -> str:
-    """A SLURM array job: one trial per task, each to be requeued or submitted again until it is done."""
+def array_script(plan: Plan) -> str:
+    """A SLURM array job: one trial per task, each to be requeued or submitted again until it is done. It runs in the
+    directory of the caller, to which relative paths of a plan belong."""
     options = {"job-name": f"ablate-{plan.path.stem}", **plan.slurm}
     lines = [f"#SBATCH --{key}={value}" if value is not True else f"#SBATCH --{key}" for key, value in options.items()]
-    command = f"{sys.executable} tools/ablate.py {plan.path.resolve()} --output {output.resolve()}"
+    tool = ROOT / "tools" / "ablate.py"
+    command = shlex.join([sys.executable, str(tool), str(plan.path.resolve()), "--output", str(plan.output)])
     return "\n".join(
         [
             "#!/bin/bash",
             *lines,
             f"#SBATCH --array=0-{len(plan.trials) - 1}",
             "# Every task runs one trial of the plan. Submit again: finished trials are left alone, others resume.",
-            f"cd {ROOT}",
+            f"cd {shlex.quote(str(Path.cwd()))}",
             f'exec {command} --trial "$SLURM_ARRAY_TASK_ID"',
             "",
         ]
