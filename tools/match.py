@@ -23,16 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from umv2_megatron.config.flags import option_table, parse_flags  # noqa: E402
+from umv2_megatron.config.flags import OneLineParser, option_table, parse_flags  # noqa: E402
 from umv2_megatron.config.variants import FFN_VARIANTS  # noqa: E402
 from umv2_megatron.planning.matching import Match, Model, match  # noqa: E402
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are ``ValueError`` instead of a usage page."""
-
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
 
 
 def build_parser() -> OneLineParser:
@@ -75,7 +68,11 @@ def _match(given: argparse.Namespace, rest: list[str]) -> Match:
     source = resolve([*rest, "--transformer-impl", "local"], 1, program="match.py", for_training=False)
     if source.values["vocab_size"] is None:
         raise ValueError("--vocab-size is missing; logits are part of the FLOPs")
-    kept, preset, config = parse_flags(shlex.split(given.keep), "match.py --keep", "")
+    try:
+        words = shlex.split(given.keep)
+    except ValueError as error:
+        raise ValueError(f"--keep is {given.keep!r}; expected flags with closed quotes") from error
+    kept, preset, config = parse_flags(words, "match.py --keep", "")
     if preset or config or "ffn_variant" in kept:
         raise ValueError(f"--keep is {given.keep!r}; expected flags of sizes and switches only")
     total = None if given.total is None else int(_number("total", given.total))
@@ -120,7 +117,11 @@ def _text(flags: dict[str, Any]) -> str:
     parts = []
     for key, value in flags.items():
         made = option_table()[key]
-        parts += ["--" + made.flags[0].removeprefix("--"), shlex.quote(str(value))]
+        if made.switches:
+            parts.append("--" + next(flag for flag, on in made.switches.items() if on == value))
+        else:
+            words = value if isinstance(value, list) else [value]
+            parts += ["--" + made.flags[0], *(shlex.quote(str(word)) for word in words)]
     return " ".join(parts)
 
 

@@ -194,7 +194,7 @@ def _solve(start: Model, flops: int, total: int) -> Model:
 
 
 def _least_keys(memory: MemoryConfig | None) -> int:
-    """The smallest N with which a layer scores as many keys as it keeps and owns as many rows as it picks."""
+    """The smallest N with which a layer scores as many keys as it keeps."""
     if memory is None:
         return 1
     enough = (n for n in range(1, 1 << 16) if dataclasses.replace(memory, num_keys=n).scored_keys >= memory.key_topk)

@@ -68,7 +68,7 @@ def test_a_model_matches_itself():
 @pytest.mark.parametrize("variant", ["memory-plus", "peer", "moe"])
 def test_printed_flags_make_the_model(variant, capsys):
     argv = ["--model-preset", "umv2-3m", "--memory-topk", "24"]
-    keep = [] if variant == "moe" else ["--keep", "--memory-num-heads 3"]
+    keep = [] if variant == "moe" else ["--keep", "--memory-num-heads 3 --memory-stream"]
     assert TOOL.main([*argv, "--to", variant, "--json", *keep]) == 0
     shown = json.loads(capsys.readouterr().out)
     pasted = model(*argv, *shlex.split(shown["flags"]))
@@ -76,7 +76,7 @@ def test_printed_flags_make_the_model(variant, capsys):
     assert pasted.parameters.total == shown["found"]["total"]
     assert abs(shown["flops_deviation"]) <= 0.01 and abs(shown["total_deviation"]) <= 0.01
     if pasted.memory is not None:
-        assert pasted.memory.num_heads == 3
+        assert pasted.memory.num_heads == 3 and pasted.memory.stream
 
 
 def test_table(capsys):
@@ -93,6 +93,7 @@ def test_table(capsys):
         (["--model-preset", "dense-3m", "--to", "umv2"], "--total"),
         (["--model-preset", "umv2-8m", "--to", "pkm", "--tolerance", "x"], "--tolerance is 'x'"),
         (["--model-preset", "umv2-8m", "--to", "pkm", "--keep", "--ffn-variant pkm"], "--keep"),
+        (["--model-preset", "umv2-8m", "--to", "pkm", "--keep", "--memory-init 'paper"], "--keep is"),
         (["--model-preset", "umv2-8m", "--to", "pkm", "--keep", "--memory-tucker-rank 2"], "--memory-tucker-rank is 2"),
         (["--model-preset", "umv2-8m", "--to", "moe", "--tolerance", "1e-6"], "no sizes are within"),
     ],
