@@ -334,6 +334,9 @@ def _check_schedule(run: RunConfig) -> None:
         _refuse("save-interval", training.save_interval, "--save with a directory too")
     if training.async_save:
         raise UsageError("--async-save is not supported; leave it out: checkpoints are written between two steps")
+    start, end = training.profile_step_start, training.profile_step_end
+    if training.profile and not 1 <= start < end:
+        _refuse("profile-step-end", end, f"an iteration after --profile-step-start ({start}), which is 1 or more")
     if not all(rank.strip().isdigit() for rank in training.profile_ranks.split(",")):
         _refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
 

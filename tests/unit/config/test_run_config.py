@@ -187,6 +187,8 @@ def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
         (["--recompute-granularity", "full"], 1, ["recompute"]),
         (["--async-save"], 1, ["--async-save"]),
         (["--profile-ranks", "a"], 1, ["--profile-ranks is 'a'"]),
+        (["--profile", "--profile-step-start", "12"], 1, ["--profile-step-end is 12", "--profile-step-start (12)"]),
+        (["--profile", "--profile-step-start", "0"], 1, ["--profile-step-start (0)"]),
         (["--model-preset", "umv2-9t"], 1, ["'umv2-9t'", "umv2-tiny"]),
         (["--config", "/nowhere/x.yaml"], 1, ["--config", "/nowhere/x.yaml"]),
     ],
