@@ -112,7 +112,7 @@ class MemoryConfig:
     )
     backend: str = option(
         "auto",
-        "implementation of the table lookup; auto picks the fastest that is proven on the device",
+        "implementation of the search and the table lookup; auto picks the fastest that is proven on the device",
         choices=("auto", "reference", "scatter", "cpu", "triton"),
     )
     backward: str = option(

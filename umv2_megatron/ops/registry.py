@@ -106,7 +106,7 @@ def _get_backend(name: str, device: str) -> Backend:
             return BACKENDS[preferred]()
         except ImportError as problem:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
-                logger.warning("lookups use --memory-backend scatter, because %s cannot run: %s", preferred, problem)
+                logger.warning("--memory-backend auto is scatter here, because %s cannot run: %s", preferred, problem)
             return BACKENDS["scatter"]()
     if name not in BACKENDS:
         raise ValueError(f"--memory-backend is {name}; expected one of auto, {', '.join(BACKENDS)}")

@@ -1,6 +1,6 @@
 """Two-stage top-K in Triton: the best keys of each side among N, then the best cells of the grid that they span.
 
-What ``Retrieval`` computes with einsum and torch.topk (arXiv 2411.12364, section 3.2), in two kernels that leave
+What ``search.py`` computes with einsum and torch.topk (arXiv 2411.12364, section 3.2), in two kernels that leave
 neither the summed scores [T, h, N] nor the grids [T, h, K', K'] in memory:
 
     best_keys    a[n] = sum over r of u[r] * S[r, n], and the K' largest a of each token, head and side

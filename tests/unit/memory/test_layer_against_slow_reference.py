@@ -73,7 +73,7 @@ def build(case: str, backend: str) -> list[MemoryLayer]:
     return layers
 
 
-@pytest.mark.parametrize("backend", ["reference", "scatter"])
+@pytest.mark.parametrize("backend", ["reference", "scatter", "cpu"])
 @pytest.mark.parametrize("case", CASES)
 def test_layer_equals_loops(case: str, backend: str) -> None:
     layers = build(case, backend)
