@@ -48,6 +48,7 @@ from benchmarks.measure import (  # noqa: E402
     Spread,
     Table,
     add_options,
+    at_least_one,
     describe_machine,
     prepare,
     publish,
@@ -384,8 +385,9 @@ def main(argv: list[str]) -> int:
     if options.quick:
         options.tokens, options.topk, options.dim, options.max_rows, options.rounds = 8, 4, 8, 1000, 1
         options.topks, options.token_counts = (2, 8), (4, 16)
-    if min(options.tokens, options.topk, options.dim) < 1 or options.max_rows < 256:
-        parser.error("sizes must be at least 1, and --max-rows at least 256")
+    at_least_one(parser, options, "tokens", "topk", "dim")
+    if options.max_rows < 256:
+        parser.error(f"--max-rows is {options.max_rows}; expected at least 256")
     if options.dim % CORES:
         parser.error(f"--dim is {options.dim}; expected a multiple of {CORES}")
     prepare(parser, options, "growth.py")

@@ -46,6 +46,7 @@ from benchmarks.measure import (  # noqa: E402
     Spread,
     Table,
     add_options,
+    at_least_one,
     describe_machine,
     peak_bytes,
     prepare,
@@ -240,8 +241,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.quick:
         options.preset, options.tokens, options.rounds = "umv2-tiny", 32, 1
-    if options.tokens < 1:
-        parser.error(f"--tokens is {options.tokens}; expected at least 1")
+    at_least_one(parser, options, "tokens")
     prepare(parser, options, "layer.py")
     machine = describe_machine(cpu_platform.device().type, options.quick)
     bench = Bench(options.preset, options.tokens, options.rounds + 1, getattr(torch, options.dtype))

@@ -51,11 +51,9 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
 def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace, program: str) -> None:
     """Refuse what cannot work before anything is measured, and set the number of threads; huge pages as in training."""
     use_huge_pages()
-    if options.rounds < 1:
-        parser.error(f"--rounds is {options.rounds}; expected at least 1")
+    at_least_one(parser, options, "rounds")
     if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads is {options.threads}; expected at least 1")
+        at_least_one(parser, options, "threads")
         torch.set_num_threads(options.threads)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"--json is {options.json}; expected a file in a directory that exists")
@@ -64,6 +62,13 @@ def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace, progra
             _split_at_marks(options.docs, program)
         except (OSError, ValueError) as problem:
             parser.error(str(problem))
+
+
+def at_least_one(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """Refuse options of these names that are below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1")
 
 
 # -- times ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from benchmarks.measure import (  # noqa: E402
     Spread,
     Table,
     add_options,
+    at_least_one,
     describe_machine,
     prepare,
     publish,
@@ -88,6 +89,7 @@ def models(options: argparse.Namespace) -> dict[str, tuple[dict[str, Any], Memor
 def train(options: argparse.Namespace, name: str, threads: int, parent: Connection) -> None:
     """A process: train the model called ``name``, one step for every message; the times go back as messages."""
     sys.stdout = sys.stderr  # what mcore prints is no result
+    device = cpu_platform.device().type
     torch.set_num_threads(threads)
     fields, memory = models(options)[name]
     extra = {"moe_token_dispatcher_type": options.dispatcher} if name == MOE else {}
@@ -111,20 +113,22 @@ def train(options: argparse.Namespace, name: str, threads: int, parent: Connecti
         outcomes.append(step.train_step(run, state.chunks, state.optimizer, state.scheduler, iterator))
 
     guarded = step.guarded_step
-    step.guarded_step = lambda *arguments, **named: timed_call(guarded, updates, options.clock, *arguments, **named)
+    step.guarded_step = partial(timed_call, guarded, updates, options.clock, device)
     parent.send(sum(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters()))
     while parent.recv():
-        seconds = timed(one_step, options.clock)
+        seconds = timed(one_step, options.clock, device)
         assert outcomes[-1].result.updated, f"{name}: a step was not finite"
         peak = cpu_platform.max_memory_allocated() - before
         parent.send({"seconds": seconds, "update": updates[-1], "loss": outcomes[-1].loss, "peak_bytes": peak})
     torch.distributed.destroy_process_group()
 
 
-def timed_call(work: Callable[..., Any], seconds: list[float], clock: str, *arguments: Any, **named: Any) -> Any:
+def timed_call(
+    work: Callable[..., Any], seconds: list[float], clock: str, device: str, *arguments: Any, **named: Any
+) -> Any:
     """What ``work`` returns; the time it took is added to ``seconds``."""
     results: list[Any] = []
-    seconds.append(timed(lambda: results.append(work(*arguments, **named)), clock))
+    seconds.append(timed(lambda: results.append(work(*arguments, **named)), clock, device))
     return results[0]
 
 
@@ -271,10 +275,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.quick:
         options.preset, options.seq_length, options.micro_batches, options.rounds = "umv2-tiny", 32, 2, 1
-    if min(options.layers, options.seq_length, options.micro_batch_size, options.micro_batches) < 1:
-        parser.error("sizes must be at least 1")
+    at_least_one(parser, options, "layers", "seq_length", "micro_batch_size", "micro_batches")
     prepare(parser, options, "step.py")
-    machine = describe_machine(quick=options.quick)
+    machine = describe_machine(cpu_platform.device().type, options.quick)
     result = measure(options)
     publish("step.py", options, machine, describe(options, result), result)
     return 0

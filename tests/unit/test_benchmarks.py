@@ -186,7 +186,10 @@ def test_warning_of_other_programs(busy: float) -> None:
     assert ("WARNING: other programs used 1.5 of the 2 processors" in measure.machine_line(machine)) == (busy > 1)
 
 
-@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--threads", "0"], ["--json", "/nowhere/x"], ["--docs", "page"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--rounds", "0"], ["--threads", "0"], ["--clock", "processor"], ["--json", "/nowhere/x"], ["--docs", "page"]],
+)
 def test_wrong_flags_are_refused_before_anything_runs(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
