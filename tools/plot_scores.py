@@ -23,7 +23,7 @@ def main(arguments: argparse.Namespace) -> None:
             label, file = Path(text).stem, text
         try:
             reports[label] = json.loads(Path(file).read_text(encoding="utf-8"))["tasks"]
-        except (KeyError, json.JSONDecodeError):
+        except (KeyError, TypeError, json.JSONDecodeError):
             raise ValueError(f"--report names {file}; expected JSON that tools/evaluate.py wrote") from None
     drawn = draw(reports, arguments.output)
     if not drawn:

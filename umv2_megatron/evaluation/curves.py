@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#8250df", "#bf8700")
+COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#8250df", "#bf8700", "#0a7e8c", "#6e7781", "#bc4c00")
 
 
 def plot_losses(
@@ -40,7 +41,7 @@ def plot_losses(
         1, columns, figsize=(8 + 4 * (columns - 1), 4.5), layout="constrained", squeeze=False
     )
     axes = panels[0][0]
-    for colour, (label, records) in zip(COLOURS, runs.items()):
+    for colour, (label, records) in zip(cycle(COLOURS), runs.items()):
         training = [(record["iteration"], record["lm loss"]) for record in records if "lm loss" in record]
         validation = [(r["iteration"], r["lm loss validation"]) for r in records if "lm loss validation" in r]
         if training:
@@ -66,7 +67,7 @@ def _plot_differences(axes: Any, runs: dict[str, list[dict[str, Any]]], baseline
         label: {r["iteration"]: r["lm loss validation"] for r in records if "lm loss validation" in r}
         for label, records in runs.items()
     }
-    for colour, (label, losses) in zip(COLOURS, validation.items()):
+    for colour, (label, losses) in zip(cycle(COLOURS), validation.items()):
         shared = sorted(losses.keys() & validation[baseline].keys())
         if label != baseline and shared:
             differences = [losses[iteration] - validation[baseline][iteration] for iteration in shared]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _panels(reports: dict[str, Sequence[dict[str, Any]]], axis: str, label: str,
     for place in axes.flat[len(panels) :]:
         place.set_visible(False)
     for place, (task, form) in zip(axes.flat, panels):
-        for colour, (name, results) in zip(COLOURS, reports.items()):
+        for colour, (name, results) in zip(cycle(COLOURS), reports.items()):
             chosen = [r for r in results if (r["task"], r["form"]) == (task, form) and r[axis] is not None]
             for difficulty in sorted({r["difficulty"] for r in chosen}):
                 of_this = sorted((r for r in chosen if r["difficulty"] == difficulty), key=lambda r: r[axis])

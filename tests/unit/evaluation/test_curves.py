@@ -21,6 +21,15 @@ def test_one_panel_and_two(tmp_path):
     assert width(tmp_path / "two.png") > width(tmp_path / "one.png") > 500
 
 
+def test_no_run_is_left_out_for_want_of_a_colour(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.extend(len(axes.lines) for axes in self.axes))
+    plot_losses({str(run): RECORDS for run in range(11)}, tmp_path / "x.png", title="t", baseline="0")
+    assert drawn == [2 * 11, 10 + 1]  # training and validation; differences, and the line at zero
+
+
 def test_unknown_baseline(tmp_path):
     with pytest.raises(ValueError, match="--baseline is 'x'; expected one of on"):
         plot_losses({"on": RECORDS}, tmp_path / "x.png", title="t", baseline="x")

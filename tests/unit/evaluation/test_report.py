@@ -46,3 +46,13 @@ def test_plots_are_drawn_where_there_is_something_to_compare(tmp_path):
     drawn = draw({"a": lengths + facts, "b": lengths}, tmp_path / "x")
     assert [path.name for path in drawn] == ["x_context.png", "x_facts.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_no_model_is_left_out_for_want_of_a_colour(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.extend(len(a.containers) for a in self.axes))
+    lengths = [result(context_length=length) for length in (64, 128)]
+    draw({str(model): lengths for model in range(11)}, tmp_path / "x")
+    assert drawn == [11]
