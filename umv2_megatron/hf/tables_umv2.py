@@ -174,7 +174,7 @@ class UMv2Table(nn.Module):
         else:
             picked = chunks[0].new_empty(rows.shape[0], self.widths[kind])
             for index, own, place in self._by_chunk(rows):
-                picked = picked.index_copy(0, place, functional.embedding(own, chunks[index]))
+                picked.index_copy_(0, place, functional.embedding(own, chunks[index]))
         if self.place == "device":
             return picked.to(device)
         if device.type == "cuda":
@@ -256,6 +256,9 @@ def tensor_files(find: Callable[[str], str | None]) -> dict[str, str]:
         raise ValueError("memory_tables other than 'device' read model.safetensors, which is missing")
     with open(index, encoding="utf-8") as file:
         names: dict[str, str] = json.load(file)["weight_map"]
+    outside = [name for name in names.values() if os.path.basename(name) != name]
+    if outside:
+        raise ValueError(f"{index} names the file {outside[0]!r}; expected files that lie beside it")
     paths = {name: find(name) for name in sorted(set(names.values()))}
     missing = [name for name, path in paths.items() if path is None]
     if missing:

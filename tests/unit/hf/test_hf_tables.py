@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,15 +101,22 @@ def test_tables_do_not_move_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [24, 3000])
-def test_rows_are_fetched_ahead(columns: int, tmp_path: Path) -> None:
+def test_rows_are_fetched_ahead(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.randn(40, columns)
     path = tmp_path / "t"
     path.write_bytes(b"x" * 5000 + numbers.numpy().tobytes())
     entry = {"dtype": "F32", "shape": [40, columns], "data_offsets": [1000, 1000 + numbers.numel() * 4]}
     mapped = MappedTensor(str(path), "t", entry, 4000)
     assert torch.equal(mapped.tensor, numbers)
+    page, width, asked = mmap.PAGESIZE, columns * 4, []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, at, size, advice: asked.append((at, size)))
     for rows in ([0], [39], [0, 39, 39, 17], list(range(40)), []):
+        asked.clear()
         mapped.fetch(torch.tensor(rows, dtype=torch.int64))
+        assert all(at % page == 0 and size % page == 0 for at, size in asked)
+        found = [number for at, size in asked for number in range(at // page, (at + size) // page)]
+        bounds = [(5000 + row * width, 5000 + (row + 1) * width - 1) for row in rows]
+        assert found == sorted({n for first, last in bounds for n in range(first // page, last // page + 1)})
 
 
 def change_header(path: Path, change: Any) -> None:
@@ -153,6 +162,9 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     index = json.loads((fifth / "model.safetensors.index.json").read_text())["weight_map"]
     (fifth / index[name]).unlink()
     refused(fifth, index[name], "missing")
+    elsewhere = {"weight_map": {**index, name: "../good/model.safetensors"}}
+    (fifth / "model.safetensors.index.json").write_text(json.dumps(elsewhere))
+    refused(fifth, "'../good/model.safetensors'", "beside it")
     refused(tmp_path, "model.safetensors, which is missing")
 
 
