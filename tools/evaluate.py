@@ -2,7 +2,7 @@
 
     python tools/evaluate.py --load runs/demo --data data/valid_text_document --output demo.json
     python tools/evaluate.py --load runs/demo --tasks key-value,needle --context-lengths 256,512 --output demo.json
-    python tools/evaluate.py --hf-model exported --trust-remote-code --tasks all --output exported.json
+    python tools/evaluate.py --hf-model exported --tasks all --output exported.json
     torchrun --nproc-per-node 4 tools/evaluate.py --load runs/big --tensor-model-parallel-size 2 --tasks all
 
 Prints tables, writes the JSON of --output, and draws plots beside it. The numbers do not depend on the number of ranks
@@ -190,10 +190,10 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     group = made.add_argument_group("model")
-    group.add_argument("--load", metavar="DIR", help="directory of Megatron checkpoints")
+    group.add_argument("--load", metavar="DIR", help="directory of checkpoints, or one iter_* in it")
     group.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest valid one)")
     group.add_argument("--hf-model", metavar="DIR", help="directory of a Hugging Face model")
-    group.add_argument("--trust-remote-code", action="store_true", help="run the Python code that --hf-model brings")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that --hf-model brings")
     group.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of --hf-model (default: float32)")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="for --hf-model without tokenizer files")
     group.add_argument("--tokenizer-model", metavar="FILE", help="the tokenizer's file, where it has moved")

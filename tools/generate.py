@@ -4,10 +4,10 @@
     python tools/generate.py --load exports/demo --memory-tables mmap --prompt-file question.txt --temperature 0
     echo "def main(" | python tools/generate.py --load runs/demo
 
---load is a directory of checkpoints of ours or a Hugging Face export (a directory with a config.json); either says what
-the model and its tokenizer are. The same tokens are drawn from both, for the same seed. Keys and values of earlier
-tokens are kept, so a token costs a forward pass over one token until the context is full; from then on the oldest token
-drops out with every new one, and each costs a pass over the whole context. No code of an export is run.
+--load is a directory of checkpoints of ours, one iter_* in it, or a Hugging Face export; each says what the model and
+its tokenizer are. The same tokens are drawn from both, for the same seed. Keys and values of earlier tokens are kept: a
+token costs a forward pass over one token until the context is full; from then on the oldest token drops out with every
+new one, and each costs a pass over the whole context. No code of an export is run.
 """
 
 import argparse
@@ -30,7 +30,9 @@ from umv2_megatron.evaluation.generation import (  # noqa: E402
     TextStream,
     generate,
 )
+from umv2_megatron.evaluation.huggingface_scoring import load_whole_model  # noqa: E402
 from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
+from umv2_megatron.training.torch_dist_io import METADATA_FILE  # noqa: E402
 
 
 class Loaded(NamedTuple):
@@ -68,7 +70,7 @@ def load_checkpoint(arguments: argparse.Namespace) -> Loaded:
 
 def load_export(arguments: argparse.Namespace) -> Loaded:
     """From a directory in Hugging Face form; models other than ours work, too, if transformers knows them."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     import umv2_megatron.hf  # noqa: F401  (registers our classes)
 
@@ -83,9 +85,8 @@ def load_export(arguments: argparse.Namespace) -> Loaded:
         if config.model_type != "umv2":
             raise ValueError(f"--memory-tables is {arguments.memory_tables} and the model is a {config.model_type}")
         tables["memory_tables"] = arguments.memory_tables
-    model = AutoModelForCausalLM.from_pretrained(arguments.load, dtype="auto", **tables, **where).eval()
-    if not tables:
-        model = model.to(cpu_platform.device())
+    model = load_whole_model(arguments.load, "--load", dtype="auto", **tables, **where).eval()
+    model = model.to(cpu_platform.device())  # without the tables that have another place
     tokenizer = AutoTokenizer.from_pretrained(arguments.load, **where)
     return Loaded(
         CachedTransformersModel(model),
@@ -116,7 +117,9 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more")
     prompts = read_prompts(arguments)
-    is_export = (Path(arguments.load) / "config.json").is_file()
+    path = Path(arguments.load)
+    # a checkpoint's own directory, iter_*, has a config.json, too
+    is_export = (path / "config.json").is_file() and not (path / METADATA_FILE).exists()
     model = load_export(arguments) if is_export else load_checkpoint(arguments)
     for number, prompt in enumerate(prompts):
         ids = model.tokenize(prompt)
@@ -144,7 +147,7 @@ def main(arguments: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--load", required=True, help="directory of checkpoints, or Hugging Face export")
+    made.add_argument("--load", required=True, help="directory of checkpoints, one iter_* in it, or an export")
     made.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest valid one)")
     made.add_argument("--tokenizer-model", help="the tokenizer's file, where it is no longer where training found it")
     made.add_argument(

@@ -242,10 +242,17 @@ def _other_model(export: Path) -> str:
     return "model.layers.2.input_layernorm.weight"
 
 
+def _word_for_a_number(export: Path) -> str:
+    (export / "export_manifest.json").unlink()
+    _edit_json(export / "config.json", lambda config: config.update(hidden_dropout="much"))
+    return "hidden_dropout"
+
+
 @pytest.mark.parametrize(
     "damage",
-    [_truncate, _flip, _drop, _drop_from_file_only, _add, _reshape, _cast, _remove_file, _add_file, _other_model],
-)
+    [_truncate, _flip, _drop, _drop_from_file_only, _add, _reshape, _cast, _remove_file, _add_file, _other_model,
+     _word_for_a_number],
+)  # fmt: skip
 def test_a_damaged_export_is_refused_by_name(damage, plain, tmp_path):
     export = Path(shutil.copytree(plain[1], tmp_path / "export"))
     name = damage(export)

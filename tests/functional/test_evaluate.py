@@ -15,7 +15,7 @@ from umv2_megatron.config.flags import UsageError
 TEXTS = ["def one(value):\n    return value + 1\n", "a second document, a little longer than the first", "é and ü"]
 # Two blocks, an untrained model but for one step: every layout loads the same weights.
 MODEL = {"tokenizer_type": "ByteLevelTokenizer", "train_iters": 1, "make_vocab_size_divisible_by": 512,
-         "memory_num_keys": 16, "num_layers": 2}  # fmt: skip
+         "memory_num_keys": 16, "num_layers": 2, "max_position_embeddings": 64}  # fmt: skip
 ASKED = {"tasks": "key-value,fact-recall", "forms": "trained", "context_lengths": "140", "num_examples": 3,
          "max_fact_frequency": 1, "micro_batch_size": 2, "data_context_length": 24, "stride": 16}  # fmt: skip
 
@@ -103,8 +103,9 @@ def test_numbers_do_not_depend_on_the_layout(ranks, layout, checkpoint, alone, t
 def test_an_export_gives_the_numbers_of_its_checkpoint(checkpoint, alone, tmp_path):
     export = tmp_path / "export"
     train(1, ["to-hf", "--load", str(checkpoint), "--save", str(export)], tmp_path / "convert", run_convert_instead)
-    hugging = {"load": None, "hf_model": export, "trust_remote_code": True}
-    compare(evaluated(1, checkpoint, tmp_path, **hugging), alone, 1e-4)
+    compare(evaluated(1, checkpoint, tmp_path, load=None, hf_model=export), alone, 1e-4)
+    # what both take where no context is asked for: that of training
+    assert json.loads((export / "config.json").read_text())["max_position_embeddings"] == 32
 
 
 def test_what_one_rank_reports(alone, checkpoint):

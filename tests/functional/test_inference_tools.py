@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def installed(*names: str) -> bool:
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     return saved(folder, tokenizer_type="ByteLevelTokenizer", vocab_size=257, seq_length=64,
-                 max_position_embeddings=64)  # fmt: skip
+                 max_position_embeddings=128)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,8 @@ def from_export(export: str, folder: str) -> tuple[list[str], list[str], list[st
 
 
 def test_checkpoint_and_export_give_the_same_text_however_it_is_asked_for(run, export, tmp_path):
-    checkpoint = [forked(generated, ["--load", str(run), *TALK, *draw]) for draw in DRAWS]
+    loads = (run, run / "iter_0000002")
+    checkpoint = [forked(generated, ["--load", str(load), *TALK, *draw]) for load, draw in zip(loads, DRAWS)]
     greedy, sampled = checkpoint
     assert greedy.startswith(LONG) and len(greedy) > len(LONG) + 5 and sampled != greedy
     in_memory, in_files, asked = forked(from_export, str(export), str(tmp_path))
@@ -84,14 +86,24 @@ def test_checkpoint_and_export_give_the_same_text_however_it_is_asked_for(run, e
     assert len(set(asked)) == 1 and asked[0].startswith("def é")
 
 
-def refusals(run: str, export: str) -> list[str]:
+MISSING = "model.layers.1.mlp.down_proj.weight"
+
+
+def refusals(run: str, export: str, folder: str) -> list[str]:
     """The messages of calls that must be refused."""
+    from safetensors.torch import load_file, save_file
+
     found = []
+    lacking, cut = (shutil.copytree(export, Path(folder, name)) / "model.safetensors" for name in ("lacking", "cut"))
+    save_file({key: value for key, value in load_file(lacking).items() if key != MISSING}, lacking, {"format": "pt"})
+    cut.write_bytes(cut.read_bytes()[:-8])
     for argv in (
         ["--load", run, "--memory-tables", "mmap", "--prompt", "x"],
         ["--load", export, "--ckpt-step", "2", "--prompt", "x"],
         ["--load", export, "--temperature", "-1", "--prompt", "x"],
         ["--load", export, "--max-new-tokens", "0", "--prompt", "x"],
+        ["--load", str(lacking.parent), "--prompt", "x"],
+        ["--load", str(cut.parent), "--prompt", "x"],
     ):
         try:
             found.append(generated(argv))
@@ -100,11 +112,12 @@ def refusals(run: str, export: str) -> list[str]:
     return found
 
 
-def test_wrong_flags_are_named(run, export):
-    messages = forked(refusals, str(run), str(export))
-    for message, flag in zip(messages, ("--memory-tables is mmap", "--ckpt-step is 2", "--temperature is -1",
-                                        "--max-new-tokens is 0")):  # fmt: skip
-        assert flag in message
+def test_wrong_flags_and_damaged_exports_are_named(run, export, tmp_path):
+    messages = forked(refusals, str(run), str(export), str(tmp_path))
+    words = ("--memory-tables is mmap", "--ckpt-step is 2", "--temperature is -1", "--max-new-tokens is 0", MISSING,
+             "cut")  # fmt: skip
+    for message, word in zip(messages, words, strict=True):
+        assert word in message
 
 
 def test_serve_refuses_in_one_line(tmp_path):

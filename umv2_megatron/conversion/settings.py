@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from umv2_megatron.config.flags import option_table
 from umv2_megatron.config.memory_config import MemoryConfig
@@ -28,7 +29,6 @@ SAME = {
     "num_layers": "num_hidden_layers",
     "num_attention_heads": "num_attention_heads",
     "kv_channels": "head_dim",
-    "max_position_embeddings": "max_position_embeddings",
     "init_method_std": "initializer_range",
     "normalization": "normalization",
     "layernorm_epsilon": "norm_eps",
@@ -85,6 +85,13 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
         )
 
 
+def context_of(values: dict[str, Any]) -> int:
+    """The export's ``max_position_embeddings``: the context of training, which is where readers of an export (lm-eval,
+    chat templates, our evaluator) cut; learned positions keep all that they have."""
+    learned = values["position_embedding_type"] == "learned_absolute"
+    return values["max_position_embeddings"] if learned else values["seq_length"]
+
+
 def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: int | None) -> UMv2Config:
     """The export's configuration for a checkpoint's ``config``; ``eod`` is the end-of-document token."""
     values = config["values"]
@@ -96,6 +103,7 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
         # variants with memory layers differ in the fields of those only
         ffn_variant="umv2" if with_memory else "dense",
         vocab_size=config["tokenizer_vocab_size"],
+        max_position_embeddings=context_of(values),
         num_key_value_heads=_groups(values),
         hidden_act="silu" if values["swiglu"] else "gelu",
         tie_word_embeddings=not values["untie_embeddings_and_output_weights"],
@@ -132,7 +140,7 @@ def read_hf_config(directory: Path) -> UMv2Config:
         raise ConversionError(f"{path} is of model_type {kind!r}; expected umv2")
     try:
         return UMv2Config.from_dict(content)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConversionError(f"{path}: {' '.join(str(error).split())}") from error
 
 
@@ -161,6 +169,7 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
     values.update(
         ffn_variant=config.ffn_variant,
         seq_length=config.max_position_embeddings,
+        max_position_embeddings=config.max_position_embeddings,
         group_query_attention=grouped,
         num_query_groups=config.num_key_value_heads,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from umv2_megatron.conversion.safetensors_files import ConversionError
+from umv2_megatron.conversion.settings import context_of
 from umv2_megatron.training.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer
 
 _SPACE = "\u2581"
@@ -77,7 +78,7 @@ def export_tokenizer(
         "eos_token": end,
         "pad_token": end,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": values["max_position_embeddings"],
+        "model_max_length": context_of(values),
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return tokenizer.eod

@@ -27,7 +27,8 @@ class HuggingFaceScoringModel:
         self.tokenizer = tokenizer
         config = model.config
         self.context: int = getattr(config, "max_position_embeddings", None) or 1024
-        self.longest_context: int | None = None
+        learned = getattr(config, "position_embedding_type", None) == "learned_absolute"
+        self.longest_context: int | None = self.context if learned else None
         self._model = model.eval()
         self._micro_batch_size = micro_batch_size
         self._columns: int = config.vocab_size
@@ -58,24 +59,27 @@ def load_hugging_face(
     """Load a local model directory and its tokenizer; nothing is downloaded.
 
     ``tokenizer_type`` (with ``tokenizer_model``, ``vocab_size``) replaces the tokenizer found in the directory.
-    Raises ``ValueError`` naming the flag for a directory without a model, for one that brings code of its own
-    without ``trust_remote_code``, and where no tokenizer is found.
+    Exports of ours are loaded by the classes of this package, never by the copy of their code that they bring.
+    Raises ``ValueError`` naming the flag for a directory without a model, for another model that brings code of its
+    own without ``trust_remote_code``, and where no tokenizer is found.
     """
     path = Path(directory)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        kind = config.get("model_type")
+    except (OSError, ValueError, AttributeError):
         raise ValueError(f"--hf-model is {directory!r}; expected a directory with a config.json in it") from None
-    if "auto_map" in config and not trust_remote_code:
+
+    from umv2_megatron.hf import UMv2Config  # our classes are known from here on
+
+    if "auto_map" in config and kind != UMv2Config.model_type and not trust_remote_code:
         raise ValueError(
             f"--hf-model is {directory!r}; it brings Python code of its own; give --trust-remote-code to run it"
         )
     tokenizer = _tokenizer(path, tokenizer_type, tokenizer_model, vocab_size)
 
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True
+    model = load_whole_model(
+        directory, "--hf-model", dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True
     )
     if torch.cuda.is_available():
         model = model.cuda()
@@ -86,6 +90,22 @@ def load_hugging_face(
             "tokenizer; give the tokenizer that it was trained with by --tokenizer-type and --tokenizer-model"
         )
     return HuggingFaceScoringModel(model, tokenizer, micro_batch_size)
+
+
+def load_whole_model(directory: str, flag: str, **options: Any) -> Any:
+    """``AutoModelForCausalLM.from_pretrained``, which gives random weights to tensors that it does not find: here
+    ``ValueError`` naming ``flag`` and the tensor, also for files that cannot be read."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{flag} is {directory!r}; its weights cannot be read: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{flag} is {directory!r}; its files lack {missing[0]}, so the model is not whole")
+    return model
 
 
 def _tokenizer(path: Path, kind: str | None, model: str | None, vocab_size: int | None) -> Tokenizer:

@@ -81,7 +81,7 @@ def locate(directory: str | Path, iteration: int | None = None) -> tuple[Checkpo
     own = re.fullmatch(r"iter_(\d{7,})", path.name)
     if own and (path / METADATA_FILE).exists():
         if iteration not in (None, int(own[1])):
-            raise CheckpointError(f"--iteration is {iteration}, but {path} is iteration {int(own[1])}: leave it out")
+            raise CheckpointError(f"iteration {iteration} is asked for, but {path} is {int(own[1])}: leave it out")
         return CheckpointStore(path.parent), int(own[1])
     store = CheckpointStore(path)
     there = store.iterations()
@@ -91,7 +91,7 @@ def locate(directory: str | Path, iteration: int | None = None) -> tuple[Checkpo
         tracked = store.read_tracker()
         iteration = tracked if tracked in there else there[-1]
     if iteration not in there:
-        raise CheckpointError(f"--iteration is {iteration}, but {path} holds {', '.join(map(str, there))}")
+        raise CheckpointError(f"iteration {iteration} is asked for, but {path} holds {', '.join(map(str, there))}")
     return store, iteration
 
 

@@ -14,10 +14,12 @@ from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.parallel.launch import discover
 from umv2_megatron.training import checkpointing
+from umv2_megatron.training.checkpoint_contents import locate
 from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.initialize import start_processes
 from umv2_megatron.training.step import refresh_singular_vectors
 from umv2_megatron.training.tokenizers import build_tokenizer
+from umv2_megatron.training.torch_dist_io import METADATA_FILE
 
 # What is taken beside the model itself; layout, schedule and the rest keep their defaults, those of one rank.
 TAKEN = ("tokenizer_type", "tokenizer_model", "vocab_size", "bf16")
@@ -49,13 +51,16 @@ def restore_model(
     tokenizer_model: str | None = None,
     layout: dict[str, Any] | None = None,
 ) -> RestoredModel:
-    """Load the newest valid checkpoint (or ``ckpt_step``) below ``directory`` onto the ranks of this program.
+    """Load the newest valid checkpoint (or ``ckpt_step``) below ``directory`` onto the ranks of this program;
+    ``directory`` may also be that of one checkpoint (iter_*).
 
     ``tokenizer_model`` replaces the path that the run was trained with, for checkpoints that have moved. ``layout``:
     settings by key that say how the model is split (``tensor_model_parallel_size``, ...), without which it is whole on
     every rank. Starts the process group. Raises ``CheckpointError`` or ``ValueError`` naming the file or flag at fault.
     """
     store = CheckpointStore(directory)
+    if (store.root / METADATA_FILE).exists():  # one checkpoint's own directory
+        store, ckpt_step = locate(directory, ckpt_step)
     iteration = store.resolve(ckpt_step)
     saved = checkpointing.read_config(store, iteration)
     values, layout = saved["values"], layout or {}

@@ -27,7 +27,7 @@ def _lines() -> list[str]:
 
 def _values(kind: str, model: Path | None, vocab_size: int | None = None) -> dict[str, Any]:
     values = {"tokenizer_type": kind, "tokenizer_model": None if model is None else str(model)}
-    return {"values": {**values, "vocab_size": vocab_size, "max_position_embeddings": 64}}
+    return {"values": {**values, "vocab_size": vocab_size, "seq_length": 64, "position_embedding_type": "rope"}}
 
 
 def _check_export(config: dict[str, Any], folder: Path) -> Any:

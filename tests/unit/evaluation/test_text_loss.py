@@ -193,5 +193,8 @@ def test_a_directory_is_loaded_or_refused(llama, tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "x.Y"}}))
     with pytest.raises(ValueError, match="--trust-remote-code"):
         load_hugging_face(str(tmp_path / "m"), tokenizer_type="ByteLevelTokenizer")
-    with pytest.raises(ValueError, match="config.json"):
-        load_hugging_face(str(tmp_path))
+    for wrong in (None, "[]"):
+        if wrong is not None:
+            (tmp_path / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match="config.json"):
+            load_hugging_face(str(tmp_path))
