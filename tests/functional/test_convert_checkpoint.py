@@ -244,8 +244,8 @@ def _other_model(export: Path) -> str:
 
 def _word_for_a_number(export: Path) -> str:
     (export / "export_manifest.json").unlink()
-    _edit_json(export / "config.json", lambda config: config.update(hidden_dropout="much"))
-    return "hidden_dropout"
+    _edit_json(export / "config.json", lambda config: config.update(num_hidden_layers="two"))
+    return "config.json"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from umv2_megatron.config.flags import option_table
 from umv2_megatron.config.memory_config import MemoryConfig
@@ -140,7 +139,7 @@ def read_hf_config(directory: Path) -> UMv2Config:
         raise ConversionError(f"{path} is of model_type {kind!r}; expected umv2")
     try:
         return UMv2Config.from_dict(content)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError) as error:
         raise ConversionError(f"{path}: {' '.join(str(error).split())}") from error
 
 
