@@ -129,6 +129,22 @@ def test_finished_trials_are_left_alone_and_failed_ones_run_again(program: Path)
     )
 
 
+def test_a_run_that_diverged_is_not_judged_by_its_last_good_loss(program: Path) -> None:
+    plan = plan_of(program)
+    list(runner.run_trials(plan, plan.trials[:2]))
+    metrics = Path(plan.trials[1].settings["save"]) / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"iteration": 15, "lm loss validation": null}\n')
+    file = plan.trials[1].directory / runner.RESULT
+    file.write_text(json.dumps(runner.summary(plan.trials[1], 1.0)))
+    results = runner.read_results(plan)
+    assert results["umv2"][0]["curve"] == [[5, 3.5], [10, 3.0], [15, float("inf")]]
+    row = next(line for line in write_report(plan, results, None).read_text().splitlines() if line.startswith("| umv2"))
+    assert "| inf |" in row
+    metrics.unlink()
+    with pytest.raises(runner.TrialFailed, match="it left no metrics"):
+        runner.summary(plan.trials[1], 1.0)
+
+
 def test_other_settings_for_a_trial_that_has_begun_are_refused(program: Path) -> None:
     plan = plan_of(program)
     list(runner.run_trials(plan, plan.trials[:1]))

@@ -3,7 +3,7 @@ recompute, and that the gradients of tables are complete before anybody is told 
 
 Operations are recorded with the stream they were given to, backward ones with the stream of their forward, as autograd
 does it on a GPU. ``Recorder.ordered`` then says whether one thing surely happens before another on a device that knows
-nothing but the order within a stream and the waits. tests/gpu/test_streams.py has the same on a GPU.
+nothing but the order within a stream and the waits. tests/gpu/test_streams_on_a_gpu.py has the same on a GPU.
 """
 
 from __future__ import annotations

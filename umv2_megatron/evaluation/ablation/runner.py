@@ -7,6 +7,7 @@ written last; an unfinished one is started again by the same command, and resume
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -113,14 +114,17 @@ def _call(command: list[str], log: Path) -> None:
 def summary(trial: Trial, seconds: float) -> dict[str, Any]:
     """What a finished trial says, from its metrics.jsonl and by arithmetic.
 
-    ``curve``: [iteration, validation loss] pairs, in nats per token; ``parameters``, ``activated``: counts;
-    ``flops``: of the blocks, per token and forward; ``tokens``: trained on; ``tokens_per_second``: of the median
+    ``curve``: [iteration, validation loss] pairs, in nats per token, None where it was not finite; ``parameters``,
+    ``activated``: counts; ``flops``: of the blocks, per token and forward; ``tokens``: trained on; ``tokens_per_second``: of the median
     iteration; ``seconds``: this start's, so a resumed trial counts its last part alone.
     """
-    run, records = trial.run, read_metrics(trial.settings["save"])
+    try:
+        run, records = trial.run, read_metrics(trial.settings["save"])
+    except OSError as error:
+        raise TrialFailed(f"it left no metrics ({error})") from error
     memory = run.memory if run.has_memory else None
     count = count_parameters(run.values, memory)
-    curve = [[r["iteration"], r["lm loss validation"]] for r in records if r.get("lm loss validation") is not None]
+    curve = [[r["iteration"], r["lm loss validation"]] for r in records if "lm loss validation" in r]
     times = [record["iteration-time"] for record in records if "iteration-time" in record]
     tokens = run.global_batch_size * run.model.seq_length
     return {
@@ -147,6 +151,8 @@ def read_results(plan: Plan) -> dict[str, list[dict[str, Any]]]:
             continue
         check_settings(trial)
         result = json.loads(file.read_text(encoding="utf-8"))
+        # A run that diverged is worse than any other, and must not be judged by its last good loss.
+        result["curve"] = [[step, math.inf if loss is None else loss] for step, loss in result["curve"]]
         evaluation = trial.directory / EVALUATION
         if evaluation.exists():
             result["evaluation"] = json.loads(evaluation.read_text(encoding="utf-8"))
