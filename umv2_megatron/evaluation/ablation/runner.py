@@ -115,8 +115,9 @@ def summary(trial: Trial, seconds: float) -> dict[str, Any]:
     """What a finished trial says, from its metrics.jsonl and by arithmetic.
 
     ``curve``: [iteration, validation loss] pairs, in nats per token, None where it was not finite; ``parameters``,
-    ``activated``: counts; ``flops``: of the blocks, per token and forward; ``tokens``: trained on; ``tokens_per_second``: of the median
-    iteration; ``seconds``: this start's, so a resumed trial counts its last part alone.
+    ``activated``: counts; ``flops``: of the blocks, per token and forward; ``tokens``: trained on;
+    ``tokens_per_second``: of the median iteration; ``seconds``: this start's, so a resumed trial counts its last part
+    alone.
     """
     try:
         run, records = trial.run, read_metrics(trial.settings["save"])
