@@ -70,7 +70,8 @@ class Layout:
         """
         variant = values.get("ffn_variant", "umv2")
         if variant not in FFN_VARIANTS:
-            raise ValueError(f"--ffn-variant is {variant!r}; planning knows {' and '.join(FFN_VARIANTS)} only")
+            *others, last = FFN_VARIANTS
+            raise ValueError(f"--ffn-variant is {variant!r}; planning knows {', '.join(others)} and {last} only")
         for key in UNKNOWN_SPLITS:
             if values.get(key):
                 raise ValueError(f"--{key.replace('_', '-')} is given; planning knows even stages and "

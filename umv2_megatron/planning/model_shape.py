@@ -79,7 +79,8 @@ class ModelShape:
         variant = fields.get("ffn_variant", "umv2")
         has_experts = variant == "moe"
         if variant not in FFN_VARIANTS and not has_experts:
-            raise ValueError(f"--ffn-variant is {variant!r}; planning knows {' and '.join(FFN_VARIANTS)} only")
+            *others, last = FFN_VARIANTS
+            raise ValueError(f"--ffn-variant is {variant!r}; planning knows {', '.join(others)} and {last} only")
         seq_length = _size(fields, "seq_length")
         positions = _size(fields, "max_position_embeddings", seq_length)
         linear_bias = not fields.get("disable_bias_linear", not fields.get("add_bias_linear", True))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from umv2_megatron.ops import cpu, get_backend, reference, registry, scatter
+from umv2_megatron.ops import cpu_build, get_backend, reference, registry, scatter
 
 # Triton's kernels have tests of their own.
 BACKENDS = ["reference", "scatter", "cpu"]
@@ -187,7 +187,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     """auto says so once and takes scatter; the name is refused."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    cpu.library.cache_clear()
+    cpu_build.library.cache_clear()
     registry._get_backend.cache_clear()
     try:
         assert [get_backend("auto", "cpu").name for _ in range(3)] == ["scatter"] * 3
@@ -196,5 +196,5 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         with pytest.raises(ValueError, match="--memory-backend is cpu, which cannot run here .*no-such-compiler"):
             get_backend("cpu", "cpu")
     finally:
-        cpu.library.cache_clear()
+        cpu_build.library.cache_clear()
         registry._get_backend.cache_clear()
