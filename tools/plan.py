@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are ``ValueError`` instead of a usage page."""
+    """Complaints are ``ValueError`` and not a usage page. That of config/flags.py would load torch, for seconds."""
 
     def error(self, message: str) -> Any:
         raise ValueError(message)

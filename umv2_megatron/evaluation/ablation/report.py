@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from umv2_megatron.evaluation.ablation.plan import Plan
+from umv2_megatron.evaluation.curves import COLOURS
 
-COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#8250df", "#bf8700", "#0a7e8c", "#6e7781", "#bc4c00")
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -129,7 +130,7 @@ def _task_tables(results: Results) -> list[str]:
 
 def _plot_losses(plan: Plan, results: Results) -> Path:
     figure, axes = _figure()
-    for colour, (label, group) in zip(COLOURS * 4, results.items()):
+    for colour, (label, group) in zip(itertools.cycle(COLOURS), results.items()):
         curve = mean_curve(group)
         if curve:
             iterations = [iteration for iteration, _ in curve]
@@ -144,7 +145,7 @@ def _plot_losses(plan: Plan, results: Results) -> Path:
 def _plot_differences(plan: Plan, results: Results) -> Path:
     assert plan.baseline is not None
     figure, axes = _figure()
-    for colour, (label, group) in zip(COLOURS * 4, results.items()):
+    for colour, (label, group) in zip(itertools.cycle(COLOURS), results.items()):
         difference = mean_difference(group, results[plan.baseline])
         if label != plan.baseline and difference:
             axes.plot(*zip(*difference), "o-", color=colour, markersize=3, label=f"{label} minus {plan.baseline}")
