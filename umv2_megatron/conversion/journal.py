@@ -10,7 +10,6 @@ finished only while it still has the size and hash that were noted.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.training.durable_files import fsync_path, sha256_of, write_synced
+from umv2_megatron.training.save_lock import locked
 
 
 def digest_of(value: Any) -> str:
@@ -47,13 +47,18 @@ def check_space(directory: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def sole_user(directory: Path) -> Iterator[None]:
-    """Hold a lock on a directory, which ends with the process. Raises ``ConversionError`` where another one has it."""
+    """Hold a lock on a directory, which ends with the process and leaves no file in it.
+
+    Raises ``ConversionError`` where another conversion has it, or where the file system cannot lock.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConversionError(f"{directory} is being written by another conversion; wait for it") from None
+            free = locked(descriptor)
+        except OSError as error:
+            raise ConversionError(f"{directory} cannot be locked ({error.strerror}); write to another disk") from error
+        if not free:
+            raise ConversionError(f"{directory} is being written by another conversion; wait for it")
         yield
     finally:
         os.close(descriptor)

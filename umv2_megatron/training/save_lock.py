@@ -16,6 +16,18 @@ from pathlib import Path
 from umv2_megatron.training.durable_files import CheckpointError
 
 
+def locked(descriptor: int) -> bool:
+    """Lock an open file or directory until it is closed; False where another open one holds the lock.
+
+    Raises OSError where the file system cannot lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _close_in_child(reference: "weakref.ref[SaveLock]") -> None:
     lock = reference()
     if lock is not None:
@@ -46,19 +58,15 @@ class SaveLock:
         os.register_at_fork(after_in_child=lambda: _close_in_child(reference))
 
     def _acquire(self, deadline: float) -> None:
-        while True:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.05)
-                    continue
-                owner = self._read_owner()
-                self._close()
-                raise CheckpointError(
-                    f"--save {self.path.parent} is in use by {owner}: stop that job or choose another directory"
-                ) from None
+        while not locked(self._descriptor):
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
+            owner = self._read_owner()
+            self._close()
+            raise CheckpointError(
+                f"--save {self.path.parent} is in use by {owner}: stop that job or choose another directory"
+            )
 
     def _read_owner(self) -> str:
         try:
