@@ -302,6 +302,7 @@ ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**SMALL_LOGITS, **SELECTIVE, "recompute_modules": ["mlp"]}),
     (1, {**SMALL_LOGITS, "memory_num_keys": 400, "memory_topk": 64, "bf16": True, "group_query_attention": True,
          "num_query_groups": 2}),
+    (1, {**SMALL_LOGITS, "attention_backend": "unfused"}),
     (2, {**MID, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
     (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "bf16": True}),
     (2, {**SMALL_LOGITS, **DIM2, "memory_topk": 64}),
@@ -329,6 +330,10 @@ RARER_ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {**MID, "tensor_model_parallel_size": 2, "bf16": True}),
     (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "num_layers_per_virtual_pipeline_stage": 1}),
     (2, {**SMALL_LOGITS, "context_parallel_size": 2}),
+    (2, {**SMALL_LOGITS, "context_parallel_size": 2, "attention_backend": "unfused"}),
+    (1, {**SMALL_LOGITS, **SELECTIVE, "attention_backend": "unfused", "group_query_attention": True,
+         "num_query_groups": 2}),
+    (1, {**SMALL_LOGITS, "attention_backend": "unfused", "bf16": True}),
     (4, {**SMALL_LOGITS, **FULL, "memory_parallel_size": 4, "memory_topk": 64, "bf16": True, "micro_batch_size": 1}),
     (4, {**SMALL_LOGITS, **ROW2, "memory_parallel_size": 4, "memory_topk": 64, "bf16": True, "micro_batch_size": 1}),
 ]

@@ -6,7 +6,7 @@ rotary embedding and memory layers treat each token alone; only attention has to
 
 1. keys and values of all ranks are gathered, in one all-gather, and put in the order of the sequence;
 2. each of this rank's two chunks of queries attends to the keys from the start of the sequence to the chunk's own end,
-   through mcore's ``DotProductAttention`` with the mask of a chunk that lies at the end of its keys.
+   through ``FusedAttention`` with the mask of a chunk that lies at the end of its keys.
 
 Chunk a needs a+1 chunks of keys, so each rank computes (r+1) + (2*CP-r) = 2*CP+1 blocks of (s/(2*CP))^2 scores.
 
@@ -14,9 +14,10 @@ Communication per layer and micro-batch: each rank receives (CP-1)/CP * s * b * 
 all-gather of the forward and as many in the reduce-scatter of the backward (ng key-value heads of width hn, b samples).
 Recomputation (full, or selective of ``core_attn``) gathers once more.
 
-Memory for the backward: keys and values of the whole sequence, 2 * s * b * ng/TP * hn elements, not split over CP, and
-b * np/TP * (2*CP+1) * (s/(2*CP))^2 scores (np query heads), a bit over half of an equal share of the s^2 that one rank
-alone would hold. Selective recomputation keeps neither. Transformer Engine's attention never holds all scores.
+Memory for the backward: keys and values of the whole sequence, 2 * s * b * ng/TP * hn elements, not split over CP.
+Where megatron-core's module computes (``FusedAttention`` says when) also b * np/TP * (2*CP+1) * (s/(2*CP))^2 scores
+(np query heads), a bit over half of an equal share of the s^2 that one rank alone would hold. Selective recomputation
+keeps neither.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from umv2_megatron.model.fused_attention import FusedAttention
 
-class ContextParallelAttention(DotProductAttention):
-    """mcore's ``DotProductAttention`` of this rank's two chunks of queries with the whole sequence's keys and values.
 
-    Takes the arguments of ``DotProductAttention``; goes into the ``core_attention`` slot of the local layer spec when
-    ``config.context_parallel_size`` is above 1. Scale, grouped queries, softmax, dropout and windows are mcore's.
-    Only causal self-attention: ``attn_mask_type`` must be causal.
+class ContextParallelAttention(FusedAttention):
+    """``FusedAttention`` of this rank's two chunks of queries with the whole sequence's keys and values.
+
+    Takes the arguments of mcore's ``DotProductAttention``; goes into the ``core_attention`` slot of the local layer
+    spec when ``config.context_parallel_size`` is above 1. Scale, grouped queries, softmax, dropout and windows are as
+    there. Only causal self-attention: ``attn_mask_type`` must be causal.
     """
 
     def __init__(

@@ -39,6 +39,7 @@ from umv2_megatron.model.context_parallel_attention import ContextParallelAttent
 from umv2_megatron.model.delayed_outputs import DelayedOutputs
 from umv2_megatron.model.experts import experts_spec
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
+from umv2_megatron.model.fused_attention import FusedAttention
 
 MEMORY_CONFIG_VARIABLE = "UMV2_MEMORY_CONFIG"
 
@@ -94,8 +95,9 @@ def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
             qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm, normalization=config.normalization
         )
         norm = spec.submodules.pre_mlp_layernorm
-        if config.context_parallel_size > 1:
-            spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
+        spec.submodules.self_attention.submodules.core_attention = (
+            ContextParallelAttention if config.context_parallel_size > 1 else FusedAttention
+        )
     submodules = copy.copy(spec.submodules)
     submodules.pre_mlp_layernorm = norm
     # Both implementations write the attention's norm under one name and keep the norm before the slot as it is.

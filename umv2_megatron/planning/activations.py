@@ -4,8 +4,8 @@ Counted tensor by tensor from the modules. A block keeps
 
 - norms: megatron-core's own norm (--transformer-impl local) keeps input, normalised input and output, in float32 copies
   in a bf16 run; Transformer Engine's keeps input and output;
-- attention: queries, keys and values; local attention also the probabilities [b, heads, S, S], in float32 and in bf16,
-  which Transformer Engine's (flash) attention never holds;
+- attention: queries, keys and values, the output and the denominators of its softmax; megatron-core's own module the
+  probabilities [b, heads, S, S] instead of these, in float32 and in bf16;
 - FFN: the first linear layer's output, activated gate, other half, and their product;
 - memory layer: queries with their norm, normalised keys, the scores of all keys [2, R, T, h, N] in float32, the picks,
   and what the lookup needs, which differs between whole and sharded tables.
@@ -95,7 +95,7 @@ def activation_bytes(shape: ModelShape, memory: MemoryConfig | None, layout: Lay
     working, exchange = max(sets, default=(0, 0))
     if layout.is_last(stage):
         working = max(working, _logits(shape, layout))
-    workspace = 0 if layout.engine else _probabilities(shape, layout) * layout.weight_bytes
+    workspace = 0 if not layout.holds_scores else _probabilities(shape, layout) * layout.weight_bytes
     now = kept[-1] if layout.is_last(stage) else max(kept)
     return ActivationBytes(kept[0], in_flight, working + workspace, exchange, waiting + now + working + workspace)
 
@@ -152,11 +152,15 @@ def _norm(elements: int, layout: Layout) -> int:
 
 def _probabilities(shape: ModelShape, layout: Layout) -> int:
     """Attention probabilities of one block on one rank; with context parallelism a bit over half of an equal share."""
-    heads = shape.num_attention_heads // layout.tp
+    return layout.micro_batch * (shape.num_attention_heads // layout.tp) * _masks(shape, layout)
+
+
+def _masks(shape: ModelShape, layout: Layout) -> int:
+    """Pairs of a query and a key that one rank's attention looks at, the masked ones among them."""
     if layout.cp == 1:
-        return layout.micro_batch * heads * shape.seq_length**2
+        return shape.seq_length**2
     piece = shape.seq_length // (2 * layout.cp)
-    return layout.micro_batch * heads * (2 * layout.cp + 1) * piece**2
+    return (2 * layout.cp + 1) * piece**2
 
 
 class _Block:
@@ -194,10 +198,9 @@ class _Block:
         missing = parts.all - self.kept()
         if recomputed:
             missing = recomputed * parts.all + (recomputed - 1) * hidden
-        probabilities = _probabilities(self.shape, self.layout)
         in_attention = 0
-        if not self.layout.engine:
-            in_attention = probabilities * (2 * FP32 if size == FP32 else 2 * FP32 + size)
+        if self.layout.holds_scores:
+            in_attention = _probabilities(self.shape, self.layout) * (2 * FP32 if size == FP32 else 2 * FP32 + size)
         gated = 2 if self.shape.gated else 1
         found = [(missing + hidden + gated * self.inner - parts.lookup, 0)]
         if self.memory is not None:
@@ -221,19 +224,28 @@ class _Block:
             return 0, qkv + (query + key) * size + out
         norms = (query + key) * (size if size == FP32 else 2 * FP32) if shape.qk_norm else 0
         everyone = key * layout.cp  # keys are gathered over the context-parallel ranks
-        core = _probabilities(shape, layout) * (FP32 if size == FP32 else FP32 + size)
-        core += shape.seq_length**2 // layout.cp  # the mask
-        rotated = query * size
-        if grouped:
-            core += 2 * query * layout.cp * size  # keys and values, one for each head
-            values = qkv if size == FP32 and shape.qk_norm else 0
-        else:
-            rotated += everyone * size
-            values = qkv if layout.cp == 1 or (size == FP32 and shape.qk_norm) else everyone * size
-        if grouped and layout.recompute == "selective":
-            core -= key * size  # the ungrouped ones are kept instead
         rotation = 4 * shape.seq_length // layout.cp * shape.kv_channels * size
+        rotated = (query + everyone) * size
+        values = qkv if layout.cp == 1 or (size == FP32 and shape.qk_norm) else everyone * size
+        if layout.holds_scores:
+            core = self._probabilities_kept()
+            if grouped:  # keys and values again, one for each head
+                core += 2 * query * layout.cp * size
+                rotated = query * size + (key * size if layout.recompute == "selective" else 0)
+                values = qkv if size == FP32 and shape.qk_norm else 0
+        else:
+            core = FP32 * tokens * shape.num_attention_heads // layout.tp
+            if layout.cp > 1 or layout.micro_batch > 1:
+                core += query * size  # the output before its samples, or the parts of the sequence, are put in order
+            if layout.cp > 1:
+                core += _masks(shape, layout) * size
         return core, norms + rotated + values + rotation + query * size
+
+    def _probabilities_kept(self) -> int:
+        """Attention probabilities, and the mask."""
+        size = self.layout.weight_bytes
+        kept = _probabilities(self.shape, self.layout) * (FP32 if size == FP32 else FP32 + size)
+        return kept + self.shape.seq_length**2 // self.layout.cp
 
     def _ffn(self) -> int:
         """Output of the first linear layer and what the activation keeps."""

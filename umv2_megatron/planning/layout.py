@@ -30,7 +30,8 @@ class Layout:
 
     ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
     ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and
-    step; ``engine``: Transformer Engine's fused attention and norms instead of megatron-core's own modules;
+    step; ``engine``: Transformer Engine's attention and norms instead of the local ones; ``holds_scores``: local
+    attention that writes the scores of all pairs of tokens (model/fused_attention.py says when);
     ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size; ``first_stage``, ``last_stage``: blocks
     there, None for an even split.
     """
@@ -57,6 +58,7 @@ class Layout:
     recompute_layers: int = 1
     recompute_modules: tuple[str, ...] = ()
     engine: bool = True
+    holds_scores: bool = False
     fused_activation: bool = False
     backend: str = "auto"
     first_stage: int | None = None
@@ -84,6 +86,7 @@ class Layout:
         batch = values.get("global_batch_size") or micro * replicas
         recompute = values.get("recompute_granularity") or "none"
         modules = values.get("recompute_modules") or ("core_attn",)
+        engine = values.get("transformer_impl") != "local"
         if batch % (micro * replicas):
             raise ValueError(f"--global-batch-size is {batch}; expected a multiple of --micro-batch-size x "
                              f"data-parallel size = {micro} x {replicas} = {micro * replicas}")
@@ -106,7 +109,8 @@ class Layout:
             recompute_method=values.get("recompute_method") or "uniform",
             recompute_layers=values.get("recompute_num_layers") or 1,
             recompute_modules=tuple(modules) if recompute == "selective" else (),
-            engine=values.get("transformer_impl") != "local",
+            engine=engine,
+            holds_scores=not engine and _holds_scores(values),
             fused_activation=bool(values.get("bias_activation_fusion")),
             backend=values.get("memory_backend") or "auto",
             first_stage=values.get("num_layers_in_first_pipeline_stage"),
@@ -263,3 +267,14 @@ class Layout:
         if any(sum(owners[:end]) % memory.sharing_size for end in ends):
             return f"shared blocks of {memory.sharing_size} straddle the stages"
         return None
+
+
+def _holds_scores(values: Mapping[str, Any]) -> bool:
+    """Whether local attention is left to megatron-core's module in training."""
+    return bool(
+        values.get("attention_backend") in ("local", "unfused")
+        or values.get("attention_dropout")
+        or values.get("apply_query_key_layer_scaling")
+        or values.get("window_size")
+        or values.get("softmax_type", "vanilla") != "vanilla"
+    )
