@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     """Load, evaluate, report; returns the exit code. Every rank does the same, the first one tells it."""
     arguments = parser().parse_args(argv)
     try:
-        _check(arguments)
+        check_flags(arguments)
+        check_files(arguments)
         model, described = _load(arguments)
         rows = arguments.micro_batch_size * discover().world_size
         texts = [_text(arguments, model, source, rows) for source in arguments.data or []]
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raises ``ValueError`` naming a flag that cannot work with any model; looks at no file."""
     if (arguments.load is None) == (arguments.hf_model is None):
         raise ValueError("give one of --load, a directory of checkpoints, and --hf-model, a Hugging Face directory")
     if not arguments.data and not arguments.tasks:
@@ -72,12 +74,20 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
-    if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
-        raise ValueError(f"--output is {str(arguments.output)!r}; create its directory first")
     if arguments.hf_model is not None and discover().world_size > 1:
         raise ValueError("--hf-model runs on one rank; leave torchrun out")
     if arguments.tasks:
-        mixture.task_names("--tasks", arguments.tasks)
+        names = mixture.task_names("--tasks", arguments.tasks)
+        mixture.integers("--difficulty", arguments.difficulty)
+        mixture.integers("--context-lengths", arguments.context_lengths or "1")
+        if fact_recall.NAME in names:
+            _fact_set(arguments)
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Raises ``ValueError`` naming the flag of a file or directory that is not there."""
+    if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
+        raise ValueError(f"--output is {str(arguments.output)!r}; create its directory first")
     for source in arguments.data or []:
         if not Path(source).is_file() and not Path(source + ".idx").is_file():
             raise ValueError(f"--data names {source}; expected a text file, or a corpus's path without extension")
@@ -155,8 +165,12 @@ def _tasks(arguments: argparse.Namespace, model: ScoringModel, rows: int) -> lis
     ]
 
 
+def _fact_set(arguments: argparse.Namespace) -> fact_recall.FactSet:
+    return fact_recall.FactSet(arguments.fact_seed, arguments.facts_per_frequency, arguments.max_fact_frequency)
+
+
 def _fact_questions(arguments: argparse.Namespace, form: str) -> list[tuple[dict[str, Any], list[Example]]]:
-    facts = fact_recall.FactSet(arguments.fact_seed, arguments.facts_per_frequency, arguments.max_fact_frequency)
+    facts = _fact_set(arguments)
     made = facts.questions(form, arguments.num_examples, arguments.seed)
     what = {"task": fact_recall.NAME, "form": form, "context_length": None, "difficulty": None}
     return [

@@ -60,6 +60,13 @@ def test_smoke_shortens_every_trial(tmp_path: Path) -> None:
         ({"launcher": ["torchrun"]}, "launcher is ['torchrun']; expected the words of a command, in one string"),
         ({"launcher": "torchrun 'x"}, "expected the words of a command"),
         ({"baseline": ["dense"]}, "baseline is ['dense']; expected one of dense, umv2"),
+        ({"evaluate": {"num-exampels": 3}}, "evaluate: unknown key 'num-exampels'; did you mean num-examples?"),
+        ({"evaluate": {"forms": "any"}}, "evaluate: argument --forms: invalid choice: 'any'"),
+        ({"evaluate": {"tasks": "facts"}}, "evaluate: --tasks holds 'facts'; expected 'all' or some of"),
+        ({"evaluate": {"tasks": "needle", "difficulty": "hard"}}, "evaluate: --difficulty is 'hard'"),
+        ({"evaluate": {"num-examples": 3}}, "evaluate: nothing to evaluate"),
+        ({"evaluate": {"tasks": "needle", "help": True}}, "evaluate: help is set; expected it left out"),
+        ({"evaluate": {"tasks": "needle", "max_tokens": True}}, "--max-tokens: expected one argument"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_before_anything_runs(
@@ -109,8 +116,14 @@ def calls(folder: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_finished_trials_are_left_alone_and_failed_ones_run_again(program: Path) -> None:
-    plan = plan_of(program, evaluate={"tasks": "facts", "forms": ["a", "b"]})
+def test_finished_trials_are_left_alone_and_failed_ones_run_again(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(program, evaluate={"tasks": ["needle", "icl"], "data": ["plan.yaml"], "no_choices": True})
+    with pytest.raises(ValueError, match="evaluate: --data names plan.yaml; expected a text file"):
+        next(runner.run_trials(plan, plan.trials))
+    assert not calls(program)
+    monkeypatch.chdir(program)
     (program / "fail").touch()
     states = [state for _, state in runner.run_trials(plan, plan.trials[:1])]
     assert states[0].startswith("failed: exit code 2: pretrain_umv2.py: error: --lr is odd (all of it in ")
@@ -122,7 +135,9 @@ def test_finished_trials_are_left_alone_and_failed_ones_run_again(program: Path)
     new = calls(program)[before:]
     assert len(new) == 4 and all("seed2" in call for call in new)
     assert new[0].startswith("pretrain_umv2.py --model-preset umv2-tiny --config ")
-    assert new[1].startswith("evaluate.py --load ") and new[1].endswith("--tasks facts --forms a,b")
+    assert new[1].startswith("evaluate.py --load ") and new[1].endswith(
+        "--tasks needle,icl --data plan.yaml --no-choices"
+    )
     result = runner.read_results(plan)["umv2"][0]
     assert result["curve"] == [[5, 3.5], [10, 3.0]] and result["tokens_per_second"] == pytest.approx(
         2 * result["tokens_per_iteration"]

@@ -29,6 +29,7 @@ import yaml
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.resolve import resolve
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.evaluation.ablation.evaluation_flags import evaluation_words
 
 KEYS = ("common", "seeds", "baseline", "runs", "launcher", "ranks", "evaluate", "slurm")
 OURS = ("save", "load", "seed", "config")
@@ -78,7 +79,8 @@ class Plan:
     trials: list[Trial]
     baseline: str | None
     launcher: list[str]
-    evaluate: dict[str, Any] = field(default_factory=dict)
+    evaluate: list[str] = field(default_factory=list)
+    """Flags of tools/evaluate.py; empty where trials are not evaluated."""
     slurm: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,7 +90,7 @@ class Plan:
 
 
 def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
-    """Read and check a plan, every setting of every run included.
+    """Read and check a plan, every setting of every run and of the evaluation included.
 
     With ``smoke`` all runs last two steps on random tokens. Raises ``ValueError`` naming the file and the key that
     cannot work; writes nothing.
@@ -122,8 +124,9 @@ def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
         for label in content["runs"]
     ]
     baseline = None if baseline is None else str(baseline)
-    evaluate, slurm = ({} if smoke else _mapping(content, key, path) for key in ("evaluate", "slurm"))
-    return Plan(path, output, trials, baseline, launcher, evaluate, slurm)
+    evaluate = evaluation_words(_mapping(content, "evaluate", path), path)
+    slurm = {} if smoke else _mapping(content, "slurm", path)
+    return Plan(path, output, trials, baseline, launcher, [] if smoke else evaluate, slurm)
 
 
 def _launcher(given: Any, path: Path) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from umv2_megatron.evaluation.ablation.evaluation_flags import check_evaluation_files
 from umv2_megatron.evaluation.ablation.plan import Plan, Trial, preset_flag
 from umv2_megatron.evaluation.report import write_json
 from umv2_megatron.planning import count_parameters, flops_per_token
@@ -37,8 +38,12 @@ class TrialFailed(Exception):
 def run_trials(plan: Plan, trials: Iterable[Trial]) -> Iterator[tuple[Trial, str]]:
     """Run what is not finished yet; yields every trial with "done", "was done" or "failed: ..." .
 
-    Raises ``ValueError`` when the settings of a trial that has begun differ from the plan's.
+    Raises ``ValueError`` when the settings of a trial that has begun differ from the plan's, and before the first one
+    when a file to evaluate on is not there.
     """
+    trials = list(trials)
+    if any(not (trial.directory / RESULT).exists() for trial in trials):
+        check_evaluation_files(plan.evaluate, plan.path)
     for trial in trials:
         if (trial.directory / RESULT).exists():
             check_settings(trial)
@@ -83,20 +88,10 @@ def _run(plan: Plan, trial: Trial) -> None:
     _call([*program, *preset_flag(trial.preset), "--config", str(trial.settings_file)], trial.directory / LOG)
     seconds = time.monotonic() - begin
     if plan.evaluate:
-        words = [word for key, value in plan.evaluate.items() for word in _flag(key, value)]
         output = ["--output", str(trial.directory / EVALUATION), "--label", trial.label]
         tool = [*(plan.launcher or [sys.executable]), str(ROOT / "tools" / "evaluate.py")]
-        _call([*tool, "--load", str(trial.settings["save"]), *output, *words], trial.directory / LOG)
+        _call([*tool, "--load", str(trial.settings["save"]), *output, *plan.evaluate], trial.directory / LOG)
     write_json(trial.directory / RESULT, summary(trial, seconds))
-
-
-def _flag(key: str, value: Any) -> list[str]:
-    name = "--" + key.replace("_", "-")
-    if isinstance(value, bool):
-        return [name] if value else []
-    if isinstance(value, list):
-        return [name, ",".join(map(str, value))]
-    return [name, str(value)]
 
 
 def _call(command: list[str], log: Path) -> None:
