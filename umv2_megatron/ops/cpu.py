@@ -33,7 +33,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("rows", "blocks", "tokens")),
         *(
             (name, ctypes.c_int64)
-            for name in ("picks", "per_token", "num_rows", "num_blocks", "width", "cores", "threads")
+            for name in ("picks", "per_token", "num_rows", "num_blocks", "width", "pre_width", "cores", "threads")
         ),
         *((name, ctypes.c_int64) for name in ("table_dtype", "sum_dtype")),
     ]
@@ -60,6 +60,7 @@ class Picks:
         cores: int,
         *arguments: Optional[Tensor],
         sum_dtype: Optional[torch.dtype] = None,
+        pre_width: int = 0,
     ) -> None:
         """Call the kernel ``function`` with the data of ``arguments``. Raises ``IndexError`` for rows out of range."""
         for tensor in (self.rows, self.blocks, self.tokens, *arguments):
@@ -75,6 +76,7 @@ class Picks:
             table.shape[0],
             num_blocks,
             table.shape[1],
+            pre_width,
             cores,
             torch.get_num_threads(),
             _DTYPES[table.dtype],
@@ -166,6 +168,34 @@ def weighted_sum(rows: Tensor, blocks: Optional[Tensor], weights: Tensor, values
         return scatter.weighted_sum(rows, blocks, weights, values, num_blocks)
     picks = _grid(rows, blocks if num_blocks > 1 else None)
     return flat_weighted_sum(picks, rows.shape[0], weights, values, num_blocks)
+
+
+def one_pass(
+    rows: Tensor,
+    blocks: Optional[Tensor],
+    scores: Tensor,
+    projected: Tensor,
+    pre_values: Tensor,
+    values: Tensor,
+    num_blocks: int,
+    activation: str,
+) -> Optional[tuple[Tensor, Tensor]]:
+    """Output and rho of ``whole_table.lookup``, with every pick's rows of both tables read together; the same bits as
+    ``pre_scores`` and ``weighted_sum``. None where there is no kernel for it."""
+    if activation != "none" or not supports(values):
+        return None
+    if pre_values.dtype != values.dtype or scores.dtype != _wide(values):
+        return None
+    assert pre_values.shape[0] == values.shape[0], (pre_values.shape, values.shape)
+    picks = _grid(rows, blocks if num_blocks > 1 else None)
+    out = torch.zeros(rows.shape[0], num_blocks * values.shape[1], dtype=values.dtype)
+    rho = torch.empty(rows.shape, dtype=scores.dtype)
+    picks.run(
+        "umv2_one_pass", values, num_blocks, scores.shape[-1],
+        _as(scores, scores.dtype), _as(projected, values.dtype), pre_values, values, rho, out,
+        pre_width=pre_values.shape[1],
+    )  # fmt: skip
+    return out, rho
 
 
 def weighted_sum_backward(

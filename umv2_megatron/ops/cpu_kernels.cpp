@@ -19,6 +19,7 @@
 namespace {
 
 constexpr int64_t AHEAD = 16;       // picks between asking for a row and using it
+constexpr int64_t AHEAD_IN_BOTH = 8;  // the same where a pick has rows in two tables
 constexpr int64_t LINE = 64;        // bytes of a cache line
 constexpr int64_t PICKS_PER_THREAD = 128;  // fewer do not pay for waking a thread
 
@@ -178,6 +179,37 @@ void weighted_sum(const Picks& picks, const Acc* weights, int64_t cores, const T
     });
 }
 
+// Both of the above at once: while a pick's pre-value row is multiplied, the rows of coming picks are on their way from
+// both tables. rho is kept for the backward. out holds zeros.
+template <typename Table, typename Acc>
+void one_pass(const Picks& picks, const Acc* scores, int64_t cores, const Table* projected, const Table* pre_values,
+              int64_t pre_width, const Table* values, int64_t width, int64_t num_blocks, Acc* rho, Table* out,
+              int64_t threads) {
+    const int64_t slice = width / cores, out_width = num_blocks * width;
+    in_parallel(threads, picks.count, [&](int64_t part, int64_t parts) {
+        TokenVector<Table, Acc> input(projected, pre_width);
+        std::vector<Acc> sum(static_cast<size_t>(out_width));
+        const int64_t stop = picks.start(part + 1, parts);
+        for (int64_t i = picks.start(part, parts); i < stop;) {
+            const int64_t token = picks.token(i);
+            const Acc* x = input.at(token);
+            std::fill(sum.begin(), sum.end(), Acc(0));
+            for (; i < stop && picks.token(i) == token; ++i) {
+                if (i + AHEAD_IN_BOTH < stop) {
+                    prefetch(pre_values + picks.rows[i + AHEAD_IN_BOTH] * pre_width, pre_width, false);
+                    prefetch(values + picks.rows[i + AHEAD_IN_BOTH] * width, width, false);
+                }
+                rho[i] = dot(pre_values + picks.rows[i] * pre_width, x, pre_width);
+                const Table* row = values + picks.rows[i] * width;
+                Acc* to = sum.data() + picks.block(i) * width;
+                for (int64_t c = 0; c < cores; ++c)
+                    add_to_scratch(to + c * slice, scores[i * cores + c] * rho[i], row + c * slice, slice);
+            }
+            for (int64_t j = 0; j < out_width; ++j) narrow(sum[static_cast<size_t>(j)], out[token * out_width + j]);
+        }
+    });
+}
+
 // value_sum may be null. One pass: the owner of a row has it in cache for both gradients.
 template <typename Table, typename Acc, typename Sum>
 void weighted_sum_backward(const Picks& picks, const Acc* weights, int64_t cores, const Table* grad_out,
@@ -240,7 +272,7 @@ extern "C" {
 
 struct Call {  // as in cpu.py
     const int64_t *rows, *blocks, *tokens;
-    int64_t picks, per_token, num_rows, num_blocks, width, cores, threads;
+    int64_t picks, per_token, num_rows, num_blocks, width, pre_width, cores, threads;
     int64_t table_dtype, sum_dtype;
 };
 
@@ -269,6 +301,22 @@ int umv2_weighted_sum(const Call* call, const void* weights, const void* values,
         using A = decltype(acc);
         weighted_sum(picks, static_cast<const A*>(weights), call->cores, static_cast<const T*>(values), call->width,
                      call->num_blocks, static_cast<T*>(out), call->threads);
+        return 0;
+    };
+    if (call->table_dtype == FLOAT32) return run(float(), float());
+    if (call->table_dtype == BFLOAT16) return run(bfloat16(), float());
+    return run(double(), double());
+}
+
+int umv2_one_pass(const Call* call, const void* scores, const void* projected, const void* pre_values,
+                  const void* values, void* rho, void* out) {
+    PICKS(call);
+    auto run = [&](auto table, auto acc) {
+        using T = decltype(table);
+        using A = decltype(acc);
+        one_pass(picks, static_cast<const A*>(scores), call->cores, static_cast<const T*>(projected),
+                 static_cast<const T*>(pre_values), call->pre_width, static_cast<const T*>(values), call->width,
+                 call->num_blocks, static_cast<A*>(rho), static_cast<T*>(out), call->threads);
         return 0;
     };
     if (call->table_dtype == FLOAT32) return run(float(), float());

@@ -42,7 +42,8 @@ def _cpu() -> Backend:
     from umv2_megatron.ops import cpu, cpu_build, cpu_ragged, cpu_search, whole_table
 
     cpu_build.library()
-    return Backend("cpu", cpu_search, partial(whole_table.lookup, cpu), cpu, cpu_ragged)
+    lookup = partial(whole_table.lookup, cpu, one_pass=cpu.one_pass)
+    return Backend("cpu", cpu_search, lookup, cpu, cpu_ragged)
 
 
 def _triton() -> Backend:

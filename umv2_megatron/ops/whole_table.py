@@ -9,6 +9,7 @@ Kept for the backward: rows, blocks, scores, the projected input and rho, of whi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -17,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from umv2_megatron.ops.interface import GridParts, activate, activation_backward
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
+
+OnePass = Callable[..., Optional[tuple[Tensor, Tensor]]]
+"""Takes the arguments of ``lookup`` from ``rows`` on; returns output and rho [T, P], or None where it cannot."""
 
 
 def lookup(
@@ -29,11 +33,13 @@ def lookup(
     values: Tensor,
     num_blocks: int,
     activation: str,
+    *,
+    one_pass: Optional[OnePass] = None,
 ) -> Tensor:
-    """See ``interface.TableLookup``; ``parts`` does the work."""
+    """See ``interface.TableLookup``; ``parts`` does the work, ``one_pass`` the forward where it can."""
     assert num_blocks == 1 or blocks is not None, "several blocks need the block of each pick"
     assert (pre_values is None) == (projected is None), "pre-values and the projected input come together"
-    return _Lookup.apply(rows, blocks, scores, projected, pre_values, values, num_blocks, activation, parts)
+    return _Lookup.apply(rows, blocks, scores, projected, pre_values, values, num_blocks, activation, parts, one_pass)
 
 
 class _Lookup(torch.autograd.Function):
@@ -49,13 +55,21 @@ class _Lookup(torch.autograd.Function):
         num_blocks: int,
         activation: str,
         parts: GridParts,
+        one_pass: Optional[OnePass],
     ) -> Tensor:
         rho: Optional[Tensor] = None
+        done = None
         weights = scores
         if pre_values is not None and projected is not None:
-            rho = parts.pre_scores(rows, projected, pre_values, scores.dtype)
-            weights = scores * activate(rho, activation).unsqueeze(-1)
-        out = parts.weighted_sum(rows, blocks, weights, values, num_blocks)
+            if one_pass is not None:
+                done = one_pass(rows, blocks, scores, projected, pre_values, values, num_blocks, activation)
+            if done is None:
+                rho = parts.pre_scores(rows, projected, pre_values, scores.dtype)
+                weights = scores * activate(rho, activation).unsqueeze(-1)
+        if done is not None:
+            out, rho = done
+        else:
+            out = parts.weighted_sum(rows, blocks, weights, values, num_blocks)
         # The tables are saved as attributes: they are parameters, and their main_grad must be found again.
         ctx.save_for_backward(rows, blocks, scores, projected, rho)
         ctx.pre_values, ctx.values = pre_values, values
@@ -87,6 +101,7 @@ class _Lookup(torch.autograd.Function):
             projected_grad if needs[3] else None,
             hand_over(pre_values, pre_value_sum),
             hand_over(values, value_sum),
+            None,
             None,
             None,
             None,

@@ -92,6 +92,26 @@ def test_parts_equal_plain_pytorch(kind: str, cores: int, width: int, blocks: in
             assert error <= tolerance, (name, dtype, float(error))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cores, pre_width, width, blocks", [(1, 3, 1, 1), (2, 24, 72, 1), (3, 40, 57, 4)])
+def test_one_pass_has_the_bits_of_two(
+    cores: int, pre_width: int, width: int, blocks: int, dtype: torch.dtype, threads: int
+) -> None:
+    x = inputs(cores, width, blocks, dtype)
+    generator = torch.Generator().manual_seed(5)
+    pre_values = torch.randn(len(x["table"]), pre_width, generator=generator).to(dtype)
+    projected = torch.randn(TOKENS, pre_width, generator=generator).to(dtype)
+    rho = cpu.pre_scores(x["rows"], projected, pre_values, x["weights"].dtype)
+    out = cpu.weighted_sum(x["rows"], x["blocks"], x["weights"] * rho.unsqueeze(-1), x["table"], blocks)
+    arguments = (x["rows"], x["blocks"], x["weights"], projected, pre_values, x["table"], blocks)
+    found = cpu.one_pass(*arguments, "none")
+    assert found is not None and torch.equal(found[0], out) and torch.equal(found[1], rho)
+    assert out.abs().sum() > 0
+    assert cpu.one_pass(*arguments, "gelu") is None
+    half = (*arguments[:5], x["table"].half(), blocks)
+    assert cpu.one_pass(*half, "none") is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
     results = []
