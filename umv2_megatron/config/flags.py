@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
+from umv2_megatron.config.yaml_lists import list_reader
 
 
 class UsageError(ValueError):
@@ -246,7 +247,7 @@ def _make_option(key: str, section: str, field: dataclasses.Field, hint: Any, do
         int: (int, "an integer"),
         float: (float, "a number"),
         str: (str, "a text"),
-        list: (yaml.safe_load, "a list such as '[1, 0]', or a plain value"),
+        list: (list_reader(hint), "a list such as '[1, 0]', or a plain value"),
     }
     if kind not in parsers:
         return None
@@ -344,7 +345,7 @@ def _read_one(made: Option, item: Any, where: str) -> Any:
     if made.parse is int and isinstance(item, float) and item.is_integer():
         item = int(item)  # YAML reads 1e6 as a float
     try:
-        result = item if isinstance(item, list) and made.parse is yaml.safe_load else made.parse(str(item))
+        result = made.parse(str(item))
         if isinstance(result, float) and not math.isfinite(result):
             raise ValueError
     except (ValueError, yaml.YAMLError):

@@ -139,6 +139,12 @@ def test_values(argv, expected):
         (["--lr", "nan"], ["--lr", "'nan'", "a number"]),
         (["--lr", "inf"], ["--lr", "'inf'", "a number"]),
         (["--lr"], ["--lr", "expected one argument"]),
+        (["--moe-aux-loss-coeff", "nan"], ["--moe-aux-loss-coeff", "'nan'", "a list"]),
+        (["--moe-aux-loss-coeff", "[0.1, .inf]"], ["--moe-aux-loss-coeff", "[0.1, .inf]"]),
+        (["--moe-aux-loss-coeff", "{a: 1}"], ["--moe-aux-loss-coeff", "a list"]),
+        (["--window-size", "[2.5, 0]"], ["--window-size", "[2.5, 0]"]),
+        (["--no-rope-freq", "true"], ["--no-rope-freq", "'true'"]),
+        (["--cp-comm-type", "1"], ["--cp-comm-type", "'1'"]),
         (["--bf16", "true"], ["'true'"]),
         (["--memory-sharing", "rings"], ["--memory-sharing", "'rings'", "ring, noring"]),
         (["--position-embedding-type", "alibi"], ["--position-embedding-type", "'alibi'", "rope"]),
@@ -168,6 +174,10 @@ def test_one_line_errors(argv, told):
         ({"data_path": "a"}, {"data_path": ["a"]}),
         ({"eval-interval": None}, {"eval_interval": None}),
         ({"lr": 1}, {"lr": 1.0}),
+        ({"moe-aux-loss-coeff": "1e-3"}, {"moe_aux_loss_coeff": 1e-3}),  # a text to YAML, which wants a dot
+        ({"moe-aux-loss-coeff": [1e-5, 0]}, {"moe_aux_loss_coeff": [1e-5, 0.0]}),
+        ({"window-size": [4, -1], "cp-comm-type": ["p2p", "a2a"]},
+         {"window_size": [4, -1], "cp_comm_type": ["p2p", "a2a"]}),
     ],
 )
 def test_mappings(mapping, expected):
