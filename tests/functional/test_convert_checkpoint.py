@@ -25,6 +25,22 @@ from umv2_megatron.training.durable_files import CheckpointError
 
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1}
 SHARDED = {"tensor_model_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": "row"}
+EXPERTS = {
+    "ffn_variant": "moe",
+    "num_experts": 8,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 48,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_num_groups": 4,
+    "moe_router_group_topk": 2,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_dtype": "fp32",
+    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_shared_expert_gate": True,
+}
 COLUMNS = {"context_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": "dim"}
 
 
@@ -43,8 +59,9 @@ def plain(tmp_path_factory) -> tuple[Path, Path]:
         (2, {**INTERLEAVED, "no_swiglu": True, "position_embedding_type": "learned_absolute"}, 1e-5),
         (2, {**COLUMNS, "memory_layer_freq": "[0,1]", "rotary_percent": 0.5, "kv_channels": 32}, 1e-5),
         (1, {"ffn_variant": "dense", "num_layers": 1}, 1e-5),
+        (2, {**EXPERTS, "expert_model_parallel_size": 2, "bf16": True}, 1e-5),
     ],
-    ids=["tp2-m2row-rich-bf16", "pp2-vpp-gelu", "cp2-m2dim", "dense"],
+    ids=["tp2-m2row-rich-bf16", "pp2-vpp-gelu", "cp2-m2dim", "dense", "ep2-experts-bf16"],
 )
 def test_there_and_back(ranks, settings, limit, tmp_path):
     found = forked(there_and_back, saved(tmp_path, ranks, **settings), tmp_path)
@@ -284,7 +301,12 @@ def test_a_flipped_bit_in_a_checkpoint_is_named_with_its_tensor(plain, tmp_path)
         ({"num_layers": 1}, r"decoder.layers.1.\S+ is extra"),
         ({"memory_num_keys": 17}, r"decoder.layers.0.mlp.memory.retrieval.keys has shape \(1, 2, 16, 32, 2\)"),
         ({"bf16": True}, "has dtype float32; expected bfloat16"),
-        ({"ffn_variant": "moe"}, "--ffn-variant moe"),
+        ({"ffn_variant": "moe", "num_moe_experts": 4}, "decoder.layers.0.mlp.router.weight is missing"),
+        (
+            {"ffn_variant": "moe", "moe_router_load_balancing_type": "sinkhorn"},
+            "--moe-router-load-balancing-type sinkhorn",
+        ),
+        ({"ffn_variant": "moe", "moe_expert_capacity_factor": 1.5}, "--moe-expert-capacity-factor 1.5"),
         ({"qk_l2_norm": True}, "--qk-l2-norm True"),
     ],
 )

@@ -18,7 +18,7 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.variants import has_memory
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.hf.configuration_umv2 import UMv2Config
-from umv2_megatron.hf.name_table import MemorySizes, Sizes
+from umv2_megatron.hf.name_table import ExpertSizes, MemorySizes, Sizes
 from umv2_megatron.memory.sharing import table_windows
 
 # Megatron's key -> the other side's, where value and meaning are the same.
@@ -39,6 +39,30 @@ SAME = {
     "attention_dropout": "attention_dropout",
     "hidden_dropout": "hidden_dropout",
 }
+# The same for the settings of experts, which other models do not have.
+OF_EXPERTS = {
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    **{
+        key: key
+        for key in (
+            "moe_router_score_function",
+            "moe_router_pre_softmax",
+            "moe_router_topk_scaling_factor",
+            "moe_router_enable_expert_bias",
+            "moe_router_num_groups",
+            "moe_router_group_topk",
+            "moe_router_dtype",
+            "moe_shared_expert_intermediate_size",
+            "moe_shared_expert_gate",
+            "moe_router_load_balancing_type",
+            "moe_router_bias_update_rate",
+            "moe_aux_loss_coeff",
+            "moe_z_loss_coeff",
+        )
+    },
+}
 # Fields of MemoryConfig that say how a run computes, not what.
 _OF_A_RUN = ("backend", "backward", "stream", "parallel_size", "parallel_mode")
 # Settings that change what the model computes and that the Hugging Face model does not know, with the value it has.
@@ -52,7 +76,9 @@ _FIXED = {
     "softmax_type": "vanilla",
     "window_size": None,
     "fp8": None,
-    "num_moe_experts": None,
+    # of experts: what one token gets would depend on the others in its batch, or on chance
+    "moe_expert_capacity_factor": None,
+    "moe_input_jitter_eps": None,
 }
 
 
@@ -66,10 +92,10 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
     values = config["values"]
     known, table = UMv2Config().to_dict(), option_table()
     fixed = {**_FIXED, **{key: table[key].default for key in memory_keys() if key not in known}}
-    if values["ffn_variant"] == "moe":
+    if values["ffn_variant"] == "moe" and values["moe_router_load_balancing_type"] == "sinkhorn":
         raise ConversionError(
-            "the model was trained with --ffn-variant moe; expected dense or one with memory layers, because mcore's "
-            "experts have no Hugging Face form here"
+            "the model was trained with --moe-router-load-balancing-type sinkhorn, which the Hugging Face model does "
+            "not know; expected aux_loss, seq_aux_loss, global_aux_loss or none"
         )
     for key, expected in fixed.items():
         if key in values and values[key] != expected:
@@ -96,11 +122,13 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
     values = config["values"]
     known = UMv2Config().to_dict()
     with_memory = has_memory(values["ffn_variant"])
+    experts = _expert_settings(values)
     made = UMv2Config(
         **{theirs: values[ours] for ours, theirs in SAME.items()},
         **{key: values[key] for key in memory_keys() if key in known and key in values},
+        **{theirs: experts[ours] for ours, theirs in OF_EXPERTS.items() if ours in experts},
         # variants with memory layers differ in the fields of those only
-        ffn_variant="umv2" if with_memory else "dense",
+        ffn_variant="umv2" if with_memory else values["ffn_variant"],
         vocab_size=config["tokenizer_vocab_size"],
         max_position_embeddings=context_of(values),
         num_key_value_heads=_groups(values),
@@ -125,6 +153,14 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
         },
     )
     return made
+
+
+def _expert_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the experts by key, with the width that mcore gives them where none is set; {} without experts."""
+    if values["ffn_variant"] != "moe":
+        return {}
+    found = {key: values[key] for key in OF_EXPERTS if key in values}
+    return {**found, "moe_ffn_hidden_size": values["moe_ffn_hidden_size"] or values["ffn_hidden_size"]}
 
 
 def read_hf_config(directory: Path) -> UMv2Config:
@@ -164,6 +200,8 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
     theirs = config.to_dict()
     values = {ours: theirs[name] for ours, name in SAME.items()}
     values.update({key: theirs[key] for key in memory_keys() if key in theirs})
+    if config.ffn_variant == "moe":
+        values.update({ours: theirs[name] for ours, name in OF_EXPERTS.items()})
     grouped = config.num_key_value_heads != config.num_attention_heads
     values.update(
         ffn_variant=config.ffn_variant,
@@ -225,6 +263,20 @@ def sizes_of(values: dict[str, Any], vocabulary: int, chunk_rows: int | None) ->
         qk_norm=values["qk_layernorm"],
         memory=tuple(layers),
         chunk_rows=chunk_rows or largest,
+        experts=_expert_sizes(values),
+    )
+
+
+def _expert_sizes(values: dict[str, Any]) -> ExpertSizes | None:
+    found = _expert_settings(values)
+    if not found:
+        return None
+    return ExpertSizes(
+        count=found["num_moe_experts"],
+        ffn=found["moe_ffn_hidden_size"],
+        shared=found["moe_shared_expert_intermediate_size"] or 0,
+        shared_gate=found["moe_shared_expert_gate"],
+        bias_of_choice=found["moe_router_enable_expert_bias"],
     )
 
 

@@ -15,10 +15,12 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 # The values that the model can compute; any other is refused, because ignoring it would give another model.
-_CHOICES = {
+_CHOICES: dict[str, tuple] = {
     "normalization": ("RMSNorm", "LayerNorm"),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
-    "ffn_variant": ("umv2", "dense"),
+    "ffn_variant": ("umv2", "moe", "dense"),
+    "moe_router_score_function": ("softmax", "sigmoid"),
+    "moe_router_dtype": (None, "fp32", "fp64"),
     "memory_scoring": ("tucker", "additive"),
     "memory_score_normalization": ("none", "softmax"),
     "memory_query_mode": ("per_rank", "shared", "per_head"),
@@ -45,7 +47,10 @@ class UMv2Config(PreTrainedConfig):
         position_embedding_type: "rope" (see ``rope_parameters``), "learned_absolute" or "none".
         rope_interleaved: rotate pairs of neighbours instead of halves.
         hidden_dropout: dropout of what attention and FFN add to the residual, and of the embeddings.
-        ffn_variant: "umv2" or "dense" (no memory layers).
+        ffn_variant: "umv2", "moe" (experts in the FFN's place, no memory layers) or "dense" (neither).
+        num_experts, num_experts_per_tok, moe_intermediate_size: of "moe", otherwise None; where they are not given, 64
+            experts of 1/8 of the FFN's width of which 8 are active.
+        moe_*: router and shared expert, the fields of training's flags ``--moe-<name>`` (``experts_umv2``).
         auto_map: where transformers finds the classes when it trusts the code beside an export.
         memory_table_chunk_rows: rows of one chunk of a value table; None keeps every table in one.
         memory_*: the fields of training's MemoryConfig.
@@ -94,6 +99,24 @@ class UMv2Config(PreTrainedConfig):
     )
 
     ffn_variant: str = "umv2"
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    moe_router_score_function: str = "softmax"
+    moe_router_pre_softmax: bool = False
+    moe_router_topk_scaling_factor: float | int | None = None
+    moe_router_enable_expert_bias: bool = False
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None
+    moe_router_dtype: str | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
+    # read by training alone
+    moe_router_load_balancing_type: str | list[str] = "aux_loss"
+    moe_router_bias_update_rate: float | int = 1e-3
+    moe_aux_loss_coeff: float | int | list[float | int] = 0.0
+    moe_z_loss_coeff: float | int | None = None
+
     memory_table_chunk_rows: int | None = None
     memory_num_keys: int = 360
     memory_key_dim: int = 192
@@ -134,7 +157,9 @@ class UMv2Config(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        unknown = sorted(key for key in kwargs if key.startswith("memory_"))
+        if self.ffn_variant == "moe":
+            self._take_olmoe()
+        unknown = sorted(key for key in kwargs if key.startswith(("memory_", "moe_")))
         if unknown:
             raise ValueError(
                 f"{unknown[0]} is {kwargs[unknown[0]]!r}, a setting that this version of the model does not know; "
@@ -146,14 +171,49 @@ class UMv2Config(PreTrainedConfig):
     def _check(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, choices))}")
         if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_key_value_heads is {self.num_key_value_heads}; expected a divisor of num_attention_heads "
                 f"({self.num_attention_heads})"
             )
-        if self.ffn_variant != "dense":
+        if self.ffn_variant == "umv2":
             self._check_memory()
+        elif self.ffn_variant == "moe":
+            self._check_experts()
+
+    def _take_olmoe(self) -> None:
+        if self.num_experts is None:
+            self.num_experts = 64
+        if self.num_experts_per_tok is None:
+            self.num_experts_per_tok = 8
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size // 8
+
+    def _check_experts(self) -> None:
+        experts, picks, size = self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size
+        assert experts is not None and picks is not None and size is not None
+        if not 1 <= picks <= experts:
+            raise ValueError(f"num_experts_per_tok is {picks}; expected an integer from 1 to num_experts ({experts})")
+        if size < 1:
+            raise ValueError(f"moe_intermediate_size is {size}; expected 1 or more")
+        groups, chosen = self.moe_router_num_groups, self.moe_router_group_topk
+        if chosen and (not groups or experts % groups or not chosen <= min(groups, picks)):
+            raise ValueError(
+                f"moe_router_group_topk is {chosen}; expected at most num_experts_per_tok ({picks}) and "
+                f"moe_router_num_groups ({groups}), a divisor of num_experts ({experts})"
+            )
+        if chosen and groups and picks > chosen * (experts // groups):
+            raise ValueError(
+                f"moe_router_group_topk is {chosen}; expected groups that hold num_experts_per_tok ({picks}) experts"
+            )
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                f"moe_router_score_function is {self.moe_router_score_function!r}; expected 'sigmoid' with "
+                "moe_router_enable_expert_bias"
+            )
+        if picks == 1 and self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax:
+            raise ValueError("moe_router_pre_softmax is False; expected True with num_experts_per_tok 1")
 
     def _check_memory(self) -> None:
         last = max((block for block, here in enumerate(self.memory_layers) if here), default=self.num_hidden_layers)
@@ -200,7 +260,7 @@ class UMv2Config(PreTrainedConfig):
     @property
     def memory_layers(self) -> list[bool]:
         """For each block, whether it has a memory layer."""
-        if self.ffn_variant == "dense":
+        if self.ffn_variant != "umv2":
             return [False] * self.num_hidden_layers
         return parse_layer_freq(self.memory_layer_freq, self.num_hidden_layers)
 

@@ -1,4 +1,5 @@
-"""UltraMemV2 for transformers: a decoder whose blocks add a memory layer to the FFN (arXiv 2508.18756).
+"""UltraMemV2 for transformers: a decoder whose blocks add a memory layer to the FFN (arXiv 2508.18756); for comparison
+also the dense decoder, and one with a sparse layer of experts in the FFN's place.
 
     s' = s + attention(norm(s)),   s'' = s' + FFN(x) + Memory(x),   x = norm(s')
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -30,6 +30,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_umv2 import UMv2Config
+from .experts_umv2 import UMv2MLP, UMv2SparseMLP, init_experts
 from .memory_umv2 import UMv2Memory
 from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval
 from .tables_umv2 import PLACES, UMv2Table, attach_tables, tensor_files
@@ -186,23 +187,6 @@ class UMv2Attention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
-class UMv2MLP(nn.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x)))."""
-
-    def __init__(self, config: UMv2Config) -> None:
-        super().__init__()
-        size = config.intermediate_size
-        self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
 class UMv2DecoderLayer(GradientCheckpointingLayer):
     """One block: attention, then FFN and memory.
 
@@ -216,7 +200,7 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         self.delayed = config.memory_read_delay > 0
         object.__setattr__(self, "adds", adds)  # past nn.Module's registration: it has its name elsewhere
         self.self_attn = UMv2Attention(config, layer_idx)
-        self.mlp = UMv2MLP(config)
+        self.mlp = UMv2SparseMLP(config) if config.ffn_variant == "moe" else UMv2MLP(config)
         self.memory = memory
         self.input_layernorm = UMv2Norm(config, config.hidden_size)
         self.post_attention_layernorm = UMv2Norm(config, config.hidden_size)
@@ -347,6 +331,7 @@ class UMv2PreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.ParameterList):
             for chunk in module:
                 init.normal_(chunk, std=std)
+        init_experts(module, std)
 
 
 class UMv2Model(UMv2PreTrainedModel):

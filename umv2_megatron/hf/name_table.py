@@ -43,6 +43,17 @@ class MemorySizes:
 
 
 @dataclass(frozen=True)
+class ExpertSizes:
+    """Sizes of a block's experts; ``shared`` is the width of the shared expert, 0 without one."""
+
+    count: int
+    ffn: int
+    shared: int
+    shared_gate: bool
+    bias_of_choice: bool
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What decides the names and shapes of a model's tensors. ``vocabulary`` is without padding."""
 
@@ -64,6 +75,8 @@ class Sizes:
     """One for each block; None in blocks without a memory layer."""
     chunk_rows: int
     """Rows of a chunk of a value table; the last one may have fewer."""
+    experts: Optional[ExpertSizes] = None
+    """What every block has in the place of the FFN; None with an FFN."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,20 @@ def _gate_up(sizes: Sizes) -> tuple[Ranges, ...]:
     return ((0, sizes.ffn),), ((sizes.ffn, 2 * sizes.ffn),)
 
 
+def _shared_gate_up(sizes: Sizes) -> tuple[Ranges, ...]:
+    size = _experts(sizes).shared
+    return ((0, size),), ((size, 2 * size),)
+
+
+def _experts(sizes: Sizes) -> ExpertSizes:
+    assert sizes.experts is not None
+    return sizes.experts
+
+
+def _has_shared(sizes: Sizes) -> bool:
+    return _experts(sizes).shared > 0
+
+
 def _qkv_rows(sizes: Sizes) -> int:
     return (sizes.heads + 2 * sizes.groups) * sizes.head_dim
 
@@ -162,6 +189,8 @@ _OF_A_LAYER = (
          lambda s: s.linear_bias),
     _Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), lambda s: (s.hidden,)),
     _Row("pre_mlp_layernorm.bias", ("post_attention_layernorm.bias",), lambda s: (s.hidden,), lambda s: s.norm_bias),
+)  # fmt: skip
+_OF_AN_FFN = (
     _Row("mlp.ffn.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
          lambda s: (2 * s.ffn, s.hidden), lambda s: s.gated, split=_gate_up),
     _Row("mlp.ffn.linear_fc1.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
@@ -171,6 +200,34 @@ _OF_A_LAYER = (
          lambda s: not s.gated and s.linear_bias),
     _Row("mlp.ffn.linear_fc2.weight", ("mlp.down_proj.weight",), lambda s: (s.hidden, s.ffn)),
     _Row("mlp.ffn.linear_fc2.bias", ("mlp.down_proj.bias",), lambda s: (s.hidden,), lambda s: s.linear_bias),
+)  # fmt: skip
+# The first axis of experts is the expert, on both sides: what lies in one tensor there does here.
+_OF_EXPERTS = (
+    _Row("mlp.router.weight", ("mlp.router.weight",), lambda s: (_experts(s).count, s.hidden)),
+    _Row("mlp.router.bias", ("mlp.router.bias",), lambda s: (_experts(s).count,), lambda s: s.linear_bias),
+    _Row("mlp.router.expert_bias", ("mlp.router.expert_bias",), lambda s: (_experts(s).count,),
+         lambda s: _experts(s).bias_of_choice, dtype="float32"),
+    _Row("mlp.experts.experts.linear_fc1.weight", ("mlp.experts.gate_up_proj",),
+         lambda s: (_experts(s).count, 2 * _experts(s).ffn, s.hidden), lambda s: s.gated),
+    _Row("mlp.experts.experts.linear_fc1.bias", ("mlp.experts.gate_up_proj_bias",),
+         lambda s: (_experts(s).count, 2 * _experts(s).ffn), lambda s: s.gated and s.linear_bias),
+    _Row("mlp.experts.experts.linear_fc1.weight", ("mlp.experts.up_proj",),
+         lambda s: (_experts(s).count, _experts(s).ffn, s.hidden), lambda s: not s.gated),
+    _Row("mlp.experts.experts.linear_fc1.bias", ("mlp.experts.up_proj_bias",),
+         lambda s: (_experts(s).count, _experts(s).ffn), lambda s: not s.gated and s.linear_bias),
+    _Row("mlp.experts.experts.linear_fc2.weight", ("mlp.experts.down_proj",),
+         lambda s: (_experts(s).count, s.hidden, _experts(s).ffn)),
+    _Row("mlp.experts.experts.linear_fc2.bias", ("mlp.experts.down_proj_bias",),
+         lambda s: (_experts(s).count, s.hidden), lambda s: s.linear_bias),
+    _Row("mlp.shared_experts.linear_fc1.weight", ("mlp.shared_expert.gate_proj.weight",
+                                                  "mlp.shared_expert.up_proj.weight"),
+         lambda s: (2 * _experts(s).shared, s.hidden), lambda s: _has_shared(s) and s.gated, split=_shared_gate_up),
+    _Row("mlp.shared_experts.linear_fc1.weight", ("mlp.shared_expert.up_proj.weight",),
+         lambda s: (_experts(s).shared, s.hidden), lambda s: _has_shared(s) and not s.gated),
+    _Row("mlp.shared_experts.linear_fc2.weight", ("mlp.shared_expert.down_proj.weight",),
+         lambda s: (s.hidden, _experts(s).shared), _has_shared),
+    _Row("mlp.shared_experts.gate_weight", ("mlp.shared_expert_gate.weight",),
+         lambda s: (1, s.hidden), lambda s: _has_shared(s) and _experts(s).shared_gate),
 )  # fmt: skip
 _OF_A_MEMORY_LAYER = (
     _MemoryRow("retrieval.query.weight", lambda m, s: (m.query_rows, s.hidden)),
@@ -200,7 +257,8 @@ def pairings(sizes: Sizes) -> Iterator[Pairing]:
     """All tensors of a model of these sizes, in the order of its layers."""
     yield from _pair(_FIRST, sizes)
     for layer, memory in enumerate(sizes.memory):
-        yield from _pair(_OF_A_LAYER, sizes, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
+        rows = _OF_A_LAYER + (_OF_AN_FFN if sizes.experts is None else _OF_EXPERTS)
+        yield from _pair(rows, sizes, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
         if memory is not None:
             yield from _pair_memory(memory, sizes, layer)
     yield from _pair(_LAST, sizes)

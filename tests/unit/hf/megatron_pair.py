@@ -76,17 +76,54 @@ def hf_config(run: RunConfig, **changes: Any) -> UMv2Config:
         "attention_bias": config.add_bias_linear or config.add_qkv_bias,
         "attention_out_bias": config.add_bias_linear,
         "mlp_bias": config.add_bias_linear,
-        "ffn_variant": "umv2" if run.has_memory else "dense",
+        "ffn_variant": "umv2" if run.has_memory else run.model.ffn_variant,
         **memory,
+        **(experts_config(config) if run.has_experts else {}),
         **changes,
     }
     return UMv2Config(**values)
+
+
+def experts_config(config: Any) -> dict[str, Any]:
+    """The part of it that describes experts."""
+    same = ("router_score_function", "router_pre_softmax", "router_topk_scaling_factor", "router_enable_expert_bias",
+            "router_num_groups", "router_group_topk", "router_dtype", "shared_expert_intermediate_size",
+            "shared_expert_gate")  # fmt: skip
+    return {
+        "num_experts": config.num_moe_experts,
+        "num_experts_per_tok": config.moe_router_topk,
+        "moe_intermediate_size": config.moe_ffn_hidden_size,
+        **{f"moe_{name}": getattr(config, f"moe_{name}") for name in same},
+    }
+
+
+def expert_names(block: dict[str, torch.Tensor], config: UMv2Config) -> dict[str, torch.Tensor]:
+    """Weights of a block's experts, and their names after ``mlp.`` in megatron-core, under those of the other side."""
+    state = {name: tensor for name, tensor in block.items() if name.startswith("router.")}
+    first = "gate_up_proj" if config.gated_mlp else "up_proj"
+    for ours, theirs in (("linear_fc1", first), ("linear_fc2", "down_proj")):
+        for kind, ending in (("weight", ""), ("bias", "_bias")):
+            each = [f"experts.local_experts.{expert}.{ours}.{kind}" for expert in range(config.num_experts or 0)]
+            if each[0] in block:
+                state[f"experts.{theirs}{ending}"] = torch.stack([block[name] for name in each])
+    if "shared_experts.linear_fc1.weight" in block:
+        parts = block["shared_experts.linear_fc1.weight"].chunk(2 if config.gated_mlp else 1)
+        for name, part in zip(("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",), parts):
+            state[f"shared_expert.{name}.weight"] = part
+        state["shared_expert.down_proj.weight"] = block["shared_experts.linear_fc2.weight"]
+    if "shared_experts.gate_weight" in block:
+        state["shared_expert_gate.weight"] = block["shared_experts.gate_weight"]
+    return state
 
 
 def hf_state(megatron: torch.nn.Module, config: UMv2Config) -> dict[str, torch.Tensor]:
     """The weights of ``megatron`` under the names of the Hugging Face model."""
     source = dict(megatron.state_dict())
     state: dict[str, torch.Tensor] = {}
+    for layer in range(config.num_hidden_layers if config.ffn_variant == "moe" else 0):
+        prefix = f"decoder.layers.{layer}.mlp."
+        block = {name.removeprefix(prefix): source.pop(name) for name in list(source) if name.startswith(prefix)}
+        state |= {f"model.layers.{layer}.mlp.{name}": tensor for name, tensor in expert_names(block, config).items()}
     groups, size = config.num_key_value_heads or 1, config.head_dim
     per_group = config.num_attention_heads // groups
     for name, tensor in source.items():

@@ -14,6 +14,7 @@ TOLERANCE = 1e-5
 """Of the largest logit, float32."""
 
 ADDITIVE = {"memory_scoring": "additive", "memory_tucker_rank": 1, "memory_num_cores": 1, "memory_num_heads": 2}
+MOE = {"ffn_variant": "moe", "num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 40, "num_layers": 2}
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"memory_table_chunk_rows": 100}),
     ({"untie_embeddings_and_output_weights": True, "group_query_attention": True, "num_query_groups": 2,
@@ -35,6 +36,14 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
       "memory_pre_value_dim": 64, "memory_pre_value_activation": "gelu"}, {}),
     ({"memory_read_delay": 2, "memory_layer_freq": "[1,1,0,0]"}, {}),
     ({"ffn_variant": "dense"}, {}),
+    ({"ffn_variant": "moe", "moe_ffn_hidden_size": 16, "num_layers": 1}, {}),  # as OLMoE
+    ({**MOE, "moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5, "moe_router_dtype": "fp64"}, {}),
+    ({**MOE, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_dtype": "fp32",
+      "moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_shared_expert_intermediate_size": 24,
+      "moe_shared_expert_gate": True}, {}),
+    ({**MOE, "swiglu": False, "moe_shared_expert_intermediate_size": 24, "normalization": "LayerNorm"}, {}),
+    ({**MOE, "disable_bias_linear": False, "moe_router_topk": 1, "moe_router_score_function": "sigmoid"}, {}),
+    ({**MOE, "swiglu": False, "disable_bias_linear": False, "moe_router_topk": 1, "moe_router_pre_softmax": True}, {}),
 ]  # fmt: skip
 
 

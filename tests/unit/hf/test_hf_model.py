@@ -96,7 +96,8 @@ def test_saved_model_is_the_model(variant: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     loaded, report = UMv2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert torch.equal(loaded(batch).logits, expected)
+    # A token through an expert is a product of matrix and vector, whose bits depend on where in memory the matrix is.
+    torch.testing.assert_close(loaded(batch).logits, expected, rtol=0, atol=1e-5 if variant == "moe" else 0)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert {**loaded.config.to_dict(), "_name_or_path": ""} == model.config.to_dict()
     half = UMv2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)

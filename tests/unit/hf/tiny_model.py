@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
                     "memory_pre_value_dim": 0, "memory_qk_norm": "query", "memory_value_dim": 64},
     "delayed": {"memory_read_delay": 1, "memory_layer_freq": "[1,1,0,0]"},
     "dense": {"ffn_variant": "dense"},
+    "moe": {"ffn_variant": "moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True},
 }  # fmt: skip
 
 

@@ -1,0 +1,181 @@
+"""What stands in a block's FFN slot: the FFN, or with ``ffn_variant`` "moe" a sparse layer of experts.
+
+A router sends each token to k of E experts, FFNs of their own, and the output is their sum, weighted by the router's
+probabilities (OLMoE: arXiv 2409.02060). Selection and weights are those of megatron-core, setting by setting:
+
+    scores      softmax over the k best logits; over all E before the choice (``moe_router_pre_softmax``), which leaves
+                weights that do not sum to 1; or sigmoid, divided by the sum of the chosen where k > 1
+    choice      the k best, with ``expert_bias`` added for the choice alone, from the best groups of experts only
+    weight      times ``moe_router_topk_scaling_factor``; multiplied with an expert's activations, before ``down_proj``
+
+Auxiliary losses are training's own and are not computed here. No token is dropped: an expert takes all that come.
+
+Letters: T tokens, H hidden, E experts, k of them for a token, F an expert's width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .configuration_umv2 import UMv2Config
+from .retrieval_umv2 import without_autocast
+
+
+class UMv2MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(up(x))); ``size`` wide, by default as the configuration says."""
+
+    def __init__(self, config: UMv2Config, size: int | None = None) -> None:
+        super().__init__()
+        size = size or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class UMv2Router(nn.Linear):
+    """Which experts a token goes to. ``weight`` [E, H], ``bias`` [E] or None; buffer ``expert_bias`` [E], float32, or
+    None."""
+
+    expert_bias: Tensor | None
+
+    def __init__(self, config: UMv2Config) -> None:
+        assert config.num_experts is not None and config.num_experts_per_tok is not None
+        super().__init__(config.hidden_size, config.num_experts, bias=config.mlp_bias)
+        self.config = config
+        self.picks: int = config.num_experts_per_tok
+        self.dtype = {None: None, "fp32": torch.float32, "fp64": torch.float64}[config.moe_router_dtype]
+        has_bias = config.moe_router_enable_expert_bias
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if has_bias else None
+        self.register_buffer("expert_bias", bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` [T, H] to the experts of each token [T, k] and their weights [T, k], in the router's dtype."""
+        if self.dtype is None:
+            logits = super().forward(x)
+        else:
+            with without_autocast(x.device):
+                bias = None if self.bias is None else self.bias.to(self.dtype)
+                logits = functional.linear(x.to(self.dtype), self.weight.to(self.dtype), bias)
+        with without_autocast(x.device):
+            experts, weights = self._choose(logits)
+        factor = self.config.moe_router_topk_scaling_factor
+        return experts, weights * factor if factor else weights
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.moe_router_score_function == "softmax":
+            if self.config.moe_router_pre_softmax:
+                scores = logits.softmax(-1, dtype=torch.float32).to(logits.dtype)
+                experts = self._best(scores)
+                return experts, scores.gather(1, experts)
+            experts = self._best(logits)
+            return experts, logits.gather(1, experts).softmax(-1, dtype=torch.float32).to(logits.dtype)
+        scores = logits.float().sigmoid().to(logits.dtype)
+        experts = self._best(scores if self.expert_bias is None else scores + self.expert_bias)
+        weights = scores.gather(1, experts)
+        return experts, weights / (weights.sum(-1, keepdim=True) + 1e-20) if self.picks > 1 else weights
+
+    def _best(self, scores: Tensor) -> Tensor:
+        """The k best of ``scores`` [T, E], as [T, k]. With groups: among the experts of the best groups, a group being
+        as good as the sum of its best k / groups chosen."""
+        groups, chosen = self.config.moe_router_num_groups, self.config.moe_router_group_topk
+        if chosen:
+            assert groups is not None
+            grouped = scores.detach().unflatten(1, (groups, -1))
+            best = grouped.topk(self.picks // chosen, dim=-1).values.sum(-1).topk(chosen, dim=-1).indices
+            outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, best, False)
+            scores = grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(1)
+        return scores.topk(self.picks, dim=-1).indices
+
+
+class UMv2Experts(nn.Module):
+    """All experts of a block, stacked: ``gate_up_proj`` [E, 2 F, H] (gate first; ``up_proj`` [E, F, H] without a gate),
+    ``down_proj`` [E, H, F], and with biases ``gate_up_proj_bias`` [E, 2 F] (``up_proj_bias``), ``down_proj_bias``
+    [E, H]."""
+
+    def __init__(self, config: UMv2Config) -> None:
+        super().__init__()
+        experts, hidden, size = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        assert experts is not None and size is not None
+        self.num_experts = experts
+        self.first = "gate_up_proj" if config.gated_mlp else "up_proj"
+        shapes: dict[str, tuple[int, ...]] = {
+            self.first: (experts, 2 * size if config.gated_mlp else size, hidden),
+            "down_proj": (experts, hidden, size),
+        }
+        if config.mlp_bias:
+            shapes |= {f"{name}_bias": shape[:2] for name, shape in shapes.items()}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum [T, H] over each token's ``experts`` [T, k] with ``weights`` [T, k]. Experts that no token
+        goes to are not touched."""
+        into, out = getattr(self, self.first), self.down_proj
+        into_bias, out_bias = getattr(self, f"{self.first}_bias", None), getattr(self, "down_proj_bias", None)
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)  # picks by expert; those of one expert in the order of the tokens
+        counts = flat.bincount(minlength=self.num_experts).tolist()
+        tokens, sorted_weights = order.div(experts.shape[1], rounding_mode="floor"), weights.flatten()[order, None]
+        total = torch.zeros_like(x)
+        for expert, (own, share) in enumerate(zip(tokens.split(counts), sorted_weights.split(counts))):
+            if not len(own):
+                continue
+            inner = functional.linear(x[own], into[expert], None if into_bias is None else into_bias[expert])
+            if self.first == "gate_up_proj":
+                gate, up = inner.chunk(2, dim=-1)
+                inner = self.act_fn(gate) * up
+            else:
+                inner = self.act_fn(inner)
+            output = functional.linear((inner * share).to(inner.dtype), out[expert])
+            if out_bias is not None:
+                output = output + out_bias[expert] * share
+            total.index_add_(0, own, output.to(total.dtype))
+        return total
+
+
+class UMv2SparseMLP(nn.Module):
+    """Router and experts; a shared expert, if any, takes every token, behind a sigmoid gate where there is one."""
+
+    def __init__(self, config: UMv2Config) -> None:
+        super().__init__()
+        self.router = UMv2Router(config)
+        self.experts = UMv2Experts(config)
+        shared = config.moe_shared_expert_intermediate_size
+        self.shared_expert = UMv2MLP(config, shared) if shared else None
+        gate = shared and config.moe_shared_expert_gate
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if gate else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[b, s, H] to [b, s, H]."""
+        x = hidden_states.flatten(0, -2)
+        output = self.experts(x, *self.router(x)).view_as(hidden_states)
+        if self.shared_expert is None:
+            return output
+        shared = self.shared_expert(hidden_states)
+        if self.shared_expert_gate is not None:
+            shared = shared * self.shared_expert_gate(hidden_states).sigmoid()
+        return output + shared
+
+
+@torch.no_grad()
+def init_experts(module: nn.Module, std: float) -> None:
+    """Random weights for what of ``module`` is no layer of torch's own."""
+    if isinstance(module, UMv2Experts):
+        for parameter in module.parameters(recurse=False):
+            init.normal_(parameter, std=std)
+    elif isinstance(module, UMv2Router) and module.expert_bias is not None:
+        init.zeros_(module.expert_bias)
+
+
+__all__ = ["UMv2Experts", "UMv2MLP", "UMv2Router", "UMv2SparseMLP", "init_experts"]
