@@ -92,9 +92,10 @@ def pretrain(run: RunConfig) -> int:
 
 
 def _samples(run: RunConfig) -> tuple[int, int, int]:
-    """Samples needed of the training, validation and test sets."""
+    """Samples needed of the training, validation and test sets. With corpora per set, a test set is optional."""
     evaluated = run.training.eval_iters * run.global_batch_size
-    return run.train_iters * run.global_batch_size, evaluated, evaluated
+    tested = 0 if run.data.has_split_paths and run.data.test_data_path is None else evaluated
+    return run.train_iters * run.global_batch_size, evaluated, tested
 
 
 def _iterator(run: RunConfig, dataset: Any, consumed: int) -> Any:
