@@ -2,7 +2,7 @@
 
     python tools/evaluate.py --load runs/demo --data data/valid_text_document --output demo.json
     python tools/evaluate.py --load runs/demo --tasks key-value,needle --context-lengths 256,512 --output demo.json
-    python tools/evaluate.py --hf-model exported --tasks all --output exported.json
+    python tools/evaluate.py --hf-model exported --memory-tables mmap --tasks all --output exported.json
     torchrun --nproc-per-node 4 tools/evaluate.py --load runs/big --tensor-model-parallel-size 2 --tasks all
 
 Prints tables, writes the JSON of --output, and draws plots beside it. The numbers do not depend on the number of ranks
@@ -74,6 +74,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+    if arguments.load is not None and arguments.memory_tables is not None:
+        raise ValueError(f"--memory-tables is {arguments.memory_tables}; it belongs to --hf-model: leave it out")
     if arguments.hf_model is not None and discover().world_size > 1:
         raise ValueError("--hf-model runs on one rank; leave torchrun out")
     if arguments.tasks:
@@ -104,6 +106,7 @@ def _load(arguments: argparse.Namespace) -> tuple[ScoringModel, dict[str, Any]]:
             trust_remote_code=arguments.trust_remote_code,
             dtype=arguments.dtype,
             micro_batch_size=arguments.micro_batch_size,
+            memory_tables=arguments.memory_tables,
         )
         return hugging, {"kind": "hugging face", "path": arguments.hf_model, "dtype": arguments.dtype}
     # not before: a Hugging Face model needs none of it
@@ -209,6 +212,11 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--hf-model", metavar="DIR", help="directory of a Hugging Face model")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that --hf-model brings")
     group.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of --hf-model (default: float32)")
+    group.add_argument(
+        "--memory-tables",
+        choices=("device", "cpu", "mmap"),
+        help="of an export of ours: where value tables stay; mmap reads picked rows from the files (default: device)",
+    )
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="for --hf-model without tokenizer files")
     group.add_argument("--tokenizer-model", metavar="FILE", help="the tokenizer's file, where it has moved")
     group.add_argument("--vocab-size", type=int, help="as in training, for --tokenizer-type")

@@ -103,9 +103,21 @@ def test_numbers_do_not_depend_on_the_layout(ranks, layout, checkpoint, alone, t
 def test_an_export_gives_the_numbers_of_its_checkpoint(checkpoint, alone, tmp_path):
     export = tmp_path / "export"
     train(1, ["to-hf", "--load", str(checkpoint), "--save", str(export)], tmp_path / "convert", run_convert_instead)
-    compare(evaluated(1, checkpoint, tmp_path, load=None, hf_model=export), alone, 1e-4)
+    compare(evaluated(1, checkpoint, tmp_path, load=None, hf_model=export, memory_tables="mmap"), alone, 1e-4)
     # what both take where no context is asked for: that of training
     assert json.loads((export / "config.json").read_text())["max_position_embeddings"] == 32
+
+
+@pytest.mark.slow
+def test_an_export_with_experts_gives_the_numbers_of_its_checkpoint(tmp_path):
+    """Trained on two ranks that share the experts, evaluated on one, and exported."""
+    save, export = tmp_path / "run", tmp_path / "export"
+    experts = {"ffn_variant": "moe", "num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+    train(2, tiny_run(**{**MODEL, **experts, "expert_model_parallel_size": 2, "save": save}), tmp_path / "train")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    alone = evaluated(1, save, tmp_path)
+    train(1, ["to-hf", "--load", str(save), "--save", str(export)], tmp_path / "convert", run_convert_instead)
+    compare(evaluated(1, save, tmp_path, load=None, hf_model=export), alone, 1e-4)
 
 
 def test_what_one_rank_reports(alone, checkpoint):
@@ -122,6 +134,7 @@ def test_mistakes_are_refused_before_anything_starts(checkpoint, tmp_path):
     main = tool("evaluate").main
     for settings, words in (
         ({"load": checkpoint, "hf_model": tmp_path, "tasks": "all"}, "--hf-model"),
+        ({"load": checkpoint, "memory_tables": "mmap", "tasks": "all"}, "--memory-tables"),
         ({"load": checkpoint, "tasks": "sums"}, "'sums'"),
         ({"load": checkpoint, "tasks": "all", "num_examples": 0}, "--num-examples"),
         ({"load": checkpoint, "data": tmp_path / "none"}, "none"),

@@ -55,10 +55,12 @@ def load_hugging_face(
     trust_remote_code: bool = False,
     dtype: str = "float32",
     micro_batch_size: int = 8,
+    memory_tables: str | None = None,
 ) -> HuggingFaceScoringModel:
     """Load a local model directory and its tokenizer; nothing is downloaded.
 
     ``tokenizer_type`` (with ``tokenizer_model``, ``vocab_size``) replaces the tokenizer found in the directory.
+    ``memory_tables`` is where the value tables of an export of ours stay: "device", "cpu" or "mmap".
     Exports of ours are loaded by the classes of this package, never by the copy of their code that they bring.
     Raises ``ValueError`` naming the flag for a directory without a model, for another model that brings code of its
     own without ``trust_remote_code``, and where no tokenizer is found.
@@ -76,13 +78,21 @@ def load_hugging_face(
         raise ValueError(
             f"--hf-model is {directory!r}; it brings Python code of its own; give --trust-remote-code to run it"
         )
+    if memory_tables is not None and kind != UMv2Config.model_type:
+        raise ValueError(f"--memory-tables is {memory_tables}; leave it out: {directory} is of model_type {kind}")
     tokenizer = _tokenizer(path, tokenizer_type, tokenizer_model, vocab_size)
 
+    options = {} if memory_tables is None else {"memory_tables": memory_tables}
     model = load_whole_model(
-        directory, "--hf-model", dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, local_files_only=True
+        directory,
+        "--hf-model",
+        dtype=DTYPES[dtype],
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        **options,
     )
     if torch.cuda.is_available():
-        model = model.cuda()
+        model = model.cuda()  # without the tables that have another place
     rows = model.get_output_embeddings().weight.shape[0]
     if tokenizer.num_tokens > rows:
         raise ValueError(

@@ -143,9 +143,7 @@ def _mapping(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
-def _trial(
-    path: Path, output: Path, label: str, given: dict[str, Any], seed: int, ranks: int, smoke: bool
-) -> Trial:
+def _trial(path: Path, output: Path, label: str, given: dict[str, Any], seed: int, ranks: int, smoke: bool) -> Trial:
     where = f"{path}, run {label!r}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", str(label)):
         raise ValueError(f"{where}: expected a name of letters, digits and . _ + -, for it names a directory")
