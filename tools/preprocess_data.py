@@ -7,6 +7,7 @@ writes data/corpus_text_document.bin, .idx and .meta.json. The files do not depe
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def main(arguments: argparse.Namespace) -> None:
         ("--log-interval", arguments.log_interval),
         ("--max-line-mb", arguments.max_line_mb),
     ):
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"{flag} is {value}: expected a number above 0")
     directory = Path(arguments.output_prefix).parent
     if not directory.is_dir():

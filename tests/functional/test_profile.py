@@ -61,7 +61,11 @@ def test_trace_and_time_of_checkpoints(tmp_path: Path) -> None:
         assert f'"name": "{name}"' in trace, name
 
 
-def test_a_run_that_ends_inside_the_window(tmp_path: Path) -> None:
-    settings = {"train_iters": 2, "profile": True, "profile_step_start": 2, "profile_step_end": 90, "save": tmp_path}
+def test_a_run_that_ends_inside_the_window_and_one_that_goes_on_after_its_begin(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"train_iters": 3, "exit_interval": 2, "save": tmp_path}
+    settings |= {"profile": True, "profile_step_start": 2, "profile_step_end": 90}
     finished = train(1, tiny_run(**settings), tmp_path / "run")
     assert "profile of iterations 2 to 2 on rank 0" in finished.outputs[0]
+    resumed = train(1, tiny_run(**settings), tmp_path / "resumed")
+    told = "nothing is profiled on rank 0, because the run goes on at iteration 3, after --profile-step-start 2"
+    assert told in resumed.outputs[0] and "ms/step" not in resumed.outputs[0]

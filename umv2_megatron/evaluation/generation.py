@@ -8,6 +8,7 @@ they come.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,8 @@ class Sampling:
     top_p: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"--temperature is {self.temperature}; expected 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature is {self.temperature}; expected a number of 0 or more")
         if self.top_k < 0:
             raise ValueError(f"--top-k is {self.top_k}; expected 0 or more")
         if not 0 < self.top_p <= 1:

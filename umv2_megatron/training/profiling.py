@@ -44,6 +44,12 @@ class StepProfiler:
         self._profiler: Any = None
         self._watched: WatchedModel | None = None
         self._iteration = self._started_at = iteration
+        if self.active and iteration + 1 > self.first:
+            print(
+                f"--profile: nothing is profiled on rank {self.rank}, because the run goes on at iteration "
+                f"{iteration + 1}, after --profile-step-start {self.first}",
+                flush=True,
+            )
         self.step(iteration)
 
     def step(self, iteration: int) -> None:

@@ -41,7 +41,9 @@ def test_top_p_keeps_the_smallest_set_of_that_mass():
     assert shares(Sampling(temperature=1.0, top_p=0.1), 50)[0] == 1.0
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_wrong_values_are_refused_by_flag(wrong):
     with pytest.raises(ValueError, match="--" + next(iter(wrong)).replace("_", "-")):
         Sampling(**wrong)
