@@ -332,6 +332,8 @@ def _check_schedule(run: RunConfig) -> None:
             _refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, f"at most the {horizon} iterations of the decay")
     if training.save_interval and not training.save:
         _refuse("save-interval", training.save_interval, "--save with a directory too")
+    if run.data.has_split_paths and run.data.valid_data_path is None and training.eval_iters:
+        raise UsageError("--valid-data-path is missing beside --train-data-path; give it, or --eval-iters 0")
     if training.async_save:
         raise UsageError("--async-save is not supported; leave it out: checkpoints are written between two steps")
     start, end = training.profile_step_start, training.profile_step_end
