@@ -393,14 +393,29 @@ def test_a_payload_in_a_checkpoint_never_runs(where, plain, tmp_path):
     assert canary.path.exists(), "the payload would not have shown"
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "model-00001-of-00007.safetensors"])
-def test_a_pickle_in_an_export_is_refused_and_never_runs(name, plain, tmp_path):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "first safetensors file"])
+def test_pickled_weights_in_an_export_are_refused_and_never_run(name, plain, tmp_path):
     export, canary = Path(shutil.copytree(plain[1], tmp_path / "export")), Canary(tmp_path / "ran")
     first = sorted(path.name for path in export.glob("*.safetensors"))[0]
     target = export / (name if name.endswith(".bin") else first)
     target.write_bytes(pickle.dumps(canary))
     with pytest.raises(ConversionError, match=target.name):
         from_hf(export, tmp_path / "back")
+    assert not canary.path.exists()
+
+
+def test_what_a_trainer_leaves_beside_the_weights_is_not_read(plain, tmp_path):
+    export, canary = Path(shutil.copytree(plain[1], tmp_path / "export")), Canary(tmp_path / "ran")
+    (export / "export_manifest.json").unlink()
+    pickles = ["optimizer.pt", "rng_state_0.pth", "scaler.pt", "scheduler.pt", "training_args.bin"]
+    for name in pickles:
+        (export / name).write_bytes(pickle.dumps(canary))
+    (export / "trainer_state.json").write_text("{}")
+    (export / "checkpoint-500").mkdir()
+    shutil.copyfile(sorted(export.glob("*.safetensors"))[0], export / "checkpoint-500" / "model.safetensors")
+    said: list[str] = []
+    from_hf(export, tmp_path / "back", said.append)
+    assert any(line.endswith("no weights: " + ", ".join(pickles)) for line in said), said
     assert not canary.path.exists()
 
 

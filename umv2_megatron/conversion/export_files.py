@@ -21,6 +21,7 @@ from umv2_megatron.training.durable_files import check_relative_path, fsync_path
 MANIFEST = "export_manifest.json"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_PICKLED_WEIGHTS = ("pytorch_model", "model", "adapter_model", "consolidated")
 _NOT_EXPORTED = ("__init__.py", "name_table.py")
 
 
@@ -103,20 +104,31 @@ def _damaged(path: Path, crc32: dict[str, int]) -> str:
     return f" (damaged: {', '.join(names[:4])}{more})" if names else ""
 
 
+def unread_pickles(directory: Path) -> list[str]:
+    """Names of the pickles beside an export's files that are no weights, such as a Trainer's ``training_args.bin`` and
+    ``optimizer.pt``; nothing here opens them. Raises ``ConversionError`` naming one of weights."""
+    found = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
+    for name in found:
+        if name.split(".")[0].split("-")[0] in _PICKLED_WEIGHTS:
+            raise ConversionError(
+                f"{directory / name} holds weights as a pickle, which may run code when it is read: remove it; weights "
+                "are read from safetensors alone"
+            )
+    return found
+
+
 class ExportTensors:
     """The tensors of an export, by name, over all its files; ``tensors`` says what there is.
 
-    Only safetensors files are opened. Raises ``ConversionError`` naming the file or tensor at fault: a pickle, a file
-    that the index does not list, a tensor that is in another file than the index says, or in two.
+    Only safetensors files are opened. Raises ``ConversionError`` naming the file or tensor at fault: pickled weights, a
+    file that the index does not list, a tensor that is in another file than the index says, or in two.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         if not directory.is_dir():
             raise ConversionError(f"{directory} is no directory; expected an export with config.json and safetensors")
-        for path in sorted(directory.iterdir()):
-            if path.suffix in _PICKLES:
-                raise ConversionError(f"{path} is a pickle, which may run code when it is read: remove it")
+        self.unread = unread_pickles(directory)
         self._files: list[SafetensorsFile] = []
         self._of: dict[str, SafetensorsFile] = {}
         try:

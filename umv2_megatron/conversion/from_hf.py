@@ -65,6 +65,8 @@ def import_export(
         raise ConversionError(f"{save} holds checkpoints already; give a directory that has none")
     tensors = ExportTensors(export)
     try:
+        if tensors.unread:
+            say(f"not read, as they are pickles and no weights: {', '.join(tensors.unread)}")
         verify_manifest(export, say)
         config = read_hf_config(export)
         stored = _dtype_of(export, config, tensors)
