@@ -68,7 +68,7 @@ class ProductKeys(nn.Module):
             best = sums.topk(config.topk, dim=-1).indices
             row_keys = keys[0].gather(-1, rows[best])
             column_keys = keys[1].gather(-1, columns[best])
-        scores = sums.gather(-1, best)
+        scores = gather_keys(sums.unsqueeze(0), best)[0]
         if config.score_normalization == "softmax":
             scores = scores.softmax(-1)
         balance = None

@@ -265,7 +265,7 @@ class _Block:
             if m.qk_norm == "query":  # a norm of its own, which keeps what it returns
                 retrieval += tokens * m.query_rows * (size if size == FP32 else 2 * FP32)
             # kept keys of both sides, the places of the best sums, their softmax
-            retrieval += tokens * m.num_heads * 2 * m.key_topk * INT64 + picks * (INT64 + FP32)
+            retrieval += tokens * m.num_heads * 2 * m.key_topk * INT32 + picks * (INT32 + FP32)
         else:
             # kept keys [.., K] of both sides, and their scores
             retrieval += picks * (2 * INT32 + 2 * m.tucker_rank * FP32)
