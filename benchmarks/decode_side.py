@@ -336,7 +336,7 @@ def build_umv2(options: dict[str, Any]) -> Memory:
     ``options["save"]`` writes it there instead of decoding.
     """
     from umv2_megatron.hf import UMv2ForCausalLM
-    from umv2_megatron.hf.modeling_umv2 import UMv2RotaryEmbedding
+    from umv2_megatron.hf.attention_umv2 import UMv2RotaryEmbedding
 
     dtype, device = getattr(torch, options["dtype"]), options["device"]
     if "load" in options:

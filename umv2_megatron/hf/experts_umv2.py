@@ -22,6 +22,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_umv2 import UMv2Config
+from .linear_umv2 import UMv2Linear
 from .retrieval_umv2 import without_autocast
 
 
@@ -31,9 +32,9 @@ class UMv2MLP(nn.Module):
     def __init__(self, config: UMv2Config, size: int | None = None) -> None:
         super().__init__()
         size = size or config.intermediate_size
-        self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = UMv2Linear(config.hidden_size, size, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = UMv2Linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.down_proj = UMv2Linear(size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_umv2 import UMv2Config
+from .linear_umv2 import UMv2Linear
 from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval, without_autocast
 from .tables_umv2 import UMv2Table
 
@@ -47,11 +48,11 @@ class UMv2Memory(nn.Module):
         self.has_pre_values = config.memory_pre_value_dim > 0
         self.pre_proj = self.gate_proj = self.value_proj = None
         if self.has_pre_values and config.memory_pre_projection == "linear":
-            self.pre_proj = nn.Linear(hidden, config.memory_pre_value_dim, bias=False)
+            self.pre_proj = UMv2Linear(hidden, config.memory_pre_value_dim, bias=False)
         if config.memory_gate == "silu":
-            self.gate_proj = nn.Linear(hidden, summed, bias=False)
+            self.gate_proj = UMv2Linear(hidden, summed, bias=False)
         if config.memory_value_expansion != "none":
-            self.value_proj = nn.Linear(summed, hidden, bias=False)
+            self.value_proj = UMv2Linear(summed, hidden, bias=False)
         self.register_buffer("perm", torch.arange(cells, dtype=torch.int32 if cells <= 2**31 else torch.int64))
         self.table: UMv2Table
         if owner == index:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_umv2 import UMv2Config
+from .linear_umv2 import UMv2Linear
 
 # Cells of second-stage grids that are held at once: 64 MB in float32.
 _GRID_CELLS = 1 << 24
@@ -74,7 +75,7 @@ class UMv2Retrieval(nn.Module):
         self.num_keys = config.memory_scored_keys
         self.kept = min(config.memory_topk, config.memory_key_topk_cap)
         heads, rank, dim = config.memory_num_heads, config.memory_tucker_rank, config.memory_key_dim
-        self.query = nn.Linear(config.hidden_size, config.memory_query_rows, bias=False)
+        self.query = UMv2Linear(config.hidden_size, config.memory_query_rows, bias=False)
         self.keys = nn.Parameter(torch.empty(heads, 2, self.num_keys, dim, rank))
         self.query_norm = nn.Parameter(torch.empty(dim))
         self.key_norm = nn.Parameter(torch.empty(dim))
@@ -196,7 +197,7 @@ class UMv2ProductKeys(nn.Module):
         self.num_keys = config.memory_scored_keys
         self.kept = min(config.memory_topk, config.memory_key_topk_cap)
         dim, norms = config.memory_key_dim, config.memory_qk_norm
-        self.query = nn.Linear(config.hidden_size, config.memory_query_rows, bias=False)
+        self.query = UMv2Linear(config.hidden_size, config.memory_query_rows, bias=False)
         self.keys = nn.Parameter(torch.empty(config.memory_num_heads, 2, self.num_keys, dim, 1))
         self.query_norm = nn.Parameter(torch.empty(dim)) if norms != "none" else None
         self.key_norm = nn.Parameter(torch.empty(dim)) if norms == "both" else None
