@@ -11,7 +11,8 @@ Layers with a memory are one ``MemoryConfig``; a variant is a set of defaults fo
     pkm          memory-plus without the gate
     peer         few layers with tables of their own, product keys, 8 heads; a row is a whole expert of one hidden unit,
                  GELU(<pre-value, x>) * value, as wide as the hidden size, without projections
-    moe          mcore's experts in every block, as OLMoE: 64 experts of 1/8 of the FFN's width, 8 of them active
+    moe          mcore's experts in every block, as OLMoE: 64 experts of 1/8 of the FFN's width, 8 of them active,
+                 chosen in float32
     dense        the FFN alone
 
 Presets name sizes and variants name switches. So a variant's defaults replace what a preset or checkpoint of *another*
@@ -31,6 +32,9 @@ FFN_VARIANTS = (*MEMORY_VARIANTS, "moe", "dense")
 OLMOE_LOSSES = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
 OLMOE = {"num_moe_experts": 64, "moe_router_topk": 8, **OLMOE_LOSSES}
 """Experts as in OLMoE (arXiv 2409.02060): load-balance loss and router z-loss included."""
+ROUTER = {"moe_router_dtype": "fp32"}
+"""Scores of experts are compared, and their outputs averaged, in float32 whatever the weights are: mcore advises it from
+32 experts on, and it costs one matrix product of hidden size times experts."""
 
 _SWITCHES = (
     "scoring", "score_normalization", "query_mode", "qk_norm", "gate", "pre_projection", "pre_value_activation",
@@ -85,7 +89,7 @@ def variant_defaults(variant: str, values: Mapping[str, Any], given: Mapping[str
     """
     layers, hidden = values.get("num_layers"), values.get("hidden_size")
     if variant == "moe":
-        return {} if "num_moe_experts" in given else _experts(values, given)
+        return ROUTER if "num_moe_experts" in given else {**ROUTER, **_experts(values, given)}
     if variant not in _CHANGES:
         return {}
     memory = dict(_CHANGES[variant])

@@ -72,9 +72,11 @@ def test_what_follows_from_what_the_user_gave():
     assert run("--ffn-variant", "pkm", "--memory-value-lr-mult", "2").memory.value_lr is None
     moe = run("--ffn-variant", "moe")
     assert (moe.num_moe_experts, moe.moe_router_topk, moe.moe_ffn_hidden_size) == (64, 8, 16)
-    assert moe.moe_aux_loss_coeff == 0.01
+    assert moe.moe_aux_loss_coeff == 0.01 and moe.moe_router_dtype == "fp32"
     own = run("--ffn-variant", "moe", "--num-experts", "4")
     assert (own.moe_router_topk, own.moe_ffn_hidden_size, own.moe_aux_loss_coeff) == (2, None, 0.0)
+    assert own.moe_router_dtype == "fp32"
+    assert run("--ffn-variant", "moe", "--moe-router-dtype", "fp64").moe_router_dtype == "fp64"
 
 
 @pytest.mark.parametrize(
