@@ -23,6 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from umv2_megatron.parallel import cpu_platform  # noqa: E402
+
+cpu_platform.install()  # before megatron.core is imported
+
 from umv2_megatron.config.flags import OneLineParser, option_table, parse_flags  # noqa: E402
 from umv2_megatron.config.variants import FFN_VARIANTS  # noqa: E402
 from umv2_megatron.planning.matching import Match, Model, match  # noqa: E402
@@ -60,9 +64,6 @@ def main(argv: list[str] | None = None) -> int:
 def _match(given: argparse.Namespace, rest: list[str]) -> Match:
     for name in ("torch", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from umv2_megatron.parallel import cpu_platform
-
-    cpu_platform.install()
     from umv2_megatron.config.resolve import resolve
 
     source = resolve([*rest, "--transformer-impl", "local"], 1, program="match.py", for_training=False)

@@ -78,6 +78,11 @@ class Match:
     total_deviation: float
     flags: dict[str, Any]
 
+    @property
+    def error(self) -> float:
+        """The larger deviation; a dense model is held to the FLOPs only."""
+        return max(abs(self.flops_deviation), 0.0 if self.found.variant == "dense" else abs(self.total_deviation))
+
 
 def match(
     source: Model, variant: str, kept: dict[str, Any] | None = None, total: int | None = None, tolerance: float = 0.01
@@ -99,23 +104,33 @@ def match(
     kept = kept or {}
     start, sizes = _start(source, variant, kept)
     wanted_flops, wanted_total = source.flops.forward, total or source.parameters.total
+    nearest: Match | None = None
     for active in (1, 2, 4):  # more and narrower experts meet both figures better
         again = start
         if variant == "moe" and "moe_router_topk" not in kept:
             again = Model({**start.values, "moe_router_topk": active * start.values["moe_router_topk"]}, None)
-        found = _solve(again, wanted_flops, wanted_total)
-        flops = found.flops.forward / wanted_flops - 1
-        parameters = found.parameters.total / wanted_total - 1
-        fits = abs(flops) <= tolerance and (variant == "dense" or abs(parameters) <= tolerance)
-        if fits or again is start:
+        model = _solve(again, wanted_flops, wanted_total)
+        flops = model.flops.forward / wanted_flops - 1
+        parameters = model.parameters.total / wanted_total - 1
+        found = Match(source, model, flops, parameters, _flags(model, sizes, kept))
+        if nearest is None or found.error < nearest.error:
+            nearest = found
+        if nearest.error <= tolerance:
+            return nearest
+        if again is start:
             break
-    if not fits:
-        raise ValueError(
-            f"--to {variant}: no sizes are within {100 * tolerance:g}%; the nearest has {100 * flops:+.2f}% of the "
-            f"FLOPs and {100 * parameters:+.2f}% of the {wanted_total:,} parameters; give other sizes with --keep, or "
-            "--total"
-        )
-    return Match(source, found, flops, parameters, _flags(found, sizes, kept))
+    assert nearest is not None
+    missed = f"{_deviation(nearest.flops_deviation)} FLOPs than the {wanted_flops / 1e6:.2f} million wanted per token"
+    if variant != "dense":
+        missed += f" and {_deviation(nearest.total_deviation)} parameters than the {wanted_total:,} wanted"
+    raise ValueError(
+        f"--to {variant}: no sizes come within {100 * tolerance:g}%; the nearest model has {missed}; give other sizes "
+        "with --keep, other parameters with --total, or a larger --tolerance"
+    )
+
+
+def _deviation(share: float) -> str:
+    return f"{abs(share):.2%} {'more' if share > 0 else 'fewer'}"
 
 
 def _start(source: Model, variant: str, kept: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
