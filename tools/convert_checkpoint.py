@@ -51,30 +51,34 @@ def from_hf(arguments: argparse.Namespace) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    """Compare logits; exit code 1 where they differ."""
-    from umv2_megatron.conversion.verify import compare  # imports the models
+    """Compare weights and logits; exit code 1 where they differ."""
+    from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
 
     if arguments.tokens < 1:
         raise ValueError(f"--tokens is {arguments.tokens}; expected 1 or more")
     store, iteration = locate(arguments.load, arguments.ckpt_step)
     text = Path(arguments.text).read_text(encoding="utf-8") if arguments.text else None
-    failed = False
-    for result in compare(
-        str(store.root),
-        iteration,
-        Path(arguments.hf),
-        text,
-        arguments.tokens,
-        arguments.tolerance,
-        arguments.tokenizer_model,
-    ):
-        failed |= not result.good
-        print(
-            f"{str(result.dtype).removeprefix('torch.')}: {result.what} {result.difference:.1e} of the "
-            f"largest logit, limit {result.limit:.1e}; same likeliest token for {result.same_choice:.1%} of "
-            f"{result.tokens} tokens: {'good' if result.good else 'TOO FAR APART'}",
-            flush=True,
-        )
+    load, export = str(store.root), Path(arguments.hf)
+    weights = compare_weights(load, iteration, export)
+    failed = bool(weights.different)
+    print(
+        f"weights: {weights.numbers:,} numbers in {weights.tensors} tensors, "
+        + (f"{len(weights.different)} tensors DIFFER" if failed else "the same bit for bit: good"),
+        *weights.different[:8],
+        sep="\n    ",
+        flush=True,
+    )
+    if not arguments.weights_only:
+        for result in compare(
+            load, iteration, export, text, arguments.tokens, arguments.tolerance, arguments.tokenizer_model
+        ):
+            failed |= not result.good
+            print(
+                f"{str(result.dtype).removeprefix('torch.')}: {result.what} {result.difference:.1e} of the "
+                f"largest logit, limit {result.limit:.1e}; same likeliest token for {result.same_choice:.1%} of "
+                f"{result.tokens} tokens: {'good' if result.good else 'TOO FAR APART'}",
+                flush=True,
+            )
     if failed:
         print("convert_checkpoint.py: error: the export does not compute what the checkpoint does", file=sys.stderr)
         sys.exit(1)
@@ -94,9 +98,10 @@ def parser() -> argparse.ArgumentParser:
     back = commands.add_parser("from-hf", help="export to checkpoint")
     back.add_argument("--load", required=True, metavar="DIR", help="the export")
     back.add_argument("--save", required=True, metavar="DIR", help="directory of checkpoints, without any yet")
-    check = commands.add_parser("verify", help="compare the logits of a checkpoint and an export")
+    check = commands.add_parser("verify", help="compare the weights and the logits of a checkpoint and an export")
     check.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one iter_* in it")
     check.add_argument("--hf", required=True, metavar="DIR", help="the export")
+    check.add_argument("--weights-only", action="store_true", help="compare no logits: needs little memory")
     check.add_argument("--text", metavar="FILE", help="text to compare on (default: a paragraph of our own)")
     check.add_argument("--tokens", type=int, default=256, help="tokens of it to compare on, at most (default: 256)")
     check.add_argument(

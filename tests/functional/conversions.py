@@ -95,13 +95,21 @@ def differences(save: Path, export: Path) -> list[tuple[str, float, bool]]:
     """(dtype, difference of logits, within the limit) of each comparison of a checkpoint with an export."""
     from umv2_megatron.conversion.verify import compare
 
-    return [(str(found.dtype), found.difference, found.good) for found in compare(str(save), None, export, None, 32)]
+    return [(str(found.dtype), found.difference, found.good) for found in compare(str(save), None, export, None, 256)]
+
+
+def different_weights(save: Path, export: Path) -> tuple[str, ...]:
+    """What ``verify`` says of the weights of a checkpoint and an export."""
+    from umv2_megatron.conversion.verify import compare_weights
+
+    return compare_weights(str(save), None, export, lambda line: None).different
 
 
 def there_and_back(save: Path, folder: Path) -> dict[str, Any]:
     """Export, compare, import, export again; returns the differences and whether the files of both exports agree."""
     first = to_hf(save, folder / "first")
     found = differences(save, first)
+    assert different_weights(save, first) == ()
     second = to_hf(from_hf(first, folder / "back"), folder / "second")
     names = sorted(path.name for path in first.iterdir() if not path.name.startswith("export_manifest"))
     same = [name for name in names if (first / name).read_bytes() == (second / name).read_bytes()]

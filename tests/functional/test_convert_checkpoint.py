@@ -16,7 +16,18 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import RICH, ROOT, differences, forked, from_hf, republish, saved, there_and_back, to_hf
+from conversions import (
+    RICH,
+    ROOT,
+    differences,
+    different_weights,
+    forked,
+    from_hf,
+    republish,
+    saved,
+    there_and_back,
+    to_hf,
+)
 from program_runs import tiny_run, train
 
 from umv2_megatron.conversion.safetensors_files import ConversionError
@@ -333,6 +344,30 @@ def test_a_changed_weight_fails_the_comparison(plain, tmp_path):
     assert not good and difference > 1e-5
 
 
+def test_every_changed_number_is_named(plain, tmp_path):
+    """One low bit of a table row that no text may ever pick, two blocks of rows in each other's place."""
+    assert different_weights(*plain) == ()
+    export = Path(shutil.copytree(plain[1], tmp_path / "export"))
+    (export / "export_manifest.json").unlink()
+    flipped, swapped = "model.layers.0.memory.table.values.0", "model.layers.1.memory.table.pre_values.0"
+
+    def flip(tensors):
+        tensors[flipped].view(torch.int32)[200, 7] ^= 1
+
+    def swap(tensors):
+        tensors[swapped][0:32], tensors[swapped][96:128] = (
+            tensors[swapped][96:128].clone(),
+            tensors[swapped][0:32].clone(),
+        )
+
+    _rewrite(_shard_of(export, flipped), flip)
+    _rewrite(_shard_of(export, swapped), swap)
+    one, other = different_weights(plain[0], export)
+    width = 8
+    assert one == f"{flipped} differs in 1 of {256 * 24} numbers, first in row 200"
+    assert other == f"{swapped} differs in {64 * width} of {256 * width} numbers, first in row 0"
+
+
 # -- pickles -------------------------------------------------------------------------------------------------------
 
 
@@ -531,14 +566,16 @@ def _session(save: Path, folder: Path) -> list[tuple[int, str, str]]:
     done = [_tool("to-hf", "--load", str(save), "--save", export)]
     done.append(_tool("from-hf", "--load", export, "--save", back))
     done.append(_tool("verify", "--load", back, "--hf", export, "--tokens", "20", "--tolerance", "1e-30"))
+    done.append(_tool("verify", "--load", str(save), "--hf", export, "--weights-only"))
     return done
 
 
 def test_the_commands(plain, tmp_path):
-    there, back, different = forked(_session, plain[0], tmp_path)
+    there, back, different, weights = forked(_session, plain[0], tmp_path)
     assert there[0] == 0 and f"exported iteration 2 of {plain[0]}" in there[1]
     assert back[0] == 0 and f"wrote {tmp_path / 'back' / 'iter_0000000'}" in back[1]
     assert different[0] == 1 and "of 20 tokens: TOO FAR APART" in different[1]
+    assert weights[0] == 0 and "the same bit for bit: good" in weights[1] == weights[1].splitlines()[0] + "\n"
     assert different[2].strip().splitlines()[-1].startswith("convert_checkpoint.py: error: the export does not compute")
 
 

@@ -42,8 +42,11 @@ def test_trains_and_resumes(variant, tmp_path):
     else:
         assert len(set(rate)) > 1
 
-    keys = {key for key in read_metadata_safely(tmp_path / "whole" / "iter_0000003").state_dict_metadata
-            if ".memory." in key and not key.startswith("optimizer")}
+    keys = {
+        key
+        for key in read_metadata_safely(tmp_path / "whole" / "iter_0000003").state_dict_metadata
+        if ".memory." in key and not key.startswith("optimizer")
+    }
     names = {key.split(".memory.")[1] for key in keys}
     assert OWN_TENSORS[variant] <= names
     assert not names & (set(FOREIGN_TENSORS) - OWN_TENSORS[variant])
@@ -51,9 +54,7 @@ def test_trains_and_resumes(variant, tmp_path):
     assert len(owners) == (1 if variant in ("memory-plus", "pkm") else 2)
 
 
-@pytest.mark.parametrize(
-    ("variant", "mode"), [("memory-plus", "row"), ("peer", "dim"), ("ultramem", "row")]
-)
+@pytest.mark.parametrize(("variant", "mode"), [("memory-plus", "row"), ("peer", "dim"), ("ultramem", "row")])
 @pytest.mark.timeout(100)
 def test_sharded_tables_train_alike(variant, mode, tmp_path):
     """Two ranks that share the tables out against one that has them whole."""

@@ -161,7 +161,7 @@ def test_slow(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "what", "code"),
     [
-        ("error", "failed: KeyError: \"the victim's own error\"", 1),
+        ("error", 'failed: KeyError: "the victim\'s own error"', 1),
         ("sys.exit(0)", "failed: SystemExit: 0", 1),
         ("os._exit(0)", "is gone", 0),
     ],

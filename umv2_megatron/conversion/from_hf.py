@@ -69,7 +69,7 @@ def import_export(
             say(f"not read, as they are pickles and no weights: {', '.join(tensors.unread)}")
         verify_manifest(export, say)
         config = read_hf_config(export)
-        stored = _dtype_of(export, config, tensors)
+        stored = dtype_of(export, config, tensors)
         wanted = dtype or (stored if stored in _TRAINED else torch.float32)
         values = megatron_values(config)
         pairs = list(pairings(sizes_of(values, config.vocab_size, config.memory_table_chunk_rows)))
@@ -83,7 +83,7 @@ def import_export(
         tensors.close()
 
 
-def _dtype_of(export: Path, config: Any, tensors: ExportTensors) -> torch.dtype:
+def dtype_of(export: Path, config: Any, tensors: ExportTensors) -> torch.dtype:
     """The dtype that the configuration states for the weights; without one, that of the embedding."""
     dtype = config.dtype
     if isinstance(dtype, str):

@@ -50,8 +50,8 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """An open checkpoint: its configuration, its tensors, how they pair with an export's, and its dtype."""
+class Source:
+    """An open checkpoint: its configuration, its tensors, how they pair with an export's, and the export's dtype."""
 
     config: dict[str, Any]
     tensors: CheckpointTensors
@@ -72,7 +72,7 @@ def export_checkpoint(
         raise ConversionError(f"{target} exists already; give a directory that is not there yet")
     manifest = verified(store, iteration)
     work = target.absolute().parent / f".{target.name}.incomplete"
-    source = _open(store, iteration, options)
+    source = open_source(store, iteration, options.dtype, None, options.max_shard_bytes)
     try:
         work.mkdir(parents=True, exist_ok=True)
         with sole_user(work):
@@ -98,14 +98,21 @@ def verified(store: CheckpointStore, iteration: int) -> Manifest:
         raise CheckpointError(f"{error}; damaged: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}") from error
 
 
-def _open(store: CheckpointStore, iteration: int, options: ExportOptions) -> _Source:
-    """Open a checkpoint and compare its tensors with what its configuration says."""
+def open_source(
+    store: CheckpointStore, iteration: int, dtype: torch.dtype | None, chunk_rows: int | None, max_bytes: int = 0
+) -> Source:
+    """Open a checkpoint and compare its tensors with what its configuration says; to be closed by the caller.
+
+    ``dtype`` is the export's, None that of the checkpoint. ``chunk_rows`` are the rows of a chunk of a table; None
+    gives those that fit into ``max_bytes``, or with 0 whole tables. Raises as ``export_checkpoint`` does.
+    """
     config = checkpointing.read_config(store, iteration)
     refuse_unsupported(config)
     values, directory = config["values"], store.path(iteration)
     stored = torch.bfloat16 if values["bf16"] else torch.float32
-    dtype = options.dtype or stored
-    chunk_rows = chunk_rows_below(values, options.max_shard_bytes, dtype.itemsize)
+    dtype = dtype or stored
+    if chunk_rows is None:
+        chunk_rows = chunk_rows_below(values, max_bytes or 1 << 62, dtype.itemsize)
     pairs = list(pairings(sizes_of(values, config["tokenizer_vocab_size"], chunk_rows)))
     tensors = CheckpointTensors(directory)
     held = {key: info for key, info in tensors.tensors.items() if not (is_optimizer_state(key) or is_extra_state(key))}
@@ -113,7 +120,7 @@ def _open(store: CheckpointStore, iteration: int, options: ExportOptions) -> _So
     check_source(held, expected, stored, str(directory))
     for key in held:
         tensors.check_covered(key)
-    return _Source(config, tensors, pairs, chunk_rows, dtype)
+    return Source(config, tensors, pairs, chunk_rows, dtype)
 
 
 def _files_of(copies: list[Copy], largest: int) -> list[list[Copy]]:
@@ -134,7 +141,7 @@ def _remove_leftovers(work: Path, kept: set[str]) -> None:
 
 
 def _write_files(
-    source: _Source, identity: dict[str, Any], work: Path, options: ExportOptions, say: Callable[[str], None]
+    source: Source, identity: dict[str, Any], work: Path, options: ExportOptions, say: Callable[[str], None]
 ) -> tuple[int | None, dict[str, dict[str, Any]]]:
     """Write tensors and tokenizer; returns the end-of-document token and the manifest's entries of the former."""
     copies = copies_to_hf(source.pairings, source.tensors.tensors, source.dtype)
@@ -153,7 +160,7 @@ def _write_files(
 
 
 def _write_tensors(
-    source: _Source, groups: list[list[Copy]], work: Path, journal: Journal, say: Callable[[str], None]
+    source: Source, groups: list[list[Copy]], work: Path, journal: Journal, say: Callable[[str], None]
 ) -> None:
     names = shard_names(len(groups))
     total = sum(copy.info.num_bytes for group in groups for copy in group)
@@ -166,7 +173,7 @@ def _write_tensors(
             remove_path(work / name)
             with SafetensorsWriter(work / name, [(copy.name, copy.info) for copy in group]) as writer:
                 for copy in group:
-                    for part in _parts(source, copy):
+                    for part in parts(source, copy):
                         writer.write(copy.name, part)
                         progress.add(part.nbytes)
             journal.add(name, writer.size, writer.sha256, crc32=writer.crc32)
@@ -176,8 +183,8 @@ def _write_tensors(
         write_json(work / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _parts(source: _Source, copy: Copy) -> Iterator[torch.Tensor]:
-    """The rows of one tensor, block by block, in the dtype of the export."""
+def parts(source: Source, copy: Copy) -> Iterator[torch.Tensor]:
+    """The rows of one tensor of the export, block by block."""
     key = copy.pieces[0].name
     if key.endswith((".retrieval.u", ".retrieval.t")):
         yield singular_vector(source.tensors, key, source.dtype)
