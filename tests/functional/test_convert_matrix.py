@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conversions import RICH, forked, saved, there_and_back
+from conversions import RICH, forked, from_hf, saved, there_and_back, to_hf
 from layout_matrix import Layout, all_layouts
+from program_runs import tiny_run, train
 
 pytestmark = pytest.mark.slow
 LAYOUTS = all_layouts()
@@ -64,6 +65,18 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_experts_of_every_layout_there_and_back(name, tmp_path):
     ranks, settings = EXPERT_LAYOUTS[name]
     _check(forked(there_and_back, saved(tmp_path, ranks, **{**EXPERTS, **settings}), tmp_path))
+
+
+def test_experts_train_on_alike_from_either_checkpoint_in_another_layout(tmp_path):
+    settings = {**EXPERTS, **SHARED, "vocab_size": 511, "make_vocab_size_divisible_by": 256}
+    save = saved(tmp_path, 2, **settings, **SPLIT)
+    back = from_hf(to_hf(save, tmp_path / "export"), tmp_path / "back")
+    outputs = []
+    for name, load in (("own", save), ("converted", back)):
+        flags = {"load": load, "finetune": True, "train_iters": 2, "save": tmp_path / name, "seed": 3}
+        layout = {**TENSOR, "expert_model_parallel_size": 2}
+        outputs.append(train(2, tiny_run(**settings, **flags, **layout), tmp_path / "log" / name).weights)
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("sharing", ["block", "ring", "noring"])
