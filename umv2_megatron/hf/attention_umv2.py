@@ -62,13 +62,14 @@ class UMv2RotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Both [b, 1, s, d] for ``position_ids`` [b, s], in the dtype of ``x``."""
+        """What ``rotate`` takes: both [b, 1, s, d] for ``position_ids`` [b, s], in the dtype of ``x``."""
         angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        pairs = torch.stack if self.config.rope_interleaved else torch.cat
+        cos, sin = pairs([cos, cos], dim=-1), pairs([-sin, sin], dim=-1)
         if self.config.rope_interleaved:
-            angles = angles.repeat_interleave(2, dim=-1)
-        else:
-            angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+            cos, sin = cos.flatten(-2), sin.flatten(-2)
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def head_dim(config: UMv2Config) -> int:
@@ -77,14 +78,14 @@ def head_dim(config: UMv2Config) -> int:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Turn pairs of the first d numbers of each head of ``x`` [b, heads, s, head_dim]; cos and sin are [b, 1, s, d]."""
+    """Turn pairs of the first d numbers of each head of ``x`` [b, heads, s, head_dim]; cos and sin are [b, 1, s, d].
+
+    The sine has the sign of its product with the other number of the pair.
+    """
     size = cos.shape[-1]
     turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
-    if interleaved:
-        partner = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
-    else:
-        partner = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], dim=-1)
-    turned = turned * cos + partner * sin
+    partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else turned.roll(size // 2, -1)
+    turned = torch.addcmul(turned * cos, partner, sin)
     return turned if rest is None else torch.cat([turned, rest], dim=-1)
 
 
@@ -98,16 +99,24 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for ``output_attentions``: query [b, heads, s, d], key and value [b, groups, s', d]."""
-    groups = module.num_key_value_groups
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
+    """Attention written out, of query [b, heads, s, d], key and value [b, groups, s', d].
+
+    The mask [b or 1, 1, s, s'] is added, or (bool) says what is seen. Gives the output [b, s, heads, d] and the weights
+    [b, heads, s, s'].
+    """
+    batch, heads, length, size = query.shape
+    # The heads that share keys and values are rows of one product: nothing is repeated.
+    together = (batch, key.shape[1], -1)
+    scores = query.reshape(*together, size) @ key.transpose(-1, -2) * scaling
+    scores = scores.view(batch, heads, length, -1)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    output = (weights.view(*together, weights.shape[-1]) @ value).view(query.shape)
+    return output.transpose(1, 2).contiguous(), weights
 
 
 class UMv2Attention(nn.Module):
@@ -122,6 +131,8 @@ class UMv2Attention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // groups
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
+        self.dropout = config.attention_dropout
+        self.rope_interleaved = config.rope_interleaved
         inner, shared = config.num_attention_heads * self.head_dim, groups * self.head_dim
         self.q_proj = UMv2Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = UMv2Linear(config.hidden_size, shared, bias=config.attention_bias)
@@ -147,20 +158,21 @@ class UMv2Attention(nn.Module):
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if position_embeddings is not None:
             cos, sin = position_embeddings
-            query = rotate(query, cos, sin, self.config.rope_interleaved)
-            key = rotate(key, cos, sin, self.config.rope_interleaved)
+            query = rotate(query, cos, sin, self.rope_interleaved)
+            key = rotate(key, cos, sin, self.rope_interleaved)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        chosen = self.config._attn_implementation
+        if chosen == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu":
+            chosen = "eager"  # half the time of torch's kernel for a single query
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
         output, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )

@@ -40,11 +40,13 @@ class UMv2Memory(nn.Module):
 
     def __init__(self, config: UMv2Config, index: int, table: UMv2Table | None, tables: str) -> None:
         super().__init__()
-        self.config = config
+        self.cores, self.num_blocks = config.memory_num_cores, config.memory_num_blocks
+        self.width = max(config.memory_value_dim, config.memory_pre_value_dim)
+        self.gelu = config.memory_pre_value_activation == "gelu"
         owner, self.table_rows, self.offset, self.window = config.memory_windows()[index]
         self.retrieval = UMv2Retrieval(config) if config.memory_scoring == "tucker" else UMv2ProductKeys(config)
         hidden, cells = config.hidden_size, config.memory_scored_keys**2
-        summed = config.memory_num_blocks * config.memory_value_dim
+        summed = self.num_blocks * config.memory_value_dim
         self.has_pre_values = config.memory_pre_value_dim > 0
         self.pre_proj = self.gate_proj = self.value_proj = None
         if self.has_pre_values and config.memory_pre_projection == "linear":
@@ -101,8 +103,7 @@ class UMv2Memory(nn.Module):
             return self._sum_parts(rows, blocks, scores, projected)
 
     def _sum_parts(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:
-        width = max(self.config.memory_value_dim, self.config.memory_pre_value_dim)
-        part = max(1, _PICKED_NUMBERS // (rows.shape[1] * width))
+        part = max(1, _PICKED_NUMBERS // (rows.shape[1] * self.width))
         if rows.shape[0] <= part:
             return self._sum_some(rows, blocks, scores, projected)
         split = [tensor.split(part) for tensor in (rows, blocks, scores, projected) if tensor is not blocks]
@@ -111,23 +112,21 @@ class UMv2Memory(nn.Module):
 
     def _sum_some(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:
         """out[t, e, slice c] = sum over picks of block e of score[c] * rho * row[slice c]; rho from the pre-value."""
-        config, (tokens, picks) = self.config, rows.shape
-        cores, num_blocks = config.memory_num_cores, config.memory_num_blocks
-        flat = rows.flatten()
+        (tokens, picks), flat = rows.shape, rows.flatten()
         weights = scores
         if self.has_pre_values:
             pre_values = self.table.pick("pre_values", flat, scores.device).view(tokens, picks, -1)
             # A row vector times a matrix, which is nine times as fast on a CPU as a matrix times a column.
             rho = projected.to(pre_values.dtype).unsqueeze(1) @ pre_values.transpose(1, 2)
             rho = rho.transpose(1, 2).to(scores.dtype)
-            weights = scores * (functional.gelu(rho) if config.memory_pre_value_activation == "gelu" else rho)
+            weights = scores * (functional.gelu(rho) if self.gelu else rho)
         values = self.table.pick("values", flat, scores.device)
         dtype = values.dtype
         # [T, C, P, Dv/C], and for each block the weights of its picks and zeros, [T, C, E, P].
-        values = values.to(scores.dtype).view(tokens, picks, cores, -1).transpose(1, 2)
+        values = values.to(scores.dtype).view(tokens, picks, self.cores, -1).transpose(1, 2)
         weights = weights.transpose(1, 2).unsqueeze(2)
-        if num_blocks > 1:
-            own = blocks.unsqueeze(1) == torch.arange(num_blocks, device=blocks.device).unsqueeze(-1)
+        if self.num_blocks > 1:
+            own = blocks.unsqueeze(1) == torch.arange(self.num_blocks, device=blocks.device).unsqueeze(-1)
             weights = weights * own.unsqueeze(1)
         summed = weights @ values
         return summed.transpose(1, 2).reshape(tokens, -1).to(dtype)

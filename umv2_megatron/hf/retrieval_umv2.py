@@ -5,7 +5,8 @@ keys' scores (``UMv2Retrieval``, arXiv 2411.12364: a first stage keeps K' keys p
 their grid), or their sum (``UMv2ProductKeys``, arXiv 1907.05242).
 
 Decoding has a few tokens per step, so that the count of small operations decides: what depends on parameters alone is
-kept between calls while autograd is off (``_Derived``).
+kept between calls while autograd is off (``_Derived``), and what the configuration says is read once, because
+transformers looks for each of its attributes in several places.
 
 Letters: T tokens, H hidden, h heads, N keys per side, R rank, C cores, K values kept per head, K' = min(K, cap) keys
 kept per side, P = h * K picks of a token, Dk key dim. Side 0 is the row.
@@ -71,10 +72,11 @@ class UMv2Retrieval(nn.Module):
 
     def __init__(self, config: UMv2Config) -> None:
         super().__init__()
-        self.config = config
-        self.num_keys = config.memory_scored_keys
+        self.num_keys, self.topk = config.memory_scored_keys, config.memory_topk
         self.kept = min(config.memory_topk, config.memory_key_topk_cap)
-        heads, rank, dim = config.memory_num_heads, config.memory_tucker_rank, config.memory_key_dim
+        self.epsilon = config.memory_norm_epsilon
+        self.heads, self.rank, self.dim = config.memory_num_heads, config.memory_tucker_rank, config.memory_key_dim
+        heads, rank, dim = self.heads, self.rank, self.dim
         self.query = UMv2Linear(config.hidden_size, config.memory_query_rows, bias=False)
         self.keys = nn.Parameter(torch.empty(heads, 2, self.num_keys, dim, rank))
         self.query_norm = nn.Parameter(torch.empty(dim))
@@ -96,41 +98,38 @@ class UMv2Retrieval(nn.Module):
 
     def _pick(self, key_scores: Tensor) -> tuple[Tensor, Tensor]:
         """What ``forward`` gives, from the scores of every key."""
-        config, tokens = self.config, key_scores.shape[2]
-        heads, cores, rank = config.memory_num_heads, config.memory_num_cores, config.memory_tucker_rank
+        rank, tokens = key_scores.shape[1:3]
         with torch.no_grad():
             vectors, total = self._for_search(key_scores.dtype)
             keys = (key_scores * vectors).sum(1).topk(self.kept, dim=-1).indices
         # The scores of the kept keys, [2, R, T, h, K']; from here on no others are needed.
         kept_scores = key_scores.gather(-1, keys.unsqueeze(1).expand(-1, rank, -1, -1, -1))
         cell = self._best_cells(kept_scores.detach(), total)
-        row = cell.div(self.kept, rounding_mode="floor")
-        column = cell - row * self.kept
-        cells = keys[0].gather(-1, row) * self.num_keys + keys[1].gather(-1, column)
-        left = kept_scores[0].gather(-1, row.expand(rank, -1, -1, -1))
-        right = kept_scores[1].gather(-1, column.expand(rank, -1, -1, -1))
+        # Row and column of each cell among the kept keys, [2, T, h, K].
+        places = torch.stack([cell.div(self.kept, rounding_mode="floor"), cell % self.kept])
+        row, column = keys.gather(-1, places)
+        left, right = kept_scores.gather(-1, places.unsqueeze(1).expand(-1, rank, -1, -1, -1))
         # score[c] = sum over r, s of left[r] cores[c, r, s] right[s]: [h, T K, R] x [h, R, C S], then the sum over s.
-        left = left.permute(2, 1, 3, 0).reshape(heads, -1, rank)
-        mixed = left @ self.cores.to(left.dtype).permute(1, 2, 0, 3).reshape(heads, rank, cores * rank)
-        mixed = mixed.view(heads, tokens, -1, cores, rank)
+        left = left.permute(2, 1, 3, 0).reshape(self.heads, -1, rank)
+        mixed = left @ self.cores.to(left.dtype).permute(1, 2, 0, 3).reshape(self.heads, rank, -1)
+        mixed = mixed.view(self.heads, tokens, self.topk, -1, rank)
         scores = (mixed * right.permute(2, 1, 3, 0).unsqueeze(3)).sum(-1)
-        return cells.flatten(1), scores.transpose(0, 1).flatten(1, 2)
+        return (row * self.num_keys + column).flatten(1), scores.transpose(0, 1).flatten(1, 2)
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, R, T, h, N], float32 or better, of ``x`` [T, H]."""
-        config, tokens, rank = self.config, x.shape[0], self.config.memory_tucker_rank
-        query = self.query(x).view(tokens, 2, -1, config.memory_key_dim)
-        query = rms_norm(query, self.query_norm, config.memory_norm_epsilon).permute(1, 2, 0, 3)
+        query = self.query(x).view(x.shape[0], 2, -1, self.dim)
+        query = rms_norm(query, self.query_norm, self.epsilon).permute(1, 2, 0, 3)
         if torch.is_grad_enabled():
             keys = self._normalised_keys()
         else:
             keys = self._normalised.get(self._normalised_keys, self.keys, self.key_norm)
-        scores = query.expand(-1, rank, -1, -1) @ keys
-        return at_least_float32(scores).view(2, rank, tokens, config.memory_num_heads, self.num_keys)
+        scores = query.expand(-1, self.rank, -1, -1) @ keys
+        return at_least_float32(scores).view(2, self.rank, x.shape[0], self.heads, self.num_keys)
 
     def _normalised_keys(self) -> Tensor:
         """[2, R, Dk, h N]."""
-        keys = rms_norm(self.keys.permute(1, 4, 0, 2, 3), self.key_norm, self.config.memory_norm_epsilon)
+        keys = rms_norm(self.keys.permute(1, 4, 0, 2, 3), self.key_norm, self.epsilon)
         return keys.flatten(2, 3).transpose(-1, -2)
 
     def _for_search(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -152,12 +151,11 @@ class UMv2Retrieval(nn.Module):
         """The K best cells [T, h, K] of the K' x K' grids, by the score of the summed cores ``total`` [h, R, R]."""
         left = kept_scores[0].permute(1, 2, 3, 0) @ total
         right = kept_scores[1].permute(1, 2, 0, 3)
-        tokens, heads, topk = left.shape[0], left.shape[1], self.config.memory_topk
-        part = max(1, _GRID_CELLS // (heads * self.kept * self.kept))
-        if tokens <= part:
-            return (left @ right).flatten(2).topk(topk, dim=-1).indices
+        part = max(1, _GRID_CELLS // (self.heads * self.kept * self.kept))
+        if left.shape[0] <= part:
+            return (left @ right).flatten(2).topk(self.topk, dim=-1).indices
         parts = zip(left.split(part), right.split(part))
-        return torch.cat([(one @ other).flatten(2).topk(topk, dim=-1).indices for one, other in parts])
+        return torch.cat([(one @ other).flatten(2).topk(self.topk, dim=-1).indices for one, other in parts])
 
     @torch.no_grad()
     def refresh_singular_vectors(self) -> None:
@@ -193,10 +191,12 @@ class UMv2ProductKeys(nn.Module):
 
     def __init__(self, config: UMv2Config) -> None:
         super().__init__()
-        self.config = config
-        self.num_keys = config.memory_scored_keys
+        self.num_keys, self.topk = config.memory_scored_keys, config.memory_topk
         self.kept = min(config.memory_topk, config.memory_key_topk_cap)
-        dim, norms = config.memory_key_dim, config.memory_qk_norm
+        self.epsilon = config.memory_norm_epsilon
+        self.softmax = config.memory_score_normalization == "softmax"
+        self.heads, self.dim = config.memory_num_heads, config.memory_key_dim
+        dim, norms = self.dim, config.memory_qk_norm
         self.query = UMv2Linear(config.hidden_size, config.memory_query_rows, bias=False)
         self.keys = nn.Parameter(torch.empty(config.memory_num_heads, 2, self.num_keys, dim, 1))
         self.query_norm = nn.Parameter(torch.empty(dim)) if norms != "none" else None
@@ -213,39 +213,38 @@ class UMv2ProductKeys(nn.Module):
         scores, keys = self.key_scores(x).topk(self.kept, dim=-1)
         rows, columns = self._places(x.device)
         sums = scores[0].index_select(-1, rows) + scores[1].index_select(-1, columns)
-        picked, best = sums.topk(self.config.memory_topk, dim=-1)
+        picked, best = sums.topk(self.topk, dim=-1)
         cells = keys[0].gather(-1, rows[best]) * self.num_keys + keys[1].gather(-1, columns[best])
-        if self.config.memory_score_normalization == "softmax":
+        if self.softmax:
             picked = picked.softmax(-1)
         return cells.flatten(1), picked.flatten(1).unsqueeze(-1)
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, T, h, N], float32 or better, of ``x`` [T, H]."""
-        config, heads = self.config, self.config.memory_num_heads
-        query = self.query(x).view(x.shape[0], -1, 2, config.memory_key_dim)
+        query = self.query(x).view(x.shape[0], -1, 2, self.dim)
         if self.query_norm is not None:
-            query = rms_norm(query, self.query_norm, config.memory_norm_epsilon)
+            query = rms_norm(query, self.query_norm, self.epsilon)
         if torch.is_grad_enabled():
             keys = self._normalised_keys()
         else:
             sources = (self.keys,) if self.key_norm is None else (self.keys, self.key_norm)
             keys = self._normalised.get(self._normalised_keys, *sources)
         # [2, h, T, Dk] x [2, h, Dk, N]; a shared query serves every head.
-        scores = query.permute(2, 1, 0, 3).expand(-1, heads, -1, -1) @ keys
+        scores = query.permute(2, 1, 0, 3).expand(-1, self.heads, -1, -1) @ keys
         return at_least_float32(scores).transpose(1, 2)
 
     def _normalised_keys(self) -> Tensor:
         """[2, h, Dk, N]."""
         keys = self.keys.squeeze(-1)
         if self.key_norm is not None:
-            keys = rms_norm(keys, self.key_norm, self.config.memory_norm_epsilon)
+            keys = rms_norm(keys, self.key_norm, self.epsilon)
         return keys.permute(1, 0, 3, 2)
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Places (m, n) in both sorted sides that can be among the K best: cells in (m+1)(n+1) places are as good."""
         if self._candidates is None or self._candidates[0].device != device:
             place = torch.arange(1, self.kept + 1)
-            rows, columns = (place.unsqueeze(1) * place <= self.config.memory_topk).nonzero(as_tuple=True)
+            rows, columns = (place.unsqueeze(1) * place <= self.topk).nonzero(as_tuple=True)
             self._candidates = (rows.to(device), columns.to(device))
         return self._candidates
 
