@@ -123,6 +123,8 @@ class UMv2Experts(nn.Module):
         """The weighted sum [T, H] over each token's ``experts`` [T, k] with ``weights`` [T, k]. Experts that no token
         goes to are not touched."""
         into, out = getattr(self, self.first), self.down_proj
+        if torch.is_grad_enabled():  # the gradient of an index would be as large as all experts, for each of them
+            into, out = into.unbind(), out.unbind()
         into_bias, out_bias = getattr(self, f"{self.first}_bias", None), getattr(self, "down_proj_bias", None)
         flat = experts.flatten()
         order = flat.argsort(stable=True)  # picks by expert; those of one expert in the order of the tokens
