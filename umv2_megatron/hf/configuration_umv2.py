@@ -7,8 +7,11 @@ This file, like its neighbours, imports nothing of the package: an export carrie
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import types
+import typing
 from dataclasses import field
 from typing import Any
 
@@ -31,6 +34,12 @@ _CHOICES: dict[str, tuple] = {
     "memory_pre_value_activation": ("none", "gelu"),
     "memory_sharing": ("none", "block", "ring", "noring"),
 }
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "max_position_embeddings", "memory_num_keys", "memory_key_dim", "memory_value_dim", "memory_topk",
+          "memory_key_topk_cap", "memory_num_heads", "memory_tucker_rank", "memory_num_cores", "memory_key_expansion",
+          "memory_sharing_size")  # fmt: skip
+_KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string", list: "a list",
+          dict: "a dictionary", types.NoneType: "None"}  # fmt: skip
 
 
 class UMv2Config(PreTrainedConfig):
@@ -55,7 +64,8 @@ class UMv2Config(PreTrainedConfig):
         memory_table_chunk_rows: rows of one chunk of a value table; None keeps every table in one.
         memory_*: the fields of training's MemoryConfig.
 
-    Raises ``ValueError``, one sentence, for sizes and switches that the model cannot compute.
+    Raises ``ValueError``, one sentence, for sizes and switches that the model cannot compute, and for values of another
+    type than their field's.
     """
 
     model_type = "umv2"
@@ -153,6 +163,7 @@ class UMv2Config(PreTrainedConfig):
     memory_seed: int = 1234
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_types()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -167,6 +178,19 @@ class UMv2Config(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self._check()
+
+    def _check_types(self) -> None:
+        for name, hint in inspect.get_annotations(UMv2Config, eval_str=True).items():
+            members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            allowed = {typing.get_origin(member) or member for member in members}
+            value = getattr(self, name)
+            fits = isinstance(value, (*allowed, int) if float in allowed else tuple(allowed))
+            if not fits or (isinstance(value, bool) and bool not in allowed):
+                words = " or ".join(words for kind, words in _KINDS.items() if kind in allowed)
+                raise ValueError(f"{name} is {value!r}; expected {words}")
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
 
     def _check(self) -> None:
         for name, choices in _CHOICES.items():

@@ -170,7 +170,17 @@ class UMv2Retrieval(nn.Module):
         self.u.copy_(new[0])
         self.t.copy_(new[1])
 
+    def _refresh_if_changed(self) -> None:
+        """Refresh u and t if the cores have changed since the last forward: an optimizer has stepped."""
+        if self._factored.used and self._factored.changed(self.cores):
+            self.refresh_singular_vectors()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._refresh_if_changed()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2Retrieval:
+        self._refresh_if_changed()  # before it is forgotten that they have changed
         # u and t stay float32 when a model is turned into a half dtype.
         exact = {"u": self.u, "t": self.t}
         super()._apply(fn, recurse)

@@ -235,6 +235,23 @@ def test_what_is_kept_between_calls_follows_the_parameters() -> None:
     torch.testing.assert_close(sigma, torch.linalg.svdvals(total)[:, 0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("convert", [False, True])
+def test_saved_singular_vectors_are_those_of_the_saved_cores(convert: bool, tmp_path: Path) -> None:
+    model, batch = tiny_model().train(), tokens(2, 9)
+    cores = [layer.memory.retrieval.cores for layer in model.model.layers]
+    for _ in range(2):
+        model(batch, labels=batch).loss.backward()
+        with torch.no_grad():  # what an optimizer does, in steps large enough to turn the vectors
+            for core in cores:
+                core.add_(torch.randn(core.shape, generator=torch.Generator().manual_seed(7)))
+    (model.double().float() if convert else model).save_pretrained(tmp_path)
+    for layer in UMv2ForCausalLM.from_pretrained(tmp_path).model.layers:
+        retrieval = layer.memory.retrieval
+        total = retrieval.cores.detach().sum(0)
+        sigma = torch.einsum("hr,hrs,hs->h", retrieval.u, total, retrieval.t)
+        torch.testing.assert_close(sigma, torch.linalg.svdvals(total)[:, 0], rtol=1e-5, atol=1e-6)
+
+
 def test_settings_that_cannot_be_computed_are_refused() -> None:
     wrong = {
         "normalization": "L2Norm",
@@ -247,7 +264,14 @@ def test_settings_that_cannot_be_computed_are_refused() -> None:
         "memory_query_mode": "per_head",
         "num_key_value_heads": 3,
         "memory_table_chunk_rows": 0,
+        "hidden_size": "64",
+        "memory_key_dim": 4.0,
+        "qk_norm": 1,
+        "norm_eps": "1e-5",
+        "rope_parameters": [],
+        "num_key_value_heads ": True,
+        "num_attention_heads": 0,
     }
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name if name != "memory_read_delay" else "memory_layer_freq"):
-            tiny_config(**{name: value})
+            tiny_config(**{name.strip(): value})
