@@ -45,7 +45,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         layout(tp=2, m=2, mode="row", dist=True, overlap_grad_reduce=True, overlap_param_gather=True),
     ),
 }
-QUICK = ["one-dist", "pp2-vpp-dist", "tp2-m2-dim-dist", "m2-row-dist", "tp2-pp2-m2-row-dist", "dp4-m4-dim-dist"]
+QUICK = ["one-dist", "pp2-vpp-dist", "tp2-m2-dim-dist", "m2-row-dist", "tp2-pp2-m2-row-dist"]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,8 @@ def test_one_rank_to_every_layout_and_back(start, tmp_path, world, names):
 
 def test_from_one_sharded_layout_to_another(start, tmp_path):
     source, numbers = start
-    through = ["tp2-dp2-m4-row-dist", "tp2-pp2-vpp-m2-dim"]
-    for name in through:
-        check(run_ranks(4, visit, source, [(LAYOUTS[name][1], str(tmp_path / name))]), numbers)
+    for name in ["tp2-nosp-m2-row", "pp2-vpp-dist"]:
+        check(run_ranks(2, visit, source, [(LAYOUTS[name][1], str(tmp_path / name))]), numbers)
         assert different(start[0], tmp_path / name) == []
         source = str(tmp_path / name)
 

@@ -119,10 +119,13 @@ def all_layouts() -> list[Layout]:
 
 
 class Matrix:
-    """Runs layouts from a saved state below ``folder`` and compares them with one rank that started there, too."""
+    """Runs layouts from a saved state below ``folder`` and compares them with one rank that started there, too.
 
-    def __init__(self, folder: Path, steps: int = STEPS) -> None:
-        self.folder, self.steps, self.seed = folder, steps, SEEDS[0]
+    Unless ``resumed``, a run saves after every step instead of going on in another process after the first one.
+    """
+
+    def __init__(self, folder: Path, steps: int = STEPS, resumed: bool = True) -> None:
+        self.folder, self.steps, self.resumed, self.seed = folder, steps, resumed, SEEDS[0]
         self._references: dict[tuple[int, str], dict[str, Any]] = {}
 
     def agreement(self, layout: Layout) -> tuple[dict[str, float], int, list[str]]:
@@ -184,9 +187,10 @@ class Matrix:
             **layout.settings(),
         }
         log = self.folder / "logs" / save.name
-        train(layout.world, self._argv({**settings, "exit_interval": 1}), log)
+        train(layout.world, self._argv({**settings, ("exit_interval" if self.resumed else "save_interval"): 1}), log)
         tables = table_moments(save / "iter_0000001")
-        train(layout.world, self._argv(settings), log)
+        if self.resumed:
+            train(layout.world, self._argv(settings), log)
         steps = [line for line in read_metrics(save) if "lm loss" in line]
         assert [line["iteration"] for line in steps] == list(range(1, self.steps + 1)), steps
         norms = [line["grad-norm"] for line in steps]

@@ -8,20 +8,27 @@ from layout_matrix import Layout, Matrix, all_layouts
 FULL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
 SELECTIVE = (("recompute_granularity", "selective"), ("recompute_modules", "mlp"))
 INTERLEAVED = (("num_layers_per_virtual_pipeline_stage", 1),)
+
+
+def slow(layout: Layout) -> object:
+    """Each difference from one rank is in a quick layout, too, or in test_resharding.py's shared tables."""
+    return pytest.param(layout, marks=pytest.mark.slow)
+
+
 PRUNED = [
     Layout(2, m=2, mode="dim", distributed_optimizer=True, extra=FULL),
     Layout(2, m=2, mode="row", sharing="block", extra=SELECTIVE),
-    Layout(2, tp=2, m=2, mode="row", distributed_optimizer=True),
+    slow(Layout(2, tp=2, m=2, mode="row", distributed_optimizer=True)),
     Layout(4, tp=2, sp=True, m=4, mode="row", distributed_optimizer=True, sharing="block"),
     Layout(4, tp=2, sp=True, cp=2, m=2, mode="dim"),
-    Layout(4, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="block"),
+    slow(Layout(4, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="block")),
     Layout(4, pp=2, m=2, mode="dim", extra=INTERLEAVED),
 ]
 
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory) -> Matrix:
-    return Matrix(tmp_path_factory.mktemp("layouts"), steps=3)
+    return Matrix(tmp_path_factory.mktemp("layouts"), steps=2, resumed=False)
 
 
 @pytest.mark.parametrize("layout", PRUNED, ids=lambda layout: f"{layout.world}-{layout.name}")

@@ -44,7 +44,21 @@ DATA_PARALLEL = {
 }
 
 
-@pytest.mark.parametrize("changes", DATA_PARALLEL.values(), ids=DATA_PARALLEL)
+SLOW = (
+    # their quick siblings: all-overlap, tests/distributed/test_cpu_platform.py
+    "plain", "distributed-optimizer",
+    # tensor, full-recompute
+    "tensor-recompute",
+    # context, context-tensor, interleaved
+    "context-recompute", "context-data", "context-pipeline",
+)  # fmt: skip
+
+
+def cases(named: dict[str, dict]) -> list:
+    return [pytest.param(case, marks=pytest.mark.slow if name in SLOW else (), id=name) for name, case in named.items()]
+
+
+@pytest.mark.parametrize("changes", cases(DATA_PARALLEL))
 def test_two_ranks_equal_one_with_twice_the_micro_batches(changes, one_rank, tmp_path):
     for ours, theirs in zip(numbers(2, tmp_path / "run", **changes), one_rank):
         assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
@@ -94,14 +108,7 @@ MODEL_PARALLEL = {
 }
 
 
-SLOW = ("context-recompute",)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [pytest.param(case, marks=pytest.mark.slow if name in SLOW else ()) for name, case in MODEL_PARALLEL.items()],
-    ids=MODEL_PARALLEL,
-)
+@pytest.mark.parametrize("changes", cases(MODEL_PARALLEL))
 def test_model_parallel_layouts_continue_alike(changes, start, continued, tmp_path):
     settings = {"load": start, "finetune": True, "make_vocab_size_divisible_by": 1024, **changes}
     ranks = settings.pop("ranks", 2)
