@@ -335,10 +335,27 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def command_line(options: argparse.Namespace) -> str:
+    """The command that repeats the measurement: the options that define it, without those that say where results go."""
+    places = {"json", "docs", "plot", "export_dir"}
+    defaults = vars(parser().parse_args([]))
+    words = ["python benchmarks/decode.py"]
+    for name, value in vars(options).items():
+        if name not in places and value != defaults[name]:
+            flag = f"--{name.replace('_', '-')}"
+            words += (
+                [flag]
+                if value is True
+                else [f"{flag} {each}" for each in (value if isinstance(value, list) else [value])]
+            )
+    return " ".join(words)
+
+
 def main(argv: list[str]) -> int:
     """Run all sizes and write what was asked for."""
     made = parser()
     options = made.parse_args(argv)
+    command = command_line(options)
     prepare(made, options, "decode.py")
     for name in ("steps", "context"):
         if getattr(options, name) < 1:
@@ -360,7 +377,7 @@ def main(argv: list[str]) -> int:
             )
     machine = describe_machine(options.device, options.quick)
     sizes = [run_size(name, options) for name in names]
-    parts: list[Table | str] = [f"`{' '.join(['python benchmarks/decode.py', *argv])}`"]
+    parts: list[Table | str] = [f"`{command}`"]
     for size in sizes:
         parts += tables_of(size, options.rounds)
     plot = options.plot or (options.docs.parent / "decode.png" if options.docs else None)

@@ -124,6 +124,7 @@ def test_sides_take_turns_and_all_is_reported(tmp_path, monkeypatch):
     assert batch["times_faster"] == pytest.approx(sum(ratios) / 2)
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and "| 2 |" in text and "decode.png" in text
+    assert "\n`python benchmarks/decode.py --batch 2 --no-mmap --quick`\n" in text and str(tmp_path) not in text
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 

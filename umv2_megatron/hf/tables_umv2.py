@@ -19,6 +19,7 @@ import json
 import math
 import mmap
 import os
+import queue
 import threading
 import warnings
 import weakref
@@ -91,6 +92,31 @@ class MappedTensor:
             os.posix_fadvise(self._file, offset, (end - start + 1) * page, os.POSIX_FADV_WILLNEED)
 
 
+class _Fetcher:
+    """One thread that hands in requests to disks: that takes a while, and nobody has to wait for it."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def put(self, table: UMv2Table, rows: Tensor) -> None:
+        """Have the thread fetch ``rows``; it starts with the first request of a process (after a fork: anew)."""
+        if self._thread is None or not self._thread.is_alive():
+            self._requests: queue.SimpleQueue[tuple[UMv2Table, Tensor]] = queue.SimpleQueue()
+            self._thread = threading.Thread(target=_serve, args=(self._requests,), name="umv2 fetch", daemon=True)
+            self._thread.start()
+        self._requests.put((table, rows))
+
+
+def _serve(requests: queue.SimpleQueue[tuple[UMv2Table, Tensor]]) -> None:
+    while True:
+        table, rows = requests.get()
+        table._fetch_now(rows)
+        del table, rows  # a model that is dropped is not kept by the thread that waits
+
+
+_FETCHER = _Fetcher()
+
+
 class UMv2Table(nn.Module):
     """A value table: ``values.C`` and ``pre_values.C`` for chunks C = 0, 1, ..., each [rows of the chunk, Dv or Dp].
 
@@ -153,8 +179,7 @@ class UMv2Table(nn.Module):
         self._faults = faults
         if self._announcements_left and hasattr(os, "posix_fadvise"):
             self._announcements_left -= 1
-            # A request to a disk takes a while to hand in, and nobody has to wait for it.
-            threading.Thread(target=self._fetch_now, args=(rows,), daemon=True).start()
+            _FETCHER.put(self, rows)
 
     def _fetch_now(self, rows: Tensor) -> None:
         for chunks in self._mapped.values():

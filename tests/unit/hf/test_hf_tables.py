@@ -6,6 +6,8 @@ import json
 import mmap
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_model import VARIANTS, tiny_config, tiny_model, tokens  # noqa: E402
 
-from umv2_megatron.hf import UMv2ForCausalLM, UMv2Model  # noqa: E402
+from umv2_megatron.hf import UMv2ForCausalLM, UMv2Model, tables_umv2  # noqa: E402
 from umv2_megatron.hf.tables_umv2 import MappedTensor, attach_tables, tensor_files  # noqa: E402
 
 
@@ -117,6 +119,21 @@ def test_rows_are_fetched_ahead(columns: int, tmp_path: Path, monkeypatch: pytes
         found = [number for at, size in asked for number in range(at // page, (at + size) // page)]
         bounds = [(5000 + row * width, 5000 + (row + 1) * width - 1) for row in rows]
         assert found == sorted({n for first, last in bounds for n in range(first // page, last // page + 1)})
+
+
+def test_one_thread_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(MappedTensor, "fetch", lambda mapped, rows: asked.append((mapped.path, rows.tolist())))
+    monkeypatch.setattr(tables_umv2, "_page_faults", lambda: 0)
+    model = UMv2ForCausalLM.from_pretrained(saved(tmp_path), memory_tables="mmap")
+    (table, *_) = model.value_tables().values()
+    for row in range(20):
+        table.announce(torch.tensor([row]))
+    deadline = time.monotonic() + 20
+    while len(asked) < 40 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [rows for _, rows in asked] == [[row] for row in range(20) for _ in table.widths]
+    assert sum(thread.name == "umv2 fetch" for thread in threading.enumerate()) == 1
 
 
 def change_header(path: Path, change: Any) -> None:
