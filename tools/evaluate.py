@@ -243,7 +243,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--seed", type=int, default=1234, help="of the questions (default: 1234)")
     group = made.add_argument_group("facts: the same as given to tools/make_tasks.py")
     group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")
-    group.add_argument("--facts-per-frequency", type=int, default=64, metavar="N", help="(default: 64)")
+    group.add_argument(
+        "--facts-per-frequency", type=int, default=64, metavar="N", help="a multiple of 64 (default: 64)"
+    )
     group.add_argument("--max-fact-frequency", type=int, default=64, metavar="N", help="(default: 64)")
     group = made.add_argument_group("report")
     group.add_argument("--output", type=Path, metavar="FILE", help="JSON to write; plots get its name")

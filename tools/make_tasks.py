@@ -77,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--tokenizer-model", metavar="FILE")
     group = made.add_argument_group("facts: the same as given to tools/evaluate.py")
     group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")
-    group.add_argument("--facts-per-frequency", type=int, default=64, metavar="N", help="(default: 64)")
+    group.add_argument(
+        "--facts-per-frequency", type=int, default=64, metavar="N", help="a multiple of 64 (default: 64)"
+    )
     group.add_argument("--max-fact-frequency", type=int, default=64, metavar="N", help="(default: 64)")
     return made
 
