@@ -33,8 +33,8 @@ OLMOE_LOSSES = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
 OLMOE = {"num_moe_experts": 64, "moe_router_topk": 8, **OLMOE_LOSSES}
 """Experts as in OLMoE (arXiv 2409.02060): load-balance loss and router z-loss included."""
 ROUTER = {"moe_router_dtype": "fp32"}
-"""Scores of experts are compared, and their outputs averaged, in float32 whatever the weights are: mcore advises it from
-32 experts on, and it costs one matrix product of hidden size times experts."""
+"""Scores of experts are compared, and their outputs averaged, in float32 whatever the weights are: mcore advises it
+from 32 experts on, and it costs one matrix product of hidden size times experts."""
 
 _SWITCHES = (
     "scoring", "score_normalization", "query_mode", "qk_norm", "gate", "pre_projection", "pre_value_activation",

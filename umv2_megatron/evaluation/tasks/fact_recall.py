@@ -62,8 +62,8 @@ class FactSet:
         whole = VALUES * len(RELATIONS)
         if self.per_frequency < 1 or self.per_frequency % whole:
             raise ValueError(
-                f"--facts-per-frequency is {self.per_frequency}; expected a multiple of {whole}, with which each of the "
-                f"{VALUES} values of each of the {len(RELATIONS)} relations is equally common"
+                f"--facts-per-frequency is {self.per_frequency}; expected a multiple of {whole}, with which each of "
+                f"the {VALUES} values of each of the {len(RELATIONS)} relations is equally common"
             )
         if self.max_frequency < 1:
             raise ValueError(f"--max-fact-frequency is {self.max_frequency}; expected 1 or more")
