@@ -44,7 +44,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 test: $(READY) $(TRITON_READY) lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow" --timeout 1800

@@ -21,7 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
 
 from umv2_megatron.training.durable_files import CheckpointError
-from umv2_megatron.training.optimizer import VALUE_GROUP
+from umv2_megatron.training.optimizer import KERNEL_CHOICES, VALUE_GROUP
 from umv2_megatron.training.optimizer_shards import pieces
 
 PREFIX = "optimizer.state"
@@ -68,7 +68,8 @@ def allocate_moments(part: Any) -> None:
         for param in group["params"]:
             if not part.optimizer.state[param]:
                 part.optimizer.state[param] = {
-                    "step": torch.tensor(0.0, dtype=torch.float32),
+                    # torch's fused kernels want the count beside the parameter, the others on the CPU
+                    "step": torch.zeros((), device=param.device if group["fused"] else "cpu"),
                     "exp_avg": torch.zeros_like(param),
                     "exp_avg_sq": torch.zeros_like(param),
                 }
@@ -189,7 +190,7 @@ def local_groups(optimizer: Any) -> list[Group]:
     for part in optimizer_parts(optimizer):
         allocate_moments(part)
         for group in part.optimizer.param_groups:
-            values = {key: value for key, value in group.items() if key not in ("params", "step")}
+            values = {key: value for key, value in group.items() if key not in ("params", "step", *KERNEL_CHOICES)}
             found.append(values | {"step": _step(part, group)})
     return found
 
@@ -248,7 +249,7 @@ def _set_group(part: Any, group: Group, saved: list[Group]) -> None:
             f"the checkpoint has no parameter group {_identity(group)} of {param_group_identifier_keys} and "
             f"{VALUE_GROUP}: give --no-load-optim, or the flags that it was saved with"
         )
-    group.update((key, value) for key, value in match.items() if key != "step")
+    group.update((key, value) for key, value in match.items() if key not in ("step", *KERNEL_CHOICES))
     if match["step"] is None or not group["params"]:
         return
     if not has_step_tensors(part):
