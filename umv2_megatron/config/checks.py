@@ -32,6 +32,7 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
         _refuse("memory-parallel-size", run.memory.parallel_size, "1 without memory layers: no tables to shard")
     if for_training:
         _check_schedule(run)
+        _check_expert_biases(run)
     run.transformer_config()
     run.optimizer_config()
 
@@ -190,6 +191,15 @@ def _check_experts(run: RunConfig) -> None:
         _refuse("moe-shared-expert-intermediate-size", shared, expected)
     if run.moe_grouped_gemm and run.transformer_impl == "local":
         _refuse("moe-grouped-gemm", "on", "off with --transformer-impl local, or Transformer Engine")
+
+
+def _check_expert_biases(run: RunConfig) -> None:
+    # mcore's MLP adds an expert's bias in place to a view, for which autograd has no backward; evaluation can
+    if run.has_experts and run.add_bias_linear and run.transformer_impl == "local":
+        raise UsageError(
+            "--add-bias-linear is on; expected it left out (or --disable-bias-linear) with --ffn-variant moe and "
+            "--transformer-impl local: megatron-core's local experts with biases cannot be trained"
+        )
 
 
 def _check_memory_layout(run: RunConfig) -> None:

@@ -181,6 +181,8 @@ def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
         (MOE + ["--moe-router-load-balancing-type", "none_such"], 1, ["--moe-router-load-balancing-type", "aux_loss"]),
         (MOE + ["--calculate-per-token-loss", "--context-parallel-size", "2", "--moe-aux-loss-coeff", "0.1"], 2,
          ["--moe-aux-loss-coeff is 0.1", "--calculate-per-token-loss"]),
+        (MOE + ["--add-bias-linear", "--transformer-impl", "local"], 1,
+         ["--add-bias-linear", "--ffn-variant moe", "--transformer-impl local"]),
         (MOE + ["--moe-grouped-gemm"], 1, ["--moe-grouped-gemm is on"]),
         (MOE + ["--moe-shared-expert-intermediate-size", "9", "--tensor-model-parallel-size", "2",
                 "--sequence-parallel"], 2, ["--moe-shared-expert-intermediate-size is 9"]),
@@ -242,3 +244,8 @@ def test_help_and_dry_run_start_nothing():
     assert code == 0 and "--memory-num-keys" in out and "--tensor-model-parallel-size" in out, err
     code, out, err, _ = program(*TINY, "--dry-run")
     assert code == 0 and "memory_num_keys" in out, err
+
+
+def test_experts_with_biases_can_be_restored_without_training():
+    argv = [*TINY, *MOE, "--add-bias-linear", "--transformer-impl", "local"]
+    assert resolve(argv, 1, for_training=False).add_bias_linear
