@@ -63,8 +63,8 @@ def _report(plan: Plan) -> None:
 
 
 def _bytes_per_token(plan: Plan) -> float | None:
-    """Of the one corpus that all trials read; None when they read several or random tokens."""
-    paths = {tuple(trial.run.data.data_path or ()) for trial in plan.trials}
+    """Of the one corpus that all trials are validated on; None when there are several, or random tokens."""
+    paths = {tuple(trial.run.data.valid_data_path or trial.run.data.data_path or ()) for trial in plan.trials}
     only = paths.pop() if len(paths) == 1 else ()
     return unigram_entropy(only[0]).bytes_per_token if len(only) == 1 else None
 

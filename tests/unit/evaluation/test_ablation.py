@@ -196,8 +196,15 @@ def test_the_array_job_has_a_task_for_every_trial(program: Path) -> None:
     assert text.rstrip().endswith('--trial "$SLURM_ARRAY_TASK_ID"')
 
 
-def result(curve: list[list[float]], **changes: Any) -> dict[str, Any]:
-    sizes = {"activated": 10**6, "parameters": 2 * 10**6, "flops": 10**6, "tokens": 640, "seconds": 3600.0}
+def result(curve: list[list[float]], seed: int = 1, **changes: Any) -> dict[str, Any]:
+    sizes = {
+        "seed": seed,
+        "activated": 10**6,
+        "parameters": 2 * 10**6,
+        "flops": 10**6,
+        "tokens": 640,
+        "seconds": 3600.0,
+    }
     return {"curve": curve, "tokens_per_second": 100.0, **sizes, **changes}
 
 
@@ -205,10 +212,10 @@ def test_report_has_means_spreads_differences_and_plots(program: Path) -> None:
     plan = plan_of(program)
     plan.output.mkdir()
     results = {
-        "dense": [result([[1, 5.0], [2, 4.0], [3, 3.0]]), result([[1, 5.0], [2, 4.2], [3, 3.2]])],
+        "dense": [result([[1, 5.0], [2, 4.0], [3, 3.0]]), result([[1, 5.0], [2, 4.2], [3, 3.2]], seed=2)],
         "umv2": [
             result([[1, 5.5], [2, 4.0], [3, 2.9], [4, 1.0]], evaluation={"tasks": [task(0.5)]}),
-            result([[1, 5.5], [2, 4.0], [3, 2.7]], evaluation={"tasks": [task(0.25)]}),
+            result([[1, 5.5], [2, 4.0], [3, 2.7]], seed=2, evaluation={"tasks": [task(0.25)]}),
         ],
     }
     # only iterations that every seed has count
@@ -219,12 +226,21 @@ def test_report_has_means_spreads_differences_and_plots(program: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| umv2"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[0:2] == ["umv2", "2"] and cells[7:9] == ["-0.3000", "2"]
-    assert "| facts | trained | seen 4x | - | 37.5 (25.0 to 50.0) |" in text
+    assert "| facts | trained | seen 4x | 37.5 (25.0 to 50.0) |" in text and "| task | form | size | umv2 |" in text
+    assert "| facts | trained | seen 4x | 1.500 (1.500 to 1.500) |" in text
+    assert (plan.output / "facts.png").stat().st_size > 10_000
     assert (plan.output / "losses.png").stat().st_size > 10_000
     assert (plan.output / "differences.png").stat().st_size > 10_000
     assert spread([1.0, 3.0], 1) == "2.0 (1.0 to 3.0)" and spread([2.0], 2) == "2.00"
     json.dumps(results)
 
 
+def test_runs_are_compared_over_the_seeds_that_both_have() -> None:
+    dense = [result([[1, 5.0]]), result([[1, 3.0]], seed=2)]
+    assert mean_difference([result([[1, 2.5]], seed=2)], dense) == [(1, -0.5)]
+    assert mean_difference([result([[1, 2.5]], seed=3)], dense) == []
+
+
 def task(score: float) -> dict[str, Any]:
-    return {"task": "facts", "form": "trained", "times_seen": 4, "context_length": None, "exact_match": score}
+    kind = {"task": "facts", "form": "trained", "times_seen": 4, "context_length": None}
+    return {**kind, "exact_match": score, "answer_nats": 1.5}

@@ -1,11 +1,15 @@
-"""The report of an ablation: means and spreads over seeds, as Markdown and plots."""
+"""The report of an ablation: means and spreads over seeds, as Markdown and plots.
+
+Runs are compared over the seeds that both have finished, so that a report on an unfinished plan does not take one
+seed's luck for a run's merit.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
     plots = [_plot_losses(plan, results)]
     if plan.baseline in results and len(results) > 1:
         plots.append(_plot_differences(plan, results))
+    plots += _plot_facts(plan, results)
     done = sum(map(len, results.values()))
     tokens = max((r["tokens"] for group in results.values() for r in group), default=0)
     hours = sum(r["seconds"] for group in results.values() for r in group) / 3600
@@ -93,6 +98,15 @@ def _against(group: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> lis
     return [f"{difference[-1][1]:+.4f}", str(later[0]) if later else "never"]
 
 
+def shared_seeds(
+    group: list[dict[str, Any]], baseline: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those results of both whose seed the other has, too."""
+    seeds = {result["seed"] for result in group} & {result["seed"] for result in baseline}
+    chosen = [[result for result in results if result["seed"] in seeds] for results in (group, baseline)]
+    return chosen[0], chosen[1]
+
+
 def mean_curve(group: list[dict[str, Any]]) -> list[tuple[int, list[float]]]:
     """(iteration, losses of all seeds) wherever every seed was evaluated."""
     curves = [dict(map(tuple, result["curve"])) for result in group]
@@ -101,7 +115,10 @@ def mean_curve(group: list[dict[str, Any]]) -> list[tuple[int, list[float]]]:
 
 
 def mean_difference(group: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(iteration, mean loss of ``group`` minus mean loss of ``baseline``)."""
+    """(iteration, mean loss of ``group`` minus mean loss of ``baseline``), over the seeds that both have."""
+    group, baseline = shared_seeds(group, baseline)
+    if not group:
+        return []
     other = {iteration: sum(losses) / len(losses) for iteration, losses in mean_curve(baseline)}
     return [
         (iteration, sum(losses) / len(losses) - other[iteration])
@@ -111,21 +128,35 @@ def mean_difference(group: list[dict[str, Any]], baseline: list[dict[str, Any]])
 
 
 def _task_tables(results: Results) -> list[str]:
-    """Exact match of every task, in percent, by form and size (context length, or times a fact was seen)."""
-    scores: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for label, group in results.items():
-        for result in group:
-            for task in result.get("evaluation", {}).get("tasks", []):
+    """Exact match and the answer's loss in every task, by form and size (context length, or times a fact was seen)."""
+    lines = []
+    for name, factor, digits, title in (
+        ("exact_match", 100, 1, "Exact match in percent:"),
+        ("answer_nats", 1, 3, "Loss of the right answer, in nats for the whole answer:"),
+    ):
+        scores: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+        for label, task in _tasks(results):
+            if task.get(name) is not None:
                 seen = task.get("times_seen")
                 size = str(task["context_length"]) if seen is None else f"seen {seen}x"
                 place = scores.setdefault((task["task"], task["form"], size), {})
-                place.setdefault(label, []).append(100 * task["exact_match"])
-    if not scores:
-        return []
-    rows = [["task", "form", "size", *results], ["---"] * (3 + len(results))]
-    for key, by_label in scores.items():
-        rows.append([*key, *(spread(by_label[label], 1) if label in by_label else "-" for label in results)])
-    return ["Exact match in percent:", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+                place.setdefault(label, []).append(factor * task[name])
+        if not scores:
+            continue
+        labels = [label for label in results if any(label in by_label for by_label in scores.values())]
+        rows = [["task", "form", "size", *labels], ["---"] * (3 + len(labels))]
+        for key, by_label in scores.items():
+            rows.append([*key, *(spread(by_label[label], digits) if label in by_label else "-" for label in labels)])
+        lines += [title, "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+    return lines
+
+
+def _tasks(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(run, one task's result) for everything that was evaluated."""
+    for label, group in results.items():
+        for result in group:
+            for task in result.get("evaluation", {}).get("tasks", []):
+                yield label, task
 
 
 def _plot_losses(plan: Plan, results: Results) -> Path:
@@ -154,21 +185,52 @@ def _plot_differences(plan: Plan, results: Results) -> Path:
     return _save(figure, axes, plan.output / "differences.png")
 
 
-def _figure() -> tuple[Any, Any]:
+def _plot_facts(plan: Plan, results: Results) -> list[Path]:
+    """Score and loss of answers against the times that a fact was seen, means over seeds: a row per form."""
+    found = [(label, task) for label, task in _tasks(results) if task.get("times_seen") is not None]
+    forms = list(dict.fromkeys(task["form"] for _, task in found))
+    if not forms:
+        return []
+    figure, axes = _figure(len(forms), 2)
+    for form, row in zip(forms, axes):
+        for name, factor, what, place in (
+            ("exact_match", 100, "exact match (%)", row[0]),
+            ("answer_nats", 1, "loss of the answer (nats)", row[1]),
+        ):
+            for colour, label in zip(itertools.cycle(COLOURS), results):
+                points: dict[int, list[float]] = {}
+                for owner, task in found:
+                    if owner == label and task["form"] == form and task.get(name) is not None:
+                        points.setdefault(task["times_seen"], []).append(factor * task[name])
+                if points:
+                    at = sorted(points)
+                    heights = [sum(points[x]) / len(points[x]) for x in at]
+                    place.plot(at, heights, "o-", color=colour, markersize=3, label=label)
+                    place.set_xticks(at, [str(x) for x in at])
+            place.set_xscale("symlog", base=2, linthresh=1)
+            place.minorticks_off()
+            place.set(xlabel="times a fact stands in the training documents", ylabel=what, title=f"facts, {form} form")
+    return [_save(figure, axes, plan.output / "facts.png")]
+
+
+def _figure(rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure, and its one axes or an array [rows, columns] of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    size = (8, 4.5) if rows == columns == 1 else (5.5 * columns, 3.6 * rows)
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=rows == columns == 1)
 
 
 def _save(figure: Any, axes: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
-    axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    for place in getattr(axes, "flat", [axes]):
+        place.grid(alpha=0.25)
+        if place.get_legend_handles_labels()[0]:
+            place.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
