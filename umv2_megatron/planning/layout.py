@@ -234,14 +234,25 @@ class Layout:
         return self._table_complaint(shape, memory) if memory is not None else None
 
     def _delay_complaint(self, shape: ModelShape, memory: MemoryConfig) -> str | None:
-        if self.recompute == "full" or {"mlp", "layernorm"} & set(self.recompute_modules):
-            return "outputs of memory layers that wait for a later block, and recomputation"
+        """What config/checks.py says of --memory-read-delay, in this layout's words."""
+        if self.pp > 1 and (self.first_stage or self.last_stage):
+            return "outputs of memory layers that wait for a later block, and stages of different lengths"
+        if {"mlp", "layernorm"} & set(self.recompute_modules) and self.recompute != "full":
+            return "outputs of memory layers that wait for a later block, and their recomputation"
         present = memory.memory_layers(shape.num_layers)
         for stage in range(self.pp):
             for chunk in range(self.chunks):
                 blocks = self.stage_blocks(shape.num_layers, stage, chunk)
-                if any(present[block] and block + memory.read_delay not in blocks for block in blocks):
-                    return f"a read delay of {memory.read_delay} past the end of a stage"
+                for place, block in enumerate(blocks):
+                    if not present[block]:
+                        continue
+                    if block + memory.read_delay not in blocks:
+                        return f"a read delay of {memory.read_delay} past the end of a stage"
+                    together, last = self.recompute_layers, place + memory.read_delay
+                    uniform = self.recompute_method == "uniform"
+                    apart = place // together != last // together if uniform else place < together
+                    if self.recompute == "full" and apart:
+                        return f"a read delay of {memory.read_delay} out of what is recomputed together"
         return None
 
     def _table_complaint(self, shape: ModelShape, memory: MemoryConfig) -> str | None:

@@ -65,6 +65,39 @@ def test_legal_where_the_checks_of_a_run_accept() -> None:
     assert 20 < legal < 230
 
 
+@pytest.mark.parametrize("recompute", [(), ("full", "uniform"), ("full", "block"), ("selective", "mlp")], ids=str)
+def test_waiting_outputs_are_legal_where_the_checks_of_a_run_accept(recompute: tuple[str, ...]) -> None:
+    """UltraMem v1, whose outputs wait for a later block, under stages, uneven stages and recomputation."""
+    draw = random.Random(7)
+    flags = ["--model-preset", "umv2-tiny", "--ffn-variant", "ultramem", "--num-layers", "8", "--transformer-impl", "local"]
+    legal = 0
+    for _ in range(25):
+        pp, delay, freq = draw.choice((1, 2)), draw.randrange(4), draw.choice(("4", "2", "[1,0,0,0,0,0,0,0]"))
+        more = ["--memory-read-delay", str(delay), "--memory-layer-freq", freq]
+        more += ["--pipeline-model-parallel-size", str(pp)]
+        if pp == 2 and draw.random() < 0.3:
+            more += ["--num-layers-in-first-pipeline-stage", "5"]
+        if recompute:
+            more += ["--recompute-granularity", recompute[0]]
+        if recompute[:1] == ("full",):
+            more += ["--recompute-method", recompute[1], "--recompute-num-layers", str(draw.choice((1, 2, 4)))]
+        elif recompute:
+            more += ["--recompute-modules", recompute[1]]
+        plain = resolve([*flags, "--memory-read-delay", "0", "--memory-layer-freq", freq], 1, for_training=False)
+        memory = dataclasses.replace(plain.memory, read_delay=delay)
+        try:
+            accepted, why = resolve([*flags, *more], pp, for_training=False) is not None, ""
+        except UsageError as error:
+            accepted, why = False, str(error)
+            if "memory-read-delay" not in why:
+                continue
+        values = resolve([*flags, *more[2:], "--memory-read-delay", "0"], pp, for_training=False).values
+        complaint = Layout.from_values(values, pp).complaint(ModelShape.from_fields(values), memory)
+        assert (complaint is None) == accepted, f"{more}: planner {complaint!r}, program {why!r}"
+        legal += accepted
+    assert 0 < legal < 25
+
+
 def test_flags_of_a_layout_are_accepted_and_give_it_back() -> None:
     preset = PRESETS["umv2-2.5b-120b-top256"]
     model = Model(preset.model, preset.memory_config())
