@@ -69,7 +69,8 @@ def test_legal_where_the_checks_of_a_run_accept() -> None:
 def test_waiting_outputs_are_legal_where_the_checks_of_a_run_accept(recompute: tuple[str, ...]) -> None:
     """UltraMem v1, whose outputs wait for a later block, under stages, uneven stages and recomputation."""
     draw = random.Random(7)
-    flags = ["--model-preset", "umv2-tiny", "--ffn-variant", "ultramem", "--num-layers", "8", "--transformer-impl", "local"]
+    flags = ["--model-preset", "umv2-tiny", "--ffn-variant", "ultramem", "--num-layers", "8"]
+    flags += ["--transformer-impl", "local"]
     legal = 0
     for _ in range(25):
         pp, delay, freq = draw.choice((1, 2)), draw.randrange(4), draw.choice(("4", "2", "[1,0,0,0,0,0,0,0]"))
