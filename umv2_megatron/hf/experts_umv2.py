@@ -15,6 +15,8 @@ Letters: T tokens, H hidden, E experts, k of them for a token, F an expert's wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -71,6 +73,15 @@ class UMv2Router(nn.Linear):
             experts, weights = self._choose(logits)
         factor = self.config.moe_router_topk_scaling_factor
         return experts, weights * factor if factor else weights
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2Router:
+        # The bias of the choice stays float32 when a model is turned into a half dtype, as in megatron-core.
+        exact = self.expert_bias
+        super()._apply(fn, recurse)
+        converted = self.expert_bias
+        if exact is not None and converted is not None and converted.dtype in (torch.bfloat16, torch.float16):
+            self.expert_bias = exact.to(converted.device)
+        return self
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.moe_router_score_function == "softmax":
