@@ -171,7 +171,13 @@ class UMv2Retrieval(nn.Module):
         self.t.copy_(new[1])
 
     def _refresh_if_changed(self) -> None:
-        """Refresh u and t if the cores have changed since the last forward: an optimizer has stepped."""
+        """Refresh u and t if the cores have changed since the last forward: an optimizer has stepped.
+
+        Cores that are not here as a whole (sharded over ranks, offloaded) leave them as they are.
+        """
+        whole = type(self.cores) is nn.Parameter and self.cores.shape[1:] == (self.heads, self.rank, self.rank)
+        if not whole or self.cores.is_meta:
+            return
         if self._factored.used and self._factored.changed(self.cores):
             self.refresh_singular_vectors()
 

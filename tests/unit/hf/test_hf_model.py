@@ -252,6 +252,18 @@ def test_saved_singular_vectors_are_those_of_the_saved_cores(convert: bool, tmp_
         torch.testing.assert_close(sigma, torch.linalg.svdvals(total)[:, 0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("cores", [torch.empty(2, 1, 2, 2, device="meta"), torch.empty(0), torch.empty(8)])
+def test_a_model_whose_cores_are_elsewhere_can_be_saved(cores: torch.Tensor) -> None:
+    """As accelerate leaves them between passes when it offloads, and as ranks hold them that share all parameters."""
+    model = tiny_model()
+    model(tokens(2, 9))
+    retrieval = model.model.layers[0].memory.retrieval
+    before = retrieval.u.clone()
+    retrieval.cores = torch.nn.Parameter(cores)
+    assert torch.equal(model.state_dict()["model.layers.0.memory.retrieval.u"], before)
+    assert torch.equal(model.to(torch.bfloat16).model.layers[0].memory.retrieval.u, before)
+
+
 def test_settings_that_cannot_be_computed_are_refused() -> None:
     wrong = {
         "normalization": "L2Norm",
