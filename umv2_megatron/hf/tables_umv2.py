@@ -96,15 +96,18 @@ class _Fetcher:
     """One thread that hands in requests to disks: that takes a while, and nobody has to wait for it."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._worker: tuple[threading.Thread, queue.SimpleQueue[tuple[UMv2Table, Tensor]]] | None = None
 
     def put(self, table: UMv2Table, rows: Tensor) -> None:
         """Have the thread fetch ``rows``; it starts with the first request of a process (after a fork: anew)."""
-        if self._thread is None or not self._thread.is_alive():
-            self._requests: queue.SimpleQueue[tuple[UMv2Table, Tensor]] = queue.SimpleQueue()
-            self._thread = threading.Thread(target=_serve, args=(self._requests,), name="umv2 fetch", daemon=True)
-            self._thread.start()
-        self._requests.put((table, rows))
+        worker = self._worker
+        if worker is None or not worker[0].is_alive():
+            requests: queue.SimpleQueue[tuple[UMv2Table, Tensor]] = queue.SimpleQueue()
+            thread = threading.Thread(target=_serve, args=(requests,), name="umv2 fetch", daemon=True)
+            thread.start()
+            # Without a lock, which a fork could leave locked: of first requests at the same time each starts a thread.
+            worker = self._worker = (thread, requests)
+        worker[1].put((table, rows))
 
 
 def _serve(requests: queue.SimpleQueue[tuple[UMv2Table, Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -134,6 +135,43 @@ def test_one_thread_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.01)
     assert [rows for _, rows in asked] == [[row] for row in range(20) for _ in table.widths]
     assert sum(thread.name == "umv2 fetch" for thread in threading.enumerate()) == 1
+
+
+def test_two_callers_may_fetch_for_the_first_time_at_once() -> None:
+    served: list[int] = []
+    errors: list[RuntimeError] = []
+    together = threading.Barrier(2)
+
+    class Table:
+        def _fetch_now(self, rows: torch.Tensor) -> None:
+            served.append(int(rows))
+
+    class Fetcher(tables_umv2._Fetcher):
+        """A caller that has noted something waits for the other one to note the same, if it is about to."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if value is not None:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    together.wait(1)
+
+    fetcher = Fetcher()
+
+    def put(row: int) -> None:
+        try:
+            fetcher.put(Table(), torch.tensor(row))  # type: ignore[arg-type]
+        except RuntimeError as error:
+            errors.append(error)
+
+    callers = [threading.Thread(target=put, args=(row,)) for row in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(30)
+    deadline = time.monotonic() + 20
+    while len(served) < 2 and not errors and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not errors and sorted(served) == [0, 1]
 
 
 def change_header(path: Path, change: Any) -> None:
