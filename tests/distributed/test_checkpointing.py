@@ -190,6 +190,24 @@ def test_checkpoints_of_before_load_in_other_layouts(tmp_path, kind, before, aft
     assert again[0]["losses"] == pytest.approx(whole[0]["losses"], rel=precision)
 
 
+def load_from_before(root: str) -> tuple[set, set]:
+    """The kernels and step counts of an optimizer with fused ones that loaded the state of one without."""
+    layout = Layout(table=True, distributed_optimizer=True)
+    run = make(layout)
+    train(layout, run, range(3))
+    save_as_before(root, run, "dp_reshardable", {}, {"model": {"tiny": 1}})
+    for group in run[1].param_groups:
+        group["fused"] = True
+    load_checkpoint(CheckpointStore(root), *run)
+    train(layout, run, range(3, 4))
+    states = [state for part in run[1].chained_optimizers for state in part.optimizer.state.values()]
+    return {group["fused"] for group in run[1].param_groups}, {float(state["step"]) for state in states}
+
+
+def test_checkpoints_of_before_do_not_choose_the_kernels(tmp_path):
+    assert run_ranks(1, load_from_before, str(tmp_path)) == [({True}, {4.0})]
+
+
 def test_dp_reshardable_of_another_layout_is_refused(tmp_path):
     table = {"table": True, "distributed_optimizer": True, "untied": True}
     run_ranks(2, saved_and_continued, str(tmp_path), Layout(tp=2, **table), "dp_reshardable")

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.training.optimizer import KERNEL_CHOICES
 from umv2_megatron.training.optimizer_state import allocate_moments, has_step_tensors, optimizer_parts
 
 DP_RESHARDABLE = "dp_reshardable"
@@ -56,15 +57,19 @@ def restore(optimizer: Any, state: Any) -> None:
 
 
 def _restore_part(part: Any, state: dict[str, Any]) -> None:
-    """Load in two halves, and keep the step counts out of the second.
+    """Load in two halves, and keep the step counts out of the second, and the choice of kernels out of both.
 
     mcore 0.16.1 with torch's Adam makes all parameters share one step tensor (which then counts every parameter's
     update), and with the moments it puts back the step from before the load.
     """
     del state["param_state_sharding_type"]
     moments = state.pop("param_state")
+    kernels = [{key: group[key] for key in KERNEL_CHOICES} for group in part.optimizer.param_groups]
     part.load_state_dict(state)
     steps = {param: entry.pop("step") for param, entry in part.optimizer.state.items()}
     part.load_parameter_state_from_dp_reshardable(moments)
-    for param, step in steps.items():
-        part.optimizer.state[param]["step"] = step.clone()
+    for group, own in zip(part.optimizer.param_groups, kernels, strict=True):
+        group.update(own)
+        for param in group["params"]:
+            device = param.device if group["fused"] else "cpu"  # as in `allocate_moments`
+            part.optimizer.state[param]["step"] = steps[param].to(device, copy=True)
