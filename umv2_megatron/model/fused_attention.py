@@ -26,7 +26,8 @@ class FusedAttention(DotProductAttention):
 
     Takes the arguments of ``DotProductAttention`` and has its parameters. megatron-core's code runs with
     ``--attention-backend local`` or ``unfused``, dropout in training, a window, a softmax offset, query-key layer
-    scaling, and for queries that are the last of their keys without a mask that says so.
+    scaling, for queries that are the last of their keys without a mask that says so, and on a GPU with
+    ``--deterministic-mode``: PyTorch's kernels there add up gradients in any order where it merely warns of that.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class FusedAttention(DotProductAttention):
         if (
             not self.can_fuse
             or dropout
+            or (self.config.deterministic_mode and query.is_cuda)
             or (causal and query.shape[0] != key.shape[0])
             or attention_bias is not None
             or packed_seq_params is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "distributed"))
@@ -136,6 +137,35 @@ def what_runs() -> list[bool]:
             module(*inputs, None)
         found.append(watch.elements >= SCORES)
     return found
+
+
+def on_a_gpu() -> list[bool]:
+    """Whether megatron-core's code runs for tensors of a GPU (of which only the shapes are there), as it is and with
+    --deterministic-mode."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from umv2_megatron.model.fused_attention import FusedAttention
+    from umv2_megatron.parallel import groups
+
+    groups.initialize_groups()
+    found = []
+    for deterministic in (False, True):
+        config = TransformerConfig(
+            num_layers=2, hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, attention_dropout=0.0,
+            deterministic_mode=deterministic,
+        )  # fmt: skip
+        module = FusedAttention(config, 1, AttnMaskType.causal, "self")
+        with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DotProductAttention, "forward", lambda *arguments: None)
+            inputs = (torch.empty(SEQUENCE, BATCH, HEADS, WIDTH, device="cuda") for _ in range(3))
+            found.append(module(*inputs, None) is None)
+    return found
+
+
+def test_mcore_runs_on_a_gpu_in_deterministic_mode() -> None:
+    assert run_ranks(1, on_a_gpu) == [[False, True]]
 
 
 def test_mcore_runs_where_it_is_asked_for() -> None:
