@@ -163,11 +163,14 @@ def batches(run: Any) -> Any:
     """Random micro-batches, the same on every rank."""
     generator = torch.Generator().manual_seed(7)
     size, length = run.training.micro_batch_size, run.model.seq_length // run.context_parallel_size
+    mask = None
+    if run.data.create_attention_mask_in_dataloader:
+        mask = torch.ones(size, 1, run.model.seq_length, run.model.seq_length, dtype=torch.bool).triu(1)[:, :, :length]
     while True:
         tokens = torch.randint(0, run.values["vocab_size"], (size, length), generator=generator)
         positions = torch.arange(length).expand(size, length).contiguous()
         yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(size, length), "position_ids": positions,
-               "attention_mask": None}
+               "attention_mask": mask}
 
 
 def forward_backward(run: Any, state: Any) -> None:
@@ -295,6 +298,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 MID: dict[str, Any] = {"num_layers": 4, "micro_batch_size": 2}
 SELECTIVE = {"recompute_granularity": "selective"}
 SMALL_LOGITS = {**MID, "vocab_size": 256}
+LONG = {"seq_length": 2048, "max_position_embeddings": 2048, "micro_batch_size": 1}
 ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**MID, "bf16": True}),
     (1, {**SMALL_LOGITS, "memory_backend": "scatter"}),
@@ -303,6 +307,7 @@ ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**SMALL_LOGITS, "memory_num_keys": 400, "memory_topk": 64, "bf16": True, "group_query_attention": True,
          "num_query_groups": 2}),
     (1, {**SMALL_LOGITS, "attention_backend": "unfused"}),
+    (1, {**SMALL_LOGITS, **LONG, "ffn_variant": "dense", "create_attention_mask_in_dataloader": True}),
     (2, {**MID, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
     (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "bf16": True}),
     (2, {**SMALL_LOGITS, **DIM2, "memory_topk": 64}),
@@ -331,6 +336,9 @@ RARER_ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {**MID, "pipeline_model_parallel_size": 2, "global_batch_size": 8, "num_layers_per_virtual_pipeline_stage": 1}),
     (2, {**SMALL_LOGITS, "context_parallel_size": 2}),
     (2, {**SMALL_LOGITS, "context_parallel_size": 2, "attention_backend": "unfused"}),
+    (2, {**SMALL_LOGITS, **LONG, "context_parallel_size": 2, "create_attention_mask_in_dataloader": True}),
+    (1, {**SMALL_LOGITS, **LONG, **SELECTIVE, "ffn_variant": "dense", "create_attention_mask_in_dataloader": True,
+         "bf16": True}),
     (1, {**SMALL_LOGITS, **SELECTIVE, "attention_backend": "unfused", "group_query_attention": True,
          "num_query_groups": 2}),
     (1, {**SMALL_LOGITS, "attention_backend": "unfused", "bf16": True}),

@@ -237,8 +237,8 @@ class _Block:
             core = FP32 * tokens * shape.num_attention_heads // layout.tp
             if layout.cp > 1 or layout.micro_batch > 1:
                 core += query * size  # the output before its samples, or the parts of the sequence, are put in order
-            if layout.cp > 1:
-                core += _masks(shape, layout) * size
+            if layout.cp > 1 or layout.masked:  # PyTorch keeps them as numbers, for every block
+                core += _masks(shape, layout) * size * (layout.micro_batch if layout.masked else 1)
         return core, norms + rotated + values + rotation + query * size
 
     def _probabilities_kept(self) -> int:

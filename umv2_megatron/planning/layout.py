@@ -31,7 +31,8 @@ class Layout:
     ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
     ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and
     step; ``engine``: Transformer Engine's attention and norms instead of the local ones; ``holds_scores``: local
-    attention that writes the scores of all pairs of tokens (model/fused_attention.py says when);
+    attention that writes the scores of all pairs of tokens (model/fused_attention.py says when); ``masked``: it gets
+    masks from the data loader;
     ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size; ``first_stage``, ``last_stage``: blocks
     there, None for an even split.
     """
@@ -59,6 +60,7 @@ class Layout:
     recompute_modules: tuple[str, ...] = ()
     engine: bool = True
     holds_scores: bool = False
+    masked: bool = False
     fused_activation: bool = False
     backend: str = "auto"
     first_stage: int | None = None
@@ -111,6 +113,7 @@ class Layout:
             recompute_modules=tuple(modules) if recompute == "selective" else (),
             engine=engine,
             holds_scores=not engine and _holds_scores(values),
+            masked=bool(values.get("create_attention_mask_in_dataloader")),
             fused_activation=bool(values.get("bias_activation_fusion")),
             backend=values.get("memory_backend") or "auto",
             first_stage=values.get("num_layers_in_first_pipeline_stage"),
