@@ -14,7 +14,9 @@ import yaml
 from umv2_megatron.evaluation.ablation import runner
 from umv2_megatron.evaluation.ablation.plan import Plan, read_plan
 from umv2_megatron.evaluation.ablation.report import mean_difference, spread, write_report
+from umv2_megatron.planning import flops_per_token
 
+ROOT = Path(__file__).resolve().parents[3]
 CONTENT: dict[str, Any] = {
     "common": {"model-preset": "umv2-tiny", "train-iters": 20, "mock-data": True, "tokenizer-type": "NullTokenizer"},
     "seeds": [1, 2],
@@ -244,3 +246,14 @@ def test_runs_are_compared_over_the_seeds_that_both_have() -> None:
 def task(score: float) -> dict[str, Any]:
     kind = {"task": "facts", "form": "trained", "times_seen": 4, "context_length": None}
     return {**kind, "exact_match": score, "answer_nats": 1.5}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plans_compare_models_of_equal_operations(path: Path, tmp_path: Path) -> None:
+    plan = read_plan(path, tmp_path / "out")
+    cost = {
+        trial.label: flops_per_token(trial.run.values, trial.run.memory if trial.run.has_memory else None).blocks
+        for trial in plan.trials
+    }
+    assert plan.baseline in cost
+    assert all(operations == pytest.approx(cost[plan.baseline], rel=0.01) for operations in cost.values()), cost
