@@ -10,6 +10,7 @@ docs/hugging-face.md.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -52,12 +53,16 @@ def from_hf(arguments: argparse.Namespace) -> None:
 
 def verify(arguments: argparse.Namespace) -> None:
     """Compare weights and logits; exit code 1 where they differ."""
-    from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
-
     if arguments.tokens < 1:
         raise ValueError(f"--tokens is {arguments.tokens}; expected 1 or more")
+    if arguments.tolerance is not None and not 0 <= arguments.tolerance < math.inf:
+        raise ValueError(f"--tolerance is {arguments.tolerance}; expected a number of 0 or more")
+    from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
+
     store, iteration = locate(arguments.load, arguments.ckpt_step)
-    text = Path(arguments.text).read_text(encoding="utf-8") if arguments.text else None
+    text = None if arguments.text is None else Path(arguments.text).read_text(encoding="utf-8")
+    if text == "":
+        raise ValueError(f"--text is {arguments.text}; expected a file with text in it")
     load, export = str(store.root), Path(arguments.hf)
     weights = compare_weights(load, iteration, export)
     failed = bool(weights.different)

@@ -5,8 +5,12 @@ A forked process starts in 0.1 s with torch and mcore loaded, may be killed, and
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import pickle
+import runpy
 import shutil
 import sys
 import traceback
@@ -127,3 +131,50 @@ def republish(save: Path) -> None:
         (path / name).unlink()
     shutil.move(path, store.temporary_path(iteration))
     store.publish(iteration, num_keys=0, tensor_bytes=0)
+
+
+def with_export(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint of one rank with 512 tokens, so without padding, and its export in several files."""
+    save = saved(folder, vocab_size=511)
+    return save, to_hf(save, folder / "export", max_shard_bytes=100_000)
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    """Change the content of a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    """Change one bit of a file's byte."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 4
+    path.write_bytes(data)
+
+
+def shard_of(export: Path, name: str) -> Path:
+    """The file that holds a tensor of an export."""
+    return export / json.loads((export / "model.safetensors.index.json").read_text())["weight_map"][name]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the tensors of a safetensors file."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def tool(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of the tool, in a process that has its imports already."""
+    sys.argv = ["convert_checkpoint.py", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / "tools" / "convert_checkpoint.py"), run_name="__main__")
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+    return code, out.getvalue(), err.getvalue()

@@ -21,6 +21,7 @@ from umv2_megatron.training.durable_files import check_relative_path, fsync_path
 MANIFEST = "export_manifest.json"
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+# Beginnings of names: transformers, accelerate and others put _fsdp, _1, -00001-of-00002 or .00 behind.
 _PICKLED_WEIGHTS = ("pytorch_model", "model", "adapter_model", "consolidated")
 _NOT_EXPORTED = ("__init__.py", "name_table.py")
 
@@ -109,7 +110,7 @@ def unread_pickles(directory: Path) -> list[str]:
     ``optimizer.pt``; nothing here opens them. Raises ``ConversionError`` naming one of weights."""
     found = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
     for name in found:
-        if name.split(".")[0].split("-")[0] in _PICKLED_WEIGHTS:
+        if name.startswith(_PICKLED_WEIGHTS):
             raise ConversionError(
                 f"{directory / name} holds weights as a pickle, which may run code when it is read: remove it; weights "
                 "are read from safetensors alone"

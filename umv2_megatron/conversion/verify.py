@@ -12,6 +12,7 @@ distance from its logits in float32 is taken, and the medians over the tokens ar
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ class Comparison:
 
     @property
     def good(self) -> bool:
-        """Whether the difference is within its limit; not a number is not."""
-        return self.difference <= self.limit
+        """Whether the difference is within its limit; infinity and not a number never are."""
+        return math.isfinite(self.difference) and self.difference <= self.limit
 
 
 def compare_weights(load: str, ckpt_step: int | None, export: Path, say: Callable[[str], None] = print) -> Weights:
@@ -105,7 +106,7 @@ def _compare_weights(source: Source, exported: ExportTensors) -> Weights:
             for part in parts(source, copy):
                 found = exported.rows(copy.name, at, at + len(part))
                 if copy.name.endswith((".retrieval.u", ".retrieval.t")):
-                    differ = (part - found).abs() > _SAME_VECTOR
+                    differ = ~((part - found).abs() <= _SAME_VECTOR)  # not a number differs, too
                 else:
                     size = part.dtype.itemsize
                     differ = part.view(-1).view(_BITS[size]) != found.view(-1).view(_BITS[size])
@@ -134,12 +135,13 @@ def compare(
     Raises ``CheckpointError`` or ``ConversionError`` naming what cannot be read or does not belong together.
     """
     config = read_hf_config(export)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype or "float32")
+    with contextlib.closing(ExportTensors(export)) as exported:
+        dtype = dtype_of(export, config, exported)
     restored = restore_model(load, ckpt_step, tokenizer_model, {"bf16": False})
     trained, vocabulary = unwrap(restored.chunks[0]).eval(), restored.tokenizer.vocab_size
     if vocabulary != config.vocab_size:
         raise ConversionError(f"{export} has {config.vocab_size} tokens, the checkpoint's tokenizer {vocabulary}")
-    ids = _token_ids(restored.tokenizer, text or PARAGRAPH, tokens, config.max_position_embeddings)
+    ids = _token_ids(restored.tokenizer, PARAGRAPH if text is None else text, tokens, config.max_position_embeddings)
     _round_weights(trained, dtype)
     exact, found = _logits(trained, export, ids, torch.float32, config.vocab_size)
     largest = exact.abs().max()
