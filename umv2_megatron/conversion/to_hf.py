@@ -197,13 +197,20 @@ def singular_vector(tensors: CheckpointTensors, key: str, dtype: torch.dtype) ->
     """u or t of a memory layer, whichever ``key`` names, as of its cores in ``dtype``; float32 [h, R].
 
     A checkpoint holds those of the cores before its last step: whoever trains or loads it refreshes them before using
-    them, and of an export nobody does. The common sign of the pair is that of the stored one.
+    them, and of an export nobody does. The common sign of the pair is that of the stored one. Raises
+    ``ConversionError`` naming cores that are not finite.
     """
     prefix, which = key.rsplit(".", 1)
     cores, u, t = (
         tensors.rows(f"{prefix}.{name}", 0, tensors.tensors[f"{prefix}.{name}"].rows) for name in ("cores", "u", "t")
     )
-    left, _, right = torch.linalg.svd(cores.to(dtype).sum(0, dtype=torch.float32))
+    total = cores.to(dtype).sum(0, dtype=torch.float32)
+    if not total.isfinite().all():
+        raise ConversionError(
+            f"{prefix}.cores holds numbers that are not finite in {str(dtype).removeprefix('torch.')}; choose another "
+            "--dtype or an earlier --ckpt-step"
+        )
+    left, _, right = torch.linalg.svd(total)
     fresh, stored = torch.stack([left[:, :, 0], right[:, 0, :]]), torch.stack([u, t])
     flipped = (fresh + stored).abs().sum((0, -1)) < (fresh - stored).abs().sum((0, -1))
     fresh = torch.where(flipped[None, :, None], -fresh, fresh)
