@@ -70,10 +70,13 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise ValueError("give one of --load, a directory of checkpoints, and --hf-model, a Hugging Face directory")
     if not arguments.data and not arguments.tasks:
         raise ValueError("nothing to evaluate: give --data, --tasks, or both")
-    for name in ("num_examples", "micro_batch_size", "max_tokens"):
+    for name in ("num_examples", "micro_batch_size", "max_tokens", "data_context_length", "stride", *LAYOUT):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+    if arguments.stride is not None and arguments.stride > (arguments.data_context_length or arguments.stride):
+        limit = arguments.data_context_length
+        raise ValueError(f"--stride is {arguments.stride}; expected at most --data-context-length ({limit})")
     if arguments.load is not None and arguments.memory_tables is not None:
         raise ValueError(f"--memory-tables is {arguments.memory_tables}; it belongs to --hf-model: leave it out")
     if arguments.hf_model is not None and discover().world_size > 1:

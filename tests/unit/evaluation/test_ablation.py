@@ -66,6 +66,16 @@ def test_smoke_shortens_every_trial(tmp_path: Path) -> None:
         ({"evaluate": {"forms": "any"}}, "evaluate: argument --forms: invalid choice: 'any'"),
         ({"evaluate": {"tasks": "facts"}}, "evaluate: --tasks holds 'facts'; expected 'all' or some of"),
         ({"evaluate": {"tasks": "needle", "difficulty": "hard"}}, "evaluate: --difficulty is 'hard'"),
+        ({"evaluate": {"data": "x", "stride": 0}}, "evaluate: --stride is 0; expected 1 or more"),
+        ({"evaluate": {"data": "x", "data-context-length": -8}}, "evaluate: --data-context-length is -8; expected 1"),
+        (
+            {"evaluate": {"data": "x", "data-context-length": 8, "stride": 9}},
+            "evaluate: --stride is 9; expected at most --data-context-length (8)",
+        ),
+        (
+            {"evaluate": {"data": "x", "pipeline-model-parallel-size": 0}},
+            "evaluate: --pipeline-model-parallel-size is 0; expected 1 or more",
+        ),
         ({"evaluate": {"num-examples": 3}}, "evaluate: nothing to evaluate"),
         ({"evaluate": {"tasks": "needle", "help": True}}, "evaluate: help is set; expected it left out"),
         ({"evaluate": {"tasks": "needle", "max_tokens": True}}, "--max-tokens: expected one argument"),
