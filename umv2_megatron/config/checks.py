@@ -18,6 +18,12 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
         if not run.values[key]:
             raise UsageError(f"--{key.replace('_', '-')} is missing; give it or choose a --model-preset")
     _check_shapes(run)
+    _check_windows(run)
+    if for_training and run.data.reset_attention_mask and run.transformer_impl == "transformer_engine":
+        raise UsageError(
+            "--reset-attention-mask is on; expected it left out, or --transformer-impl local: Transformer Engine's "
+            "causal attention ignores masks (Megatron-LM issue 2357)"
+        )
     _check_layout(run)
     _check_experts(run)
     if run.has_memory:
@@ -82,6 +88,24 @@ def _check_shapes(run: RunConfig) -> None:
         _refuse("rotary-base", run.model.rotary_base, "a number above 0")
     if run.training.seed < 0:
         _refuse("seed", run.training.seed, "an integer of at least 0")
+
+
+def _check_windows(run: RunConfig) -> None:
+    window, skipped = run.window_size, run.window_attn_skip_freq
+    if window is not None:
+        pair = isinstance(window, list) and len(window) == 2 and all(isinstance(each, int) for each in window)
+        if not pair or (run.transformer_impl == "local" and (window[0] < 0 or window[1] != 0)):
+            _refuse(
+                "window-size",
+                window,
+                "two integers, the tokens before and after a token that it looks at, such as '[127, 0]', with "
+                "--transformer-impl local 0 or more and 0",
+            )
+    if isinstance(skipped, list):
+        if len(skipped) != run.num_layers:
+            _refuse("window-attn-skip-freq", skipped, f"{run.num_layers} integers, one for each layer")
+    elif skipped is not None and skipped < 1:
+        _refuse("window-attn-skip-freq", skipped, "an integer of at least 1, or a list")
 
 
 def _check_layout(run: RunConfig) -> None:
@@ -176,6 +200,12 @@ def _check_experts(run: RunConfig) -> None:
     for kind in kinds if isinstance(kinds, list) else [kinds]:
         if kind not in _BALANCING:
             _refuse("moe-router-load-balancing-type", kind, "one or several of " + ", ".join(_BALANCING))
+    if isinstance(run.moe_aux_loss_coeff, list) and not isinstance(kinds, list):
+        _refuse(
+            "moe-aux-loss-coeff",
+            run.moe_aux_loss_coeff,
+            f"one number with the one --moe-router-load-balancing-type ({kinds})",
+        )
     for key in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
         coefficients = run.values[key] if isinstance(run.values[key], list) else [run.values[key]]
         if run.calculate_per_token_loss and tp * run.context_parallel_size > 1 and any(coefficients):
