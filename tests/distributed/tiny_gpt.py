@@ -28,6 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.parallel import cpu_platform, groups
+from umv2_megatron.training.optimizer import fuse_updates
 
 SEQUENCE, VOCABULARY, HIDDEN, LAYERS = 16, 96, 32, 4
 
@@ -119,6 +120,7 @@ def build(layout: Layout) -> tuple[list, Any]:
         ),
         model,
     )
+    fuse_updates(optimizer)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     if layout.overlap:

@@ -99,6 +99,11 @@ class MemoryConfig:
     value_lr: Optional[float] = option(
         None, "constant learning rate of the value tables, instead of a multiple of the learning rate"
     )
+    value_weight_decay: Optional[float] = option(
+        None,
+        "weight decay of the value tables, multiplied by their own learning rate (default: --weight-decay; a run of a "
+        "few million tokens gains from ten times as much)",
+    )
     balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
     tucker_penalty_coeff: float = option(0.0, "alpha: weight of the penalty on the cores' later singular values")
     tucker_penalty_margin: float = option(0.15, "tau: singular values below this are not penalised")
@@ -267,6 +272,8 @@ class MemoryConfig:
             refuse("pre_value_dim", f"the hidden size {hidden_size} when --memory-pre-projection is none")
         if self.value_lr is not None and self.value_lr <= 0:
             refuse("value_lr", "a number above 0")
+        if self.value_weight_decay is not None and not 0 <= self.value_weight_decay < math.inf:
+            refuse("value_weight_decay", "a number of 0 or more")
         if self.value_lr_mult <= 0:
             refuse("value_lr_mult", "a number above 0")
         if self.value_lr_decay_iters is not None and self.value_lr_decay_iters < 0:

@@ -155,6 +155,7 @@ class UMv2Config(PreTrainedConfig):
     memory_value_lr_mult: float | int = 4.0
     memory_value_lr_decay_iters: int | None = None
     memory_value_lr: float | None = None
+    memory_value_weight_decay: float | None = None
     memory_balance_loss_coeff: float | int = 0.0
     memory_tucker_penalty_coeff: float | int = 0.0
     memory_tucker_penalty_margin: float | int = 0.15

@@ -38,6 +38,7 @@ SAME_SCHEDULE = (
     "memory_value_lr_mult",
     "memory_value_lr_decay_iters",
     "memory_value_lr",
+    "memory_value_weight_decay",
 )
 
 

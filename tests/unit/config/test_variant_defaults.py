@@ -91,6 +91,7 @@ def test_what_follows_from_what_the_user_gave():
         (["--ffn-variant", "pkm", "--memory-tucker-penalty-coeff", "1"], 1, ["--memory-tucker-penalty-coeff is 1.0"]),
         (["--ffn-variant", "peer", "--memory-pre-value-dim", "8"], 1, ["--memory-pre-value-dim is 8", "64"]),
         (["--memory-value-lr", "0"], 1, ["--memory-value-lr is 0"]),
+        (["--memory-value-weight-decay", "-1"], 1, ["--memory-value-weight-decay is -1"]),
         (["--memory-value-lr", "1e-3", "--memory-value-lr-mult", "2"], 1, ["--memory-value-lr-mult is 2"]),
         (["--memory-read-delay", "1"], 1, ["--memory-read-delay is 1", "at most 0"]),
         (["--memory-read-delay", "-1"], 1, ["--memory-read-delay is -1"]),
@@ -119,5 +120,6 @@ def test_recomputed_together_is_allowed():
 def test_settings_of_an_older_checkpoint_describe_the_same_model():
     values = dict(run().values)
     new = ("scoring", "score_normalization", "qk_norm", "gate", "pre_projection", "read_delay", "value_lr")
+    new += ("value_weight_decay",)
     older = {key: value for key, value in values.items() if key.removeprefix("memory_") not in new}
     assert from_layers([("checkpoint", older)], 1).memory == run().memory

@@ -80,6 +80,21 @@ def test_a_rate_of_the_tables_own_has_no_schedule_and_is_part_of_the_state():
     assert other.value_lr != 1e-3
 
 
+def test_a_weight_decay_of_the_tables_own_is_theirs_alone_and_part_of_the_state():
+    first = scheduler(ROWS[0], value_weight_decay=1.0)
+    first.step(100)
+    assert [group["weight_decay"] for group in first.optimizer.param_groups] == [0.1, 1.0]
+    second = scheduler(ROWS[0], use_checkpoint_opt_param_scheduler=True)
+    second.load_state_dict(first.state_dict())
+    assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.1, 1.0]
+    other = scheduler(ROWS[0], override_opt_param_scheduler=True, use_checkpoint_opt_param_scheduler=False)
+    other.load_state_dict(first.state_dict())
+    assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.1, 0.1]
+    old = {key: value for key, value in first.state_dict().items() if key != "value_weight_decay"}
+    second.load_state_dict(old)
+    assert second.value_weight_decay is None
+
+
 def test_a_factor_without_decay_stays():
     assert ValueFactor(4.0, 0)(10**9) == 4.0
     assert [ValueFactor(4.0, 100)(step) for step in (0, 50, 100, 200)] == [4.0, 2.5, 1.0, 1.0]
