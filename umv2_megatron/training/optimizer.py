@@ -50,8 +50,8 @@ class ParamScheduler(OptimizerParamScheduler):
 
     ``value_lr`` and ``value_weight_decay`` are the tables' where they have their own. ``warmup_init_fraction`` starts
     the warm-up at that fraction of the (scaled) peak instead of at ``init_lr``. The factor's horizon is part of the
-    state: a resumed run keeps it, whatever --train-iters says now. With --override-opt-param-scheduler a horizon that the user gave
-    (``keep_saved_horizon`` off) takes its place.
+    state: a resumed run keeps it, whatever --train-iters says now. With --override-opt-param-scheduler a horizon that
+    the user gave (``keep_saved_horizon`` off) takes its place.
     """
 
     init_lr: float
