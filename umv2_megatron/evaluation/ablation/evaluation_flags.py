@@ -35,6 +35,8 @@ def evaluation_words(settings: dict[str, Any], path: Path) -> list[str]:
             close = difflib.get_close_matches("--" + name, actions, n=1)
             hint = f"did you mean {close[0][2:]}?" if close else "tools/evaluate.py --help shows all flags"
             raise ValueError(f"{path}: evaluate: unknown key {key!r}; {hint}")
+        if value is None:
+            continue  # null in a plan: the flag's default
         if isinstance(value, bool):
             words += [f"--{name}"] if value else []
         elif isinstance(value, list):
