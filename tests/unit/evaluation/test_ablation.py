@@ -131,7 +131,8 @@ def calls(folder: Path) -> list[str]:
 def test_finished_trials_are_left_alone_and_failed_ones_run_again(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of(program, evaluate={"tasks": ["needle", "icl"], "data": ["plan.yaml"], "no_choices": True, "stride": None})
+    flags = {"tasks": ["needle", "icl"], "data": ["plan.yaml"], "no_choices": True, "stride": None}
+    plan = plan_of(program, evaluate=flags)
     with pytest.raises(ValueError, match="evaluate: --data names plan.yaml; expected a text file"):
         next(runner.run_trials(plan, plan.trials))
     assert not calls(program)
