@@ -405,6 +405,16 @@ def _check_optimizer(run: RunConfig) -> None:
     for key in ("adam_eps", "clip_grad", "weight_decay"):
         if run.values[key] < 0:
             _refuse(key.replace("_", "-"), run.values[key], "a number of at least 0")
+    if run.values["optimizer_cpu_offload"] and run.training.save:
+        raise UsageError(
+            "--optimizer-cpu-offload is on; expected it left out with --save, because checkpoints cannot hold the "
+            "state of its optimizers yet"
+        )
+    if run.values["use_precision_aware_optimizer"] and importlib.util.find_spec("transformer_engine") is None:
+        raise UsageError(
+            "--use-precision-aware-optimizer is on; expected it left out where Transformer Engine is not installed, "
+            "whose Adam it needs"
+        )
 
 
 def _check_counts(run: RunConfig) -> None:

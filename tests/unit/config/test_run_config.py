@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -201,6 +202,12 @@ def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
         (["--profile", "--profile-step-start", "0"], 1, ["--profile-step-start (0)"]),
         (["--model-preset", "umv2-9t"], 1, ["'umv2-9t'", "umv2-tiny"]),
         (["--config", "/nowhere/x.yaml"], 1, ["--config", "/nowhere/x.yaml"]),
+        (["--optimizer-cpu-offload", "--save", "somewhere"], 1, ["--optimizer-cpu-offload", "--save"]),
+        pytest.param(
+            ["--use-precision-aware-optimizer", "--use-distributed-optimizer"], 1,
+            ["--use-precision-aware-optimizer", "Transformer Engine"],
+            marks=pytest.mark.skipif(bool(importlib.util.find_spec("transformer_engine")), reason="it is installed"),
+        ),
     ],
 )  # fmt: skip
 def test_refused_in_one_line_that_names_the_flag(argv, world_size, told):
