@@ -206,8 +206,10 @@ def _plot_facts(plan: Plan, results: Results) -> list[Path]:
                     at = sorted(points)
                     heights = [sum(points[x]) / len(points[x]) for x in at]
                     place.plot(at, heights, "o-", color=colour, markersize=3, label=label)
-                    place.set_xticks(at, [str(x) for x in at])
+            ticks = sorted({task["times_seen"] for _, task in found})
             place.set_xscale("symlog", base=2, linthresh=1)
+            place.set_xticks(ticks, [str(tick) for tick in ticks])
+            place.set_xlim(-0.3, 1.15 * max(ticks[-1], 1))
             place.minorticks_off()
             place.set(xlabel="times a fact stands in the training documents", ylabel=what, title=f"facts, {form} form")
     return [_save(figure, axes, plan.output / "facts.png")]
