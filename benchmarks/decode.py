@@ -204,6 +204,7 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
         for each in batches:
             side.ask("prepare", batch=each["batch"], context=options.context)
             row: dict[str, Any] = {"batch": each["batch"], "in_memory_ms": each["sides"][OURS]["rounds_ms"]}
+            side.ask("read_files")  # the batch before has dropped them
             for name in ("warm", "cold"):
                 request = {"cold": name == "cold", "clock": options.clock}
                 side.ask("time", steps=2, **request)

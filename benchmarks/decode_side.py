@@ -6,6 +6,7 @@ One JSON object per line comes in on stdin, one goes out on stdout for each:
 
     {"do": "prepare", "batch": 8, "context": 128}   cache of random keys and values; OLMoE: takes its fastest experts
     {"do": "time", "steps": 5}                      milliseconds of each step ("cold": true: files not in the cache)
+    {"do": "read_files"}                            the model's files come into the system's cache
     {"do": "count", "steps": 5}                     bytes of weights that a step touches, mean over the steps
     {"do": "peak"}                                  highest memory use since "prepare", bytes
 
@@ -120,6 +121,15 @@ class Side:
         for path in Path(self.folder).glob("*.safetensors"):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read_files(self) -> dict[str, Any]:
+        """Read the model's files, so that all of them lie in the system's cache if they fit."""
+        buffer = bytearray(2**24)
+        for path in Path(self.folder).glob("*.safetensors"):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+        return {}
 
     def draw_tokens(self, steps: int) -> list[Tensor]:
         """Random tokens [b, 1] for each step."""
@@ -395,6 +405,8 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:
         return {"ms": side.time(**request)}
     if work == "count":
         return side.count(**request)
+    if work == "read_files":
+        return side.read_files()
     assert work == "peak", work
     private = status_bytes("RssAnon") if Path("/proc/self/status").exists() else None
     return {"bytes": peak_bytes(side.device), "private_bytes": private}
