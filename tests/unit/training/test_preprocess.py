@@ -189,7 +189,12 @@ def test_no_documents(tmp_path):
 def start(corpus, prefix, workers):
     command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(corpus)]
     command += ["--output-prefix", str(prefix), *BYTES, "--workers", str(workers)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def heed_interrupts():
+        # A shell without job control starts its background jobs, and so this test, with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
