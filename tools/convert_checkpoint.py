@@ -58,11 +58,16 @@ def verify(arguments: argparse.Namespace) -> None:
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < math.inf:
         raise ValueError(f"--tolerance is {arguments.tolerance}; expected a number of 0 or more")
     from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
+    from umv2_megatron.training.checkpointing import read_config
 
     store, iteration = locate(arguments.load, arguments.ckpt_step)
     text = None if arguments.text is None else Path(arguments.text).read_text(encoding="utf-8")
     if text == "":
         raise ValueError(f"--text is {arguments.text}; expected a file with text in it")
+    if text is not None and read_config(store, iteration)["values"]["tokenizer_type"] == "NullTokenizer":
+        raise ValueError(
+            f"--text is {arguments.text}, but the checkpoint has no tokenizer to read it; leave --text away"
+        )
     load, export = str(store.root), Path(arguments.hf)
     weights = compare_weights(load, iteration, export)
     failed = bool(weights.different)

@@ -26,6 +26,7 @@ from conversions import (
 )
 
 from umv2_megatron.conversion.safetensors_files import ConversionError
+from umv2_megatron.conversion.settings import refuse_unsupported
 from umv2_megatron.training.checkpoint_contents import locate
 from umv2_megatron.training.durable_files import CheckpointError
 
@@ -140,6 +141,13 @@ def test_a_flipped_bit_in_a_checkpoint_is_named_with_its_tensor(plain, tmp_path)
     with pytest.raises(CheckpointError, match=f"__0_0.distcp.*damaged: {key}$"):
         to_hf(save, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_a_negative_capacity_of_experts_is_none(plain):
+    config = json.loads((locate(plain[0])[0].path(locate(plain[0])[1]) / "config.json").read_text())
+    refuse_unsupported({"values": {**config["values"], "moe_expert_capacity_factor": -1.0}})
+    with pytest.raises(ConversionError, match="--moe-expert-capacity-factor 0.5"):
+        refuse_unsupported({"values": {**config["values"], "moe_expert_capacity_factor": 0.5}})
 
 
 @pytest.mark.parametrize(
@@ -348,6 +356,10 @@ def test_the_tool_ends_a_mistake_in_one_line(plain, tmp_path):
         (("--tolerance", "inf"), "--tolerance is inf; expected a number of 0 or more"),
         (("--tokens", "0"), "--tokens is 0; expected 1 or more"),
         (("--text", os.devnull), f"--text is {os.devnull}; expected a file with text in it"),
+        (
+            ("--text", __file__),
+            f"--text is {__file__}, but the checkpoint has no tokenizer to read it; leave --text away",
+        ),
     ],
 )
 def test_a_comparison_that_would_say_nothing_is_refused(flags, sentence, plain):

@@ -97,6 +97,9 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
             "the model was trained with --moe-router-load-balancing-type sinkhorn, which the Hugging Face model does "
             "not know; expected aux_loss, seq_aux_loss, global_aux_loss or none"
         )
+    capacity = values.get("moe_expert_capacity_factor")
+    if capacity is not None and capacity < 0:  # which is mcore's other word for no limit
+        values = {**values, "moe_expert_capacity_factor": None}
     for key, expected in fixed.items():
         if key in values and values[key] != expected:
             raise ConversionError(
