@@ -183,6 +183,16 @@ def test_other_settings_for_a_trial_that_has_begun_are_refused(program: Path) ->
         runner.read_results(changed)
 
 
+def test_settings_may_change_as_long_as_nothing_was_trained(program: Path) -> None:
+    plan = plan_of(program, common={**CONTENT["common"], "lr": 0.5})
+    trial = plan.trials[0]
+    trial.directory.mkdir(parents=True)
+    trial.settings_file.write_text(trial.settings_text())
+    mended = plan_of(program)
+    assert [state for _, state in runner.run_trials(mended, mended.trials[:1])] == ["done"]
+    assert "0.5" not in trial.settings_file.read_text()
+
+
 def test_one_output_by_two_names_and_after_a_move(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an array job names it in full, and a user from where he is."""
     plan = plan_of(program)

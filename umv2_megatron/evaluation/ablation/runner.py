@@ -58,13 +58,29 @@ def run_trials(plan: Plan, trials: Iterable[Trial]) -> Iterator[tuple[Trial, str
 
 
 def check_settings(trial: Trial) -> None:
-    """Raises ``ValueError`` when a trial that has begun had other settings than it has now."""
+    """Raises ``ValueError`` when a trial that has begun had other settings than it has now.
+
+    A program that stopped before it trained, say at a setting that cannot be, leaves nothing that a mended plan could
+    be mixed up with.
+    """
     file = trial.settings_file
-    if file.exists() and _compared(file.read_text(encoding="utf-8")) != _compared(trial.settings_text()):
+    if (
+        _begun(trial)
+        and file.exists()
+        and _compared(file.read_text(encoding="utf-8")) != _compared(trial.settings_text())
+    ):
         raise ValueError(
             f"{file} has other settings than the plan gives {trial.name} now; expected the same, because results of "
             "different settings cannot be told apart; use another --output, or remove that directory"
         )
+
+
+def _begun(trial: Trial) -> bool:
+    """Whether the trial has a result, or numbers of a step."""
+    try:
+        return (trial.directory / RESULT).exists() or bool(read_metrics(trial.settings["save"]))
+    except FileNotFoundError:
+        return False
 
 
 def _compared(text: str) -> tuple[str, Any]:
