@@ -1,7 +1,7 @@
 """Checkpoints to Hugging Face exports and back.
 
-    python tools/convert_checkpoint.py to-hf --load runs/demo --save exports/demo
-    python tools/convert_checkpoint.py verify --load runs/demo --hf exports/demo
+    python tools/convert_checkpoint.py to-hf --load runs/demo/checkpoints --save exports/demo
+    python tools/convert_checkpoint.py verify --load runs/demo/checkpoints --hf exports/demo
     python tools/convert_checkpoint.py from-hf --load exports/demo --save runs/from_hf
 
 No flag describes the model: checkpoint and export each say what they hold. Tensors pass through in blocks, so memory

@@ -1,8 +1,8 @@
 """Write text with a trained model, streaming it to the terminal.
 
-    python tools/generate.py --load runs/demo --prompt "def main(" --max-new-tokens 100
+    python tools/generate.py --load runs/demo/checkpoints --prompt "def main(" --max-new-tokens 100
     python tools/generate.py --load exports/demo --memory-tables mmap --prompt-file question.txt --temperature 0
-    echo "def main(" | python tools/generate.py --load runs/demo
+    echo "def main(" | python tools/generate.py --load runs/demo/checkpoints
 
 --load is a directory of checkpoints of ours, one iter_* in it, or a Hugging Face export; each says what the model and
 its tokenizer are. The same tokens are drawn from both, for the same seed. Keys and values of earlier tokens are kept: a

@@ -1,8 +1,8 @@
 """Show what a checkpoint holds: keys, dtypes, shapes, bytes, shards, and the layout that saved it.
 
-    python tools/inspect_checkpoint.py runs/demo
-    python tools/inspect_checkpoint.py runs/demo --iteration 1000 --keys '*table*' --json
-    python tools/inspect_checkpoint.py runs/demo --verify
+    python tools/inspect_checkpoint.py runs/demo/checkpoints
+    python tools/inspect_checkpoint.py runs/demo/checkpoints --iteration 1000 --keys '*table*' --json
+    python tools/inspect_checkpoint.py runs/demo/checkpoints --verify
 
 Reads the metadata only, so that it is quick for a checkpoint of any size; --verify reads and hashes every file.
 """

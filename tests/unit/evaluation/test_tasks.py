@@ -82,6 +82,21 @@ def test_a_uniform_model_is_at_chance():
         assert summary.answer_nats == pytest.approx(sum(len(e.answer) for e in examples) / 10 * math.log(257), rel=1e-6)
 
 
+def test_chance_counts_what_who_knows_the_format_chooses_from():
+    for difficulty in (1, 2):
+        for example in asked("multi-hop", "trained", 10, difficulty, budget=500):
+            links = dict(re.findall(r"^(\w+) > (\w+)$", example.prompt, re.MULTILINE))
+            ends = set()
+            for word in links.keys() - links.values():  # where a chain begins
+                for _ in range(difficulty):
+                    word = links[word]
+                ends.add(f" {word}\n")
+            assert example.answer in ends and len(ends) == example.candidates
+        for example in asked("multi-round", "trained", 10, difficulty, budget=500):
+            last = dict(re.findall(r"^user: set (\w+) (\w+)$", example.prompt, re.MULTILINE))
+            assert len(set(last.values())) == example.candidates
+
+
 def test_facts_are_told_as_often_as_they_should_be_and_recalled():
     documents = FACTS.documents()
     facts = FACTS.facts()
@@ -185,6 +200,14 @@ def call(monkeypatch, capsys, name: str, *arguments: str) -> tuple[int, str, str
     return ended.value.code, told.out, told.err
 
 
+def test_there_are_names_for_the_most_facts_that_are_allowed():
+    most = FactSet(max_frequency=2048, per_frequency=19648)  # 13 frequencies
+    facts = most.facts()
+    assert len({fact.person for fact in facts}) == len(facts) == 13 * 19648
+    with pytest.raises(ValueError, match="at most 19648 with --max-fact-frequency 2048"):
+        FactSet(max_frequency=2048, per_frequency=19712)
+
+
 def test_the_tool_writes_what_preprocessing_reads(tmp_path, monkeypatch, capsys):
     output = tmp_path / "tasks.jsonl"
     code, told, _ = call(monkeypatch, capsys, "make_tasks.py", "--task", "icl,fact-recall", "--documents", "20",
@@ -200,6 +223,14 @@ def test_the_tool_writes_what_preprocessing_reads(tmp_path, monkeypatch, capsys)
         (["--task", "icl", "--lengths", "x"], "--lengths"),
         (["--task", "icl", "--documents", "0"], "--documents"),
         (["--task", "fact-recall", "--facts-per-frequency", "10"], "--facts-per-frequency"),
+        (
+            ["--task", "fact-recall", "--facts-per-frequency", "64000"],
+            "--facts-per-frequency is 64000; expected at most 31936",
+        ),
+        (
+            ["--task", "icl", "--difficulty", "2000"],
+            "ask for 4000 different words of 2 syllables; expected at most 3200",
+        ),
     ):
         refused = tmp_path / "refused.jsonl"
         code, _, errors = call(monkeypatch, capsys, "make_tasks.py", *arguments, "--output", str(refused))

@@ -74,11 +74,12 @@ def multi_round(rng: random.Random, items: int, difficulty: int, zero_shot: bool
             asked = rng.choice([known for known in names if values[known]])
             lines.append(_ask_round(asked, zero_shot) + _ends([values[asked][-1]], zero_shot)[0])
     everything = [value for name in names for value in values[name]]
+    final = {values[name][-1] for name in names}
     made = []
     for asked in _some(rng, names, queries):
         answer, earlier = values[asked][-1], [old for old in values[asked][:-1] if old != values[asked][-1]]
         wrong = list(dict.fromkeys(earlier))[-2:] + _others(rng, everything, answer)
-        made.append(_query(_ask_round(asked, zero_shot), answer, wrong[: CHOICES - 1], len(set(everything)), zero_shot))
+        made.append(_query(_ask_round(asked, zero_shot), answer, wrong[: CHOICES - 1], len(final), zero_shot))
     return Situation("".join(lines), made, {"rounds": len(order)})
 
 
@@ -120,7 +121,10 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, zero_sh
 
 
 def needle(rng: random.Random, items: int, difficulty: int, zero_shot: bool, queries: int) -> Situation:
-    """Sentences of random words with ``difficulty`` codes hidden among them; tell one of the codes."""
+    """Sentences of random words with ``difficulty`` codes hidden among them; tell one of the codes.
+
+    Its guesser takes any word of the text: who knows what a code looks like has solved the task of one needle.
+    """
     names, codes = distinct_words(rng, difficulty, 2), distinct_words(rng, difficulty, 2)
     filler = [[word(rng, 2) for _ in range(rng.randint(4, 8))] for _ in range(max(items, 2))]
     sentences = [" ".join(sentence) + "." for sentence in filler]
@@ -181,7 +185,8 @@ def multi_hop(rng: random.Random, items: int, difficulty: int, zero_shot: bool, 
         )
         wrong = [other for other in chain[1:] if other != answer][: CHOICES - 2]
         wrong += _others(rng, [other[difficulty] for other in held], answer)
-        made.append(_query(ask, answer, wrong[: CHOICES - 1], len(words), zero_shot))
+        # whoever has understood how far to go, but not from where, chooses among the chains
+        made.append(_query(ask, answer, wrong[: CHOICES - 1], len(held), zero_shot))
     return Situation(context, made, {"chains": chains})
 
 
