@@ -7,8 +7,8 @@
 
 Takes the model flags of pretrain_umv2.py. Depth, hidden size, attention and vocabulary stay as they are; the rules for
 the sizes of the other variant's memory are in umv2_megatron/planning/matching.py. Prints both models side by side and
-the flags to add to the first one's. FLOPs are those of one forward pass per token, total parameters leave embeddings
-out, as in tools/plan.py.
+the flags to add to the first one's, or to put in the place of some of them. FLOPs are those of one forward pass per
+token, total parameters leave embeddings out, as in tools/plan.py.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from umv2_megatron.parallel import cpu_platform  # noqa: E402
 
 cpu_platform.install()  # before megatron.core is imported
 
-from umv2_megatron.config.flags import OneLineParser, option_table, parse_flags  # noqa: E402
+from umv2_megatron.config.flags import ALIASES, OneLineParser, option_table, parse_flags  # noqa: E402
+from umv2_megatron.config.run_config import RunConfig  # noqa: E402
 from umv2_megatron.config.variants import FFN_VARIANTS  # noqa: E402
-from umv2_megatron.planning.matching import Match, Model, match  # noqa: E402
+from umv2_megatron.planning.matching import Match, Model, completed, match  # noqa: E402
 
 
 def build_parser() -> OneLineParser:
@@ -37,7 +38,8 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(prog="match.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            allow_abbrev=False)
     parser.add_argument("--to", required=True, metavar="VARIANT", help=f"one of {', '.join(FFN_VARIANTS)}")
-    parser.add_argument("--keep", default="", metavar="FLAGS", help="flags that the model found shall have, in quotes")
+    parser.add_argument("--keep", default="", metavar="FLAGS", help="flags that the model found shall have, in quotes; "
+                        "N, the number of experts and the FFN's width are solved for all the same")
     parser.add_argument("--total", metavar="N", help="total parameters to reach instead of the first model's")
     parser.add_argument("--tolerance", default="0.01", metavar="X", help="largest relative deviation (default: 0.01)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -48,20 +50,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     try:
         given, rest = build_parser().parse_known_args(argv)
-        found = _match(given, rest)
+        found, left_out = _match(given, rest)
     except ValueError as error:
         print(f"match.py: {error}", file=sys.stderr)
         return 2
     figures = {
         "source": _figures(found.source), "found": _figures(found.found),
         "flops_deviation": found.flops_deviation, "total_deviation": found.total_deviation,
-        "flags": _text(found.flags), "settings": found.flags,
+        "flags": _text(found.flags), "settings": found.flags, "left_out": left_out,
     }  # fmt: skip
     print(json.dumps(figures, indent=2) if given.json else _table(figures))
     return 0
 
 
-def _match(given: argparse.Namespace, rest: list[str]) -> Match:
+def _match(given: argparse.Namespace, rest: list[str]) -> tuple[Match, list[str]]:
+    """The match, and those flags of the first model that have to be left out where its flags are added."""
     for name in ("torch", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from umv2_megatron.config.resolve import resolve
@@ -77,7 +80,19 @@ def _match(given: argparse.Namespace, rest: list[str]) -> Match:
     if preset or config or "ffn_variant" in kept:
         raise ValueError(f"--keep is {given.keep!r}; expected flags of sizes and switches only")
     total = None if given.total is None else int(_number("total", given.total))
-    return match(Model.of(source), given.to, kept, total, _number("tolerance", given.tolerance))
+    found = match(Model.of(source), given.to, kept, total, _number("tolerance", given.tolerance))
+    own, preset, config = parse_flags(rest, "match.py", "")
+    # A preset's experts go when another variant is chosen; experts given as flags are refused, and no flag undoes them.
+    left_out = [key for key in own if given.to != "moe" and (key.startswith("moe_") or key == "num_moe_experts")]
+    command = [*(["--model-preset", preset] if preset else []), *(["--config", config] if config else [])]
+
+    def combine(added: dict[str, Any]) -> RunConfig:
+        together = {key: value for key, value in {**own, **added}.items() if key not in left_out}
+        argv = [*command, *shlex.split(_text(together)), "--transformer-impl", "local"]
+        return resolve(argv, 1, program="match.py", for_training=False)
+
+    names = [ALIASES.get(key, (key.replace("_", "-"),))[0] for key in left_out]
+    return completed(found, combine), [f"--{name}" for name in names]
 
 
 def _number(flag: str, text: str) -> float:
@@ -121,7 +136,7 @@ def _text(flags: dict[str, Any]) -> str:
         if made.switches:
             parts.append("--" + next(flag for flag, on in made.switches.items() if on == value))
         else:
-            words = value if isinstance(value, list) else [value]
+            words = value if made.repeated else [value]
             parts += ["--" + made.flags[0], *(shlex.quote(str(word)) for word in words)]
     return " ".join(parts)
 
@@ -136,7 +151,10 @@ def _table(figures: dict[str, Any]) -> str:
             deviation = figures["flops_deviation" if name == "flops_per_token" else "total_deviation"]
             note = f"  {100 * deviation:+.2f}%"
         lines.append(f"  {name.replace('_', ' '):<22}{cells[0]:>20}{cells[1]:>20}{note}")
-    return "\n".join([*lines, "", "flags of the second, to be added to the first's:", "  " + figures["flags"]])
+    title = "flags of the second, to be added to the first's"
+    if figures["left_out"]:
+        title += f" without its {', '.join(figures['left_out'])}"
+    return "\n".join([*lines, "", title + ":", "  " + figures["flags"]])
 
 
 def _cell(value: Any) -> str:

@@ -16,7 +16,8 @@ Layers with a memory are one ``MemoryConfig``; a variant is a set of defaults fo
     dense        the FFN alone
 
 Presets name sizes and variants name switches. So a variant's defaults replace what a preset or checkpoint of *another*
-variant says about them, and yield to a preset of the same variant, to a configuration file and to flags.
+variant says about them, and yield to a preset of the same variant, to a configuration file and to flags. Experts of a
+preset go when a variant without them is chosen.
 """
 
 from __future__ import annotations
@@ -35,13 +36,22 @@ OLMOE = {"num_moe_experts": 64, "moe_router_topk": 8, **OLMOE_LOSSES}
 ROUTER = {"moe_router_dtype": "fp32"}
 """Scores of experts are compared, and their outputs averaged, in float32 whatever the weights are: mcore advises it
 from 32 experts on, and it costs one matrix product of hidden size times experts."""
+NO_EXPERTS = {
+    "num_moe_experts": None,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": None,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_z_loss_coeff": None,
+    "moe_router_dtype": None,
+}
+"""Megatron-core's defaults of what presets of ``moe`` and the variant itself set."""
 
-_SWITCHES = (
+SWITCHES = (
     "scoring", "score_normalization", "query_mode", "qk_norm", "gate", "pre_projection", "pre_value_activation",
     "tucker_rank", "num_cores", "num_heads", "key_expansion", "value_expansion", "layer_freq", "read_delay", "sharing",
     "sharing_size", "value_lr", "norm_gain_exponent",
 )  # fmt: skip
-_UMV2 = {name: MemoryConfig.__dataclass_fields__[name].default for name in _SWITCHES}
+_UMV2 = {name: MemoryConfig.__dataclass_fields__[name].default for name in SWITCHES}
 _PRODUCT_KEYS = {
     **_UMV2,
     "scoring": "additive",
@@ -90,8 +100,11 @@ def variant_defaults(variant: str, values: Mapping[str, Any], given: Mapping[str
     layers, hidden = values.get("num_layers"), values.get("hidden_size")
     if variant == "moe":
         return ROUTER if "num_moe_experts" in given else {**ROUTER, **_experts(values, given)}
-    if variant not in _CHANGES:
+    if variant not in FFN_VARIANTS:
         return {}
+    without = NO_EXPERTS if values.get("num_moe_experts") else {}
+    if variant == "dense":
+        return dict(without)
     memory = dict(_CHANGES[variant])
     if variant == "umv2" and not values.get("memory_pre_value_dim"):
         memory["pre_value_dim"] = MemoryConfig.__dataclass_fields__["pre_value_dim"].default
@@ -101,7 +114,7 @@ def variant_defaults(variant: str, values: Mapping[str, Any], given: Mapping[str
         memory.update(_few_layers(variant, layers, given))
     if {"memory_value_lr_mult", "memory_value_lr_decay_iters"} & given.keys():
         memory["value_lr"] = None  # a multiple of the learning rate was asked for
-    return {f"memory_{name}": value for name, value in memory.items()}
+    return {**without, **{f"memory_{name}": value for name, value in memory.items()}}
 
 
 def _few_layers(variant: str, num_layers: int, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,19 @@ from umv2_megatron.config.flags import SECTIONS, option_table
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.config.variants import FFN_VARIANTS, has_memory
+from umv2_megatron.config.variants import FFN_VARIANTS, OLMOE_LOSSES, SWITCHES, has_memory
 from umv2_megatron.planning.flops import FlopsPerToken, flops_per_token
 from umv2_megatron.planning.parameters import ParameterCount, count_parameters
 
 # Settings that a variant brings or that are solved for, and so are not taken over from the source.
 OWN_SETTINGS = ("ffn_variant", "num_moe_experts", "expert_model_parallel_size")
+# Settings that say what a memory layer is, N apart, which is always among the flags found. How its tables are started
+# and trained is not among them: that stays as the source's command line says.
+SHAPE = tuple(
+    f"memory_{name}"
+    for name in ("key_dim", "value_dim", "pre_value_dim", "topk", "key_topk_cap", *SWITCHES)
+    if name not in ("value_lr", "norm_gain_exponent")
+)
 ROUNDS = 60
 
 
@@ -93,7 +101,7 @@ def match(
         source: what is to be met.
         variant: of the model wanted.
         kept: settings by key that it shall have; N, the number of experts and the widths are solved for all the same.
-        total: parameters to have instead of the source's (a dense source has too few to be met).
+        total: parameters to have instead of the source's (a dense source has too few to be met); not for a dense model.
         tolerance: largest deviation of either figure; a dense model is held to the FLOPs only.
 
     Raises:
@@ -101,7 +109,12 @@ def match(
     """
     if variant not in FFN_VARIANTS:
         raise ValueError(f"--to is {variant!r}; expected one of {', '.join(FFN_VARIANTS)}")
-    kept = kept or {}
+    if variant == "dense" and total is not None:
+        raise ValueError(
+            f"--total is {total}; expected no value with --to dense: a dense model is matched in FLOPs only"
+        )
+    solved = ("num_moe_experts", "moe_ffn_hidden_size") if variant == "moe" else ("ffn_hidden_size", "memory_num_keys")
+    kept = {key: value for key, value in (kept or {}).items() if key not in solved}
     start, sizes = _start(source, variant, kept)
     wanted_flops, wanted_total = source.flops.forward, total or source.parameters.total
     nearest: Match | None = None
@@ -112,7 +125,7 @@ def match(
         model = _solve(again, wanted_flops, wanted_total)
         flops = model.flops.forward / wanted_flops - 1
         parameters = model.parameters.total / wanted_total - 1
-        found = Match(source, model, flops, parameters, _flags(model, sizes, kept))
+        found = Match(source, model, flops, parameters, _flags(source, model, sizes, kept))
         if nearest is None or found.error < nearest.error:
             nearest = found
         if nearest.error <= tolerance:
@@ -129,20 +142,58 @@ def match(
     )
 
 
+def completed(found: Match, combine: Callable[[dict[str, Any]], RunConfig]) -> Match:
+    """``found`` with all flags that its model takes where the source's command line has flags of its own.
+
+    Args:
+        found: a match, whose flags leave to the variant's defaults what they can.
+        combine: what the source's command line resolves to with settings by key added to it; raises ``ValueError``
+            where they do not go together.
+
+    Raises:
+        ValueError: one sentence: nothing added to that command line makes the model.
+    """
+    flags, wanted = dict(found.flags), found.found
+    for _ in range(2):  # a switch that had to be added can keep a default of the variant from following
+        try:
+            made = combine(flags).values
+        except ValueError:  # the source's own switches do not go with the variant's
+            made = found.source.values
+        if wanted.memory is not None:
+            flags.update({key: wanted.values[key] for key in SHAPE if made[key] != wanted.values[key]})
+    try:
+        model = Model.of(combine(flags))
+    except ValueError as error:
+        raise ValueError(f"--to {wanted.variant}: its flags do not go with the first model's: {error}") from error
+    if (model.parameters, model.flops) != (wanted.parameters, wanted.flops):
+        raise ValueError(
+            f"--to {wanted.variant}: with the first model's flags, those found make a model of "
+            f"{model.parameters.total:,} parameters instead of {wanted.parameters.total:,}; leave flags of its "
+            "FFN, memory or experts out of the first command"
+        )
+    return dataclasses.replace(found, flags=flags)
+
+
 def _deviation(share: float) -> str:
     return f"{abs(share):.2%} {'more' if share > 0 else 'fewer'}"
 
 
 def _start(source: Model, variant: str, kept: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """The model wanted with a first guess of what is solved for, and the settings that the rules gave it."""
-    own = {key for key, made in option_table().items()
-           if made.section == SECTIONS[MemoryConfig] or key.startswith("moe_") or key in OWN_SETTINGS}
+    own = {
+        key
+        for key, made in option_table().items()
+        if made.section == SECTIONS[MemoryConfig]
+        or key in OWN_SETTINGS
+        or (key.startswith("moe_") and variant != "moe")
+    }
     around = {key: value for key, value in source.values.items() if key not in own}
     chosen = {"ffn_variant": variant}
     # Without sizes first: how many memory layers and heads there are is the variant's matter.
     few = {"memory_topk": 1, "memory_pre_value_dim": 0} if variant in ("ultramem", "memory-plus", "pkm") else {}
-    plain = from_layers([("source", around), ("variant", chosen), ("guess", few), ("keep", kept)], 1,
-                        for_training=False)
+    plain = from_layers(
+        [("source", around), ("variant", chosen), ("guess", few), ("keep", kept)], 1, for_training=False
+    )
     sizes = _memory_sizes(source, plain.memory, plain.num_layers, plain.hidden_size) if has_memory(variant) else {}
     guess = {"memory_num_keys": max(16, math.isqrt(sizes.get("memory_topk", 0)) + 1, sizes.get("memory_topk", 0))}
     layers = [("source", around), ("variant", chosen), ("rules", {**sizes, **(guess if sizes else {})}), ("keep", kept)]
@@ -230,14 +281,16 @@ def _largest(holds: Any, least: int) -> int:
     return low
 
 
-def _flags(found: Model, sizes: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+def _flags(source: Model, found: Model, sizes: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     """Settings that make the model out of the source's command line."""
     flags: dict[str, Any] = {"ffn_variant": found.variant}
     if found.variant == "moe":
         for key in ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"):
             flags[key] = found.values[key]
+        if source.variant != "moe":  # where the number of experts is given, their losses have to be as well
+            flags.update({key: found.values[key] for key in OLMOE_LOSSES})
         return {**flags, **kept}
     flags["ffn_hidden_size"] = found.values["ffn_hidden_size"]
     if found.memory is not None:
         flags.update(memory_num_keys=found.memory.num_keys, **{key: found.values[key] for key in sizes})
-    return {**flags, **{key: value for key, value in kept.items() if key not in flags}}
+    return {**flags, **kept}

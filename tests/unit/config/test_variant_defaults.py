@@ -10,10 +10,11 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()
 
-from umv2_megatron.config.flags import UsageError  # noqa: E402
+from umv2_megatron.config.flags import UsageError, option_table  # noqa: E402
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.config.resolve import from_layers, resolve  # noqa: E402
 from umv2_megatron.config.run_config import RunConfig  # noqa: E402
+from umv2_megatron.config.variants import NO_EXPERTS  # noqa: E402
 
 TINY = ["--model-preset", "umv2-tiny", "--train-iters", "10", "--mock-data", "--tokenizer-type", "NullTokenizer"]
 PUBLISHED = ["--model-preset", "umv2-227m-1.2b", "--train-iters", "10", "--mock-data"]
@@ -77,6 +78,16 @@ def test_what_follows_from_what_the_user_gave():
     assert (own.moe_router_topk, own.moe_ffn_hidden_size, own.moe_aux_loss_coeff) == (2, None, 0.0)
     assert own.moe_router_dtype == "fp32"
     assert run("--ffn-variant", "moe", "--moe-router-dtype", "fp64").moe_router_dtype == "fp64"
+
+
+def test_a_preset_s_experts_go_with_another_variant():
+    base = ["--model-preset", "moe-3m", *TINY[2:]]
+    for variant in ("dense", "umv2"):
+        found = run("--ffn-variant", variant, base=base)
+        assert not found.has_experts and found.sources["num_moe_experts"] == f"variant {variant}"
+    with pytest.raises(UsageError, match="--num-experts is 4;"):
+        run("--ffn-variant", "dense", "--num-experts", "4", base=base)
+    assert all(option_table()[key].default == value for key, value in NO_EXPERTS.items())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ cpu_platform.install()
 
 from umv2_megatron.config.resolve import resolve  # noqa: E402
 from umv2_megatron.config.variants import FFN_VARIANTS  # noqa: E402
-from umv2_megatron.planning.matching import Model, match  # noqa: E402
+from umv2_megatron.planning.matching import Model, completed, match  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -79,6 +79,82 @@ def test_printed_flags_make_the_model(variant, capsys):
         assert pasted.memory.num_heads == 3 and pasted.memory.stream
 
 
+def pasted(argv: list[str], to: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], Model]:
+    """What match.py shows, and the model of the first command with the flags shown added to it."""
+    assert TOOL.main([*argv, *to, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    command = list(argv)
+    for flag in shown["left_out"]:
+        place = command.index(flag)
+        del command[place : place + 2]
+    return shown, model(*command, *shlex.split(shown["flags"]))
+
+
+OWN_EXPERTS = ["--num-experts", "45", "--moe-router-topk", "8", "--moe-ffn-hidden-size", "68"]
+
+
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [
+        ("umv2-3m --memory-num-heads 4", "ultramem"),
+        ("umv2-3m --memory-pre-value-dim 32", "memory-plus"),
+        ("umv2-3m --memory-layer-freq 2", "ultramem"),
+        ("umv2-3m --memory-layer-freq 2 --memory-read-delay 1", "peer"),
+        ("umv2-3m --memory-sharing ring", "pkm"),  # a size of 1 that does not follow the variant's once it is named
+        ("umv2-3m --memory-tucker-rank 4 --memory-key-topk-cap 24", "memory-plus"),  # refused beside product keys
+        ("umv2-3m --ffn-variant pkm --memory-num-heads 3", "umv2"),
+        ("pkm-3m --memory-gate silu", "dense"),
+        ("umv2-3m --memory-num-heads 4", "moe"),
+        ("moe-3m --moe-shared-expert-intermediate-size 64", "moe"),
+        ("moe-3m", "umv2"),
+        ("moe-3m --window-size [127,0]", "dense"),  # a list that is one value
+        ("umv2-3m --ffn-variant moe " + " ".join(OWN_EXPERTS), "ultramem"),
+    ],
+)
+def test_flags_make_the_model_beside_those_of_the_source(source, to, capsys):
+    shown, made = pasted(["--model-preset", *source.split()], ["--to", to], capsys)
+    assert made.flops.forward == shown["found"]["flops_per_token"]
+    assert made.parameters.total == shown["found"]["total"]
+    figures = TOOL._figures(made)
+    assert {key: figures[key] for key in shown["found"]} == shown["found"]
+    assert ("--num-experts" in shown["left_out"]) == ("--num-experts" in source)
+
+
+def test_experts_come_with_their_losses(capsys):
+    shown, made = pasted(["--model-preset", "umv2-3m"], ["--to", "moe"], capsys)
+    losses = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+    preset = model("--model-preset", "moe-3m").values
+    assert {key: made.values[key] for key in losses} == {key: preset[key] for key in losses}
+    _, own = pasted(["--model-preset", "umv2-3m"], ["--to", "moe", "--keep", "--moe-aux-loss-coeff 0.02"], capsys)
+    assert own.values["moe_aux_loss_coeff"] == 0.02
+    _, own = pasted(["--model-preset", "moe-3m", "--moe-aux-loss-coeff", "0.02"], ["--to", "moe"], capsys)
+    assert own.values["moe_aux_loss_coeff"] == 0.02
+
+
+@pytest.mark.parametrize(("to", "keep"), [("moe", "--num-experts 32"), ("pkm", "--memory-num-keys 64")])
+def test_what_is_solved_for_cannot_be_kept(to, keep, capsys):
+    shown, made = pasted(["--model-preset", "umv2-3m"], ["--to", to, "--keep", keep], capsys)
+    assert made.parameters.total == shown["found"]["total"]
+    assert shown["flags"] == pasted(["--model-preset", "umv2-3m"], ["--to", to], capsys)[0]["flags"]
+
+
+def test_how_tables_are_trained_stays_with_the_source(capsys):
+    _, made = pasted(["--model-preset", "umv2-3m", "--memory-value-lr-mult", "8"], ["--to", "memory-plus"], capsys)
+    assert made.values["memory_value_lr_mult"] == 8 and made.values["memory_value_lr"] is None
+
+
+def test_flags_that_cannot_make_the_model_are_not_returned():
+    found = match(model("--model-preset", "umv2-3m"), "pkm")
+    stays = resolve(["--model-preset", "umv2-3m", "--transformer-impl", "local"], 1, for_training=False)
+    with pytest.raises(ValueError, match="--to pkm: with the first model's flags, those found make a model of 12,586,"):
+        completed(found, lambda added: stays)
+
+
+def test_table_names_flags_to_leave_out(capsys):
+    assert TOOL.main(["--model-preset", "umv2-3m", "--ffn-variant", "moe", *OWN_EXPERTS, "--to", "dense"]) == 0
+    assert "without its --num-experts, --moe-router-topk, --moe-ffn-hidden-size:" in capsys.readouterr().out
+
+
 def test_table(capsys):
     assert TOOL.main(["--model-preset", "umv2-227m-1.2b", "--to", "ultramem"]) == 0
     out = capsys.readouterr().out
@@ -96,6 +172,11 @@ def test_table(capsys):
         (["--model-preset", "umv2-8m", "--to", "pkm", "--keep", "--memory-init 'paper"], "--keep is"),
         (["--model-preset", "umv2-8m", "--to", "pkm", "--keep", "--memory-tucker-rank 2"], "--memory-tucker-rank is 2"),
         (["--model-preset", "umv2-8m", "--to", "moe", "--tolerance", "1e-6"], "no sizes come within 0.0001%; the near"),
+        (["--model-preset", "umv2-3m", "--to", "dense", "--total", "1e7"], "--total is 10000000; expected no value"),
+        (
+            ["--model-preset", "umv2-3m", "--memory-tucker-penalty-coeff", "1", "--to", "pkm"],
+            "--to pkm: its flags do not go with the first model's: --memory-tucker-penalty-coeff is 1.0",
+        ),
         # of 8, 16 and 32 active experts the last are not the nearest
         (["--model-preset", "umv2-3m", "--to", "moe", "--tolerance", "1e-6"], "0.29% fewer FLOPs than the 6.73 mill"),
     ],
