@@ -1,7 +1,7 @@
 """Evaluate a model: loss and bits per byte on texts, and synthetic tasks of memory with exact scoring.
 
-    python tools/evaluate.py --load runs/demo --data data/valid_text_document --output demo.json
-    python tools/evaluate.py --load runs/demo --tasks key-value,needle --context-lengths 256,512 --output demo.json
+    python tools/evaluate.py --load runs/demo/checkpoints --data data/valid_text_document --output demo.json
+    python tools/evaluate.py --load runs/demo/checkpoints --tasks key-value,needle --context-lengths 256,512
     python tools/evaluate.py --hf-model exported --memory-tables mmap --tasks all --output exported.json
     torchrun --nproc-per-node 4 tools/evaluate.py --load runs/big --tensor-model-parallel-size 2 --tasks all
 
@@ -21,6 +21,7 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()  # before megatron.core is imported
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from umv2_megatron.config.data_config import TOKENIZER_TYPES  # noqa: E402
@@ -29,7 +30,7 @@ from umv2_megatron.evaluation import report  # noqa: E402
 from umv2_megatron.evaluation.huggingface_scoring import DTYPES, load_hugging_face  # noqa: E402
 from umv2_megatron.evaluation.scoring_model import ScoringModel  # noqa: E402
 from umv2_megatron.evaluation.tasks import fact_recall, mixture  # noqa: E402
-from umv2_megatron.evaluation.tasks.base import FORMS, Example  # noqa: E402
+from umv2_megatron.evaluation.tasks.base import FORMS, Example, longest_tokens  # noqa: E402
 from umv2_megatron.evaluation.tasks.scoring import score, summarize  # noqa: E402
 from umv2_megatron.evaluation.text_loss import DATA_FORMS, documents_of, limited, text_loss  # noqa: E402
 from umv2_megatron.parallel.launch import discover  # noqa: E402
@@ -42,6 +43,9 @@ LAYOUT = (
     "expert_model_parallel_size",
     "memory_parallel_size",
 )
+# Flags that one of the two kinds of models reads; beside the other one they are refused, not ignored.
+LOAD_ONLY = ("ckpt_step", *LAYOUT, "memory_parallel_mode", "sequence_parallel")
+HF_MODEL_ONLY = ("trust_remote_code", "dtype", "memory_tables", "tokenizer_type", "vocab_size")
 
 
 def main(argv: list[str]) -> int:
@@ -52,8 +56,11 @@ def main(argv: list[str]) -> int:
         check_files(arguments)
         model, described = _load(arguments)
         rows = arguments.micro_batch_size * discover().world_size
-        texts = [_text(arguments, model, source, rows) for source in arguments.data or []]
-        tasks = _tasks(arguments, model, rows)
+        # everything is read, made and measured before anything is scored: a mistake must not cost hours of scoring
+        held = [(source, _documents(arguments, model, source)) for source in arguments.data or []]
+        asked = _questions(arguments, model)
+        texts = [_text(arguments, model, source, documents, rows) for source, documents in held]
+        tasks = [{**what, **dataclasses.asdict(summarize(made, score(model, made, rows)))} for what, made in asked]
     except ValueError as error:
         raise UsageError(str(error)) from error
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -77,10 +84,22 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.stride is not None and arguments.stride > (arguments.data_context_length or arguments.stride):
         limit = arguments.data_context_length
         raise ValueError(f"--stride is {arguments.stride}; expected at most --data-context-length ({limit})")
-    if arguments.load is not None and arguments.memory_tables is not None:
-        raise ValueError(f"--memory-tables is {arguments.memory_tables}; it belongs to --hf-model: leave it out")
-    if arguments.hf_model is not None and discover().world_size > 1:
-        raise ValueError("--hf-model runs on one rank; leave torchrun out")
+    foreign, owner = (HF_MODEL_ONLY, "--hf-model") if arguments.load is not None else (LOAD_ONLY, "--load")
+    for name in foreign:
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            told = "given" if value is True else value
+            raise ValueError(f"--{name.replace('_', '-')} is {told}; it belongs to {owner}: leave it out")
+    if arguments.hf_model is not None:
+        if discover().world_size > 1:
+            raise ValueError("--hf-model runs on one rank; leave torchrun out")
+        for name in ("tokenizer_model", "vocab_size"):
+            value = getattr(arguments, name)
+            if value is not None and arguments.tokenizer_type is None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {value}; it needs --tokenizer-type: give both, or leave it out "
+                    "for the tokenizer in --hf-model"
+                )
     if arguments.tasks:
         names = mixture.task_names("--tasks", arguments.tasks)
         mixture.integers("--difficulty", arguments.difficulty)
@@ -90,7 +109,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 
 def check_files(arguments: argparse.Namespace) -> None:
-    """Raises ``ValueError`` naming the flag of a file or directory that is not there."""
+    """Raises ``ValueError`` naming the flag of a file or directory that is not there, or not of its kind."""
+    if arguments.output is not None and arguments.output.is_dir():
+        raise ValueError(f"--output is {str(arguments.output)!r}, a directory; expected the name of a file to write")
     if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
         raise ValueError(f"--output is {str(arguments.output)!r}; create its directory first")
     for source in arguments.data or []:
@@ -101,17 +122,18 @@ def check_files(arguments: argparse.Namespace) -> None:
 def _load(arguments: argparse.Namespace) -> tuple[ScoringModel, dict[str, Any]]:
     """The model, and what the report says of it."""
     if arguments.hf_model is not None:
+        dtype = arguments.dtype or "float32"
         hugging = load_hugging_face(
             arguments.hf_model,
             tokenizer_type=arguments.tokenizer_type,
             tokenizer_model=arguments.tokenizer_model,
             vocab_size=arguments.vocab_size,
             trust_remote_code=arguments.trust_remote_code,
-            dtype=arguments.dtype,
+            dtype=dtype,
             micro_batch_size=arguments.micro_batch_size,
             memory_tables=arguments.memory_tables,
         )
-        return hugging, {"kind": "hugging face", "path": arguments.hf_model, "dtype": arguments.dtype}
+        return hugging, {"kind": "hugging face", "path": arguments.hf_model, "dtype": dtype}
     # not before: a Hugging Face model needs none of it
     from umv2_megatron.evaluation.megatron_scoring import MegatronScoringModel
     from umv2_megatron.training.restore import restore_model
@@ -131,11 +153,21 @@ def _load(arguments: argparse.Namespace) -> tuple[ScoringModel, dict[str, Any]]:
     return MegatronScoringModel(restored, arguments.micro_batch_size), described
 
 
-def _text(arguments: argparse.Namespace, model: ScoringModel, source: str, rows: int) -> dict[str, Any]:
+def _documents(arguments: argparse.Namespace, model: ScoringModel, source: str) -> list[np.ndarray]:
+    """All of ``source`` that is scored, as token ids; those of a corpus stay in its file."""
     documents = documents_of(source, model.tokenizer, append_eod=not arguments.no_append_eod)
+    held = list(limited(documents, arguments.max_tokens, model.tokenizer))
+    if not held:
+        raise ValueError(f"--data names {source}, which holds no text; give a file with some")
+    return held
+
+
+def _text(
+    arguments: argparse.Namespace, model: ScoringModel, source: str, documents: list[np.ndarray], rows: int
+) -> dict[str, Any]:
     found = text_loss(
         model,
-        limited(documents, arguments.max_tokens, model.tokenizer),
+        documents,
         form=arguments.data_form,
         context=arguments.data_context_length,
         stride=arguments.stride,
@@ -144,8 +176,11 @@ def _text(arguments: argparse.Namespace, model: ScoringModel, source: str, rows:
     return {"source": source, **dataclasses.asdict(found)}
 
 
-def _tasks(arguments: argparse.Namespace, model: ScoringModel, rows: int) -> list[dict[str, Any]]:
-    """One record per task, form, difficulty and context length, or number of times that facts were seen."""
+def _questions(arguments: argparse.Namespace, model: ScoringModel) -> list[tuple[dict[str, Any], list[Example]]]:
+    """The questions of each task, form, difficulty and context length, or number of times that facts were seen.
+
+    Raises ``ValueError`` naming the flag where a context is too short for a task or too long for ``model``.
+    """
     if not arguments.tasks:
         return []
     lengths = mixture.integers("--context-lengths", arguments.context_lengths or str(model.context))
@@ -165,10 +200,23 @@ def _tasks(arguments: argparse.Namespace, model: ScoringModel, rows: int) -> lis
                         asked.append(({**what, "times_seen": None}, made))
     if arguments.no_choices:
         asked = [(what, [dataclasses.replace(example, choices=()) for example in made]) for what, made in asked]
-    # only now: a context that is too short for a task ends the program before hours of scoring
-    return [
-        {**what, **dataclasses.asdict(summarize(examples, score(model, examples, rows)))} for what, examples in asked
-    ]
+    for what, made in asked:
+        _check_length(model, what, made)
+    return asked
+
+
+def _check_length(model: ScoringModel, what: dict[str, Any], made: list[Example]) -> None:
+    limit = model.longest_context
+    if limit is None:
+        return
+    longest = max(longest_tokens(example, lambda text: len(model.tokenizer.tokenize(text))) for example in made)
+    if longest > limit:
+        takes = f"takes {longest} tokens in its {what['form']} form, and the model's positions end at {limit}"
+        if what["context_length"] is None:
+            raise ValueError(f"--tasks holds {what['task']}, which {takes}: leave it out")
+        raise ValueError(
+            f"--context-lengths holds {what['context_length']}; {what['task']} {takes}: give {limit} or less"
+        )
 
 
 def _fact_set(arguments: argparse.Namespace) -> fact_recall.FactSet:
@@ -214,14 +262,14 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest valid one)")
     group.add_argument("--hf-model", metavar="DIR", help="directory of a Hugging Face model")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that --hf-model brings")
-    group.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of --hf-model (default: float32)")
+    group.add_argument("--dtype", choices=sorted(DTYPES), help="of --hf-model (default: float32)")
     group.add_argument(
         "--memory-tables",
         choices=("device", "cpu", "mmap"),
         help="of an export of ours: where value tables stay; mmap reads picked rows from the files (default: device)",
     )
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="for --hf-model without tokenizer files")
-    group.add_argument("--tokenizer-model", metavar="FILE", help="the tokenizer's file, where it has moved")
+    group.add_argument("--tokenizer-model", metavar="FILE", help="its file; for --load: where that has moved")
     group.add_argument("--vocab-size", type=int, help="as in training, for --tokenizer-type")
     group.add_argument("--micro-batch-size", type=int, default=8, help="rows per rank and forward pass (default: 8)")
     group = made.add_argument_group("layout of --load on the ranks of torchrun")

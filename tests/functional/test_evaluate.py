@@ -135,6 +135,17 @@ def test_mistakes_are_refused_before_anything_starts(checkpoint, tmp_path):
     for settings, words in (
         ({"load": checkpoint, "hf_model": tmp_path, "tasks": "all"}, "--hf-model"),
         ({"load": checkpoint, "memory_tables": "mmap", "tasks": "all"}, "--memory-tables"),
+        ({"load": checkpoint, "dtype": "float32", "tasks": "all"}, "--dtype is float32; it belongs to --hf-model"),
+        ({"load": checkpoint, "tokenizer_type": "ByteLevelTokenizer", "tasks": "all"}, "--tokenizer-type"),
+        ({"load": checkpoint, "vocab_size": 300, "tasks": "all"}, "--vocab-size"),
+        ({"load": checkpoint, "trust_remote_code": True, "tasks": "all"}, "--trust-remote-code is given"),
+        ({"hf_model": tmp_path, "ckpt_step": 7, "tasks": "all"}, "--ckpt-step is 7; it belongs to --load"),
+        ({"hf_model": tmp_path, "tensor_model_parallel_size": 2, "tasks": "all"}, "--tensor-model-parallel-size"),
+        ({"hf_model": tmp_path, "memory_parallel_mode": "row", "tasks": "all"}, "--memory-parallel-mode"),
+        ({"hf_model": tmp_path, "sequence_parallel": True, "tasks": "all"}, "--sequence-parallel"),
+        ({"hf_model": tmp_path, "tokenizer_model": "t.model", "tasks": "all"}, "--tokenizer-type"),
+        ({"load": checkpoint, "tasks": "fact-recall", "facts_per_frequency": 64000}, "at most 32000"),
+        ({"load": checkpoint, "tasks": "all", "output": tmp_path}, "a directory"),
         ({"load": checkpoint, "tasks": "sums"}, "'sums'"),
         ({"load": checkpoint, "tasks": "all", "num_examples": 0}, "--num-examples"),
         ({"load": checkpoint, "data": tmp_path / "none"}, "none"),
@@ -142,6 +153,36 @@ def test_mistakes_are_refused_before_anything_starts(checkpoint, tmp_path):
     ):
         with pytest.raises(UsageError, match=words):
             main(command_line(settings))
+
+
+def test_nothing_is_scored_before_everything_is_checked(tmp_path, monkeypatch):
+    """A model with learned positions, whose end is not passed either."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    program = tool("evaluate")
+    config = GPT2Config(vocab_size=257, n_positions=256, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{}\n')
+    shared = {"hf_model": tmp_path / "gpt2", "tokenizer_type": "ByteLevelTokenizer", "data": tmp_path / "text.txt"}
+    scored = []
+    monkeypatch.setattr(program, "text_loss", lambda *_, **__: scored.append("text"))
+    monkeypatch.setattr(program, "score", lambda *_: scored.append("task"))
+    for settings, more, words in (
+        ({"tasks": "key-value", "context_lengths": "256,400"}, [], "--context-lengths holds 400; .* end at 256: give"),
+        ({"tasks": "needle", "context_lengths": "256,16"}, [], "--context-lengths .* holds 16"),
+        ({"tasks": "icl", "difficulty": "2000"}, [], "--difficulty .* 4000 different words"),
+        ({}, [str(tmp_path / "empty.txt")], "--data names .*empty.txt, which holds no text"),
+        ({}, [str(tmp_path / "bad.jsonl")], "bad.jsonl:2"),
+    ):
+        argv = command_line({**settings, "num_examples": 2, **shared})
+        with pytest.raises(UsageError, match=words):
+            program.main([*argv, *more])  # more texts
+    GPT2LMHeadModel(GPT2Config(**{**config.to_dict(), "n_positions": 24})).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(UsageError, match="--tasks holds fact-recall, .* end at 24: leave it out"):
+        program.main(command_line({"tasks": "fact-recall", "max_fact_frequency": 1, **shared}))
+    assert not scored
 
 
 def test_mistakes_are_one_line(checkpoint, tmp_path):

@@ -27,8 +27,7 @@ class HuggingFaceScoringModel:
         self.tokenizer = tokenizer
         config = model.config
         self.context: int = getattr(config, "max_position_embeddings", None) or 1024
-        learned = getattr(config, "position_embedding_type", None) == "learned_absolute"
-        self.longest_context: int | None = self.context if learned else None
+        self.longest_context: int | None = longest_context(config)
         self._model = model.eval()
         self._micro_batch_size = micro_batch_size
         self._columns: int = config.vocab_size
@@ -44,6 +43,21 @@ class HuggingFaceScoringModel:
             parts.append(scores_of_logits(logits, rows[:, 1:], self.tokenizer.num_tokens))
         likelihood, best = (torch.cat(part).cpu() for part in zip(*parts))
         return TokenScores(likelihood, best)
+
+
+def longest_context(config: Any) -> int | None:
+    """Tokens beyond which a model of the transformers ``config`` cannot read; None where nothing is known to stop it.
+
+    Tables of positions have as many names as models (``wpe``, ``embed_positions``, buffers of sines, ...), and to read
+    beyond one ends the program, on a GPU without a message. So every model but ours ends at its
+    ``max_position_embeddings`` unless it rotates by position, which works at any.
+    """
+    if config.model_type == "umv2":
+        limited = config.position_embedding_type == "learned_absolute"
+    else:
+        # rope_parameters in transformers 5, rope_theta and rope_scaling before
+        limited = not any(value for name, value in config.to_dict().items() if name.startswith("rope"))
+    return getattr(config, "max_position_embeddings", None) if limited else None
 
 
 def load_hugging_face(

@@ -225,7 +225,7 @@ def test_the_tool_writes_what_preprocessing_reads(tmp_path, monkeypatch, capsys)
         (["--task", "fact-recall", "--facts-per-frequency", "10"], "--facts-per-frequency"),
         (
             ["--task", "fact-recall", "--facts-per-frequency", "64000"],
-            "--facts-per-frequency is 64000; expected at most 31936",
+            "--facts-per-frequency is 64000; expected at most 32000",
         ),
         (
             ["--task", "icl", "--difficulty", "2000"],

@@ -11,7 +11,11 @@ import torch
 from task_oracle import UniformModel
 
 from umv2_megatron.evaluation import scoring_model
-from umv2_megatron.evaluation.huggingface_scoring import HuggingFaceScoringModel, load_hugging_face
+from umv2_megatron.evaluation.huggingface_scoring import (
+    HuggingFaceScoringModel,
+    load_hugging_face,
+    longest_context,
+)
 from umv2_megatron.evaluation.scoring_model import TokenScores
 from umv2_megatron.evaluation.text_loss import documents_of, limited, text_bytes, text_loss
 from umv2_megatron.training.indexing import IndexWriter
@@ -177,6 +181,20 @@ def test_a_hugging_face_model_scores_as_transformers_says(llama, monkeypatch):
     alone = sum(text_loss(model, [ids]).loss * len(ids) for ids in documents)
     together = text_loss(model, documents, form="documents", batch=2)
     assert together.loss * together.tokens == pytest.approx(alone, rel=1e-5)
+
+
+def test_where_the_positions_of_a_model_end(llama):
+    from transformers import BloomConfig, GPT2Config, GPTJConfig, OPTConfig
+
+    from umv2_megatron.hf import UMv2Config
+
+    assert HuggingFaceScoringModel(llama, BYTES).longest_context is None
+    assert longest_context(BloomConfig()) is None
+    for kind in (GPT2Config, GPTJConfig):  # a table of weights and one of sines
+        assert longest_context(kind(n_positions=48)) == 48
+    assert longest_context(OPTConfig(max_position_embeddings=48)) == 48
+    for kind, end in (("rope", None), ("none", None), ("learned_absolute", 48)):
+        assert longest_context(UMv2Config(position_embedding_type=kind, max_position_embeddings=48)) == end
 
 
 def test_a_directory_is_loaded_or_refused(llama, tmp_path):

@@ -8,9 +8,9 @@ frequency every value of a relation is equally common: who only knows how often 
 
 The facts follow from the seed alone, and the questions from the facts: training and evaluation must name the same seed,
 number of facts and maximum. That is the one task whose training documents and questions belong together. A question in
-the *trained* form is one of the training sentences broken off before the value; in the *zero-shot* form it is a
-sentence that never occurs in training. Counts are per pass over the documents: a run that reads them twice sees each
-fact twice as often.
+the *trained* form is one of the six sentences, drawn whether or not it told this fact, broken off before the value; in
+the *zero-shot* form it is a sentence that never occurs in training. Counts are per pass over the documents: a run that
+reads them twice sees each fact twice as often.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 
 from umv2_megatron.evaluation.tasks.base import Example, Query, offer
-from umv2_megatron.evaluation.tasks.words import distinct_words, stream, word
+from umv2_megatron.evaluation.tasks.words import distinct_words, most_words, stream, word
 
 NAME = "fact-recall"
 RELATIONS = ("town", "teacher", "horse", "song")
@@ -35,6 +35,7 @@ SENTENCES = (
 )
 HELD_OUT = "Question: What is the {relation} of {person} called?\nAnswer: It is called"
 SENTENCES_PER_DOCUMENT = 8
+SURNAME_SYLLABLES = 3
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class FactSet:
             )
         if self.max_frequency < 1:
             raise ValueError(f"--max-fact-frequency is {self.max_frequency}; expected 1 or more")
+        most = most_words(SURNAME_SYLLABLES) // len(self.frequencies) // whole * whole
+        if self.per_frequency > most:
+            raise ValueError(
+                f"--facts-per-frequency is {self.per_frequency}; expected at most {most} with --max-fact-frequency "
+                f"{self.max_frequency}, because no more persons have names of their own"
+            )
 
     @property
     def frequencies(self) -> list[int]:
@@ -85,7 +92,7 @@ class FactSet:
     def facts(self) -> list[Fact]:
         """The facts in the order of their frequencies; no person has two."""
         rng, values = stream("facts", NAME, self.seed, 0), self.values
-        surnames = iter(distinct_words(rng, self.per_frequency * len(self.frequencies), 3))
+        surnames = iter(distinct_words(rng, self.per_frequency * len(self.frequencies), SURNAME_SYLLABLES))
         made = []
         for times in self.frequencies:
             told = [(relation, value) for relation in RELATIONS for value in values[relation]]

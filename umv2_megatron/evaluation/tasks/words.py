@@ -25,9 +25,21 @@ def word(rng: random.Random, syllables: int = 2) -> str:
     return "".join(rng.choice(SYLLABLES) for _ in range(syllables))
 
 
+def most_words(syllables: int) -> int:
+    """Different words of ``syllables`` syllables that are drawn at most: half of all, so that drawing stays fast."""
+    return len(SYLLABLES) ** syllables // 2
+
+
 def distinct_words(rng: random.Random, count: int, syllables: int = 2) -> list[str]:
-    """``count`` different words, in the order drawn; the first ones do not depend on ``count``."""
-    assert count <= len(SYLLABLES) ** syllables // 2, "so few words of this length exist"
+    """``count`` different words, in the order drawn; the first ones do not depend on ``count``.
+
+    Raises ``ValueError`` naming the flags of a task that can ask for too many.
+    """
+    if count > most_words(syllables):
+        raise ValueError(
+            f"--difficulty and --context-lengths (--lengths of make_tasks.py) ask for {count} different words of "
+            f"{syllables} syllables; expected at most {most_words(syllables)}: give a lower difficulty or length"
+        )
     found: dict[str, None] = {}
     while len(found) < count:
         found[word(rng, syllables)] = None
