@@ -4,11 +4,14 @@
     python tools/ablate.py examples/ablations/variants.yaml --output runs/variants --report-only
     python tools/ablate.py examples/ablations/variants.yaml --output runs/variants --slurm-array variants.sbatch
 
-The same command again goes on where it was stopped. The output directory holds a directory for every trial (its
-checkpoints, metrics.jsonl, log.txt, result.json), and report.md with its plots. docs/ablations.md describes plans.
+The same command again goes on where it was stopped. Exit code 75 (EX_TEMPFAIL) says that there is more to do, because
+a trial stopped early (--exit-interval, --exit-duration-in-mins, a signal), and that none failed. The output directory
+holds a directory for every trial (its checkpoints, metrics.jsonl, log.txt, result.json), and report.md with its plots.
+docs/ablations.md describes plans.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -42,15 +45,20 @@ def main(arguments: argparse.Namespace) -> None:
         if not 0 <= arguments.trial < len(chosen):
             raise ValueError(f"--trial is {arguments.trial}; expected 0 to {len(chosen) - 1}, the plan's trials")
         chosen = [chosen[arguments.trial]]
-    failed = 0
+    failed = stopped = 0
     if not arguments.report_only:
         for place, (trial, state) in enumerate(run_trials(plan, chosen), 1):
             print(f"[{place}/{len(chosen)}] {trial.name}: {state}", flush=True)
             failed += state.startswith("failed")
-    if arguments.trial is None:
+            stopped += state.startswith("stopped")
+    if arguments.trial is None and failed + stopped < len(chosen):
         _report(plan)
     if failed:
         raise OSError(f"{failed} of {len(chosen)} trials failed; the same command runs them again")
+    if stopped:
+        # not 0, with which an array task counts as complete, and not 1, with which a requeue would repeat a mistake
+        print(f"{stopped} of {len(chosen)} trials stopped early; the same command goes on", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
 
 
 def _report(plan: Plan) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from umv2_megatron.evaluation.curves import plot_losses
+from umv2_megatron.evaluation.curves import labelled_paths, plot_losses
 from umv2_megatron.training.metrics import read_metrics
 from umv2_megatron.training.tool_entry import run_tool
 
@@ -17,11 +17,13 @@ from umv2_megatron.training.tool_entry import run_tool
 def main(arguments: argparse.Namespace) -> None:
     """Read each run's metrics.jsonl and draw them."""
     runs = {}
-    for text in arguments.run:
-        label, separator, directory = text.partition("=")
-        if not separator:
-            label, directory = Path(text).name, text
-        runs[label] = read_metrics(directory)
+    for label, directory in labelled_paths("--run", arguments.run, lambda path: path.name).items():
+        try:
+            runs[label] = read_metrics(directory)
+        except (OSError, UnicodeError):
+            raise ValueError(
+                f"--run names {directory}; expected the --save directory of a run, with its metrics.jsonl"
+            ) from None
     plot_losses(runs, Path(arguments.output), title=arguments.title, baseline=arguments.baseline)
     print(f"wrote {arguments.output}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from umv2_megatron.evaluation.curves import labelled_paths
 from umv2_megatron.evaluation.report import draw
 from umv2_megatron.training.tool_entry import run_tool
 
@@ -17,13 +18,10 @@ from umv2_megatron.training.tool_entry import run_tool
 def main(arguments: argparse.Namespace) -> None:
     """Read what tools/evaluate.py wrote and draw the pictures."""
     reports = {}
-    for text in arguments.report:
-        label, separator, file = text.partition("=")
-        if not separator:
-            label, file = Path(text).stem, text
+    for label, file in labelled_paths("--report", arguments.report, lambda path: path.stem).items():
         try:
             reports[label] = json.loads(Path(file).read_text(encoding="utf-8"))["tasks"]
-        except (KeyError, TypeError, json.JSONDecodeError):
+        except (KeyError, TypeError, ValueError, OSError):
             raise ValueError(f"--report names {file}; expected JSON that tools/evaluate.py wrote") from None
     drawn = draw(reports, arguments.output)
     if not drawn:

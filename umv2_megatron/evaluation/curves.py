@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#8250df", "#bf8700", "#0a7e8c", "#6e7781", "#bc4c00")
+
+
+def labelled_paths(flag: str, words: list[str], default: Callable[[Path], str]) -> dict[str, str]:
+    """label -> path of each word "[LABEL=]PATH" given to ``flag``; ``default`` makes the label of a path without one.
+
+    Raises ``ValueError`` when two have the same label, of which only one would be drawn.
+    """
+    paths: dict[str, str] = {}
+    for word in words:
+        label, separator, path = word.partition("=")
+        if not separator:
+            label, path = default(Path(word)), word
+        if label in paths:
+            raise ValueError(
+                f"{flag} gives the label {label!r} to {paths[label]} and to {path}; expected a label of its own for "
+                f"each; give them as LABEL=PATH"
+            )
+        paths[label] = path
+    return paths
 
 
 def plot_losses(
@@ -21,7 +42,8 @@ def plot_losses(
     """Draw training (thin) and validation (dots) loss of each run over iterations.
 
     Args:
-        runs: label -> records of metrics.jsonl ("iteration", "lm loss", "lm loss validation").
+        runs: label -> records of metrics.jsonl ("iteration", "lm loss", "lm loss validation"; a loss of None, which
+            was not finite, is a gap).
         output: PNG to write.
         levels: label -> loss, drawn as a dashed line (such as the corpus's unigram entropy).
         marks: iterations to mark, such as interruptions.
@@ -42,8 +64,8 @@ def plot_losses(
     )
     axes = panels[0][0]
     for colour, (label, records) in zip(cycle(COLOURS), runs.items()):
-        training = [(record["iteration"], record["lm loss"]) for record in records if "lm loss" in record]
-        validation = [(r["iteration"], r["lm loss validation"]) for r in records if "lm loss validation" in r]
+        training = _curve(records, "lm loss")
+        validation = _curve(records, "lm loss validation")
         if training:
             axes.plot(*zip(*training), color=colour, linewidth=1, alpha=0.6, label=f"{label}, training")
         if validation:
@@ -61,12 +83,14 @@ def plot_losses(
     pyplot.close(figure)
 
 
+def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(iteration, loss) wherever the run has one; nan where it was not finite."""
+    return [(r["iteration"], math.nan if r[name] is None else r[name]) for r in records if name in r]
+
+
 def _plot_differences(axes: Any, runs: dict[str, list[dict[str, Any]]], baseline: str) -> None:
     """Validation loss of each run minus that of ``baseline`` at the same iterations; below zero is better."""
-    validation = {
-        label: {r["iteration"]: r["lm loss validation"] for r in records if "lm loss validation" in r}
-        for label, records in runs.items()
-    }
+    validation = {label: dict(_curve(records, "lm loss validation")) for label, records in runs.items()}
     for colour, (label, losses) in zip(cycle(COLOURS), validation.items()):
         shared = sorted(losses.keys() & validation[baseline].keys())
         if label != baseline and shared:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tools import ablate
 from umv2_megatron.evaluation.ablation import runner
 from umv2_megatron.evaluation.ablation.plan import Plan, read_plan
 from umv2_megatron.evaluation.ablation.report import mean_difference, spread, write_report
@@ -110,6 +114,9 @@ if "--config" in arguments:
     settings = yaml.safe_load(open(arguments[arguments.index("--config") + 1]))
     save = pathlib.Path(settings["save"])
     save.mkdir(parents=True, exist_ok=True)
+    reached = here / "reached"
+    last = reached.read_text() if reached.exists() else str(settings["train_iters"])
+    (save / "latest_checkpointed_iteration.txt").write_text(last)
     common = {{"lm loss": 3.0, "iteration-time": 0.5}}
     lines = [{{"iteration": i, "lm loss validation": 4 - i / 10, **common}} for i in (5, 10)]
     (save / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
@@ -155,6 +162,60 @@ def test_finished_trials_are_left_alone_and_failed_ones_run_again(
     assert result["curve"] == [[5, 3.5], [10, 3.0]] and result["tokens_per_second"] == pytest.approx(
         2 * result["tokens_per_iteration"]
     )
+
+
+def test_a_trial_that_stopped_early_is_not_finished(
+    program: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The records end before the checkpoint, as they do between two multiples of --log-interval."""
+    monkeypatch.chdir(program)
+    plan = plan_of(program, evaluate={"tasks": "needle"}, seeds=[1])
+    arguments = ablate.parser().parse_args(["plan.yaml", "--output", "out"])
+    (program / "reached").write_text("15")
+    with pytest.raises(SystemExit) as ended:
+        ablate.main(arguments)
+    assert ended.value.code == os.EX_TEMPFAIL and not (plan.output / "report.md").exists()
+    printed = capsys.readouterr()
+    assert "dense seed 1: stopped at 15 of 20 iterations; the same command goes on\n" in printed.out
+    assert printed.err == "2 of 2 trials stopped early; the same command goes on\n"
+    assert not runner.read_results(plan) and not any(call.startswith("evaluate") for call in calls(program))
+    (Path(plan.trials[0].settings["save"]) / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="other settings"):  # of the checkpoint
+        runner.check_settings(plan_of(program, seeds=[1], common={**CONTENT["common"], "lr": 0.5}).trials[0])
+    plan_of(program, evaluate={"tasks": "needle"}, seeds=[1])
+    (program / "reached").write_text("20")
+    ablate.main(arguments)
+    assert "dense seed 1: done\n" in capsys.readouterr().out and (plan.output / "report.md").exists()
+
+
+def test_the_end_of_a_run_may_be_given_in_samples(program: Path) -> None:
+    samples = 15 * plan_of(program).trials[0].run.global_batch_size
+    plan = plan_of(program, common={**CONTENT["common"], "train-iters": None, "train-samples": samples})
+    for reached, state in (("14", "stopped at 14 of 15 iterations; the same command goes on"), ("15", "done")):
+        (program / "reached").write_text(reached)
+        assert [told for _, told in runner.run_trials(plan, plan.trials[:1])] == [state]
+
+
+def test_results_of_different_evaluations_never_meet(program: Path) -> None:
+    plan = plan_of(program, evaluate={"tasks": "needle", "num-examples": 8})
+    list(runner.run_trials(plan, plan.trials[:1]))
+    same = plan_of(program, evaluate={"num_examples": 8, "tasks": ["needle"]})
+    assert len(runner.read_results(same)["dense"]) == 1
+    changed = plan_of(program, evaluate={"tasks": "needle", "num-examples": 64})
+    sentence = (
+        "plan.yaml: evaluate is --tasks needle --num-examples 64; expected --tasks needle --num-examples 8 as for "
+        "dense seed 1"
+    )
+    before = len(calls(program))
+    for refused in (lambda: runner.read_results(changed), lambda: list(runner.run_trials(changed, changed.trials[1:]))):
+        with pytest.raises(ValueError, match=sentence):
+            refused()
+    assert len(calls(program)) == before
+    file = plan.trials[0].directory / runner.RESULT
+    earlier = json.loads(file.read_text())
+    del earlier["evaluate"]
+    file.write_text(json.dumps(earlier))
+    assert len(runner.read_results(changed)["dense"]) == 1
 
 
 def test_a_run_that_diverged_is_not_judged_by_its_last_good_loss(program: Path) -> None:
@@ -248,7 +309,7 @@ def test_report_has_means_spreads_differences_and_plots(program: Path) -> None:
     text = write_report(plan, results, bytes_per_token=2.0).read_text()
     row = next(line for line in text.splitlines() if line.startswith("| umv2"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[0:2] == ["umv2", "2"] and cells[7:9] == ["-0.3000", "2"]
+    assert cells[0:2] == ["umv2", "2"] and cells[7:9] == ["-0.3000 at iteration 3", "2"]
     assert "| facts | trained | seen 4x | 37.5 (25.0 to 50.0) |" in text and "| task | form | size | umv2 |" in text
     assert "| facts | trained | seen 4x | 1.500 (1.500 to 1.500) |" in text
     assert (plan.output / "facts.png").stat().st_size > 10_000
@@ -256,6 +317,38 @@ def test_report_has_means_spreads_differences_and_plots(program: Path) -> None:
     assert (plan.output / "differences.png").stat().st_size > 10_000
     assert spread([1.0, 3.0], 1) == "2.0 (1.0 to 3.0)" and spread([2.0], 2) == "2.00"
     json.dumps(results)
+
+
+def test_the_report_of_unequal_and_of_diverged_runs(program: Path) -> None:
+    plan = plan_of(program)
+    plan.output.mkdir()
+    inf = float("inf")
+
+    def told(dense: dict[str, Any], umv2: dict[str, Any]) -> tuple[str, list[str]]:
+        text = write_report(plan, {"dense": [dense], "umv2": [umv2]}, None).read_text()
+        row = next(line for line in text.splitlines() if line.startswith("| umv2"))
+        return text, [cell.strip() for cell in row.strip("|").split("|")][5:8]
+
+    text, cells = told(result([[1, 4.0], [2, inf]]), result([[1, 3.0], [2, inf]]))
+    assert cells == ["inf", "-", "never"] and ", 640 tokens each, 2.00 hours in all (the last start" in text
+    assert told(result([[1, 4.0], [2, inf]]), result([[1, 5.0], [2, 3.0]]))[1] == ["3.0000", "-inf", "2"]
+    text, cells = told(result([[1, 4.0], [2, 3.5]]), result([[1, 3.0], [2, 2.0], [3, 1.0]], tokens=960))
+    assert cells == ["1.0000", "-1.5000 at iteration 2", "1"] and ", up to 960 tokens each" in text
+    assert told(result([[1, 4.0], [2, 3.5]]), result([[1, 3.0], [2, 2.0]]))[1] == ["2.0000", "-1.5000", "1"]
+
+
+def test_tasks_of_different_difficulty_are_not_averaged(program: Path) -> None:
+    plan = plan_of(program)
+    plan.output.mkdir()
+    needle = {"task": "needle", "form": "trained", "times_seen": None, "context_length": 64}
+    scores = [{**needle, "difficulty": d, "exact_match": 1 / d, "answer_nats": None} for d in (1, 4)]
+    group = [result([[1, 5.0]], evaluation={"tasks": [*scores, {**task(0.5), "difficulty": None}]})]
+    text = write_report(plan, {"umv2": group}, None).read_text()
+    assert "| task | form | size | difficulty | umv2 |\n| --- | --- | --- | --- | --- |" in text
+    assert "| needle | trained | 64 | 1 | 100.0 |\n| needle | trained | 64 | 4 | 25.0 |" in text
+    assert "| facts | trained | seen 4x | - | 50.0 |" in text
+    group[0]["evaluation"]["tasks"].pop(1)
+    assert "| needle | trained | 64 | 100.0 |" in write_report(plan, {"umv2": group}, None).read_text()
 
 
 def test_runs_are_compared_over_the_seeds_that_both_have() -> None:
@@ -278,3 +371,26 @@ def test_the_plans_compare_models_of_equal_operations(path: Path, tmp_path: Path
     }
     assert plan.baseline in cost
     assert all(operations == pytest.approx(cost[plan.baseline], rel=0.01) for operations in cost.values()), cost
+
+
+def test_termination_is_passed_on_and_waited_for(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "def end(*_): time.sleep(0.2); pathlib.Path('saved').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end); pathlib.Path('ready').touch(); time.sleep(60)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    tool = (
+        "import pathlib, signal, sys\n"
+        "from umv2_megatron.evaluation.ablation import runner\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "runner._call([sys.executable, 'program.py'], pathlib.Path('log'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(runner.ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-c", tool], cwd=tmp_path, env=environment) as process:
+        wait_until = time.monotonic() + 120
+        while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < wait_until:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+    assert (tmp_path / "saved").exists()

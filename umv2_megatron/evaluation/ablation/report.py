@@ -31,13 +31,15 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
         plots.append(_plot_differences(plan, results))
     plots += _plot_facts(plan, results)
     done = sum(map(len, results.values()))
-    tokens = max((r["tokens"] for group in results.values() for r in group), default=0)
+    counts = {r["tokens"] for group in results.values() for r in group}
+    tokens = ("up to " if len(counts) > 1 else "") + f"{max(counts, default=0):,}"
     hours = sum(r["seconds"] for group in results.values() for r in group) / 3600
     lines = [
         f"# {plan.path.stem}",
         "",
-        f"{done} of {len(plan.trials)} trials are done, {tokens:,} tokens each, {hours:.2f} hours in all, on "
-        f"{_machine()}. Mean over seeds, in brackets lowest to highest. Loss: nats per token on the validation set.",
+        f"{done} of {len(plan.trials)} trials are done, {tokens} tokens each, {hours:.2f} hours in all (the last start "
+        f"of a resumed trial counts alone), on {_machine()}. Mean over seeds, in brackets lowest to highest. Loss: "
+        "nats per token on the validation set.",
         "",
         *_main_table(plan, results, bytes_per_token),
         "",
@@ -89,13 +91,20 @@ def _main_table(plan: Plan, results: Results, bytes_per_token: float | None) -> 
 
 
 def _against(group: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[str]:
-    """The last difference of the mean curves, and the iteration from which on it is never above zero."""
+    """The last difference of the mean curves, and the iteration from which on it is never above zero.
+
+    The difference tells its iteration where that is not the last of every run, whose losses stand beside it. It is "-"
+    where both diverged.
+    """
     difference = mean_difference(group, baseline)
     if group is baseline or not difference:
         return ["-", "-"]
-    behind = [iteration for iteration, value in difference if value > 0]
+    behind = [iteration for iteration, value in difference if not value <= 0]  # nan included
     later = [iteration for iteration, _ in difference if not behind or iteration > behind[-1]]
-    return [f"{difference[-1][1]:+.4f}", str(later[0]) if later else "never"]
+    last, value = difference[-1]
+    ends = {result["curve"][-1][0] for result in [*group, *baseline] if result["curve"]}
+    shown = "-" if math.isnan(value) else f"{value:+.4f}" + ("" if ends == {last} else f" at iteration {last}")
+    return [shown, str(later[0]) if later else "never"]
 
 
 def shared_seeds(
@@ -128,23 +137,29 @@ def mean_difference(group: list[dict[str, Any]], baseline: list[dict[str, Any]])
 
 
 def _task_tables(results: Results) -> list[str]:
-    """Exact match and the answer's loss in every task, by form and size (context length, or times a fact was seen)."""
+    """Exact match and the answer's loss in every task, by form and size (context length, or times a fact was seen).
+
+    Where there is more than one difficulty, by difficulty, too.
+    """
     lines = []
+    several = len({task.get("difficulty") for _, task in _tasks(results)} - {None}) > 1
+    head = ["task", "form", "size", *(["difficulty"] if several else [])]
     for name, factor, digits, title in (
         ("exact_match", 100, 1, "Exact match in percent:"),
         ("answer_nats", 1, 3, "Loss of the right answer, in nats for the whole answer:"),
     ):
-        scores: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+        scores: dict[tuple[str, ...], dict[str, list[float]]] = {}
         for label, task in _tasks(results):
             if task.get(name) is not None:
                 seen = task.get("times_seen")
                 size = str(task["context_length"]) if seen is None else f"seen {seen}x"
-                place = scores.setdefault((task["task"], task["form"], size), {})
+                difficulty = [str(task.get("difficulty") or "-")] if several else []
+                place = scores.setdefault((task["task"], task["form"], size, *difficulty), {})
                 place.setdefault(label, []).append(factor * task[name])
         if not scores:
             continue
         labels = [label for label in results if any(label in by_label for by_label in scores.values())]
-        rows = [["task", "form", "size", *labels], ["---"] * (3 + len(labels))]
+        rows = [[*head, *labels], ["---"] * (len(head) + len(labels))]
         for key, by_label in scores.items():
             rows.append([*key, *(spread(by_label[label], digits) if label in by_label else "-" for label in labels)])
         lines += [title, "", *("| " + " | ".join(row) + " |" for row in rows), ""]

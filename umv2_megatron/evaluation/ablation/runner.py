@@ -23,6 +23,7 @@ from umv2_megatron.evaluation.ablation.evaluation_flags import check_evaluation_
 from umv2_megatron.evaluation.ablation.plan import Plan, Trial, preset_flag
 from umv2_megatron.evaluation.report import write_json
 from umv2_megatron.planning import count_parameters, flops_per_token
+from umv2_megatron.training.checkpoint_store import CheckpointStore
 from umv2_megatron.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -36,12 +37,15 @@ class TrialFailed(Exception):
 
 
 def run_trials(plan: Plan, trials: Iterable[Trial]) -> Iterator[tuple[Trial, str]]:
-    """Run what is not finished yet; yields every trial with "done", "was done" or "failed: ..." .
+    """Run what is not finished yet; yields every trial with "done", "was done", "stopped at ..." or "failed: ..." .
 
     Raises ``ValueError`` when the settings of a trial that has begun differ from the plan's, and before the first one
-    when a file to evaluate on is not there.
+    when a file to evaluate on is not there, or any finished trial of the plan was evaluated otherwise.
     """
     trials = list(trials)
+    for trial in plan.trials:
+        if (trial.directory / RESULT).exists():
+            _read_result(plan, trial)
     if any(not (trial.directory / RESULT).exists() for trial in trials):
         check_evaluation_files(plan.evaluate, plan.path)
     for trial in trials:
@@ -50,11 +54,10 @@ def run_trials(plan: Plan, trials: Iterable[Trial]) -> Iterator[tuple[Trial, str
             yield trial, "was done"
             continue
         try:
-            _run(plan, trial)
+            state = _run(plan, trial)
         except TrialFailed as problem:
-            yield trial, f"failed: {problem}"
-        else:
-            yield trial, "done"
+            state = f"failed: {problem}"
+        yield trial, state
 
 
 def check_settings(trial: Trial) -> None:
@@ -76,11 +79,20 @@ def check_settings(trial: Trial) -> None:
 
 
 def _begun(trial: Trial) -> bool:
-    """Whether the trial has a result, or numbers of a step."""
+    """Whether the trial has a result, a checkpoint, or numbers of a step."""
     try:
-        return (trial.directory / RESULT).exists() or bool(read_metrics(trial.settings["save"]))
+        return (
+            (trial.directory / RESULT).exists()
+            or _checkpoint_iteration(trial) is not None
+            or bool(read_metrics(trial.settings["save"]))
+        )
     except FileNotFoundError:
         return False
+
+
+def _checkpoint_iteration(trial: Trial) -> int | None:
+    """The iteration of the newest checkpoint, which is the last one trained: every orderly end of training saves."""
+    return CheckpointStore(trial.settings["save"]).read_tracker()
 
 
 def _compared(text: str) -> tuple[str, Any]:
@@ -95,7 +107,11 @@ def _compared(text: str) -> tuple[str, Any]:
     return preset, {key: value for key, value in settings.items() if key != "save"}
 
 
-def _run(plan: Plan, trial: Trial) -> None:
+def _run(plan: Plan, trial: Trial) -> str:
+    """Train, evaluate and write the result; returns the state to show.
+
+    Training ends with exit code 0, too, when --exit-interval, --exit-duration-in-mins or a signal stops it early.
+    """
     check_settings(trial)
     trial.directory.mkdir(parents=True, exist_ok=True)
     trial.settings_file.write_text(trial.settings_text(), encoding="utf-8")
@@ -103,19 +119,34 @@ def _run(plan: Plan, trial: Trial) -> None:
     begin = time.monotonic()
     _call([*program, *preset_flag(trial.preset), "--config", str(trial.settings_file)], trial.directory / LOG)
     seconds = time.monotonic() - begin
+    iteration = _checkpoint_iteration(trial)
+    if iteration is None:
+        raise TrialFailed(f"it left no checkpoint in {trial.settings['save']} (see {trial.directory / LOG})")
+    if iteration < trial.run.train_iters:
+        return f"stopped at {iteration} of {trial.run.train_iters} iterations; the same command goes on"
     if plan.evaluate:
         output = ["--output", str(trial.directory / EVALUATION), "--label", trial.label]
         tool = [*(plan.launcher or [sys.executable]), str(ROOT / "tools" / "evaluate.py")]
         _call([*tool, "--load", str(trial.settings["save"]), *output, *plan.evaluate], trial.directory / LOG)
-    write_json(trial.directory / RESULT, summary(trial, seconds))
+    write_json(trial.directory / RESULT, {**summary(trial, seconds), "evaluate": plan.evaluate})
+    return "done"
 
 
 def _call(command: list[str], log: Path) -> None:
-    """Run a command with its output appended to ``log``. Raises ``TrialFailed`` with its last line when it fails."""
+    """Run a command with its output appended to ``log``. Raises ``TrialFailed`` with its last line when it fails.
+
+    Whoever interrupts or terminates this process terminates the command, and waits for its end.
+    """
     with open(log, "ab") as file:
         file.write(("$ " + " ".join(command) + "\n").encode())
         file.flush()
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        with subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+            try:
+                code = process.wait()
+            except (KeyboardInterrupt, SystemExit):
+                process.terminate()  # on which training saves and stops
+                process.wait()
+                raise
     if code:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         told = [line for line in lines if ": error: " in line]
@@ -155,14 +186,17 @@ def summary(trial: Trial, seconds: float) -> dict[str, Any]:
 
 
 def read_results(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """Results of the finished trials by run, with what tools/evaluate.py said under ``evaluation``."""
+    """Results of the finished trials by run, with what tools/evaluate.py said under ``evaluation``.
+
+    Raises ``ValueError`` when a trial had other settings, or was evaluated otherwise, than the plan says now.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for trial in plan.trials:
         file = trial.directory / RESULT
         if not file.exists():
             continue
         check_settings(trial)
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = _read_result(plan, trial)
         # A run that diverged is worse than any other, and must not be judged by its last good loss.
         result["curve"] = [[step, math.inf if loss is None else loss] for step, loss in result["curve"]]
         evaluation = trial.directory / EVALUATION
@@ -170,6 +204,25 @@ def read_results(plan: Plan) -> dict[str, list[dict[str, Any]]]:
             result["evaluation"] = json.loads(evaluation.read_text(encoding="utf-8"))
         found.setdefault(trial.label, []).append(result)
     return found
+
+
+def _read_result(plan: Plan, trial: Trial) -> dict[str, Any]:
+    """result.json of a finished trial. Raises ``ValueError`` when it was evaluated with other flags than the plan's."""
+    file = trial.directory / RESULT
+    result = json.loads(file.read_text(encoding="utf-8"))
+    flags = result.get("evaluate", plan.evaluate)  # earlier versions did not write them
+    if _by_flag(flags) != _by_flag(plan.evaluate):
+        raise ValueError(
+            f"{plan.path}: evaluate is {' '.join(plan.evaluate) or 'left out'}; expected "
+            f"{' '.join(flags) or 'it left out'} as for {trial.name}, which is finished, because scores of different "
+            f"evaluations cannot be averaged; use another --output, or remove {file} to evaluate that trial again"
+        )
+    return result
+
+
+def _by_flag(words: list[str]) -> list[str]:
+    """Each flag with its values, sorted: the order of a plan's keys means nothing."""
+    return sorted(" ".join(["", *words]).split(" --"))
 
 
 def array_script(plan: Plan) -> str:
