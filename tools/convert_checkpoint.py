@@ -26,7 +26,7 @@ from umv2_megatron.conversion.from_hf import import_export  # noqa: E402
 from umv2_megatron.conversion.plan import parse_size  # noqa: E402
 from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint  # noqa: E402
 from umv2_megatron.training.checkpoint_contents import locate  # noqa: E402
-from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
+from umv2_megatron.training.tool_entry import read_text, run_tool  # noqa: E402
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -61,7 +61,7 @@ def verify(arguments: argparse.Namespace) -> None:
     from umv2_megatron.training.checkpointing import read_config
 
     store, iteration = locate(arguments.load, arguments.ckpt_step)
-    text = None if arguments.text is None else Path(arguments.text).read_text(encoding="utf-8")
+    text = None if arguments.text is None else read_text("--text", arguments.text)
     if text == "":
         raise ValueError(f"--text is {arguments.text}; expected a file with text in it")
     if text is not None and read_config(store, iteration)["values"]["tokenizer_type"] == "NullTokenizer":

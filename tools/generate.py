@@ -30,8 +30,9 @@ from umv2_megatron.evaluation.generation import (  # noqa: E402
     TextStream,
     generate,
 )
-from umv2_megatron.evaluation.huggingface_scoring import load_whole_model  # noqa: E402
-from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
+from umv2_megatron.evaluation.huggingface_scoring import holds_tokenizer, load_whole_model  # noqa: E402
+from umv2_megatron.training.checkpoint_store import NoCheckpointError  # noqa: E402
+from umv2_megatron.training.tool_entry import read_text, run_tool  # noqa: E402
 from umv2_megatron.training.torch_dist_io import METADATA_FILE  # noqa: E402
 
 
@@ -55,7 +56,12 @@ def load_checkpoint(arguments: argparse.Namespace) -> Loaded:
             f"--memory-tables is {arguments.memory_tables} and {arguments.load} holds checkpoints: leave it out, or "
             "give a Hugging Face export (tools/convert_checkpoint.py to-hf)"
         )
-    trained = load_trained_model(arguments.load, arguments.ckpt_step, arguments.tokenizer_model)
+    try:
+        trained = load_trained_model(arguments.load, arguments.ckpt_step, arguments.tokenizer_model)
+    except NoCheckpointError:
+        raise ValueError(
+            f"--load is {arguments.load!r}; expected a directory of checkpoints, or an export with a config.json"
+        ) from None
     print(f"iteration {trained.iteration} of {arguments.load}", file=sys.stderr)
     tokenizer, context = trained.tokenizer, trained.run.model.seq_length
     return Loaded(
@@ -85,12 +91,18 @@ def load_export(arguments: argparse.Namespace) -> Loaded:
         if config.model_type != "umv2":
             raise ValueError(f"--memory-tables is {arguments.memory_tables} and the model is a {config.model_type}")
         tables["memory_tables"] = arguments.memory_tables
+    unreadable = f"--load is {arguments.load!r}; it holds no tokenizer that transformers can read: "
+    if not holds_tokenizer(arguments.load):
+        raise ValueError(unreadable + "export it without --no-tokenizer, or bring the tokenizer.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.load, **where)
+    except Exception as error:  # the libraries of tokenizers raise plain Exception for faults in their files
+        raise ValueError(unreadable + str(error).partition("\n")[0]) from error
     model = load_whole_model(arguments.load, "--load", dtype="auto", **tables, **where).eval()
     model = model.to(cpu_platform.device())  # without the tables that have another place
-    tokenizer = AutoTokenizer.from_pretrained(arguments.load, **where)
     return Loaded(
         CachedTransformersModel(model),
-        config.max_position_embeddings,
+        getattr(config, "max_position_embeddings", None) or 1024,
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False),
         min(config.vocab_size, max(tokenizer.get_vocab().values()) + 1),
@@ -102,13 +114,28 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """The texts of --prompt and --prompt-file, else that of stdin. A file's last line end is not part of its text."""
     prompts = list(arguments.prompt or [])
     for path in arguments.prompt_file or []:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text = read_stdin() if path == "-" else read_text("--prompt-file", path)
         prompts.append(text.removesuffix("\n"))
     if not prompts:
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("there is no text to continue: give --prompt or --prompt-file, or pipe it to stdin")
-        prompts.append(sys.stdin.read().removesuffix("\n"))
+        prompts.append(read_stdin().removesuffix("\n"))
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")  # bytes of a command line that are not UTF-8 come as lone surrogates
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--prompt is {prompt!a}; expected UTF-8 text") from error
     return prompts
+
+
+def read_stdin() -> str:
+    """All of stdin. Raises ``ValueError`` where that is not UTF-8; Python may read such bytes as lone surrogates."""
+    try:
+        text = sys.stdin.read()
+        text.encode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"stdin is not UTF-8 text; pipe text to it, or give --prompt: {error}") from error
+    return text
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -116,6 +143,8 @@ def main(arguments: argparse.Namespace) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more")
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed is {arguments.seed}; expected an integer of at least 0 and below 2**63")
     prompts = read_prompts(arguments)
     path = Path(arguments.load)
     # a checkpoint's own directory, iter_*, has a config.json, too

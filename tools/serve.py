@@ -13,6 +13,7 @@ Needs what ``pip install transformers[serving]`` installs beside torch: accelera
 """
 
 import importlib.util
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -38,16 +39,31 @@ def take_memory_tables(argv: list[str]) -> str | None:
     return None
 
 
-def check(argv: list[str]) -> None:
-    """Refuse, in one sentence, what the server would answer with a traceback at the first request."""
+def check(argv: list[str], tables: str | None) -> None:
+    """Refuse, in one sentence, what the server would answer with a traceback at the first request.
+
+    ``tables`` is the value of --memory-tables.
+    """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"not installed: {', '.join(missing)}; install them with: pip install {' '.join(NEEDED)}")
     model = argv[0] if argv and not argv[0].startswith("-") else None
     if model is None:
         raise ValueError("the export to serve is missing: give its directory as the first argument")
-    if not (Path(model) / "config.json").is_file():
-        raise ValueError(f"{model} is no export: expected a directory with a config.json (convert_checkpoint.py to-hf)")
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]  # the config.json of a checkpoint, iter_*, has none
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{model} is no export: expected a directory with a config.json that names a model_type "
+            "(convert_checkpoint.py to-hf)"
+        ) from None
+    if tables is not None and kind != "umv2":
+        raise ValueError(f"--memory-tables is {tables}; leave it out: {model} is of model_type {kind}")
+    from umv2_megatron.evaluation.huggingface_scoring import holds_tokenizer
+
+    if not holds_tokenizer(model):
+        raise ValueError(f"{model} holds no tokenizer: export it without --no-tokenizer, or bring the tokenizer.json")
 
 
 def main(argv: list[str]) -> int:
@@ -56,7 +72,7 @@ def main(argv: list[str]) -> int:
     try:
         tables = take_memory_tables(argv)
         if not asked_for_help:
-            check(argv)
+            check(argv, tables)
     except ValueError as error:
         print(f"serve.py: error: {error}", file=sys.stderr)
         return 2
@@ -65,14 +81,19 @@ def main(argv: list[str]) -> int:
     import transformers
     from transformers.cli.transformers import main as transformers_main
 
-    from umv2_megatron.hf import UMv2ForCausalLM  # registers the configuration, too
+    import umv2_megatron.hf  # noqa: F401  (registers our classes)
+    from umv2_megatron.evaluation.huggingface_scoring import load_whole_model
 
     options = {} if tables is None else {"memory_tables": tables}
     # the server takes the class of a model from the package by the name in config.json, and only loads from it
-    loader = SimpleNamespace(from_pretrained=partial(UMv2ForCausalLM.from_pretrained, **options))
+    loader = SimpleNamespace(from_pretrained=partial(load_whole_model, flag="the export", **options))
     transformers.UMv2ForCausalLM = loader  # type: ignore[attr-defined]
     sys.argv = ["transformers", "serve", *argv]
-    transformers_main()
+    try:
+        transformers_main()
+    except ValueError as error:  # the server loads its model before it answers
+        print(f"serve.py: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

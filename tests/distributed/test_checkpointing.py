@@ -286,7 +286,7 @@ def refused(root: str, *layouts: Layout, **kwargs: Any) -> list[str]:
 
 def test_nothing_to_load_is_told_alike_on_every_rank(tmp_path):
     first, second = run_ranks(2, refused, str(tmp_path), Layout())
-    assert first == second and first[0].startswith("NoCheckpointError: ") and "--allow-fresh" in first[0]
+    assert first == second and first[0].startswith("NoCheckpointError: ") and "--load" in first[0]
 
 
 def test_another_model_is_refused_by_name_on_every_rank(tmp_path):

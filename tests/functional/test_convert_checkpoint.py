@@ -172,6 +172,19 @@ def test_what_transformers_saves_becomes_a_checkpoint(plain, tmp_path):
     assert torch.equal(load_file(shard_of(plain[1], name))[name] * 2, again[name])
 
 
+def test_the_end_of_documents_and_a_chat_template_go_along(tmp_path):
+    save = saved(tmp_path, tokenizer_type="ByteLevelTokenizer", vocab_size=257)
+    export, bare = to_hf(save, tmp_path / "export"), to_hf(save, tmp_path / "bare", with_tokenizer=False)
+    for folder in (export, bare):
+        for name in ("config.json", "generation_config.json"):
+            config = json.loads((folder / name).read_text())
+            assert config["eos_token_id"] == config["bos_token_id"] == 256, (folder, name)
+    assert not (bare / "tokenizer.json").exists()
+    (export / "chat_template.jinja").write_text("{{ messages }}")
+    again = to_hf(from_hf(export, tmp_path / "back"), tmp_path / "again")
+    assert (again / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
 # -- killed --------------------------------------------------------------------------------------------------------
 
 

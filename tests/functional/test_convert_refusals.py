@@ -357,6 +357,11 @@ def test_the_tool_ends_a_mistake_in_one_line(plain, tmp_path):
         (("--tokens", "0"), "--tokens is 0; expected 1 or more"),
         (("--text", os.devnull), f"--text is {os.devnull}; expected a file with text in it"),
         (
+            ("--text", "/nowhere/text"),
+            "--text is /nowhere/text; expected a readable UTF-8 text file: [Errno 2] No such file or directory: "
+            "'/nowhere/text'",
+        ),
+        (
             ("--text", __file__),
             f"--text is {__file__}, but the checkpoint has no tokenizer to read it; leave --text away",
         ),

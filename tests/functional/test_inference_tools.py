@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "functional"))
 
-from conversions import forked, saved, to_hf  # noqa: E402
+from conversions import edit_json, forked, saved, to_hf  # noqa: E402
 
 SERVING = ("accelerate", "fastapi", "openai", "uvicorn")
 
@@ -94,7 +94,15 @@ def refusals(run: str, export: str, folder: str) -> list[str]:
     from safetensors.torch import load_file, save_file
 
     found = []
-    lacking, cut = (shutil.copytree(export, Path(folder, name)) / "model.safetensors" for name in ("lacking", "cut"))
+    names = ("lacking", "cut", "other", "mute", "garbled")
+    copies = [shutil.copytree(export, Path(folder, name)) for name in names]
+    lacking, cut = (copy / "model.safetensors" for copy in copies[:2])
+    edit_json(copies[2] / "config.json", lambda config: config.update(vocab_size=250))
+    for path in copies[3].glob("tokenizer*"):
+        path.unlink()
+    (copies[4] / "tokenizer.json").write_text("{}")
+    bad = Path(folder, "bad.txt")
+    bad.write_bytes(b"\xff\xfe")
     save_file({key: value for key, value in load_file(lacking).items() if key != MISSING}, lacking, {"format": "pt"})
     cut.write_bytes(cut.read_bytes()[:-8])
     for argv in (
@@ -104,9 +112,17 @@ def refusals(run: str, export: str, folder: str) -> list[str]:
         ["--load", export, "--max-new-tokens", "0", "--prompt", "x"],
         ["--load", str(lacking.parent), "--prompt", "x"],
         ["--load", str(cut.parent), "--prompt", "x"],
+        ["--load", str(copies[2]), "--prompt", "x"],
+        ["--load", str(copies[3]), "--prompt", "x"],
+        ["--load", str(copies[4]), "--prompt", "x"],
+        ["--load", str(Path(folder, "nosuch")), "--prompt", "x"],
+        ["--load", export, "--seed", "99999999999999999999", "--prompt", "x"],
+        ["--load", export, "--prompt-file", str(bad)],
+        ["--load", export, "--prompt", "\udcff"],
+        ["--load", export],
     ):
         try:
-            found.append(generated(argv))
+            found.append(generated(argv, "\udcff"))
         except ValueError as error:
             found.append(str(error))
     return found
@@ -115,15 +131,75 @@ def refusals(run: str, export: str, folder: str) -> list[str]:
 def test_wrong_flags_and_damaged_exports_are_named(run, export, tmp_path):
     messages = forked(refusals, str(run), str(export), str(tmp_path))
     words = ("--memory-tables is mmap", "--ckpt-step is 2", "--temperature is -1", "--max-new-tokens is 0", MISSING,
-             "cut")  # fmt: skip
+             "cut", "its weights have other shapes than its config.json says", "it holds no tokenizer",
+             "garbled'; it holds no tokenizer", "nosuch'; expected a directory of checkpoints, or an export",
+             "--seed is 99999999999999999999",
+             f"--prompt-file is {tmp_path / 'bad.txt'}; expected a readable", "--prompt is '\\udcff'",
+             "stdin is not UTF-8")  # fmt: skip
     for message, word in zip(messages, words, strict=True):
-        assert word in message
+        assert word in message and "\n" not in message
+
+
+def of_another_class(folder: str) -> str:
+    """What an export of a model without max_position_embeddings writes."""
+    from tokenizers import Tokenizer, models
+    from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {chr(97 + i): i for i in range(26)}
+    model = BloomForCausalLM(BloomConfig(vocab_size=26, hidden_size=16, n_layer=1, n_head=2))
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=vocabulary, merges=[]))).save_pretrained(folder)
+    return generated(["--load", folder, "--prompt", "abc", "--max-new-tokens", "5"])
+
+
+def test_a_model_that_names_no_longest_context_generates(tmp_path):
+    assert forked(of_another_class, str(tmp_path)).startswith("abc")
 
 
 def test_serve_refuses_in_one_line(tmp_path):
     for argv, word in ((["model", "--memory-tables", "ram"], "--memory-tables"), ([str(tmp_path)], "serve.py: error")):
         done = subprocess.run([sys.executable, "tools/serve.py", *argv], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def refusals_to_serve(run: str, export: str, folder: str) -> list[str]:
+    """The messages of models that must be refused before the server's own packages are needed."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import serve
+
+    serve.NEEDED = ()
+    other, mute = (shutil.copytree(export, Path(folder, name)) for name in ("other", "mute"))
+    edit_json(other / "config.json", lambda config: config.update(model_type="llama"))
+    for path in mute.glob("tokenizer*"):
+        path.unlink()
+    found = []
+    for model, tables in ((f"{run}/iter_0000002", None), (other, "mmap"), (mute, None)):
+        try:
+            serve.check([str(model)], tables)
+        except ValueError as error:
+            found.append(str(error))
+    serve.check([export], "mmap")
+    return found
+
+
+def test_serve_refuses_what_it_cannot_serve(run, export, tmp_path):
+    messages = forked(refusals_to_serve, str(run), str(export), str(tmp_path))
+    for message, word in zip(messages, ("is no export", "--memory-tables is mmap", "no tokenizer"), strict=True):
+        assert word in message and "\n" not in message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not installed(*SERVING), reason="the packages of transformers[serving] are not installed")
+def test_the_server_does_not_start_with_a_part_of_a_model(export, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    lacking = shutil.copytree(export, tmp_path / "lacking") / "model.safetensors"
+    save_file({key: value for key, value in load_file(lacking).items() if key != MISSING}, lacking, {"format": "pt"})
+    command = [sys.executable, "tools/serve.py", str(lacking.parent), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("serve.py: error: ") and MISSING in last
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,98 @@ def test_asked_to_stop(number, corpus, tmp_path):
         ]
         assert records[0] == records[1]
         assert finished.weights == whole.weights
+
+
+def tell_evaluations() -> None:
+    """Print what is evaluated before it is."""
+    from umv2_megatron.training.loop import Trainer
+
+    evaluate = Trainer.evaluate
+
+    def told(trainer, what="validation"):
+        print(f"evaluating: {what}", flush=True)
+        return evaluate(trainer, what)
+
+    Trainer.evaluate = told
+
+
+@pytest.mark.parametrize("what", ["validation", "test"])
+def test_asked_to_stop_with_nothing_to_save(what, tmp_path):
+    """An evaluation that is not part of the training does not outlive a signal."""
+    save = tmp_path / "run"
+    train(1, tiny_run(train_iters=1, save=save), tmp_path / "o")
+    training = {"skip_train": True} if what == "validation" else {"train_iters": 1}
+    job = Job(1, tiny_run(save=save, eval_iters=1000, **training), tmp_path / "o", tell_evaluations)
+    try:
+        job.wait_for(f"evaluating: {what}")
+        job.send(signal.SIGTERM)
+        assert job.wait().codes == [-signal.SIGTERM]
+    finally:
+        job.kill()
+
+
+def ask_at_last_save(rank: int) -> None:
+    """Have ``rank`` be sent SIGTERM before it saves, when the ranks have agreed to go on."""
+    import torch
+
+    from umv2_megatron.training.loop import Trainer
+
+    save_now = Trainer.save_now
+
+    def asked(trainer):
+        if torch.distributed.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save_now(trainer)
+
+    Trainer.save_now = asked
+
+
+def test_asked_to_stop_during_the_last_save(tmp_path):
+    """Both ranks save and leave out the test set, which the same command makes up for."""
+    argv = tiny_run(train_iters=2, save=tmp_path / "run", eval_iters=1)
+    stopped = train(2, argv, tmp_path / "o", ask_at_last_save, (0,))
+    assert "stopping after iteration 2 as asked" in stopped.text and "test loss" not in stopped.text
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert "test loss at iteration 2" in train(2, argv, tmp_path / "o").text
+
+
+def start_slowly() -> None:
+    """Have the start, from the model on, take a minute by the clock."""
+    from umv2_megatron.training import pretrain
+
+    build, now = pretrain.build_training_state, time.monotonic
+
+    def slow(*arguments):
+        time.monotonic = lambda: now() + 60
+        return build(*arguments)
+
+    pretrain.build_training_state = slow
+
+
+def test_time_limit_counts_from_the_start_of_the_program(tmp_path):
+    argv = tiny_run(train_iters=4, save=tmp_path / "run", exit_duration_in_mins=1)
+    assert "stopping after iteration 1 as asked" in train(1, argv, tmp_path / "o", start_slowly).text
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "last", "consumed"),
+    [({"train_iters": 16}, 4, 16, 64 + 8 * 4), ({"train_iters": None, "train_samples": 128}, 16, 12, 128)],
+    ids=["iterations", "samples"],
+)
+def test_another_batch_from_the_middle_on(length, batch, last, consumed, corpus, tmp_path):
+    """The run goes on to its length, on a corpus of fewer samples than it takes; so does one that is interrupted."""
+    changes = {**length, "split": "1,9,90", "eval_iters": 0, "save_interval": None}
+    first = run_on(corpus, tmp_path / "run", **{**changes, "exit_interval": 8})
+    train(1, first, tmp_path / "o")
+    shutil.copytree(tmp_path / "run", tmp_path / "interrupted")
+    changes |= {"global_batch_size": batch}
+    done = train(1, run_on(corpus, tmp_path / "run", **changes, allow_config_change=True), tmp_path / "o")
+    assert f"iteration {last:8d}/{last:8d} | consumed samples: {consumed:12d} |" in done.text
+    argv = run_on(corpus, tmp_path / "interrupted", **changes, exit_interval=10, allow_config_change=True)
+    train(1, argv, tmp_path / "o")
+    again = train(1, run_on(corpus, tmp_path / "interrupted", **changes), tmp_path / "o")
+    assert "loaded checkpoint of iteration 10 " in again.text
+    assert_same_run(again, tmp_path / "interrupted", done, tmp_path / "run")
 
 
 def test_exit_interval_and_a_finished_run_started_again(corpus, tmp_path):

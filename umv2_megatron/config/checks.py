@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 from umv2_megatron.config.flags import UsageError, option_table
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.schedule_checks import check_learning_rates
+from umv2_megatron.config.schedule_checks import refuse as _refuse
 
 _EXPERT_SETTINGS = ("num_moe_experts", "expert_model_parallel_size")
 _BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
@@ -41,10 +42,6 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
         _check_expert_biases(run)
     run.transformer_config()
     run.optimizer_config()
-
-
-def _refuse(flag: str, value: Any, expected: str) -> None:
-    raise UsageError(f"--{flag} is {value}; expected {expected}")
 
 
 def _check_shapes(run: RunConfig) -> None:
@@ -360,16 +357,7 @@ def _check_schedule(run: RunConfig) -> None:
         )
     if run.virtual_pipeline_size:
         _check_interleaving(run)
-    if run.lr is None or run.lr <= 0 or run.min_lr > run.lr or run.min_lr < 0:
-        _refuse("lr", run.lr, f"a number above 0 and at least --min-lr ({run.min_lr})")
-    horizon = training.lr_decay_iters or run.train_iters
-    if not training.skip_train and training.lr_warmup_iters >= max(horizon, 1):
-        _refuse("lr-warmup-iters", training.lr_warmup_iters, f"fewer than the {horizon} iterations of the decay")
-    if training.lr_decay_style == "WSD":
-        if not training.lr_wsd_decay_iters:
-            _refuse("lr-wsd-decay-iters", None, "a number of iterations with --lr-decay-style WSD")
-        elif training.lr_wsd_decay_iters > horizon and not training.skip_train:
-            _refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, f"at most the {horizon} iterations of the decay")
+    check_learning_rates(run)
     if training.save_interval and not training.save:
         _refuse("save-interval", training.save_interval, "--save with a directory too")
     if run.data.has_split_paths and run.data.valid_data_path is None and training.eval_iters:

@@ -8,6 +8,7 @@ another variant than the layers below have.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from umv2_megatron.config.flags import SECTIONS, UsageError, option_table, parse
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.config.training_config import ModelConfig
+from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
 from umv2_megatron.config.variants import variant_defaults
 
 
@@ -34,24 +35,29 @@ def resolve(
     program: str = "pretrain_umv2.py",
     description: str = "",
     for_training: bool = True,
-    checkpoint_values: Callable[[str, int | None], dict[str, Any]] | None = None,
+    checkpoint_values: Callable[[TrainingConfig], tuple[str, dict[str, Any]] | None] | None = None,
 ) -> RunConfig:
     """Read a command line and check it. Raises ``UsageError``; starts nothing and writes nothing.
 
-    ``checkpoint_values(directory, step)`` gives the settings of a checkpoint; with --use-checkpoint-args its model and
-    memory sizes take the place of a preset.
+    ``checkpoint_values(training)`` gives the directory and the settings of the checkpoint that a run of these flags
+    loads, None where it loads none; with --use-checkpoint-args its model and memory sizes take the place of a preset.
     """
     flags, preset, config_file = parse_flags(argv, program, description)
     layers: list[tuple[str, dict[str, Any]]] = []
     file = {} if config_file is None else read_mapping(_read_yaml(config_file), config_file)
     given = {**file, **flags}
-    directory = given.get("load") or given.get("save")
-    if given.get("use_checkpoint_args") and directory and checkpoint_values is not None:
+    if given.get("use_checkpoint_args") and checkpoint_values is not None:
+        own = {field.name for field in dataclasses.fields(TrainingConfig)}
         try:
-            saved = checkpoint_values(directory, given.get("ckpt_step"))
+            found = checkpoint_values(TrainingConfig(**{key: given[key] for key in own & given.keys()}))
         except ValueError as error:
             raise UsageError(f"--use-checkpoint-args: {error}") from error
-        layers.append((f"checkpoint in {directory}", model_values(saved)))
+        if found is None:
+            raise UsageError(
+                "--use-checkpoint-args is on; expected a checkpoint in --load or --save to take the sizes from; give "
+                "its directory, or leave the flag out"
+            )
+        layers.append((f"checkpoint in {found[0]}", model_values(found[1])))
     if preset is not None:
         if preset not in PRESETS:
             raise UsageError(f"--model-preset is {preset!r}; expected one of {', '.join(PRESETS)}")
@@ -146,6 +152,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _fill_derived_defaults(run: RunConfig) -> None:
     """Defaults that follow from other settings."""
     changes: dict[str, Any] = {}
+    for value, fraction in (("lr_warmup_iters", "lr_warmup_fraction"), ("lr_warmup_init", "lr_warmup_init_fraction")):
+        if run.sources.get(value) == "flag" and run.sources.get(fraction, "flag") != "flag":
+            changes[fraction] = None  # a flag is over a file, whose fraction would be over the value
     if run.transformer_impl == "auto":
         has_engine = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
         changes["transformer_impl"] = "transformer_engine" if has_engine else "local"

@@ -86,9 +86,16 @@ class RunConfig:
 
     @property
     def train_iters(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run, with this batch from its first step on."""
+        return self.last_iteration(0, 0)
+
+    def last_iteration(self, iteration: int, consumed_samples: int) -> int:
+        """The iteration at which a run ends that stands at ``iteration`` and has used ``consumed_samples``.
+
+        It differs from ``train_iters`` where --train-samples says the length and earlier steps had another batch.
+        """
         if self.training.train_samples:
-            return self.training.train_samples // self.global_batch_size
+            return iteration + max(0, self.training.train_samples - consumed_samples) // self.global_batch_size
         return self.training.train_iters or 0
 
     @property

@@ -41,7 +41,8 @@ def write_config(directory: Path, config: Any) -> None:
     from transformers import GenerationConfig
 
     config.save_pretrained(directory)
-    GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.eos_token_id).save_pretrained(directory)
+    end = config.eos_token_id
+    GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=end, pad_token_id=end).save_pretrained(directory)
 
 
 def shard_names(count: int) -> list[str]:

@@ -35,6 +35,7 @@ from umv2_megatron.conversion.plan import (
 from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import DTYPES, ConversionError
 from umv2_megatron.conversion.settings import megatron_values, read_hf_config, sizes_of
+from umv2_megatron.conversion.tokenizer_files import CHAT_TEMPLATE
 from umv2_megatron.hf.name_table import pairings
 from umv2_megatron.training import checkpointing
 from umv2_megatron.training.checkpoint_store import CheckpointStore
@@ -45,7 +46,7 @@ from umv2_megatron.training.torch_dist_io import count_written
 ITERATION = 0
 """A run that starts from the checkpoint counts its own iterations from here."""
 _TRAINED = (torch.float32, torch.bfloat16)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", CHAT_TEMPLATE)
 
 
 def import_export(

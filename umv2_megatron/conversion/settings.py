@@ -121,7 +121,8 @@ def context_of(values: dict[str, Any]) -> int:
 
 
 def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: int | None) -> UMv2Config:
-    """The export's configuration for a checkpoint's ``config``; ``eod`` is the end-of-document token."""
+    """The export's configuration for a checkpoint's ``config``; ``eod`` is the end-of-document token, which in training
+    begins documents, too."""
     values = config["values"]
     known = UMv2Config().to_dict()
     with_memory = has_memory(values["ffn_variant"])
@@ -146,6 +147,7 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
         attention_out_bias=values["add_bias_linear"],
         mlp_bias=values["add_bias_linear"],
         memory_table_chunk_rows=chunk_rows if with_memory else None,
+        bos_token_id=eod,
         eos_token_id=eod,
         dtype=str(dtype).removeprefix("torch."),
         architectures=["UMv2ForCausalLM"],

@@ -23,7 +23,7 @@ from umv2_megatron.conversion.plan import Copy, assemble, check_source, copies_t
 from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import ConversionError, SafetensorsWriter
 from umv2_megatron.conversion.settings import chunk_rows_below, hf_config, refuse_unsupported, sizes_of
-from umv2_megatron.conversion.tokenizer_files import export_tokenizer
+from umv2_megatron.conversion.tokenizer_files import end_of_documents, export_tokenizer
 from umv2_megatron.hf.name_table import Pairing, pairings
 from umv2_megatron.training import checkpointing
 from umv2_megatron.training.checkpoint_store import CheckpointError, CheckpointStore, Manifest
@@ -40,7 +40,8 @@ class ExportOptions:
     """What the user may choose.
 
     dtype: of the weights, None keeps the checkpoint's; max_shard_bytes: largest file of tensors; tokenizer_model: the
-    tokenizer's file where it is no longer where training found it; with_tokenizer: False leaves the tokenizer out.
+    tokenizer's file where it is no longer where training found it; with_tokenizer: False leaves the tokenizer out, but
+    its end-of-document token is still looked up.
     """
 
     dtype: torch.dtype | None = None
@@ -152,9 +153,10 @@ def _write_files(
     there = sum(path.stat().st_size for path in work.iterdir())
     check_space(work, sum(copy.info.num_bytes for copy in copies) - there)
     _write_tensors(source, groups, work, journal, say)
-    eod = None
     if options.with_tokenizer:
         eod = export_tokenizer(source.config, work, options.tokenizer_model, say)
+    else:
+        eod = end_of_documents(source.config, options.tokenizer_model, say)
     remove_path(work / _JOURNAL)
     return eod, journal.files
 

@@ -2,7 +2,7 @@
 
 Whatever the kind, the result is one ``tokenizer.json`` that AutoTokenizer loads without code of ours:
 
-- HuggingFaceTokenizer: the run's own file, as it is;
+- HuggingFaceTokenizer: the run's own file, without what would add tokens to a text or cut it;
 - SentencePieceTokenizer: BPE or unigram pieces, scores and normalisation read from the model's protobuf;
 - ByteLevelTokenizer: 256 bytes and the end of documents, as a byte-level BPE without merges;
 - NullTokenizer: numbers in, numbers out; there is no tokenizer to export.
@@ -12,7 +12,10 @@ Before anything is written both tokenizers encode texts of many kinds; one id th
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,13 @@ from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.conversion.settings import context_of
 from umv2_megatron.training.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer
 
+CHAT_TEMPLATE = "chat_template.jinja"
 _SPACE = "\u2581"
+# Settings of a tokenizer_config.json that name code, or inputs that the model has not, or that change the ids, which
+# tokenizer.json alone says.
+_NOT_KEPT = ("auto_map", "backend", "model_input_names", "add_bos_token", "add_eos_token", "added_tokens_decoder",
+             "fix_mistral_regex")  # fmt: skip
+_LISTS_OF_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 
 PARAGRAPH = (
     "The memory of a model need not lie where its arithmetic is done. A token that looks up thirty-two rows of a table "
@@ -58,14 +67,18 @@ def export_tokenizer(
     cannot be read, and ``ConversionError`` where the exported tokenizer gives other ids.
     """
     values = config["values"]
-    kind, model = values["tokenizer_type"], tokenizer_model or values["tokenizer_model"]
-    if kind == "NullTokenizer":
+    if values["tokenizer_type"] == "NullTokenizer":
         say("the run's tokenizer is NullTokenizer, which has no text: no tokenizer is exported")
         return None
-    tokenizer = build_tokenizer(kind, model, values["vocab_size"])
+    model = tokenizer_model or values["tokenizer_model"]
+    tokenizer = build_tokenizer(values["tokenizer_type"], model, values["vocab_size"])
+    settings: dict[str, Any] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        given = Path(model)
-        text = (given / "tokenizer.json" if given.is_dir() else given).read_text(encoding="utf-8")
+        given = Path(model) / "tokenizer.json" if Path(model).is_dir() else Path(model)
+        text = _only_text(given.read_text(encoding="utf-8"))
+        settings = _given_settings(given.parent, text)
+        if (given.parent / CHAT_TEMPLATE).is_file():
+            shutil.copyfile(given.parent / CHAT_TEMPLATE, directory / CHAT_TEMPLATE)
     elif isinstance(tokenizer, SentencePieceTokenizer):
         text = _from_sentencepiece(Path(model)).to_str()
     else:
@@ -74,9 +87,10 @@ def export_tokenizer(
     end = _token_of(text, tokenizer.eod)
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     settings = {
+        "pad_token": end,
+        **settings,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end,
-        "pad_token": end,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_of(values),
     }
@@ -84,21 +98,93 @@ def export_tokenizer(
     return tokenizer.eod
 
 
+def end_of_documents(config: dict[str, Any], tokenizer_model: str | None, say: Callable[[str], None]) -> int | None:
+    """The id of the end-of-document token of a checkpoint's ``config``.
+
+    Returns None for a NullTokenizer, and with a line to ``say`` where the tokenizer's file cannot be read.
+    """
+    values = config["values"]
+    if values["tokenizer_type"] == "NullTokenizer":
+        return None
+    try:
+        model = tokenizer_model or values["tokenizer_model"]
+        return build_tokenizer(values["tokenizer_type"], model, values["vocab_size"]).eod
+    except ValueError as error:
+        say(f"the export names no end-of-document token, so that generating does not end by itself: {error}")
+        return None
+
+
 def check_same_ids(tokenizer: Tokenizer, text: str) -> None:
-    """Compare the ids of ``tokenizer`` with those of a tokenizer.json. Raises ``ConversionError`` for a difference."""
+    """Compare the ids of ``tokenizer`` with those of a tokenizer.json, which must not add any to a text by itself.
+    Raises ``ConversionError`` for a difference."""
     import tokenizers
 
     exported = tokenizers.Tokenizer.from_str(text)
-    exported.no_truncation()
-    exported.no_padding()
-    for sample in _TEXTS:
-        expected, found = tokenizer.tokenize(sample), exported.encode(sample, add_special_tokens=False).ids
+    for sample, special in itertools.product(_TEXTS, (False, True)):
+        expected, found = tokenizer.tokenize(sample), exported.encode(sample, add_special_tokens=special).ids
         if expected != found:
             at = next((i for i, pair in enumerate(zip(expected, found)) if pair[0] != pair[1]), len(expected))
             raise ConversionError(
                 f"the tokenizer cannot be exported with the same ids: {sample[:40]!r} gives {expected[at : at + 4]} "
                 f"and {found[at : at + 4]} from token {at} on; give --no-tokenizer, and use the run's own tokenizer"
             )
+
+
+def _only_text(text: str) -> str:
+    """A tokenizer.json without its truncation, padding, and post-processors that add tokens: training has none of them,
+    and tokenizer(prompt) in transformers would apply all. One that has none stays as it is, and so keeps its hash."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_str(text)
+    adds = any(made.num_special_tokens_to_add(is_pair) for is_pair in (False, True))
+    if made.truncation is None and made.padding is None and not adds:
+        return text
+    content = json.loads(text)
+    content["truncation"] = content["padding"] = None
+    if adds:
+        content["post_processor"] = _byte_level_part(content["post_processor"])
+    return json.dumps(content, ensure_ascii=False, indent=2)
+
+
+def _byte_level_part(processor: dict[str, Any]) -> dict[str, Any] | None:
+    """What of a post-processor adds no tokens: ByteLevel, which places words in the text."""
+    if processor["type"] != "Sequence":
+        return processor if processor["type"] == "ByteLevel" else None
+    parts = [part for each in processor["processors"] if (part := _byte_level_part(each)) is not None]
+    return {**processor, "processors": parts} if parts else None
+
+
+def _given_settings(folder: Path, text: str) -> dict[str, Any]:
+    """The settings beside a run's tokenizer.json (its content: ``text``) that an export keeps: names of tokens that it
+    has, its chat template, and others that leave ids alone."""
+    import tokenizers
+
+    vocabulary = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+    given: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            given |= json.loads((folder / name).read_text(encoding="utf-8"))
+    kept: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in _NOT_KEPT:
+            continue
+        if key in _LISTS_OF_TOKENS and isinstance(value, list):
+            value = [token for each in value if (token := _content(each)) in vocabulary]
+        elif key in _LISTS_OF_TOKENS and isinstance(value, dict):
+            value = {name: token for name, each in value.items() if (token := _content(each)) in vocabulary}
+        elif key.endswith("_token"):
+            # transformers would give a token that the vocabulary lacks an id beyond the model's
+            value = _content(value)
+            if value not in vocabulary:
+                continue
+        kept[key] = value
+    return kept
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which these files write as it is or with its properties; tokenizer.json has those, too."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def _token_of(text: str, number: int) -> str:

@@ -36,10 +36,17 @@ class Sampling:
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
-    """One token id per row of ``logits`` [b, vocabulary]; int64 [b]."""
+    """One token id per row of ``logits`` [b, vocabulary]; int64 [b]. Raises ``ValueError`` for NaN and infinities."""
+    largest = logits.amax(-1, keepdim=True)  # NaN where there is one; -inf in single places forbids tokens
+    if not largest.isfinite().all():
+        raise ValueError(
+            "the model's logits are NaN or infinite; give a model from before its training diverged by --load"
+        )
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scaled = logits.float() / sampling.temperature
+    # the likeliest token is at 0 and the others below, so that no temperature, however small, makes an infinity
+    smallest = torch.finfo(torch.float32).tiny
+    scaled = (logits.float() - largest.float()) / max(sampling.temperature, smallest)
     if sampling.top_k:
         kth = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[:, -1:]
         scaled = scaled.masked_fill(scaled < kth, -torch.inf)
@@ -84,8 +91,11 @@ class CachedModel:
     """Logits of the next token, with keys and values of earlier tokens kept from call to call.
 
     When a call's tokens begin with those of the call before, only the further ones are computed; otherwise (another
-    prompt, or a full context out of which old tokens drop) everything is, from the start.
+    prompt, or a full context out of which old tokens drop) everything is, from the start. So it is at every call of a
+    model without a cache (``has_cache`` False).
     """
+
+    has_cache = True
 
     def __init__(self) -> None:
         self._seen: list[int] = []
@@ -99,7 +109,7 @@ class CachedModel:
             known = 0
             self.forget()
         logits = self.forward(tokens[:, known:].to(cpu_platform.device()), known)
-        self._seen = wanted
+        self._seen = wanted if self.has_cache else []
         return logits
 
     def forget(self) -> None:
@@ -154,7 +164,8 @@ class CachedTransformersModel(CachedModel):
 
     def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
         output = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
+        self._cache = getattr(output, "past_key_values", None)
+        self.has_cache = self._cache is not None  # Mamba and its like keep a state of another kind
         return output.logits[:, -1]
 
 
@@ -162,7 +173,8 @@ class TextStream:
     """The text of token ids that come one by one, as soon as it is certain.
 
     A token may be a part of a character, and a tokenizer may write a space only between two tokens. So a few tokens
-    before the new ones are always decoded with them, and text that ends in an unfinished character waits.
+    before the new ones are always decoded with them, and text that ends in an unfinished character waits. The first of
+    them begins a character: decoders of byte pieces give up a whole run of them for one part of a character in it.
 
     Args:
         detokenize: text of token ids.
@@ -170,11 +182,11 @@ class TextStream:
     """
 
     _OVERLAP = 8
+    _LONGEST = 4  # bytes, and so tokens, of a character of UTF-8
 
     def __init__(self, detokenize: Callable[[Iterable[int]], str], prompt: list[int]) -> None:
         self._detokenize = detokenize
-        self._ids = prompt[-self._OVERLAP :]
-        self._given = len(self._ids)
+        self._keep(prompt)
 
     def add(self, token: int) -> str:
         """The text that is new with ``token``, often empty."""
@@ -182,13 +194,21 @@ class TextStream:
         text = self._waiting()
         if not text or text.endswith("\ufffd"):
             return ""
-        self._ids = self._ids[-self._OVERLAP :]
-        self._given = len(self._ids)
+        self._keep(self._ids)
         return text
 
     def end(self) -> str:
         """What has waited for the rest of a character that never came."""
         return self._waiting()
+
+    def _keep(self, ids: list[int]) -> None:
+        """Go on from the last ``_OVERLAP`` of ``ids``, or from up to three more; their text has been given."""
+        latest = max(0, len(ids) - self._OVERLAP)
+        starts = range(latest, max(-1, latest - self._LONGEST), -1)
+        # inside a character there is at least one more U+FFFD; one that the text itself holds is in all
+        start = min(starts, key=lambda start: self._detokenize(ids[start:]).count("\ufffd"))
+        self._ids = ids[start:]
+        self._given = len(self._ids)
 
     def _waiting(self) -> str:
         return self._detokenize(self._ids)[len(self._detokenize(self._ids[: self._given])) :]

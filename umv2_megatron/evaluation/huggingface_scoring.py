@@ -118,7 +118,7 @@ def load_hugging_face(
 
 def load_whole_model(directory: str, flag: str, **options: Any) -> Any:
     """``AutoModelForCausalLM.from_pretrained``, which gives random weights to tensors that it does not find: here
-    ``ValueError`` naming ``flag`` and the tensor, also for files that cannot be read."""
+    ``ValueError`` naming ``flag`` and the tensor, also for files that cannot be read or do not fit config.json."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -126,10 +126,21 @@ def load_whole_model(directory: str, flag: str, **options: Any) -> Any:
         model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
     except SafetensorError as error:
         raise ValueError(f"{flag} is {directory!r}; its weights cannot be read: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{flag} is {directory!r}; its weights have other shapes than its config.json says: export it again"
+        ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{flag} is {directory!r}; its files lack {missing[0]}, so the model is not whole")
     return model
+
+
+def holds_tokenizer(directory: str | Path) -> bool:
+    """Whether there is a file to read a tokenizer from; without one transformers may make up an empty tokenizer."""
+    return any(any(Path(directory).glob(name)) for name in ("tokenizer*", "vocab*", "*.model"))
 
 
 def _tokenizer(path: Path, kind: str | None, model: str | None, vocab_size: int | None) -> Tokenizer:

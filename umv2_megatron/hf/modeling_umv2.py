@@ -10,7 +10,9 @@ in training.
 
 from __future__ import annotations
 
+import mmap
 import os
+import tempfile
 from typing import Any
 
 import torch
@@ -141,7 +143,8 @@ class UMv2PreTrainedModel(PreTrainedModel):
         state_dict: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        """As transformers' own; tables off the device are written too, but not over the files that are mapped."""
+        """As transformers' own; tables off the device are written too, in the model's dtype, but not over the files
+        that are mapped."""
         if self.memory_tables != "device":
             prefix = "model." if isinstance(self, UMv2ForCausalLM) else ""
             state_dict = dict(self.state_dict() if state_dict is None else state_dict)
@@ -154,7 +157,10 @@ class UMv2PreTrainedModel(PreTrainedModel):
                         )
                 for kind in table.widths:
                     chunks = enumerate(getattr(table, kind))
-                    state_dict |= {f"{prefix}{name}.{kind}.{index}": chunk for index, chunk in chunks}
+                    state_dict |= {
+                        f"{prefix}{name}.{kind}.{index}": _converted(chunk, table.dtype, save_directory)
+                        for index, chunk in chunks
+                    }
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     @torch.no_grad()
@@ -181,6 +187,18 @@ class UMv2PreTrainedModel(PreTrainedModel):
             for chunk in module:
                 init.normal_(chunk, std=std)
         init_experts(module, std)
+
+
+def _converted(chunk: Tensor, dtype: torch.dtype, folder: str | os.PathLike) -> Tensor:
+    """``chunk`` in ``dtype``. A copy lies in a file without a name in ``folder``, which goes with the tensor: all
+    chunks of a model are held until they are written, and they may be larger than the machine's memory."""
+    if chunk.dtype == dtype:
+        return chunk
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
+        file.truncate(chunk.numel() * dtype.itemsize)
+        copy = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=dtype).view(chunk.shape)
+    return copy.copy_(chunk)
 
 
 class UMv2Model(UMv2PreTrainedModel):
@@ -214,9 +232,19 @@ class UMv2Model(UMv2PreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states [b, s, H] of ``input_ids`` [b, s], or of ``inputs_embeds`` [b, s, H]."""
+        """Hidden states [b, s, H] of ``input_ids`` [b, s], or of ``inputs_embeds`` [b, s, H].
+
+        Raises ``ValueError`` for none or both of them, and where s is 0.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds is needed, and only one of them")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        if given.shape[1] == 0:
+            raise ValueError(
+                f"the input has the shape {list(given.shape)}; expected at least one token: give that which begins "
+                f"documents (bos_token_id, {self.config.bos_token_id}) where there is no text"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:

@@ -407,7 +407,7 @@ class CheckpointStore:
         tracker = self.root / TRACKER
         if tracked is None:
             if not candidates and not tracker.exists():
-                raise NoCheckpointError(f"{self.root} holds no checkpoint: check --load, or give --allow-fresh")
+                raise NoCheckpointError(f"{self.root} holds no checkpoint: check --load")
             state = "is not a plain iteration number" if tracker.exists() else "is missing"
             self.warn(f"{tracker} {state}: looking for the newest valid checkpoint among {candidates}")
         else:

@@ -39,6 +39,7 @@ class Trainer:
         reporter: where numbers go.
         save: publishes a checkpoint of the present state.
         vocab_size: entries of the tokenizer, for the throughput.
+        started_at: ``time.monotonic()`` in seconds when the program started, for --exit-duration-in-mins.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Trainer:
         reporter: Reporter,
         save: Callable[[], None] | None,
         vocab_size: int,
+        started_at: float,
     ):
         self.run = run
         self.state = state
@@ -57,28 +59,34 @@ class Trainer:
         self.make_eval_iterator = make_eval_iterator
         self.reporter = reporter
         self.save = save
-        self.stop_requests = StopRequests(run.training.exit_signal_handler, run.training.exit_duration_in_mins)
+        self.last_iteration = run.last_iteration(state.progress.iteration, state.progress.consumed_samples)
+        self.stop_requests = StopRequests(
+            run.training.exit_signal_handler, run.training.exit_duration_in_mins, started_at
+        )
         self.flops_per_token = flops_per_token({**run.values, "vocab_size": vocab_size}, run.memory).training
         self._last_saved = state.progress.iteration
+        self._told_skipped, self._told_nan = state.progress.skipped_iterations, state.progress.nan_iterations
 
     def train(self) -> bool:
-        """Train to the end or to a request to stop. Returns whether all iterations are done.
+        """Train to the end or to a request to stop. Returns whether to go on to the test set: all iterations are done,
+        and nobody has asked to stop.
 
+        SIGTERM and SIGUSR1 are requests while this runs; before and after, when nothing is to save, they end the rank.
         Raises ``TrainingStopped`` on a NaN or Inf (see --nan-policy); the failed step is neither applied nor saved.
         """
         run, progress = self.run, self.state.progress
         interval_start, interval_first = time.perf_counter(), progress.iteration
         if run.training.memory_log_interval and run.has_memory:
             memory_health.start_counting(self.state.chunks)
-        with StepProfiler(run, progress.iteration, self.state.chunks) as profiler:
-            while progress.iteration < run.train_iters:
+        with self.stop_requests, StepProfiler(run, progress.iteration, self.state.chunks) as profiler:
+            while progress.iteration < self.last_iteration:
                 state = self.state
                 step = train_step(
                     run, state.chunks, state.optimizer, state.scheduler, self.train_iterator, profiler.ranges
                 )
                 self._count(step)
                 profiler.step(progress.iteration)
-                if progress.iteration % run.training.log_interval == 0 or progress.iteration == run.train_iters:
+                if progress.iteration % run.training.log_interval == 0 or progress.iteration == self.last_iteration:
                     cpu_platform.synchronize()
                     steps = progress.iteration - interval_first
                     self._report(step, steps, (time.perf_counter() - interval_start) / steps)
@@ -88,9 +96,13 @@ class Trainer:
                 with profiler.ranges("evaluation and checkpoint"):
                     leaving = self._between_steps()
                 if leaving:
-                    return progress.iteration >= run.train_iters
+                    break
                 interval_start += time.perf_counter() - pause
-        return True
+            stopping = self.stop_requests.agreed()  # maybe since the last step, during an evaluation or a save
+        done = progress.iteration >= self.last_iteration
+        if stopping and done:
+            self._tell_stop()
+        return done and not stopping
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -147,7 +159,7 @@ class Trainer:
             iteration_line(
                 {
                     "iteration": progress.iteration,
-                    "train_iters": run.train_iters,
+                    "train_iters": self.last_iteration,
                     "consumed_samples": progress.consumed_samples,
                     "elapsed_ms": seconds * 1000,
                     "tflops": tflops if run.training.log_throughput else None,
@@ -158,14 +170,15 @@ class Trainer:
                     "grad_norm": step.result.grad_norm,
                     "num_zeros": step.result.num_zeros,
                     "params_norm": norm,
-                    "skipped": progress.skipped_iterations,
-                    "nan": progress.nan_iterations,
+                    "skipped": progress.skipped_iterations - self._told_skipped,
+                    "nan": progress.nan_iterations - self._told_nan,
                     "tokens_per_second_per_rank": tokens_per_second,
                     "value_learning_rate": scheduler.value_lr,
-                    "eta_seconds": (run.train_iters - progress.iteration) * seconds,
+                    "eta_seconds": (self.last_iteration - progress.iteration) * seconds,
                 }
             )
         )
+        self._told_skipped, self._told_nan = progress.skipped_iterations, progress.nan_iterations
         experts = expert_losses.take(steps * run.num_microbatches) if run.has_experts else {}
         self.reporter.numbers(
             progress.iteration,
@@ -197,8 +210,8 @@ class Trainer:
 
     def _between_steps(self) -> bool:
         """Evaluate, save, and say whether to leave the loop."""
-        run, training, iteration = self.run, self.run.training, self.state.progress.iteration
-        last = iteration >= run.train_iters
+        training, iteration = self.run.training, self.state.progress.iteration
+        last = iteration >= self.last_iteration
         stopping = self.stop_requests.agreed()
         leaving = last or stopping or bool(training.exit_interval and iteration % training.exit_interval == 0)
         due = bool(training.eval_interval and iteration % training.eval_interval == 0)
@@ -210,8 +223,12 @@ class Trainer:
         if leaving or (training.save_interval and iteration % training.save_interval == 0):
             self.save_now()
         if stopping and not last:
-            self.reporter.line(f" stopping after iteration {iteration} as asked by a signal or --exit-duration-in-mins")
+            self._tell_stop()
         return leaving
+
+    def _tell_stop(self) -> None:
+        iteration = self.state.progress.iteration
+        self.reporter.line(f" stopping after iteration {iteration} as asked by a signal or --exit-duration-in-mins")
 
     def save_now(self) -> None:
         """Publish a checkpoint, once per iteration."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ from umv2_megatron.training.tokenizers import build_tokenizer
 
 def pretrain(run: RunConfig) -> int:
     """Train as ``run`` says and return the exit code. Raises ``ValueError`` for what the user can mend."""
+    started_at = time.monotonic()  # before the ranks wait for each other: a job's time limit knows no preparations
     start_processes(run)
     assert run.data.tokenizer_type is not None, "check_data was not called"
     print_rank_0(f"umv2_megatron {__version__}: {run.world_size} ranks, configuration:\n{run.describe()}")
@@ -61,7 +63,7 @@ def pretrain(run: RunConfig) -> int:
             write_synced(store.root / ".config.yaml.tmp", run.to_yaml().encode())
             os.replace(store.root / ".config.yaml.tmp", store.root / "config.yaml")
         train_set, valid_set, test_set = build_datasets(
-            run.data, tokenizer, run.model.seq_length, run.training.seed, _samples(run)
+            run.data, tokenizer, run.model.seq_length, run.training.seed, _samples(run, state.progress)
         )
 
         reporter = Reporter(run, is_last_rank(), state.progress.iteration)
@@ -75,6 +77,7 @@ def pretrain(run: RunConfig) -> int:
             reporter,
             save,
             tokenizer.vocab_size,
+            started_at,
         )
         if run.training.skip_train:
             trainer.evaluate()
@@ -91,11 +94,17 @@ def pretrain(run: RunConfig) -> int:
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
-def _samples(run: RunConfig) -> tuple[int, int, int]:
-    """Samples needed of the training, validation and test sets. With corpora per set, a test set is optional."""
+def _samples(run: RunConfig, progress: Progress) -> tuple[int, int, int]:
+    """Samples needed of the training, validation and test sets. With corpora per set, a test set is optional.
+
+    Of the training set: those used so far and those to come. mcore's order depends on their number; a resume does not
+    change it where the batch stays the same, nor do later ones where the batch was changed once.
+    """
+    to_come = max(0, run.last_iteration(progress.iteration, progress.consumed_samples) - progress.iteration)
+    trained = 0 if run.training.skip_train else progress.consumed_samples + to_come * run.global_batch_size
     evaluated = run.training.eval_iters * run.global_batch_size
     tested = 0 if run.data.has_split_paths and run.data.test_data_path is None else evaluated
-    return run.train_iters * run.global_batch_size, evaluated, tested
+    return trained, evaluated, tested
 
 
 def _iterator(run: RunConfig, dataset: Any, consumed: int) -> Any:

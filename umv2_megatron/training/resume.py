@@ -13,8 +13,10 @@ from typing import Any
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.checkpoint_store import TRACKER, CheckpointStore
+from umv2_megatron.training.checkpoint_store import TRACKER, CheckpointStore, Manifest
+from umv2_megatron.training.durable_files import CheckpointError, sha256_of
 
 # What a step computes from its samples; --allow-config-change lets it differ.
 SAME_RUN = ("global_batch_size", "clip_grad", "eod_mask_loss", "reset_position_ids", "reset_attention_mask")
@@ -59,7 +61,10 @@ def find_source(run: RunConfig) -> Source | None:
     Raises ``UsageError`` when --load holds no checkpoint and --allow-fresh is not given, when --finetune or --ckpt-step
     have nothing to load, and when a directory has lost its checkpoints.
     """
-    training = run.training
+    return _find_source(run.training)
+
+
+def _find_source(training: TrainingConfig) -> Source | None:
     own = training.save if training.save and _holds_checkpoints("save", training.save) else None
     same = training.load is not None and own is not None and os.path.realpath(training.load) == os.path.realpath(own)
     if own and not (training.load and (training.skip_train or same)):
@@ -96,10 +101,33 @@ def _holds_checkpoints(flag: str, directory: str) -> bool:
     return False
 
 
-def checkpoint_values(directory: str, ckpt_step: int | None = None) -> dict[str, Any]:
-    """The settings by key that the newest valid checkpoint in ``directory`` was trained with."""
-    store = CheckpointStore(directory)
-    return checkpointing.read_config(store, store.resolve(ckpt_step))["values"]
+class _ConfigStore(CheckpointStore):
+    """A store of which only config.json is to be read: its hash is checked, the other files' names and sizes."""
+
+    def verify(self, iteration: int, *, hashes: bool = True) -> Manifest:
+        manifest = super().verify(iteration, hashes=False)
+        path = self.path(iteration) / checkpointing.CONFIG_FILE
+        if hashes and checkpointing.CONFIG_FILE in manifest.files:
+            try:
+                actual, expected = sha256_of(path), manifest.files[checkpointing.CONFIG_FILE][1]
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            if actual != expected:
+                raise CheckpointError(f"{path} has SHA-256 {actual}: the manifest says {expected}")
+        return manifest
+
+
+def checkpoint_values(training: TrainingConfig) -> tuple[str, dict[str, Any]] | None:
+    """Directory and settings by key of the checkpoint that ``training`` loads; None where it starts afresh.
+
+    Every rank asks before there is a process group, so nothing but config.json is hashed: rank 0 verifies all files
+    before the load. Raises ``UsageError`` as ``find_source`` does, ``CheckpointError`` for a damaged checkpoint.
+    """
+    source = _find_source(training)
+    if source is None:
+        return None
+    store = _ConfigStore(source.directory)
+    return source.directory, checkpointing.read_config(store, store.resolve(source.ckpt_step))["values"]
 
 
 def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]) -> None:
@@ -110,7 +138,7 @@ def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]
     store = CheckpointStore(source.directory)
     config = checkpointing.read_config(store, store.resolve(source.ckpt_step))
     saved = config["values"]
-    _check_schedule(run, saved)
+    _check_schedule(run, saved, source)
     if not run.training.allow_config_change:
         _compare(run, saved, (*SAME_RUN, *_model_keys(saved)), "--allow-config-change to go on regardless")
         for name, old in config.get("data", {}).items():
@@ -133,9 +161,10 @@ def _check_samples(old: int, new: int | None) -> None:
         )
 
 
-def _check_schedule(run: RunConfig, saved: dict[str, Any]) -> None:
+def _check_schedule(run: RunConfig, saved: dict[str, Any], source: Source) -> None:
     training = run.training
-    if not (training.override_opt_param_scheduler or training.no_load_optim or training.skip_train):
+    fresh_optimizer = training.no_load_optim and not source.continues
+    if not (training.override_opt_param_scheduler or fresh_optimizer or training.skip_train):
         _compare(run, saved, SAME_SCHEDULE, "--override-opt-param-scheduler to take the new value")
         old, new = _horizon(saved), _horizon(run.values)
         if old != new:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Any
 
 import torch
 
@@ -15,22 +16,43 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequests:
     """Collects reasons to stop on this rank: a signal, or the time limit of --exit-duration-in-mins.
 
+    Signals are collected inside a ``with`` block only. After it they do what they did before, also one that came when
+    the ranks had agreed not to stop; where they have agreed to stop, all further ones are ignored.
     ``agreed`` is a collective: every rank learns whether any rank was asked, at the same step.
+
+    Args:
+        handle_signals: whether to collect signals at all (--exit-signal-handler).
+        minutes: the time limit, or None.
+        started_at: ``time.monotonic()`` in seconds when the program started, from which the limit counts.
     """
 
-    def __init__(self, handle_signals: bool, minutes: int | None):
-        self._asked = False
-        self._deadline = time.monotonic() + 60 * minutes if minutes is not None else None
-        if handle_signals:
-            for number in SIGNALS:
-                signal.signal(number, self._ask)
+    def __init__(self, handle_signals: bool, minutes: int | None, started_at: float):
+        self._asked: int | None = None
+        self._stopping = False
+        self._deadline = started_at + 60 * minutes if minutes is not None else None
+        self._signals = SIGNALS if handle_signals else ()
+        self._previous: list[Any] = []
 
-    def _ask(self, *_: object) -> None:
-        self._asked = True
+    def __enter__(self) -> StopRequests:
+        self._previous = [signal.signal(number, self._ask) for number in self._signals]
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if self._stopping:
+            return  # a signal that is sent twice must not end a rank that is about to end with 0
+        for number, handler in zip(self._signals, self._previous):
+            # None is a handler that Python did not install, and cannot put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._asked is not None and failure is None:
+            signal.raise_signal(self._asked)
+
+    def _ask(self, number: int, _: object) -> None:
+        self._asked = number
 
     def agreed(self) -> bool:
         """Whether any rank wants to stop."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        asked = torch.tensor([float(self._asked or late)], device=cpu_platform.device())
+        asked = torch.tensor([float(self._asked is not None or late)], device=cpu_platform.device())
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return bool(asked.item())
+        self._stopping = bool(asked.item())
+        return self._stopping

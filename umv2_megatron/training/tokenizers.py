@@ -41,7 +41,10 @@ class Tokenizer:
         self.sha256 = sha256
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of ``text``, without an end-of-document token. Lone surrogates raise ``ValueError``."""
+        """Token ids of ``text``, without an end-of-document token.
+
+        Raises ``ValueError`` for a text that the tokenizer cannot encode: lone surrogates, words it does not know.
+        """
         raise NotImplementedError
 
     def detokenize(self, ids: Iterable[int]) -> str:
@@ -92,11 +95,17 @@ class SentencePieceTokenizer(Tokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         if self._space_ids is None or self._SPACE not in text:
-            return self._processor.encode(text)
+            return self._encode(text)
         ids: list[int] = []
         for i, part in enumerate(text.split(self._SPACE)):
-            ids += (self._space_ids if i else []) + self._processor.encode(part)
+            ids += (self._space_ids if i else []) + self._encode(part)
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._processor.encode(text)
+        except RuntimeError as error:
+            raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
 
     def detokenize(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -151,7 +160,10 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def tokenize(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception, for an unknown word for one
+            raise ValueError(f"the tokenizer cannot encode this text: {error}") from error
 
     def detokenize(self, ids: Iterable[int]) -> str:
         kept = [i for i in map(int, ids) if i != self.eod]

@@ -9,6 +9,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from umv2_megatron.training.corpus import CorpusError
@@ -31,3 +32,11 @@ def run_tool(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def read_text(flag: str, path: str) -> str:
+    """The text of the file that ``flag`` names. Raises ``ValueError`` where it cannot be read or is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{flag} is {path}; expected a readable UTF-8 text file: {error}") from error

@@ -58,6 +58,14 @@ def test_warmup_fraction_of_a_run_given_in_samples():
     assert run.train_iters == 10 and run.training.lr_warmup_iters == 5
 
 
+def test_last_iteration_of_a_run_that_had_another_batch():
+    in_samples = resolve([*TINY[:2], *TINY[4:], "--train-samples", "80", "--global-batch-size", "8"])
+    assert [in_samples.last_iteration(at, at * 8) for at in (0, 3, 10)] == [10, 10, 10]
+    assert in_samples.last_iteration(5, 5 * 4) == 5 + 60 // 8
+    assert in_samples.last_iteration(5, 5 * 16) == in_samples.last_iteration(5, 5 * 20) == 5
+    assert resolve([*TINY, "--global-batch-size", "8"]).last_iteration(5, 5 * 4) == 10
+
+
 def test_megatron_configurations_follow_the_flags():
     run = resolve([*TINY, "--bf16", "--clip-grad", "0.5", "--overlap-grad-reduce", "--hidden-dropout", "0.1"])
     transformer = run.transformer_config()
@@ -96,15 +104,43 @@ def test_describe_names_every_setting_and_its_source():
 def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
     asked = []
 
-    def checkpoint_values(directory, step):
-        asked.append((directory, step))
-        return {**resolve([*TINY, "--num-layers", "12", "--lr", "9"]).values, "tensor_model_parallel_size": 4}
+    def checkpoint_values(training):
+        asked.append((training.load, training.ckpt_step, training.save))
+        values = resolve([*TINY, "--num-layers", "12", "--lr", "9"]).values
+        return training.load, {**values, "tensor_model_parallel_size": 4}
 
     file = tmp_path / "run.yaml"
     file.write_text(f"load: {tmp_path}\nuse-checkpoint-args: true\nckpt-step: 5\n")
     run = resolve([*TINY[2:], "--config", str(file), "--memory-topk", "3"], checkpoint_values=checkpoint_values)
-    assert asked == [(str(tmp_path), 5)]
+    assert asked == [(str(tmp_path), 5, None)]
     assert (run.num_layers, run.memory.topk, run.lr, run.tensor_model_parallel_size) == (12, 3, 4e-4, 1)
+
+
+def test_sizes_from_no_checkpoint():
+    with pytest.raises(UsageError, match="--use-checkpoint-args is on; expected a checkpoint in --load or --save"):
+        resolve([*TINY, "--use-checkpoint-args"], checkpoint_values=lambda training: None)
+
+
+def test_a_files_fraction_gives_way_to_a_flag(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(resolve([*TINY, "--lr-warmup-fraction", "0.5", "--lr-warmup-init-fraction", "0.1"]).to_yaml())
+    run = resolve(["--config", str(file)])
+    assert (run.training.lr_warmup_iters, run.training.lr_warmup_init_fraction) == (5, 0.1)
+    run = resolve(["--config", str(file), "--lr-warmup-iters", "3", "--lr-warmup-init", "1e-5"])
+    assert (run.training.lr_warmup_iters, run.training.lr_warmup_init) == (3, 1e-5)
+    assert run.training.lr_warmup_fraction is None and run.training.lr_warmup_init_fraction is None
+
+
+def test_rates_at_the_ends_of_their_ranges():
+    resolve([*TINY, "--lr", "1e-3", "--lr-warmup-init", "1e-3", "--decoupled-lr", "1e-3", "--decoupled-min-lr", "1e-3"])
+    resolve([*TINY, "--lr-warmup-init-fraction", "1", "--decoupled-lr", "1e-5", "--decoupled-min-lr", "0"])
+    resolve([*TINY, "--decoupled-lr", "1e-5", "--lr-decay-style", "constant"])
+
+
+def test_a_wsd_runs_file_serves_another_decay(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(resolve([*TINY, "--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "4"]).to_yaml())
+    assert resolve(["--config", str(file), "--lr-decay-style", "cosine"]).training.lr_decay_style == "cosine"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +165,20 @@ def test_sizes_from_a_checkpoint_also_when_the_file_asks_for_them(tmp_path):
         (["--min-lr", "1"], 1, ["--lr", "--min-lr (1.0)"]),
         (["--lr-warmup-iters", "10"], 1, ["--lr-warmup-iters is 10", "10 iterations"]),
         (["--lr-warmup-fraction", "1.5"], 1, ["--lr-warmup-fraction is 1.5"]),
+        (["--lr-warmup-init", "1e-3"], 1, ["--lr-warmup-init is 0.001", "--lr (0.0004)"]),
+        (["--lr-warmup-init", "-1"], 1, ["--lr-warmup-init is -1"]),
+        (["--lr-warmup-init-fraction", "-1"], 1, ["--lr-warmup-init-fraction is -1"]),
+        (["--lr-warmup-init-fraction", "3"], 1, ["--lr-warmup-init-fraction is 3"]),
+        (["--lr-warmup-fraction", "0.1", "--lr-warmup-iters", "5"], 1,
+         ["--lr-warmup-fraction is 0.1", "--lr-warmup-iters, not both"]),
+        (["--lr-warmup-init-fraction", "0.1", "--lr-warmup-init", "1e-5"], 1,
+         ["--lr-warmup-init-fraction is 0.1", "--lr-warmup-init, not both"]),
+        (["--decoupled-lr", "-1"], 1, ["--decoupled-lr is -1"]),
+        (["--decoupled-lr", "1e-5"], 1, ["--decoupled-lr is 1e-05", "--min-lr (4", "--decoupled-min-lr"]),
+        (["--decoupled-min-lr", "1e-5"], 1, ["--decoupled-min-lr is 1e-05", "--decoupled-lr too"]),
+        (["--decoupled-lr", "1e-4", "--decoupled-min-lr", "2e-4"], 1,
+         ["--decoupled-min-lr is 0.0002", "--decoupled-lr (0.0001)"]),
+        (["--lr-wsd-decay-iters", "4"], 1, ["--lr-wsd-decay-iters is 4", "--lr-decay-style cosine"]),
         (["--lr-decay-style", "WSD"], 1, ["--lr-wsd-decay-iters"]),
         (["--memory-topk", "400"], 1, ["--memory-topk is 400"]),
         (["--memory-value-dim", "25"], 1, ["--memory-value-dim is 25", "--memory-num-cores (2)"]),

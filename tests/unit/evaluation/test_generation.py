@@ -4,8 +4,14 @@ keys and values kept."""
 import pytest
 import torch
 
-from umv2_megatron.evaluation.generation import CachedTransformersModel, Sampling, TextStream, draw, generate
-from umv2_megatron.training.tokenizers import ByteLevelTokenizer
+from umv2_megatron.evaluation.generation import (
+    CachedTransformersModel,
+    Sampling,
+    TextStream,
+    draw,
+    generate,
+)
+from umv2_megatron.training.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 
@@ -25,6 +31,19 @@ def test_greedy_takes_the_likeliest():
 def test_temperature_draws_from_the_softmax():
     expected = (LOGITS / 0.5).softmax(-1)[0]
     assert torch.allclose(shares(Sampling(temperature=0.5, top_p=1.0)), expected, atol=0.03)
+
+
+def test_a_tiny_temperature_takes_the_likeliest():
+    for temperature in (1e-45, 1e-300):
+        assert draw(1e4 * LOGITS, Sampling(temperature), torch.Generator()).tolist() == [0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused_and_forbidden_tokens_are_not(temperature):
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="logits are NaN or infinite"):
+            draw(torch.tensor([[0.0, wrong, 1.0]]), Sampling(temperature), torch.Generator())
+    assert draw(torch.tensor([[-torch.inf, 0.0]]), Sampling(temperature), torch.Generator()).tolist() == [1]
 
 
 def test_top_k_keeps_k_and_renormalises():
@@ -83,10 +102,38 @@ def test_text_cut_within_a_character_is_given_at_the_end():
     assert text.end() == "\ufffd"
 
 
+@pytest.mark.parametrize("ready", [0, 11])
+def test_characters_in_byte_pieces_come_whole(tmp_path, ready):
+    """A decoder of byte pieces gives up all of a run of them where one character in it is not whole."""
+    from tokenizers import Tokenizer, decoders, models
+
+    pieces = ["</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"x=' #done"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HuggingFaceTokenizer(str(tmp_path))
+    text = "x = '\u6771\u4eac\u90fd\u5e02\U0001f600' # d\ufffdone"
+    ids = tokenizer.tokenize(text)
+    stream = TextStream(tokenizer.detokenize, ids[:ready])
+    found = tokenizer.detokenize(ids[:ready]) + "".join(stream.add(token) for token in ids[ready:]) + stream.end()
+    assert found == text
+
+
 def test_words_keep_the_spaces_that_a_tokenizer_writes_between_tokens():
     words = ["one", "two", "three"]
     text = TextStream(lambda ids: " ".join(words[i] for i in ids), [0])
     assert [text.add(1), text.add(2)] == [" two", " three"]
+
+
+def test_a_transformers_model_without_keys_and_values_is_computed_anew():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2)).eval()
+    cached, tokens = CachedTransformersModel(model), torch.randint(0, 40, (1, 8))
+    for end in (5, 6, 8):
+        assert torch.allclose(cached(tokens[:, :end]), model(tokens[:, :end]).logits[:, -1], atol=1e-5)
 
 
 def test_cached_transformers_model_gives_the_logits_of_a_whole_pass():

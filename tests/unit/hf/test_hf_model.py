@@ -47,6 +47,18 @@ def test_sampling_and_assisted_decoding() -> None:
     assert torch.equal(greedy, assisted)
 
 
+def test_text_begins_with_the_token_of_the_configuration_or_is_refused() -> None:
+    model = tiny_model(bos_token_id=5, eos_token_id=5)
+    begun = model.generate(max_new_tokens=3, do_sample=False)
+    assert torch.equal(begun, model.generate(torch.tensor([[5]]), max_new_tokens=3, do_sample=False))
+    empty = torch.empty(1, 0)  # which is what a tokenizer makes of no text
+    for inputs in ({"input_ids": empty}, {"input_ids": empty.long()}, {"inputs_embeds": torch.empty(1, 0, 64)}):
+        with pytest.raises(ValueError, match=r"the input has the shape \[1, 0.*bos_token_id, 5"):
+            model(**inputs)
+    with pytest.raises(ValueError, match="expected at least one token"):
+        model.generate(empty.long(), max_new_tokens=3)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("attention", "positions"), [("sdpa", "rope"), ("eager", "rope"), ("sdpa", "learned_absolute"), ("sdpa", "none")]

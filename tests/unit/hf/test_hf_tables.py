@@ -82,6 +82,26 @@ def test_model_with_mapped_tables_is_saved_elsewhere(tmp_path: Path) -> None:
     assert torch.equal(bare(batch).last_hidden_state, model.model(batch).last_hidden_state)
 
 
+def test_tables_off_the_device_are_saved_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = saved(tmp_path / "float32", memory_table_chunk_rows=100)
+    files = {}
+    for place in ("device", "mmap", "cpu"):
+        model = UMv2ForCausalLM.from_pretrained(folder, memory_tables=place, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / place)
+        files[place] = load_file(tmp_path / place / "model.safetensors")
+    for place in ("mmap", "cpu"):
+        assert sorted(os.listdir(tmp_path / place)) == sorted(os.listdir(tmp_path / "device"))
+        assert files[place].keys() == files["device"].keys()
+        for name, tensor in files["device"].items():
+            assert files[place][name].dtype == tensor.dtype and torch.equal(files[place][name], tensor), name
+    moved = UMv2ForCausalLM.from_pretrained(folder, memory_tables="cpu").to(torch.bfloat16)
+    moved.save_pretrained(tmp_path / "moved")
+    written = load_file(tmp_path / "moved" / "model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for name, tensor in written.items() if ".table." in name)
+
+
 def test_other_parameters_learn_beside_mapped_tables(tmp_path: Path) -> None:
     folder, batch = saved(tmp_path), tokens(2, 9)
     grads = {}

@@ -323,7 +323,7 @@ def test_a_bad_tracker_is_named(store, warnings, text):
 
 
 def test_a_missing_tracker_or_directory(store, warnings):
-    with pytest.raises(NoCheckpointError, match="--allow-fresh"):
+    with pytest.raises(NoCheckpointError, match="holds no checkpoint: check --load$"):
         store.resolve()
     for iteration in (1, 2):
         save(store, iteration)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,19 @@ def test_bad_lines_fail_or_are_quarantined(tmp_path, name):
     assert read_tokens(summary.prefixes[0]).tolist() == [1, 2, 3]
     (entry,) = read_jsonl(tmp_path / "p_quarantine.jsonl")
     assert (entry["file"], entry["line"]) == (str(corpus), 2) and entry["reason"]
+
+
+def test_a_word_that_the_tokenizer_lacks_is_a_bad_line(tmp_path):
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "one": 1}))
+    words.save(str(tmp_path / "tokenizer.json"))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["one", "two", "one"])
+    job = Job((str(corpus),), str(tmp_path / "p"), "HuggingFaceTokenizer", str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CorpusError, match=f"{corpus}:2: the tokenizer cannot encode this text"):
+        preprocess(job)
+    summary = preprocess(replace(job, on_bad_line="quarantine"))
+    assert (summary.documents, summary.bad) == (2, 1)
 
 
 def test_truncated_file(tmp_path):

@@ -131,6 +131,28 @@ def test_hugging_face_end_of_document(tokenizer_json, tmp_path):
     assert build_tokenizer("HuggingFaceTokenizer", str(tmp_path)).eod == 0
 
 
+def test_a_text_that_the_library_refuses(sentencepiece_model, tmp_path):
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "one": 1}))
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
+    assert tokenizer.tokenize("one") == [1]
+    for text in ("two", "\ud800"):
+        with pytest.raises(ValueError, match="the tokenizer cannot encode this text: "):
+            tokenizer.tokenize(text)
+
+    class Refusing:
+        def encode(self, text):
+            raise RuntimeError("no such piece")
+
+    tokenizer = build_tokenizer("SentencePieceTokenizer", str(sentencepiece_model))
+    tokenizer._processor = Refusing()
+    for text in ("a", "a\u2581b"):
+        with pytest.raises(ValueError, match="the tokenizer cannot encode this text: no such piece"):
+            tokenizer.tokenize(text)
+
+
 def test_byte_level_returns_every_text():
     tokenizer = build_tokenizer("ByteLevelTokenizer")
     assert (tokenizer.vocab_size, tokenizer.eod) == (257, 256)

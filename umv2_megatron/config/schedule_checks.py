@@ -1,0 +1,58 @@
+"""What the settings of the learning rate must satisfy; called by ``checks.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.run_config import RunConfig
+
+
+def refuse(flag: str, value: Any, expected: str) -> None:
+    """Raise the ``UsageError`` of a flag whose value is not what was expected."""
+    raise UsageError(f"--{flag} is {value}; expected {expected}")
+
+
+def check_learning_rates(run: RunConfig) -> None:
+    """Raise ``UsageError`` for rates out of range, a warm-up or decay longer than the run, and flags that exclude each
+    other. A file may hold both of such a pair: a saved config.yaml has a fraction and the value made of it."""
+    training = run.training
+    if run.lr is None or run.lr <= 0 or run.min_lr > run.lr or run.min_lr < 0:
+        refuse("lr", run.lr, f"a number above 0 and at least --min-lr ({run.min_lr})")
+    for value, fraction in (("lr_warmup_iters", "lr_warmup_fraction"), ("lr_warmup_init", "lr_warmup_init_fraction")):
+        if run.sources.get(value) == run.sources.get(fraction) == "flag" and run.values[fraction] is not None:
+            other = value.replace("_", "-")
+            refuse(fraction.replace("_", "-"), run.values[fraction], f"it or --{other}, not both")
+    if not 0 <= training.lr_warmup_init <= run.lr:
+        refuse("lr-warmup-init", training.lr_warmup_init, f"a number from 0 to --lr ({run.lr})")
+    start = training.lr_warmup_init_fraction
+    if start is not None and not 0 <= start <= 1:
+        refuse("lr-warmup-init-fraction", start, "a number from 0 to 1")
+    _check_decoupled(run)
+    horizon = training.lr_decay_iters or run.train_iters
+    if not training.skip_train and training.lr_warmup_iters >= max(horizon, 1):
+        refuse("lr-warmup-iters", training.lr_warmup_iters, f"fewer than the {horizon} iterations of the decay")
+    if training.lr_decay_style == "WSD":
+        if not training.lr_wsd_decay_iters:
+            refuse("lr-wsd-decay-iters", None, "a number of iterations with --lr-decay-style WSD")
+        elif training.lr_wsd_decay_iters > horizon and not training.skip_train:
+            refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, f"at most the {horizon} iterations of the decay")
+    elif training.lr_wsd_decay_iters and run.sources.get("lr_wsd_decay_iters") == "flag":
+        style = training.lr_decay_style
+        refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, f"no value with --lr-decay-style {style}, only WSD's")
+
+
+def _check_decoupled(run: RunConfig) -> None:
+    """The rate of embedding and output layer, where it is one of its own."""
+    rate, floor = run.decoupled_lr, run.decoupled_min_lr
+    if rate is None:
+        if floor is not None:
+            refuse("decoupled-min-lr", floor, "--decoupled-lr too")
+        return
+    if rate <= 0:
+        refuse("decoupled-lr", rate, "a number above 0")
+    if floor is not None and not 0 <= floor <= rate:
+        refuse("decoupled-min-lr", floor, f"a number from 0 to --decoupled-lr ({rate})")
+    if floor is None and run.min_lr > rate and run.training.lr_decay_style != "constant":
+        # the floor is that of the other rate, towards which this one would rise
+        refuse("decoupled-lr", rate, f"at least --min-lr ({run.min_lr}), or --decoupled-min-lr too")
