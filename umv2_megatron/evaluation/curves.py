@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 COLOURS = ("#1f6feb", "#d1242f", "#2da44e", "#8250df", "#bf8700", "#0a7e8c", "#6e7781", "#bc4c00")
+
+
+def styles() -> Iterator[dict[str, str]]:
+    """How one run after another is drawn: keyword arguments of ``Axes.plot``, all different for 24 runs."""
+    for line, mark in cycle((("-", "o"), ("--", "s"), (":", "^"))):
+        for colour in COLOURS:
+            yield {"color": colour, "linestyle": line, "marker": mark}
 
 
 def labelled_paths(flag: str, words: list[str], default: Callable[[Path], str]) -> dict[str, str]:
@@ -63,13 +70,13 @@ def plot_losses(
         1, columns, figsize=(8 + 4 * (columns - 1), 4.5), layout="constrained", squeeze=False
     )
     axes = panels[0][0]
-    for colour, (label, records) in zip(cycle(COLOURS), runs.items()):
+    for style, (label, records) in zip(styles(), runs.items()):
         training = _curve(records, "lm loss")
         validation = _curve(records, "lm loss validation")
         if training:
-            axes.plot(*zip(*training), color=colour, linewidth=1, alpha=0.6, label=f"{label}, training")
+            axes.plot(*zip(*training), **{**style, "marker": ""}, linewidth=1, alpha=0.6, label=f"{label}, training")
         if validation:
-            axes.plot(*zip(*validation), "o-", color=colour, markersize=4, label=f"{label}, validation")
+            axes.plot(*zip(*validation), **style, markersize=4, label=f"{label}, validation")
     for label, level in (levels or {}).items():
         axes.axhline(level, color="#57606a", linestyle="--", linewidth=1, label=f"{label} ({level:.2f})")
     for index, mark in enumerate(marks or []):
@@ -91,11 +98,11 @@ def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 def _plot_differences(axes: Any, runs: dict[str, list[dict[str, Any]]], baseline: str) -> None:
     """Validation loss of each run minus that of ``baseline`` at the same iterations; below zero is better."""
     validation = {label: dict(_curve(records, "lm loss validation")) for label, records in runs.items()}
-    for colour, (label, losses) in zip(cycle(COLOURS), validation.items()):
+    for style, (label, losses) in zip(styles(), validation.items()):
         shared = sorted(losses.keys() & validation[baseline].keys())
         if label != baseline and shared:
             differences = [losses[iteration] - validation[baseline][iteration] for iteration in shared]
-            axes.plot(shared, differences, "o-", color=colour, markersize=4, label=f"{label} minus {baseline}")
+            axes.plot(shared, differences, **style, markersize=4, label=f"{label} minus {baseline}")
     axes.axhline(0, color="#57606a", linewidth=1)
     axes.set(xlabel="iteration", ylabel="difference (nats per token)", title="validation loss, difference")
     axes.grid(alpha=0.25)

@@ -6,7 +6,6 @@ seed's luck for a run's merit.
 
 from __future__ import annotations
 
-import itertools
 import math
 import platform
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from umv2_megatron.evaluation.ablation.plan import Plan
-from umv2_megatron.evaluation.curves import COLOURS
+from umv2_megatron.evaluation.curves import COLOURS, styles
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -176,14 +175,13 @@ def _tasks(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _plot_losses(plan: Plan, results: Results) -> Path:
     figure, axes = _figure()
-    for colour, (label, group) in zip(itertools.cycle(COLOURS), results.items()):
+    for style, (label, group) in zip(styles(), results.items()):
         curve = mean_curve(group)
         if curve:
             iterations = [iteration for iteration, _ in curve]
-            axes.plot(iterations, [sum(v) / len(v) for _, v in curve], "o-", color=colour, markersize=3, label=label)
-            axes.fill_between(
-                iterations, [min(v) for _, v in curve], [max(v) for _, v in curve], color=colour, alpha=0.2, linewidth=0
-            )
+            axes.plot(iterations, [sum(v) / len(v) for _, v in curve], **style, markersize=3, label=label)
+            lowest, highest = zip(*((min(v), max(v)) for _, v in curve))
+            axes.fill_between(iterations, lowest, highest, color=style["color"], alpha=0.2, linewidth=0)
     axes.set(xlabel="iteration", ylabel="validation loss (nats per token)", title=plan.path.stem)
     return _save(figure, axes, plan.output / "losses.png")
 
@@ -191,10 +189,10 @@ def _plot_losses(plan: Plan, results: Results) -> Path:
 def _plot_differences(plan: Plan, results: Results) -> Path:
     assert plan.baseline is not None
     figure, axes = _figure()
-    for colour, (label, group) in zip(itertools.cycle(COLOURS), results.items()):
+    for style, (label, group) in zip(styles(), results.items()):
         difference = mean_difference(group, results[plan.baseline])
         if label != plan.baseline and difference:
-            axes.plot(*zip(*difference), "o-", color=colour, markersize=3, label=f"{label} minus {plan.baseline}")
+            axes.plot(*zip(*difference), **style, markersize=3, label=f"{label} minus {plan.baseline}")
     axes.axhline(0, color="#57606a", linewidth=1)
     axes.set(xlabel="iteration", ylabel="difference (nats per token)", title=f"{plan.path.stem}: below 0 is better")
     return _save(figure, axes, plan.output / "differences.png")
@@ -212,7 +210,7 @@ def _plot_facts(plan: Plan, results: Results) -> list[Path]:
             ("exact_match", 100, "exact match (%)", row[0]),
             ("answer_nats", 1, "loss of the answer (nats)", row[1]),
         ):
-            for colour, label in zip(itertools.cycle(COLOURS), results):
+            for style, label in zip(styles(), results):
                 points: dict[int, list[float]] = {}
                 for owner, task in found:
                     if owner == label and task["form"] == form and task.get(name) is not None:
@@ -220,7 +218,7 @@ def _plot_facts(plan: Plan, results: Results) -> list[Path]:
                 if points:
                     at = sorted(points)
                     heights = [sum(points[x]) / len(points[x]) for x in at]
-                    place.plot(at, heights, "o-", color=colour, markersize=3, label=label)
+                    place.plot(at, heights, **style, markersize=3, label=label)
             ticks = sorted({task["times_seen"] for _, task in found})
             place.set_xscale("symlog", base=2, linthresh=1)
             place.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -244,10 +242,18 @@ def _figure(rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
 def _save(figure: Any, axes: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
+    lines: dict[str, Any] = {}
     for place in getattr(axes, "flat", [axes]):
         place.grid(alpha=0.25)
-        if place.get_legend_handles_labels()[0]:
-            place.legend(fontsize=8)
+        handles, labels = place.get_legend_handles_labels()
+        lines.update(zip(labels, handles))
+    if len(lines) > len(COLOURS):  # it would hide them
+        figure.set_figwidth(figure.get_figwidth() + 2.5)
+        figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside right center", handlelength=4)
+    else:
+        for place in getattr(axes, "flat", [axes]):
+            if place.get_legend_handles_labels()[0]:
+                place.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path
