@@ -17,7 +17,8 @@ class StopRequests:
     """Collects reasons to stop on this rank: a signal, or the time limit of --exit-duration-in-mins.
 
     Signals are collected inside a ``with`` block only. After it they do what they did before, also one that came when
-    the ranks had agreed not to stop; where they have agreed to stop, all further ones are ignored.
+    the ranks had agreed not to stop; where they have agreed to stop, or an exception leaves the block, all further ones
+    are ignored.
     ``agreed`` is a collective: every rank learns whether any rank was asked, at the same step.
 
     Args:
@@ -38,12 +39,14 @@ class StopRequests:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if self._stopping:
-            return  # a signal that is sent twice must not end a rank that is about to end with 0
+        if self._stopping or failure is not None:
+            # A signal that is sent twice must not end a rank that is about to end with 0, nor torchrun's SIGTERM one
+            # that is about to tell which rank has failed.
+            return
         for number, handler in zip(self._signals, self._previous):
             # None is a handler that Python did not install, and cannot put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self._asked is not None and failure is None:
+        if self._asked is not None:
             signal.raise_signal(self._asked)
 
     def _ask(self, number: int, _: object) -> None:

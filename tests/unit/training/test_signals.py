@@ -61,3 +61,11 @@ def test_signals_left_alone_and_the_time_limit(received, monkeypatch):
     assert received == [signal.SIGUSR1]
     limits = [StopRequests(False, 2, time.monotonic() - seconds) for seconds in (110, 121)]
     assert [agree(monkeypatch, each) for each in limits] == [False, True]
+
+
+def test_a_failure_is_told_whatever_signal_comes(received):
+    """torchrun sends SIGTERM as soon as one rank has died, and the others have yet to tell which."""
+    with pytest.raises(RuntimeError), StopRequests(True, None, time.monotonic()):
+        raise RuntimeError("a collective failed")
+    signal.raise_signal(signal.SIGTERM)
+    assert received == []
