@@ -211,7 +211,11 @@ def hardware_counts(work: Callable[[int], Any], calls: int = 10) -> dict[str, fl
             work(number)
         with contextlib.suppress(ProcessLookupError):
             counter.send_signal(signal.SIGINT)
-        counter.wait(10)
+        try:
+            counter.wait(10)
+        except subprocess.TimeoutExpired:  # a signal that came before it was ready to take one
+            counter.kill()
+            counter.wait()
         lines = output.read_text().splitlines() if output.exists() else []
     found = (line.split(";") for line in lines)
     return {line[2]: float(line[0]) / calls for line in found if len(line) > 2 and line[0].replace(".", "").isdigit()}
