@@ -38,7 +38,7 @@ from benchmarks.measure import (  # noqa: E402
     publish,
     ratio,
 )
-from umv2_megatron.training.indexing import read_index  # noqa: E402
+from umv2_megatron.data.indexing import read_index  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = (1, 2)

@@ -18,8 +18,8 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()  # before megatron.core is imported
 
-from umv2_megatron.training.checkpoint_contents import Contents, Entry, locate, read_contents  # noqa: E402
-from umv2_megatron.training.checkpoint_store import CheckpointError  # noqa: E402
+from umv2_megatron.checkpoint.contents import Contents, Entry, locate, read_contents  # noqa: E402
+from umv2_megatron.checkpoint.store import CheckpointError  # noqa: E402
 from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from umv2_megatron.config.data_config import TOKENIZER_TYPES
-from umv2_megatron.training.corpus import FORMATS, TEXT_SPLITS, CorpusOptions
-from umv2_megatron.training.preprocessing import Job, preprocess
+from umv2_megatron.data.corpus import FORMATS, TEXT_SPLITS, CorpusOptions
+from umv2_megatron.data.preprocessing import Job, preprocess
 from umv2_megatron.training.tool_entry import run_tool
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from umv2_megatron.training.corpus import (
+from umv2_megatron.data.corpus import (
     FORMATS,
     TEXT_SPLITS,
     CorpusError,

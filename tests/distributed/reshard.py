@@ -30,8 +30,8 @@ from umv2_megatron.model.builder import unwrap
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.parallel import groups
 from umv2_megatron.training import checkpointing, optimizer_state, torch_dist_io
-from umv2_megatron.training.batches import batch_iterator
-from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.data.batches import batch_iterator
+from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.training.initialize import TrainingState, build_training_state, make_groups, seed_everything
 from umv2_megatron.training.step import connect, train_step
 

@@ -23,9 +23,9 @@ from tiny_gpt import Layout
 
 from umv2_megatron.parallel import groups
 from umv2_megatron.training import checkpoint_store, checkpointing, mcore_optimizer_state, torch_dist_io
-from umv2_megatron.training.checkpoint_store import CheckpointStore
-from umv2_megatron.training.checkpointing import load_checkpoint, read_config, save_checkpoint, weights_digest
-from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.checkpoint.save_load import load_checkpoint, read_config, save_checkpoint, weights_digest
+from umv2_megatron.durable_files import CheckpointError
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 

@@ -14,9 +14,9 @@ from reshard import START, VOCABULARY, different, layout, open_layout, visit, wa
 
 from umv2_megatron.parallel import groups
 from umv2_megatron.training import checkpointing, mcore_optimizer_state, optimizer_state
-from umv2_megatron.training.checkpoint_store import CheckpointStore
-from umv2_megatron.training.checkpointing import load_checkpoint
-from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.checkpoint.save_load import load_checkpoint
+from umv2_megatron.durable_files import CheckpointError
 
 # Name -> (ranks, settings). The quick tests go from "one" to each and back; the slow ones from each to each.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -81,7 +81,7 @@ def _work(pipe: Any, port: int, function: Callable[..., Any], arguments: tuple) 
 def to_hf(save: Path, export: Path, say: Callable[[str], None] = lambda line: None, **options: Any) -> Path:
     """Export the newest checkpoint in ``save``."""
     from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint
-    from umv2_megatron.training.checkpoint_contents import locate
+    from umv2_megatron.checkpoint.contents import locate
 
     export_checkpoint(*locate(save), export, ExportOptions(**options), say)
     return export
@@ -122,8 +122,8 @@ def there_and_back(save: Path, folder: Path) -> dict[str, Any]:
 
 def republish(save: Path) -> None:
     """Give a tampered checkpoint a manifest that fits, as whoever can write it can."""
-    from umv2_megatron.training.checkpoint_contents import locate
-    from umv2_megatron.training.checkpoint_store import MANIFEST, MANIFEST_HASH
+    from umv2_megatron.checkpoint.contents import locate
+    from umv2_megatron.checkpoint.store import MANIFEST, MANIFEST_HASH
 
     store, iteration = locate(save)
     path = store.path(iteration)

@@ -207,7 +207,7 @@ def table_moments(checkpoint: Path) -> dict[str, Any]:
     import torch
     from torch.distributed import checkpoint as dcp
 
-    from umv2_megatron.training.torch_dist_io import read_metadata_safely
+    from umv2_megatron.checkpoint.torch_dist_io import read_metadata_safely
 
     sizes = read_metadata_safely(checkpoint).state_dict_metadata
     wanted = {

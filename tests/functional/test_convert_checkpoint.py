@@ -29,7 +29,7 @@ from conversions import (
 )
 from program_runs import tiny_run, train
 
-from umv2_megatron.training.checkpoint_contents import locate
+from umv2_megatron.checkpoint.contents import locate
 
 INTERLEAVED = {"pipeline_model_parallel_size": 2, "num_layers": 4, "num_layers_per_virtual_pipeline_stage": 1}
 SHARDED = {"tensor_model_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": "row"}

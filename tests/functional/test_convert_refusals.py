@@ -27,8 +27,8 @@ from conversions import (
 
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.conversion.settings import refuse_unsupported
-from umv2_megatron.training.checkpoint_contents import locate
-from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.checkpoint.contents import locate
+from umv2_megatron.durable_files import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def _plant_in_shard(path: Path, canary: Canary) -> None:
     """Put a payload into the archive of one stored tensor, in the place of its description, at the same length."""
     import zipfile
 
-    from umv2_megatron.training.torch_dist_io import read_metadata_safely
+    from umv2_megatron.checkpoint.torch_dist_io import read_metadata_safely
 
     metadata = read_metadata_safely(path)
     index, place = next(

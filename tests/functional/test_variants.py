@@ -64,7 +64,7 @@ def test_two_steps(name, tmp_path):
     assert resumed.weights == finished.weights
     if "memory_sharing" in VARIANTS[name]:
         # two layers, one table: 2 x 16 x 16 rows of 24 + 8 numbers
-        from umv2_megatron.training.torch_dist_io import read_metadata_safely
+        from umv2_megatron.checkpoint.torch_dist_io import read_metadata_safely
 
         keys = read_metadata_safely(tmp_path / "run" / "iter_0000002").state_dict_metadata
         tables = [key for key in keys if key.endswith("table.values") and not key.startswith("optimizer")]

@@ -16,7 +16,7 @@ from typing import Any
 from umv2_megatron.conversion.journal import write_json
 from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import ConversionError, SafetensorsFile
-from umv2_megatron.training.durable_files import check_relative_path, fsync_path, sha256_of
+from umv2_megatron.durable_files import check_relative_path, fsync_path, sha256_of
 
 MANIFEST = "export_manifest.json"
 INDEX = "model.safetensors.index.json"

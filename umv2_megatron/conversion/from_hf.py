@@ -38,10 +38,10 @@ from umv2_megatron.conversion.settings import megatron_values, read_hf_config, s
 from umv2_megatron.conversion.tokenizer_files import CHAT_TEMPLATE
 from umv2_megatron.hf.name_table import pairings
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.checkpoint_store import CheckpointStore
-from umv2_megatron.training.durable_files import fsync_path, remove_path, sha256_of
-from umv2_megatron.training.save_lock import SaveLock
-from umv2_megatron.training.torch_dist_io import count_written
+from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.durable_files import fsync_path, remove_path, sha256_of
+from umv2_megatron.checkpoint.save_lock import SaveLock
+from umv2_megatron.checkpoint.torch_dist_io import count_written
 
 ITERATION = 0
 """A run that starts from the checkpoint counts its own iterations from here."""

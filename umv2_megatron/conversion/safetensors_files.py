@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import torch
 
-from umv2_megatron.training.durable_files import fsync_path
+from umv2_megatron.durable_files import fsync_path
 
 DTYPES = {
     "F64": torch.float64,

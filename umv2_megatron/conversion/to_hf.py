@@ -26,9 +26,9 @@ from umv2_megatron.conversion.settings import chunk_rows_below, hf_config, refus
 from umv2_megatron.conversion.tokenizer_files import end_of_documents, export_tokenizer
 from umv2_megatron.hf.name_table import Pairing, pairings
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.checkpoint_store import CheckpointError, CheckpointStore, Manifest
-from umv2_megatron.training.durable_files import fsync_path, remove_path
-from umv2_megatron.training.torch_dist_io import is_extra_state, is_optimizer_state
+from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore, Manifest
+from umv2_megatron.durable_files import fsync_path, remove_path
+from umv2_megatron.checkpoint.torch_dist_io import is_extra_state, is_optimizer_state
 
 _JOURNAL = "journal.json"
 _SAME_VECTOR = 1e-6

@@ -22,7 +22,7 @@ from typing import Any
 
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.conversion.settings import context_of
-from umv2_megatron.training.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer
+from umv2_megatron.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, build_tokenizer
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _SPACE = "\u2581"

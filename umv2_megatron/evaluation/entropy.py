@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from umv2_megatron.training.indexing import read_index, read_meta, read_tokens
+from umv2_megatron.data.indexing import read_index, read_meta, read_tokens
 
 _BLOCK = 1 << 22
 

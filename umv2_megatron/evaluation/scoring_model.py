@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from umv2_megatron.training.tokenizers import Tokenizer
+from umv2_megatron.data.tokenizers import Tokenizer
 
 # Logits that are turned into fp32 at once; bounds the extra memory whatever the vocabulary.
 _ENTRIES_AT_ONCE = 1 << 24

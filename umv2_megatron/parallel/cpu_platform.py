@@ -356,7 +356,7 @@ def _bridge_optimizer(module: ModuleType) -> None:
 
 
 def _bridge_distributed_optimizer(module: ModuleType) -> None:
-    """distrib_optimizer.py:361, 420 and 582. What loading into torch's AdamW needs is in training/checkpointing.py."""
+    """distrib_optimizer.py:361, 420 and 582. What loading into torch's AdamW needs is in checkpoint/save_load.py."""
     _accept_types(module.DistributedOptimizer.__init__)
     _accept_types(module.DistributedOptimizer._build_model_and_main_param_groups.__func__)
 

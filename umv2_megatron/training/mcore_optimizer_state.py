@@ -11,9 +11,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.training.optimizer import KERNEL_CHOICES
-from umv2_megatron.training.optimizer_state import allocate_moments, has_step_tensors, optimizer_parts
+from umv2_megatron.checkpoint.optimizer_state import allocate_moments, has_step_tensors, optimizer_parts
 
 DP_RESHARDABLE = "dp_reshardable"
 

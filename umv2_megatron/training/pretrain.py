@@ -23,10 +23,10 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.planning.parameters import count_parameters
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.batches import batch_iterator
-from umv2_megatron.training.checkpoint_store import CheckpointStore
-from umv2_megatron.training.datasets import build_datasets, data_identity
-from umv2_megatron.training.durable_files import write_synced
+from umv2_megatron.data.batches import batch_iterator
+from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.data.datasets import build_datasets, data_identity
+from umv2_megatron.durable_files import write_synced
 from umv2_megatron.training.initialize import (
     Progress,
     TrainingState,
@@ -39,7 +39,7 @@ from umv2_megatron.training.loop import Trainer
 from umv2_megatron.training.reporting import Reporter
 from umv2_megatron.training.resume import Source, check_same_run, find_source
 from umv2_megatron.training.step import connect, refresh_singular_vectors
-from umv2_megatron.training.tokenizers import build_tokenizer
+from umv2_megatron.data.tokenizers import build_tokenizer
 
 
 def pretrain(run: RunConfig) -> int:

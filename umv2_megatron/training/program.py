@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.parallel import roll_call
-from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.training.loop import TrainingStopped
 
 

@@ -14,12 +14,12 @@ from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.parallel.launch import discover
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.checkpoint_contents import locate
-from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.checkpoint.contents import locate
+from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.training.initialize import start_processes
 from umv2_megatron.training.step import refresh_singular_vectors
-from umv2_megatron.training.tokenizers import build_tokenizer
-from umv2_megatron.training.torch_dist_io import METADATA_FILE
+from umv2_megatron.data.tokenizers import build_tokenizer
+from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE
 
 # What is taken beside the model itself; layout, schedule and the rest keep their defaults, those of one rank.
 TAKEN = ("tokenizer_type", "tokenizer_model", "vocab_size", "bf16")

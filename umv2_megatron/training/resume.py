@@ -15,8 +15,8 @@ from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.checkpoint_store import TRACKER, CheckpointStore, Manifest
-from umv2_megatron.training.durable_files import CheckpointError, sha256_of
+from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore, Manifest
+from umv2_megatron.durable_files import CheckpointError, sha256_of
 
 # What a step computes from its samples; --allow-config-change lets it differ.
 SAME_RUN = ("global_batch_size", "clip_grad", "eod_mask_loss", "reset_position_ids", "reset_attention_mask")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from umv2_megatron.training.corpus import CorpusError
+from umv2_megatron.data.corpus import CorpusError
 
 
 def run_tool(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> NoReturn:

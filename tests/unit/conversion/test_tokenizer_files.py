@@ -12,7 +12,7 @@ import pytest
 from umv2_megatron.conversion import tokenizer_files
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.conversion.tokenizer_files import PARAGRAPH, check_same_ids, end_of_documents, export_tokenizer
-from umv2_megatron.training.tokenizers import build_tokenizer
+from umv2_megatron.data.tokenizers import build_tokenizer
 
 
 def _lines() -> list[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from umv2_megatron.evaluation import entropy
-from umv2_megatron.training.indexing import IndexWriter
+from umv2_megatron.data.indexing import IndexWriter
 
 
 def write(prefix, tokens, meta):

@@ -11,7 +11,7 @@ from umv2_megatron.evaluation.generation import (
     draw,
     generate,
 )
-from umv2_megatron.training.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
+from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 

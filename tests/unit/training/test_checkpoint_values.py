@@ -10,7 +10,7 @@ import pytest
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.training import checkpoint_store
-from umv2_megatron.training.checkpoint_store import CheckpointError, CheckpointStore
+from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore
 from umv2_megatron.training.resume import checkpoint_values
 
 

@@ -15,7 +15,7 @@ from umv2_megatron.evaluation.tasks.base import FORMS, Example
 from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
 from umv2_megatron.evaluation.tasks.words import stream
-from umv2_megatron.training.tokenizers import Tokenizer
+from umv2_megatron.data.tokenizers import Tokenizer
 
 TASKS = (*CONTEXT_TASKS, fact_recall.NAME)
 

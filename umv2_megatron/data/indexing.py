@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, Optional
 
 import numpy as np
 
-from umv2_megatron.training.durable_files import fsync_path
+from umv2_megatron.durable_files import fsync_path
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

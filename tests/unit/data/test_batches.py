@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from umv2_megatron.training.batches import RankSampler
+from umv2_megatron.data.batches import RankSampler
 
 
 def step_samples(world_size: int, micro: int, batch: int, consumed: int, steps: int, total: int = 1000) -> list[set]:

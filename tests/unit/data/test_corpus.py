@@ -6,7 +6,7 @@ import json
 import pytest
 import zstandard
 
-from umv2_megatron.training.corpus import CorpusOptions, expand_inputs, read_chunks, texts_of
+from umv2_megatron.data.corpus import CorpusOptions, expand_inputs, read_chunks, texts_of
 
 GOOD = b'{"text": "good"}\n'
 

@@ -15,9 +15,9 @@ import pytest
 from data_helpers import ROOT, run_tool, sources, write_corpus, write_jsonl
 
 from umv2_megatron.training import indexing
-from umv2_megatron.training.corpus import CorpusError, CorpusOptions
-from umv2_megatron.training.indexing import IndexWriter, check_corpus, read_index, read_meta, read_tokens
-from umv2_megatron.training.preprocessing import Job, preprocess
+from umv2_megatron.data.corpus import CorpusError, CorpusOptions
+from umv2_megatron.data.indexing import IndexWriter, check_corpus, read_index, read_meta, read_tokens
+from umv2_megatron.data.preprocessing import Job, preprocess
 
 BYTES = ("--tokenizer-type", "ByteLevelTokenizer", "--append-eod")
 
@@ -328,7 +328,7 @@ def test_check_names_the_file(tmp_path):
 def test_another_tokenizer_is_refused(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", ["12"])
     prefix = preprocess(Job((str(corpus),), str(tmp_path / "p"), "ByteLevelTokenizer")).prefixes[0]
-    from umv2_megatron.training.tokenizers import build_tokenizer
+    from umv2_megatron.data.tokenizers import build_tokenizer
 
     check_corpus(prefix, 257, build_tokenizer("ByteLevelTokenizer").sha256)
     with pytest.raises(ValueError, match="another tokenizer"):

@@ -7,7 +7,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-from umv2_megatron.training.optimizer_shards import boxes, pieces
+from umv2_megatron.checkpoint.optimizer_shards import boxes, pieces
 
 SHAPES = [(), (1,), (7,), (1, 1), (3, 4), (1, 9), (9, 1), (2, 3, 4), (3, 1, 5), (2, 1, 1, 3), (2, 3, 2, 3)]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from umv2_megatron.training import checkpoint_store, durable_files
-from umv2_megatron.training.checkpoint_store import TRACKER, CheckpointError, CheckpointStore, NoCheckpointError
-from umv2_megatron.training.durable_files import check_relative_path
+from umv2_megatron.checkpoint.store import TRACKER, CheckpointError, CheckpointStore, NoCheckpointError
+from umv2_megatron.durable_files import check_relative_path
 
 SIZES = {"a_0.distcp": 70_000, "b_0.distcp": 70_000, "deep/c.pt": 3_000, "common.pt": 100}
 STAGES = [

@@ -13,7 +13,7 @@ import weakref
 from datetime import datetime
 from pathlib import Path
 
-from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.durable_files import CheckpointError
 
 
 def locked(descriptor: int) -> bool:

@@ -31,8 +31,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
 from umv2_megatron.config.data_config import Blend, DataConfig
-from umv2_megatron.training.indexing import Index, check_corpus, fingerprint
-from umv2_megatron.training.tokenizers import Tokenizer
+from umv2_megatron.data.indexing import Index, check_corpus, fingerprint
+from umv2_megatron.data.tokenizers import Tokenizer
 
 _SPLITS = ("train", "validation", "test")
 _PATH_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path")

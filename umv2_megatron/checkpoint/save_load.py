@@ -1,7 +1,7 @@
 """Saving and loading a training run: model, optimizer, schedule, random states and the run's own counters.
 
 All ranks write their shards into one temporary directory; when every rank has succeeded, rank 0 publishes it as
-`checkpoint_store.py` describes, else nobody does and every rank gets the same error. On load rank 0 verifies every
+`store.py` describes, else nobody does and every rank gets the same error. On load rank 0 verifies every
 byte, then all ranks load what they own, refusing any key or shape that differs from the model.
 
 What a resumed run needs to continue bitwise: parameters and persistent buffers, the optimizer's moments, fp32 main
@@ -32,9 +32,9 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training import mcore_optimizer_state
-from umv2_megatron.training.checkpoint_store import CheckpointStore
-from umv2_megatron.training.durable_files import CheckpointError
-from umv2_megatron.training.optimizer_state import (
+from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.checkpoint.optimizer_state import (
     OptimizerState,
     groups_of_mcore,
     is_main_param,
@@ -42,7 +42,7 @@ from umv2_megatron.training.optimizer_state import (
     main_param_name,
     merge_groups,
 )
-from umv2_megatron.training.torch_dist_io import (
+from umv2_megatron.checkpoint.torch_dist_io import (
     InProcessSave,
     SafeCommonLoad,
     SafeLoad,

@@ -24,7 +24,7 @@ from typing import Optional, TextIO
 
 import numpy as np
 
-from umv2_megatron.training.corpus import (
+from umv2_megatron.data.corpus import (
     Chunk,
     CorpusError,
     CorpusOptions,
@@ -34,8 +34,8 @@ from umv2_megatron.training.corpus import (
     read_chunks,
     texts_of,
 )
-from umv2_megatron.training.indexing import IndexWriter, token_dtype
-from umv2_megatron.training.tokenizers import Tokenizer, build_tokenizer
+from umv2_megatron.data.indexing import IndexWriter, token_dtype
+from umv2_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
 _CHUNKS_PER_WORKER = 3
 

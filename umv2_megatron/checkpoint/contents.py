@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from umv2_megatron.training import checkpointing
-from umv2_megatron.training.checkpoint_store import CheckpointError, CheckpointStore, NoCheckpointError
-from umv2_megatron.training.optimizer_state import is_main_param
-from umv2_megatron.training.torch_dist_io import (
+from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore, NoCheckpointError
+from umv2_megatron.checkpoint.optimizer_state import is_main_param
+from umv2_megatron.checkpoint.torch_dist_io import (
     METADATA_FILE,
     SafeCommonLoad,
     is_optimizer_state,

@@ -13,7 +13,7 @@ Order of a save: write -> fsync files -> manifest -> fsync -> rename -> fsync ro
 the directory still holds the old or the new checkpoint. Loading verifies every byte before anyone reads it, and falls
 back, loudly, to the older valid checkpoint.
 
-Only files here: no torch, no process group. `checkpointing.py` decides which rank calls what.
+Only files here: no torch, no process group. `save_load.py` decides which rank calls what.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umv2_megatron.training.durable_files import (
+from umv2_megatron.durable_files import (
     CheckpointError,
     FilesNow,
     NoCheckpointError,
@@ -41,7 +41,7 @@ from umv2_megatron.training.durable_files import (
     sha256_of,
     write_synced,
 )
-from umv2_megatron.training.save_lock import SaveLock
+from umv2_megatron.checkpoint.save_lock import SaveLock
 
 __all__ = ["CheckpointError", "CheckpointStore", "Manifest", "NoCheckpointError"]
 

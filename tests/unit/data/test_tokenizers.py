@@ -5,7 +5,7 @@ import json
 import pytest
 from data_helpers import run_tool, sources, write_jsonl
 
-from umv2_megatron.training.tokenizers import build_tokenizer
+from umv2_megatron.data.tokenizers import build_tokenizer
 
 HARD_TEXTS = [
     "",

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from umv2_megatron.training.durable_files import CheckpointError, check_relative_path
+from umv2_megatron.durable_files import CheckpointError, check_relative_path
 
 METADATA_FILE = ".metadata"
 

@@ -20,9 +20,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
 
-from umv2_megatron.training.durable_files import CheckpointError
+from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.training.optimizer import KERNEL_CHOICES, VALUE_GROUP
-from umv2_megatron.training.optimizer_shards import pieces
+from umv2_megatron.checkpoint.optimizer_shards import pieces
 
 PREFIX = "optimizer.state"
 MAIN_PARAM = "fp32_param"

@@ -12,9 +12,9 @@ import pytest
 from data_helpers import ROOT, write_corpus, write_jsonl
 
 from umv2_megatron.config.data_config import DataConfig, parse_blend, parse_split
-from umv2_megatron.training.datasets import build_datasets, data_identity
-from umv2_megatron.training.preprocessing import Job, preprocess
-from umv2_megatron.training.tokenizers import build_tokenizer
+from umv2_megatron.data.datasets import build_datasets, data_identity
+from umv2_megatron.data.preprocessing import Job, preprocess
+from umv2_megatron.data.tokenizers import build_tokenizer
 
 TOKENIZER = build_tokenizer("NullTokenizer", vocab_size=30_000)
 LENGTH = 16
@@ -215,8 +215,8 @@ RANKS = """
     import sys, json, os
     import torch, torch.distributed as dist
     from umv2_megatron.config.data_config import DataConfig
-    from umv2_megatron.training.datasets import build_datasets
-    from umv2_megatron.training.tokenizers import build_tokenizer
+    from umv2_megatron.data.datasets import build_datasets
+    from umv2_megatron.data.tokenizers import build_tokenizer
 
     rank, store, *paths = sys.argv[1:]
     dist.init_process_group("gloo", init_method="file://" + store, rank=int(rank), world_size=2)

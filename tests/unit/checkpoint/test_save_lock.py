@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from umv2_megatron.training.checkpoint_store import CheckpointError, CheckpointStore
+from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore
 
 
 def test_a_file_in_place_of_the_save_directory(tmp_path):
@@ -19,7 +19,7 @@ def test_a_file_in_place_of_the_save_directory(tmp_path):
 
 HOLD = """
 import os, sys, time
-from umv2_megatron.training.checkpoint_store import CheckpointStore
+from umv2_megatron.checkpoint.store import CheckpointStore
 lock = CheckpointStore(sys.argv[1]).lock()
 if os.fork() == 0:      # as a data loader worker: outlives the killed owner
     time.sleep(60); os._exit(0)
