@@ -54,11 +54,11 @@ from benchmarks.measure import (  # noqa: E402
 )
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.config.presets import PRESETS  # noqa: E402
-from umv2_megatron.training import step  # noqa: E402
 from umv2_megatron.data.batches import batch_iterator  # noqa: E402
 from umv2_megatron.data.datasets import build_datasets  # noqa: E402
-from umv2_megatron.training.initialize import build_training_state, start_processes  # noqa: E402
 from umv2_megatron.data.tokenizers import build_tokenizer  # noqa: E402
+from umv2_megatron.training import step  # noqa: E402
+from umv2_megatron.training.initialize import build_training_state, start_processes  # noqa: E402
 
 UMV2, MOE, DENSE = "umv2", "moe", "dense"
 TARGET = 1.25

@@ -22,10 +22,10 @@ cpu_platform.install()  # before megatron.core is imported
 
 import torch  # noqa: E402
 
+from umv2_megatron.checkpoint.contents import locate  # noqa: E402
 from umv2_megatron.conversion.from_hf import import_export  # noqa: E402
 from umv2_megatron.conversion.plan import parse_size  # noqa: E402
 from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint  # noqa: E402
-from umv2_megatron.checkpoint.contents import locate  # noqa: E402
 from umv2_megatron.training.tool_entry import read_text, run_tool  # noqa: E402
 
 
@@ -57,8 +57,8 @@ def verify(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--tokens is {arguments.tokens}; expected 1 or more")
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < math.inf:
         raise ValueError(f"--tolerance is {arguments.tolerance}; expected a number of 0 or more")
-    from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
     from umv2_megatron.checkpoint.save_load import read_config
+    from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
 
     store, iteration = locate(arguments.load, arguments.ckpt_step)
     text = None if arguments.text is None else read_text("--text", arguments.text)

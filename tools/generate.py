@@ -22,6 +22,8 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()  # before megatron.core is imported
 
+from umv2_megatron.checkpoint.store import NoCheckpointError  # noqa: E402
+from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE  # noqa: E402
 from umv2_megatron.evaluation.generation import (  # noqa: E402
     CachedMegatronModel,
     CachedModel,
@@ -31,9 +33,7 @@ from umv2_megatron.evaluation.generation import (  # noqa: E402
     generate,
 )
 from umv2_megatron.evaluation.huggingface_scoring import holds_tokenizer, load_whole_model  # noqa: E402
-from umv2_megatron.checkpoint.store import NoCheckpointError  # noqa: E402
 from umv2_megatron.training.tool_entry import read_text, run_tool  # noqa: E402
-from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE  # noqa: E402
 
 
 class Loaded(NamedTuple):

@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from umv2_megatron.config.data_config import TOKENIZER_TYPES
+from umv2_megatron.data.tokenizers import build_tokenizer
 from umv2_megatron.evaluation.tasks import mixture
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
-from umv2_megatron.data.tokenizers import build_tokenizer
 from umv2_megatron.training.tool_entry import run_tool
 
 

@@ -23,15 +23,15 @@ from megatron.core.num_microbatches_calculator import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from umv2_megatron.checkpoint import optimizer_state, save_load, torch_dist_io
+from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.resolve import from_layers
+from umv2_megatron.data.batches import batch_iterator
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.parallel import groups
-from umv2_megatron.training import checkpointing, optimizer_state, torch_dist_io
-from umv2_megatron.data.batches import batch_iterator
-from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.training.initialize import TrainingState, build_training_state, make_groups, seed_everything
 from umv2_megatron.training.step import connect, train_step
 
@@ -122,7 +122,7 @@ def train(run: Any, state: TrainingState, steps: range) -> list[tuple[float, flo
 
 
 def save(directory: str | Path, state: TrainingState) -> None:
-    checkpointing.save_checkpoint(CheckpointStore(directory), START, state.chunks, state.optimizer, state.scheduler)
+    save_load.save_checkpoint(CheckpointStore(directory), START, state.chunks, state.optimizer, state.scheduler)
 
 
 def write_start(directory: str, changes: dict[str, Any], steps: int = 2) -> list[tuple[float, float]]:
@@ -148,7 +148,7 @@ def visit(
     whole = whole_tensors(CheckpointStore(source).path(START))
     for changes, directory in targets:
         run, state = open_layout(changes, seed=7)
-        loaded = checkpointing.load_checkpoint(
+        loaded = save_load.load_checkpoint(
             CheckpointStore(source), state.chunks, state.optimizer, state.scheduler, load_optim=load_optim
         )
         assert loaded.iteration == START
@@ -212,7 +212,7 @@ def watched(state: TrainingState) -> Iterator[dict[str, int]]:
     kept = (each for chunk in state.chunks for each in (*unwrap(chunk).parameters(), *unwrap(chunk).buffers()))
     seen = {"own": max(each.numel() for each in kept), "largest": 0, "collectives": 0}
     make, write = optimizer_state.OptimizerState, torch_dist_io.InProcessSave.save
-    collect_model = checkpointing._model_state
+    collect_model = save_load._model_state
 
     def counting(call: Any) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -243,8 +243,8 @@ def watched(state: TrainingState) -> Iterator[dict[str, int]]:
         write(self, sharded, directory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpointing, "OptimizerState", collect)
-        patch.setattr(checkpointing, "_model_state", watch(collect_model))
+        patch.setattr(save_load, "OptimizerState", collect)
+        patch.setattr(save_load, "_model_state", watch(collect_model))
         patch.setattr(torch_dist_io.InProcessSave, "save", writing)
         yield seen
 

@@ -9,14 +9,15 @@ import itertools
 from typing import Any
 
 import pytest
+import tiny_gpt
 from harness import run_ranks
 from reshard import START, VOCABULARY, different, layout, open_layout, visit, watched, whole_tensors, write_start
 
-from umv2_megatron.parallel import groups
-from umv2_megatron.training import checkpointing, mcore_optimizer_state, optimizer_state
-from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.checkpoint import optimizer_state, save_load
 from umv2_megatron.checkpoint.save_load import load_checkpoint
+from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.parallel import groups
 
 # Name -> (ranks, settings). The quick tests go from "one" to each and back; the slow ones from each to each.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -107,8 +108,8 @@ class Gathering:
         self.given = (optimizer, model_state)
 
     def sharded(self) -> dict:
-        metadata = checkpointing._content_metadata() | {"distrib_optim_sharding_type": "fully_reshardable"}
-        return mcore_optimizer_state.collect(*self.given, metadata, is_loading=False)
+        metadata = save_load._content_metadata() | {"distrib_optim_sharding_type": "fully_reshardable"}
+        return tiny_gpt.as_mcore_stores(*self.given, metadata)
 
 
 def gather() -> dict[str, int]:
@@ -116,8 +117,8 @@ def gather() -> dict[str, int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer_state, "OptimizerState", Gathering)
         with watched(state) as seen:
-            model_state = checkpointing._model_state(state.chunks, checkpointing._content_metadata())
-            checkpointing.OptimizerState(state.optimizer, model_state).sharded()
+            model_state = save_load._model_state(state.chunks, save_load._content_metadata())
+            save_load.OptimizerState(state.optimizer, model_state).sharded()
     return seen
 
 

@@ -27,6 +27,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from umv2_megatron.checkpoint.optimizer_state import allocate_moments, optimizer_parts
 from umv2_megatron.parallel import cpu_platform, groups
 from umv2_megatron.training.optimizer import fuse_updates
 
@@ -277,3 +278,11 @@ def train_step(layout: Layout, model: list, optimizer: Any, step: int) -> tuple[
     total /= parallel_state.get_data_parallel_world_size()
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return total.item(), float(norm)
+
+
+def as_mcore_stores(optimizer: Any, model_state: dict, metadata: dict[str, Any]) -> dict:
+    """The optimizer's state as mcore's own ``sharded_state_dict`` makes it; ``metadata`` names mcore's type."""
+    for part in optimizer_parts(optimizer):
+        # mcore asserts that a step count exists; its own remedy, a step with zero gradients, would decay the weights
+        allocate_moments(part)
+    return optimizer.sharded_state_dict(model_state, is_loading=False, metadata=metadata)

@@ -80,8 +80,8 @@ def _work(pipe: Any, port: int, function: Callable[..., Any], arguments: tuple) 
 
 def to_hf(save: Path, export: Path, say: Callable[[str], None] = lambda line: None, **options: Any) -> Path:
     """Export the newest checkpoint in ``save``."""
-    from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint
     from umv2_megatron.checkpoint.contents import locate
+    from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint
 
     export_checkpoint(*locate(save), export, ExportOptions(**options), say)
     return export

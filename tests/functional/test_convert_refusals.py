@@ -25,9 +25,9 @@ from conversions import (
     with_export,
 )
 
+from umv2_megatron.checkpoint.contents import locate
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.conversion.settings import refuse_unsupported
-from umv2_megatron.checkpoint.contents import locate
 from umv2_megatron.durable_files import CheckpointError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from program_runs import ROOT, tiny_run, train
 
-sys.path.insert(0, str(ROOT / "tests" / "unit" / "training"))
+sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
 from data_helpers import run_tool, write_jsonl  # noqa: E402
 
 

@@ -20,12 +20,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
 
-from umv2_megatron.durable_files import CheckpointError
-from umv2_megatron.training.optimizer import KERNEL_CHOICES, VALUE_GROUP
 from umv2_megatron.checkpoint.optimizer_shards import pieces
+from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.memory.value_table import VALUE_GROUP
 
 PREFIX = "optimizer.state"
 MAIN_PARAM = "fp32_param"
+KERNEL_CHOICES = ("foreach", "fused")
+"""Keys of a parameter group of torch's Adam that say how it computes, not what; checkpoints do not hold them."""
 _MCORE_MAIN_PARAM = "param"  # mcore's own "fully_reshardable" type calls it so, and stores it for fp32 weights too
 
 Group = dict[str, Any]

@@ -29,11 +29,6 @@ from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
-from umv2_megatron.model.builder import unwrap
-from umv2_megatron.parallel import cpu_platform
-from umv2_megatron.training import mcore_optimizer_state
-from umv2_megatron.checkpoint.store import CheckpointStore
-from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.checkpoint.optimizer_state import (
     OptimizerState,
     groups_of_mcore,
@@ -42,6 +37,7 @@ from umv2_megatron.checkpoint.optimizer_state import (
     main_param_name,
     merge_groups,
 )
+from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import (
     InProcessSave,
     SafeCommonLoad,
@@ -53,6 +49,9 @@ from umv2_megatron.checkpoint.torch_dist_io import (
     is_optimizer_state,
     read_metadata_safely,
 )
+from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.model.builder import unwrap
+from umv2_megatron.parallel import cpu_platform
 
 CONFIG_FILE = "config.json"
 _RNG_KEY = "rng_state"
@@ -202,7 +201,7 @@ def load_checkpoint(
         metadata = _content_metadata()
         state = _model_state(model_chunks, metadata)
         if saved_optimizer is not None:
-            state |= saved_optimizer.collect(optimizer, state, metadata)
+            state |= saved_optimizer.collect(optimizer, state)
         return state | ({_RNG_KEY: _sharded_rng_state()} if load_rng else {})
 
     def may_remain(key: str) -> bool:
@@ -233,7 +232,7 @@ def _restore(
     for name, chunk in zip(_chunk_names(model_chunks), model_chunks):
         _load_model(unwrap(chunk), loaded[name])
     if saved_optimizer is not None:
-        saved_optimizer.restore(optimizer, loaded)
+        saved_optimizer.restore()
     elif optimizer is not None:
         optimizer.reload_model_params()  # fp32 main parameters follow the loaded weights
     if scheduler is not None:
@@ -255,21 +254,21 @@ class _SavedOptimizer:
         self._mcore_type = metadata.get("distrib_optim_sharding_type")
         self._state: OptimizerState | None = None
 
-    def collect(self, optimizer: Any, model_state: ShardedStateDict, metadata: dict[str, Any]) -> ShardedStateDict:
+    def collect(self, optimizer: Any, model_state: ShardedStateDict) -> ShardedStateDict:
         """What to ask for, to be added to the model's state."""
-        if self._mcore_type == mcore_optimizer_state.DP_RESHARDABLE:
-            mcore_optimizer_state.check(optimizer, self._common.get("layout", {}), _layout(), self._path)
-            metadata = metadata | {"distrib_optim_sharding_type": self._mcore_type}
-            return {"optimizer": mcore_optimizer_state.collect(optimizer, model_state, metadata, is_loading=True)}
+        if self._mcore_type == "dp_reshardable":
+            raise CheckpointError(
+                f"{self._path} holds optimizer state of mcore's type {self._mcore_type!r}, whose tensors are gradient "
+                "buffers: give --no-load-optim, or save it again with --dist-ckpt-optim-fully-reshardable"
+            )
         self._state = OptimizerState(optimizer, model_state)
         stored = read_metadata_safely(self._path).state_dict_metadata
         return {"optimizer_state": self._state.sharded(main_param_name(list(stored)))}
 
-    def restore(self, optimizer: Any, loaded: dict[str, Any]) -> None:
+    def restore(self) -> None:
         """Finish after the tensors were read and the model has its weights."""
-        if self._state is None:
-            mcore_optimizer_state.restore(optimizer, loaded["optimizer"])
-        elif "optimizer_groups" in self._common:
+        assert self._state is not None, "collect comes first"
+        if "optimizer_groups" in self._common:
             self._state.restore(self._common["optimizer_groups"])
         elif "optimizer" in self._common:
             self._state.restore(groups_of_mcore(self._common["optimizer"]))

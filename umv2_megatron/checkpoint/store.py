@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umv2_megatron.checkpoint.save_lock import SaveLock
 from umv2_megatron.durable_files import (
     CheckpointError,
     FilesNow,
@@ -41,7 +42,6 @@ from umv2_megatron.durable_files import (
     sha256_of,
     write_synced,
 )
-from umv2_megatron.checkpoint.save_lock import SaveLock
 
 __all__ = ["CheckpointError", "CheckpointStore", "Manifest", "NoCheckpointError"]
 

@@ -28,9 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE, read_metadata_safely
 from umv2_megatron.conversion.safetensors_files import ConversionError, TensorInfo, as_bytes, read_into
 from umv2_megatron.durable_files import CheckpointError, fsync_path, write_synced
-from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE, read_metadata_safely
 
 _STORAGES = {
     "FloatStorage": torch.float32,

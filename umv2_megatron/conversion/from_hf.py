@@ -19,6 +19,10 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from umv2_megatron import __version__
+from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint.save_lock import SaveLock
+from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.checkpoint.torch_dist_io import count_written
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.conversion.checkpoint_tensors import ShardWriter, write_metadata
 from umv2_megatron.conversion.export_files import ExportTensors, verify_manifest
@@ -36,12 +40,8 @@ from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import DTYPES, ConversionError
 from umv2_megatron.conversion.settings import megatron_values, read_hf_config, sizes_of
 from umv2_megatron.conversion.tokenizer_files import CHAT_TEMPLATE
-from umv2_megatron.hf.name_table import pairings
-from umv2_megatron.training import checkpointing
-from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.durable_files import fsync_path, remove_path, sha256_of
-from umv2_megatron.checkpoint.save_lock import SaveLock
-from umv2_megatron.checkpoint.torch_dist_io import count_written
+from umv2_megatron.hf.name_table import pairings
 
 ITERATION = 0
 """A run that starts from the checkpoint counts its own iterations from here."""
@@ -197,7 +197,7 @@ def _write_common(work: Path, values: dict[str, Any], dtype: torch.dtype, export
         "tokenizer_vocab_size": values["vocab_size"],
         "padded_vocab_size": values["vocab_size"],
     }
-    write_json(work / checkpointing.CONFIG_FILE, config)
+    write_json(work / save_load.CONFIG_FILE, config)
     layout = {"world": 1, "tensor": 1, "pipeline": 1, "virtual pipeline": 1, "context": 1, "memory": 1}
     common = {
         "iteration": ITERATION,

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from umv2_megatron.checkpoint.save_lock import locked
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.durable_files import fsync_path, sha256_of, write_synced
-from umv2_megatron.checkpoint.save_lock import locked
 
 
 def digest_of(value: Any) -> str:

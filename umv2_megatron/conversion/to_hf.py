@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 from umv2_megatron import __version__
+from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore, Manifest
+from umv2_megatron.checkpoint.torch_dist_io import is_extra_state, is_optimizer_state
 from umv2_megatron.conversion.checkpoint_tensors import CheckpointTensors, damaged_tensors
 from umv2_megatron.conversion.export_files import INDEX, copy_model_code, shard_names, write_config, write_manifest
 from umv2_megatron.conversion.journal import Journal, check_space, digest_of, sole_user, write_json
@@ -24,11 +27,8 @@ from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import ConversionError, SafetensorsWriter
 from umv2_megatron.conversion.settings import chunk_rows_below, hf_config, refuse_unsupported, sizes_of
 from umv2_megatron.conversion.tokenizer_files import end_of_documents, export_tokenizer
-from umv2_megatron.hf.name_table import Pairing, pairings
-from umv2_megatron.training import checkpointing
-from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore, Manifest
 from umv2_megatron.durable_files import fsync_path, remove_path
-from umv2_megatron.checkpoint.torch_dist_io import is_extra_state, is_optimizer_state
+from umv2_megatron.hf.name_table import Pairing, pairings
 
 _JOURNAL = "journal.json"
 _SAME_VECTOR = 1e-6
@@ -107,7 +107,7 @@ def open_source(
     ``dtype`` is the export's, None that of the checkpoint. ``chunk_rows`` are the rows of a chunk of a table; None
     gives those that fit into ``max_bytes``, or with 0 whole tables. Raises as ``export_checkpoint`` does.
     """
-    config = checkpointing.read_config(store, iteration)
+    config = save_load.read_config(store, iteration)
     refuse_unsupported(config)
     values, directory = config["values"], store.path(iteration)
     stored = torch.bfloat16 if values["bf16"] else torch.float32

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from umv2_megatron.checkpoint.contents import locate
 from umv2_megatron.conversion.export_files import ExportTensors, verify_manifest
 from umv2_megatron.conversion.from_hf import dtype_of
 from umv2_megatron.conversion.plan import check_source, copies_to_hf, part_shape
@@ -28,12 +29,11 @@ from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.conversion.settings import read_hf_config
 from umv2_megatron.conversion.to_hf import Source, open_source, parts
 from umv2_megatron.conversion.tokenizer_files import PARAGRAPH
+from umv2_megatron.data.tokenizers import NullTokenizer, Tokenizer
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.parallel import cpu_platform
-from umv2_megatron.checkpoint.contents import locate
 from umv2_megatron.training.restore import restore_model
 from umv2_megatron.training.step import refresh_singular_vectors
-from umv2_megatron.data.tokenizers import NullTokenizer, Tokenizer
 
 FLOAT32_LIMIT = 1e-5
 """Largest difference of two logits computed in float32, as a share of the largest logit."""

@@ -17,7 +17,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.utils.data import DataLoader, Dataset
 
 from umv2_megatron.parallel import cpu_platform
-from umv2_megatron.training.signals import SIGNALS
+from umv2_megatron.parallel.launch import STOP_SIGNALS
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -85,7 +85,7 @@ def batch_iterator(
 def _leave_signals_to_parent(worker: int) -> None:
     """A stop request may be sent to every process of a job (SLURM does); the loaders must live until the rank has
     saved. They end when their rank closes them or is gone."""
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from umv2_megatron.evaluation.scoring_model import TokenScores, rows_at_once, scores_of_logits
 from umv2_megatron.data.tokenizers import Tokenizer, build_tokenizer
+from umv2_megatron.evaluation.scoring_model import TokenScores, rows_at_once, scores_of_logits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -17,10 +17,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from umv2_megatron.data.batches import next_batch
 from umv2_megatron.evaluation.scoring_model import TokenScores, parts_of_logits, rows_at_once, scores_of_logits
 from umv2_megatron.model.builder import evaluation_mode
 from umv2_megatron.parallel import cpu_platform
-from umv2_megatron.data.batches import next_batch
 from umv2_megatron.training.restore import RestoredModel
 
 

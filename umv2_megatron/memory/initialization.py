@@ -26,22 +26,39 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Optional
+from typing import Optional, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.product_keys import ProductKeys
 from umv2_megatron.memory.retrieval import Retrieval
-
-if TYPE_CHECKING:
-    from umv2_megatron.memory.layer import MemoryLayer
+from umv2_megatron.memory.sharing import TableWindow
+from umv2_megatron.memory.value_table import ValueTable
 
 SIMULATED_TOKENS = 512
 # A block of a table is drawn from a generator of its own, so that a rank draws its own rows and columns only.
 BLOCK_ROWS = 4096
 BLOCK_COLUMNS = 64
+
+
+class Initialized(Protocol):
+    """What the initialisation reads and fills of a memory layer (`layer.MemoryLayer`, which calls it)."""
+
+    config: MemoryConfig
+    hidden_size: int
+    layer_index: int
+    owns_table: bool
+    table: ValueTable
+    window: TableWindow
+    perm: Tensor
+    retrieval: Retrieval | ProductKeys
+    pre_proj: Optional[nn.Linear]
+    value_proj: Optional[nn.Linear]
+    gate_proj: Optional[nn.Linear]
 
 
 def linear_std(hidden_size: int) -> float:
@@ -78,7 +95,7 @@ def _gaussian_mean_square(function: Callable[[Tensor], Tensor], std: float) -> f
 
 
 def initialize_layer(
-    layer: MemoryLayer,
+    layer: Initialized,
     ffn_hidden_size: int,
     num_layers: int,
     ffn_gated: bool = True,
@@ -94,7 +111,7 @@ def initialize_layer(
 
 
 @torch.no_grad()
-def _initialize_fixed(layer: MemoryLayer) -> None:
+def _initialize_fixed(layer: Initialized) -> None:
     """The released code's values: norm gains Dk^-x, Wq and keys 1/sqrt(Dk), Wv and Wp 1/sqrt(fan-in), tables 0.02.
 
     Its Memory+ layer: Wq as Xavier, keys 1/sqrt(6 Dk), gains 1, Wv and the gate 1/sqrt(fan-in), table 1/sqrt(Dv). Where
@@ -118,14 +135,14 @@ def _initialize_fixed(layer: MemoryLayer) -> None:
         _draw_table(layer, table_std)
 
 
-def _fill_gains(layer: MemoryLayer, value: float) -> None:
+def _fill_gains(layer: Initialized, value: float) -> None:
     """Set all gains of the norms of queries and keys that the layer has."""
     for gain in (layer.retrieval.query_norm, layer.retrieval.key_norm):
         if gain is not None:
             gain.fill_(value)
 
 
-def _scale_scores(layer: MemoryLayer, factor: float) -> None:
+def _scale_scores(layer: Initialized, factor: float) -> None:
     """Multiply the scores by ``factor``, by gains that are 1 so far; by the keys where there is no gain."""
     config = layer.config
     if config.scoring == "tucker":
@@ -137,7 +154,7 @@ def _scale_scores(layer: MemoryLayer, factor: float) -> None:
 
 
 @torch.no_grad()
-def _initialize_paper(layer: MemoryLayer, target_variance: float) -> None:
+def _initialize_paper(layer: Initialized, target_variance: float) -> None:
     """Gains for a mean summed score of 1 and a table for the FFN's output variance (see the top).
 
     A layer that uses the table of another takes its rows as they are and reaches the variance by its gains; its
@@ -166,7 +183,7 @@ def _initialize_paper(layer: MemoryLayer, target_variance: float) -> None:
         _scale_scores(layer, score_scale)
 
 
-def _table_std(layer: MemoryLayer, target: float, power: float, projected_square: Optional[float]) -> float:
+def _table_std(layer: Initialized, target: float, power: float, projected_square: Optional[float]) -> float:
     """sigma that solves sigma^2 * E[rho^2](sigma) * power = target; both factors grow with sigma, so by bisection."""
     low, high = 1e-9, 1e6
     for _ in range(200):
@@ -176,7 +193,7 @@ def _table_std(layer: MemoryLayer, target: float, power: float, projected_square
     return math.sqrt(low * high)
 
 
-def _rho_square(layer: MemoryLayer, std: float, projected_square: Optional[float]) -> float:
+def _rho_square(layer: Initialized, std: float, projected_square: Optional[float]) -> float:
     """E[rho^2], 1 without pre-values, where rho before its activation is N(0, std^2 * |Wp x|^2)."""
     if projected_square is None:
         return 1.0
@@ -186,14 +203,14 @@ def _rho_square(layer: MemoryLayer, std: float, projected_square: Optional[float
     return variance
 
 
-def _simulated_inputs(layer: MemoryLayer) -> Tensor:
+def _simulated_inputs(layer: Initialized) -> Tensor:
     """Random inputs [SIMULATED_TOKENS, H] of root mean square 1, always the same for a layer."""
     generator = seeded_generator(layer.config.seed, "simulation", layer.layer_index)
     x = torch.randn(SIMULATED_TOKENS, layer.hidden_size, generator=generator)
     return (x * x.square().mean(-1, keepdim=True).rsqrt()).to(layer.retrieval.query.weight)
 
 
-def _measure(layer: MemoryLayer) -> tuple[float, float, Optional[float]]:
+def _measure(layer: Initialized) -> tuple[float, float, Optional[float]]:
     """Run the layer's retrieval on random normalised inputs.
 
     Returns the mean over picks of the score summed over cores; the output variance for rho = 1 and a table of unit
@@ -222,7 +239,7 @@ def _measure(layer: MemoryLayer) -> tuple[float, float, Optional[float]]:
     return float(picks.scores.float().sum(-1).mean()), output_power, projected_square
 
 
-def _gate_power(layer: MemoryLayer, x: Tensor) -> Optional[Tensor]:
+def _gate_power(layer: Initialized, x: Tensor) -> Optional[Tensor]:
     """By what the gate multiplies the output variance, [T, C]: the mean of SiLU(Wg x)^2 over the columns of a core,
     weighted with |Wv column|^2; None without a gate."""
     if layer.gate_proj is None:
@@ -236,7 +253,7 @@ def _gate_power(layer: MemoryLayer, x: Tensor) -> Optional[Tensor]:
     return (square * weight).view(shape).sum((1, 3)) / weight.view(shape).sum((1, 3))
 
 
-def _projection_power(layer: MemoryLayer) -> Tensor:
+def _projection_power(layer: Initialized) -> Tensor:
     """Squared Frobenius norm of the value projection's columns for each core, [C], averaged over virtual blocks."""
     cores, blocks = layer.config.num_cores, layer.config.num_blocks
     if layer.value_proj is None:
@@ -245,7 +262,7 @@ def _projection_power(layer: MemoryLayer) -> Tensor:
     return weight.square().sum((0, 3)).mean(0).cpu()
 
 
-def _draw_projections(layer: MemoryLayer, query: float, linear: Optional[float]) -> None:
+def _draw_projections(layer: Initialized, query: float, linear: Optional[float]) -> None:
     """Draw queries, keys, cores (of Tucker scores) and projections; ``linear`` is the projections' std, None for
     1/sqrt(fan-in)."""
     seed, index = layer.config.seed, layer.layer_index
@@ -261,7 +278,7 @@ def _draw_projections(layer: MemoryLayer, query: float, linear: Optional[float])
     layer.retrieval.refresh_singular_vectors()
 
 
-def _draw_table(layer: MemoryLayer, std: float) -> None:
+def _draw_table(layer: Initialized, std: float) -> None:
     """Draw this rank's part of the tables that ``layer`` owns."""
     shard, config = layer.table.shard, layer.config
     columns = {"values": config.value_dim, "pre_values": config.pre_value_dim}

@@ -25,6 +25,9 @@ from umv2_megatron.ops import get_backend
 from umv2_megatron.parallel import groups
 from umv2_megatron.parallel.exchange import Exchange
 
+TABLE_ATTRIBUTE = "is_memory_table"  # marks the parameters of value tables
+VALUE_GROUP = "value_lr_mult"  # key of an optimizer's parameter group that holds value tables
+
 
 @dataclass
 class WholeLookup:
@@ -162,8 +165,8 @@ def mark_as_memory_table(parameter: nn.Parameter) -> None:
     ``allreduce = False``: mcore's DDP and optimizer reduce it over the expert data-parallel group (the ranks that
     hold the same shard) instead of over all ranks. ``tensor_model_parallel``: every tensor-parallel rank counts
     its shard in the gradient norm; without it the norm silently misses the shards of ranks above 0.
-    ``is_memory_table``: our parameter group with a learning rate of its own.
+    ``TABLE_ATTRIBUTE``: our parameter group with a learning rate of its own.
     """
     parameter.allreduce = False  # type: ignore[attr-defined]
-    parameter.is_memory_table = True  # type: ignore[attr-defined]
+    setattr(parameter, TABLE_ATTRIBUTE, True)
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)

@@ -26,7 +26,7 @@ from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory.layer import MemoryLayer, Started
 from umv2_megatron.memory.losses import microbatch_scale
 from umv2_megatron.memory.sharing import table_windows
-from umv2_megatron.memory.value_table import ValueTable
+from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, ValueTable
 from umv2_megatron.model.delayed_outputs import DelayedOutputs
 from umv2_megatron.parallel import cpu_platform, groups, streams
 
@@ -150,7 +150,7 @@ class FFNWithMemory(MegatronModule):
         if self._splits_tokens:
             self.memory.loss_scale = lambda: microbatch_scale(True)
             for parameter in self.memory.parameters():
-                if not getattr(parameter, "is_memory_table", False):
+                if not getattr(parameter, TABLE_ATTRIBUTE, False):
                     parameter.register_hook(_sum_over_tensor_parallel_ranks)
 
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **_: Any):

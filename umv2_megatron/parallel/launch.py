@@ -17,6 +17,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import signal
 import socket
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -31,6 +32,9 @@ _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
 )
+
+# By which launchers and job systems ask a run to save and stop.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Launch(NamedTuple):

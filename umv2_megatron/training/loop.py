@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from umv2_megatron.checkpoint.save_load import gathered_parameters
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import expert_losses, memory_health
-from umv2_megatron.checkpoint.save_load import gathered_parameters
 from umv2_megatron.training.initialize import TrainingState, device_memory_gib
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line

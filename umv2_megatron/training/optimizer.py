@@ -24,11 +24,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from umv2_megatron.config.run_config import RunConfig
-
-TABLE_ATTRIBUTE = "is_memory_table"
-VALUE_GROUP = "value_lr_mult"  # key of a parameter group that holds value tables
-KERNEL_CHOICES = ("foreach", "fused")
-"""Keys of a parameter group of torch's Adam that say how it computes, not what; checkpoints do not hold them."""
+from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, VALUE_GROUP
 
 
 @dataclass(frozen=True)

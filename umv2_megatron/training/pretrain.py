@@ -18,15 +18,16 @@ import torch
 import yaml
 
 from umv2_megatron import __version__
+from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.data.batches import batch_iterator
+from umv2_megatron.data.datasets import build_datasets, data_identity
+from umv2_megatron.data.tokenizers import build_tokenizer
+from umv2_megatron.durable_files import write_synced
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.planning.parameters import count_parameters
-from umv2_megatron.training import checkpointing
-from umv2_megatron.data.batches import batch_iterator
-from umv2_megatron.checkpoint.store import CheckpointStore
-from umv2_megatron.data.datasets import build_datasets, data_identity
-from umv2_megatron.durable_files import write_synced
 from umv2_megatron.training.initialize import (
     Progress,
     TrainingState,
@@ -39,7 +40,6 @@ from umv2_megatron.training.loop import Trainer
 from umv2_megatron.training.reporting import Reporter
 from umv2_megatron.training.resume import Source, check_same_run, find_source
 from umv2_megatron.training.step import connect, refresh_singular_vectors
-from umv2_megatron.data.tokenizers import build_tokenizer
 
 
 def pretrain(run: RunConfig) -> int:
@@ -85,7 +85,7 @@ def pretrain(run: RunConfig) -> int:
             trainer.make_eval_iterator = _eval_iterator(run, test_set)
             trainer.evaluate("test")
         trainer.refresh()
-        print_rank_0(f"weights of rank 0: sha256 {checkpointing.weights_digest(state.chunks)}")
+        print_rank_0(f"weights of rank 0: sha256 {save_load.weights_digest(state.chunks)}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
@@ -131,7 +131,7 @@ def _own_save_directory(run: RunConfig, stack: contextlib.ExitStack) -> Checkpoi
         if torch.distributed.get_rank() == 0:
             stack.enter_context(store.lock())
 
-    checkpointing.attempt("owning the save directory", take)
+    save_load.attempt("owning the save directory", take)
     return store
 
 
@@ -151,7 +151,7 @@ def _saver(
 
     def save() -> None:
         iteration = state.progress.iteration
-        checkpointing.save_checkpoint(
+        save_load.save_checkpoint(
             store,
             iteration,
             state.chunks,
@@ -178,7 +178,7 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
     # what the flags say of each group: a decoupled learning rate is that of its own group
     taken = ("max_lr", "min_lr", "betas", "eps")
     given = [{key: group[key] for key in taken if key in group} for group in state.optimizer.param_groups]
-    loaded = checkpointing.load_checkpoint(
+    loaded = save_load.load_checkpoint(
         CheckpointStore(source.directory),
         state.chunks,
         state.optimizer,
@@ -215,7 +215,7 @@ def _refuse_another_run(run: RunConfig, source: Source, identity: dict[str, Any]
             except UsageError as error:
                 refusal[0] = str(error)
 
-    checkpointing.attempt("comparing the run with its checkpoint", compare)
+    save_load.attempt("comparing the run with its checkpoint", compare)
     torch.distributed.broadcast_object_list(refusal, src=0)
     if refusal[0] is not None:
         raise UsageError(refusal[0])

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from umv2_megatron.config.flags import UsageError
-from umv2_megatron.parallel import roll_call
 from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.parallel import roll_call
 from umv2_megatron.training.loop import TrainingStopped
 
 

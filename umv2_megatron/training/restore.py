@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint.contents import locate
+from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE
 from umv2_megatron.config.resolve import from_layers, model_values
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.data.tokenizers import build_tokenizer
 from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.parallel.launch import discover
-from umv2_megatron.training import checkpointing
-from umv2_megatron.checkpoint.contents import locate
-from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.training.initialize import start_processes
 from umv2_megatron.training.step import refresh_singular_vectors
-from umv2_megatron.data.tokenizers import build_tokenizer
-from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE
 
 # What is taken beside the model itself; layout, schedule and the rest keep their defaults, those of one rank.
 TAKEN = ("tokenizer_type", "tokenizer_model", "vocab_size", "bf16")
@@ -62,7 +62,7 @@ def restore_model(
     if (store.root / METADATA_FILE).exists():  # one checkpoint's own directory
         store, ckpt_step = locate(directory, ckpt_step)
     iteration = store.resolve(ckpt_step)
-    saved = checkpointing.read_config(store, iteration)
+    saved = save_load.read_config(store, iteration)
     values, layout = saved["values"], layout or {}
     known = {**model_values(values), **{key: values[key] for key in TAKEN if key in values}}
     if tokenizer_model is not None:
@@ -81,7 +81,7 @@ def restore_model(
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
     start_processes(run)
     chunks = build_model_chunks(run, tokenizer.vocab_size, wrap_with_ddp=False)
-    checkpointing.load_checkpoint(store, chunks, ckpt_step=iteration, load_optim=False, load_rng=False)
+    save_load.load_checkpoint(store, chunks, ckpt_step=iteration, load_optim=False, load_rng=False)
     refresh_singular_vectors(chunks)
     return RestoredModel(chunks, tokenizer, run, iteration)
 

@@ -10,12 +10,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore, Manifest
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
-from umv2_megatron.training import checkpointing
-from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore, Manifest
 from umv2_megatron.durable_files import CheckpointError, sha256_of
 
 # What a step computes from its samples; --allow-config-change lets it differ.
@@ -106,10 +106,10 @@ class _ConfigStore(CheckpointStore):
 
     def verify(self, iteration: int, *, hashes: bool = True) -> Manifest:
         manifest = super().verify(iteration, hashes=False)
-        path = self.path(iteration) / checkpointing.CONFIG_FILE
-        if hashes and checkpointing.CONFIG_FILE in manifest.files:
+        path = self.path(iteration) / save_load.CONFIG_FILE
+        if hashes and save_load.CONFIG_FILE in manifest.files:
             try:
-                actual, expected = sha256_of(path), manifest.files[checkpointing.CONFIG_FILE][1]
+                actual, expected = sha256_of(path), manifest.files[save_load.CONFIG_FILE][1]
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             if actual != expected:
@@ -127,7 +127,7 @@ def checkpoint_values(training: TrainingConfig) -> tuple[str, dict[str, Any]] | 
     if source is None:
         return None
     store = _ConfigStore(source.directory)
-    return source.directory, checkpointing.read_config(store, store.resolve(source.ckpt_step))["values"]
+    return source.directory, save_load.read_config(store, store.resolve(source.ckpt_step))["values"]
 
 
 def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]
     ``data_identity`` is that of the data that ``run`` would read (``datasets.data_identity``).
     """
     store = CheckpointStore(source.directory)
-    config = checkpointing.read_config(store, store.resolve(source.ckpt_step))
+    config = save_load.read_config(store, store.resolve(source.ckpt_step))
     saved = config["values"]
     _check_schedule(run, saved, source)
     if not run.training.allow_config_change:

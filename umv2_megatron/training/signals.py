@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from umv2_megatron.parallel import cpu_platform
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from umv2_megatron.parallel.launch import STOP_SIGNALS
 
 
 class StopRequests:
@@ -31,7 +30,7 @@ class StopRequests:
         self._asked: int | None = None
         self._stopping = False
         self._deadline = started_at + 60 * minutes if minutes is not None else None
-        self._signals = SIGNALS if handle_signals else ()
+        self._signals = STOP_SIGNALS if handle_signals else ()
         self._previous: list[Any] = []
 
     def __enter__(self) -> StopRequests:

@@ -16,10 +16,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.data.batches import next_batch
 from umv2_megatron.model.builder import evaluation_mode, unwrap
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.parallel import cpu_platform
-from umv2_megatron.data.batches import next_batch
 from umv2_megatron.training.optimizer import ParamScheduler, StepResult, guarded_step
 from umv2_megatron.training.ranges import NO_RANGES, NoRanges
 

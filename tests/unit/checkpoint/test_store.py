@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from umv2_megatron.training import checkpoint_store, durable_files
+from umv2_megatron import durable_files
+from umv2_megatron.checkpoint import store as store_module
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointError, CheckpointStore, NoCheckpointError
 from umv2_megatron.durable_files import check_relative_path
 
@@ -201,7 +202,7 @@ def test_killed_at_every_stage(tmp_path, before, replace):
 
 
 def test_the_stages_of_this_test_are_all_there_are():
-    source = Path(checkpoint_store.__file__).read_text()
+    source = Path(store_module.__file__).read_text()
     named = {part.split('"')[1] for part in source.split("self._stage(")[1:]}
     assert named == set(STAGES) - {"shards-written", "done"}
 
@@ -280,7 +281,7 @@ def test_a_checkpoint_at_rest_is_hashed_once(store, monkeypatch):
     files = len(store.verify(1).files)
     hashed = []
     monkeypatch.setattr(
-        checkpoint_store, "sha256_of", lambda path: (hashed.append(path), durable_files.sha256_of(path))[1]
+        store_module, "sha256_of", lambda path: (hashed.append(path), durable_files.sha256_of(path))[1]
     )
     store.verify(1)
     assert len(hashed) == files, "just written: a change might not show in the times"
@@ -357,7 +358,7 @@ def test_paths_that_leave_the_directory_are_refused(store, name):
     manifest["files"][name] = {"size": 1, "sha256": "0"}
     data = json.dumps(manifest).encode()
     (path / "manifest.json").write_bytes(data)
-    (path / "manifest.sha256").write_bytes(checkpoint_store._manifest_hash_line(data))
+    (path / "manifest.sha256").write_bytes(store_module._manifest_hash_line(data))
     with pytest.raises(CheckpointError, match="must stay inside"):
         store.verify(1)
     with pytest.raises(CheckpointError, match="must stay inside"):
@@ -384,7 +385,7 @@ def test_a_failing_disk_leaves_the_old_checkpoint(store, monkeypatch, code, vict
     def fail(path, *args):
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(checkpoint_store, victim, fail)
+    monkeypatch.setattr(store_module, victim, fail)
     with pytest.raises(CheckpointError) as caught:
         store.publish(2, num_keys=4, tensor_bytes=12345)
     message = str(caught.value)
@@ -406,14 +407,14 @@ def test_a_failure_while_pruning_does_not_fail_the_save(store, warnings, monkeyp
     for iteration in (1, 2):
         save(store, iteration)
     write_shards(store.begin(3), 3)
-    real = checkpoint_store.remove_path
+    real = store_module.remove_path
 
     def fail(path):
         if "prune" in path.name:
             raise OSError(errno.EIO, "Input/output error", str(path))
         real(path)
 
-    monkeypatch.setattr(checkpoint_store, "remove_path", fail)
+    monkeypatch.setattr(store_module, "remove_path", fail)
     store.publish(3, num_keys=4, tensor_bytes=1)
     assert store.resolve() == 3 and any("could not be removed" in line for line in warnings)
 

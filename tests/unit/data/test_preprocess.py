@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from data_helpers import ROOT, run_tool, sources, write_corpus, write_jsonl
 
-from umv2_megatron.training import indexing
+from umv2_megatron.data import indexing
 from umv2_megatron.data.corpus import CorpusError, CorpusOptions
 from umv2_megatron.data.indexing import IndexWriter, check_corpus, read_index, read_meta, read_tokens
 from umv2_megatron.data.preprocessing import Job, preprocess

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from umv2_megatron.evaluation import entropy
 from umv2_megatron.data.indexing import IndexWriter
+from umv2_megatron.evaluation import entropy
 
 
 def write(prefix, tokens, meta):

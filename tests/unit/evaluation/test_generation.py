@@ -4,6 +4,7 @@ keys and values kept."""
 import pytest
 import torch
 
+from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 from umv2_megatron.evaluation.generation import (
     CachedTransformersModel,
     Sampling,
@@ -11,7 +12,6 @@ from umv2_megatron.evaluation.generation import (
     draw,
     generate,
 )
-from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from task_oracle import Oracle, OracleModel, UniformModel
 
+from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 from umv2_megatron.evaluation.tasks import mixture
 from umv2_megatron.evaluation.tasks.base import FORMS, Example
 from umv2_megatron.evaluation.tasks.fact_recall import RELATIONS, VALUES, FactSet
 from umv2_megatron.evaluation.tasks.scoring import answer_row, score, summarize
-from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 BYTES = ByteLevelTokenizer()

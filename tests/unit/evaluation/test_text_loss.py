@@ -10,6 +10,8 @@ import pytest
 import torch
 from task_oracle import UniformModel
 
+from umv2_megatron.data.indexing import IndexWriter
+from umv2_megatron.data.tokenizers import ByteLevelTokenizer, NullTokenizer, build_tokenizer
 from umv2_megatron.evaluation import scoring_model
 from umv2_megatron.evaluation.huggingface_scoring import (
     HuggingFaceScoringModel,
@@ -18,8 +20,6 @@ from umv2_megatron.evaluation.huggingface_scoring import (
 )
 from umv2_megatron.evaluation.scoring_model import TokenScores
 from umv2_megatron.evaluation.text_loss import documents_of, limited, text_bytes, text_loss
-from umv2_megatron.data.indexing import IndexWriter
-from umv2_megatron.data.tokenizers import ByteLevelTokenizer, NullTokenizer, build_tokenizer
 
 BYTES = ByteLevelTokenizer()
 TEXTS = ["one text\n", "zwei Bücher, 漢字 and 😀 " * 4, "x"]

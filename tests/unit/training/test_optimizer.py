@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from umv2_megatron.training.optimizer import VALUE_GROUP, ParamScheduler, ValueFactor
+from umv2_megatron.memory.value_table import VALUE_GROUP
+from umv2_megatron.training.optimizer import ParamScheduler, ValueFactor
 
 ROWS = json.loads((Path(__file__).parents[2] / "golden" / "value_lr.json").read_text())["rows"]
 

@@ -7,16 +7,17 @@ import time
 
 import pytest
 
-from umv2_megatron.training.signals import SIGNALS, StopRequests
+from umv2_megatron.parallel.launch import STOP_SIGNALS
+from umv2_megatron.training.signals import StopRequests
 
 
 @pytest.fixture
 def received():
     """Signals that came to the handlers from before."""
     numbers: list[int] = []
-    before = [signal.signal(number, lambda got, _: numbers.append(got)) for number in SIGNALS]
+    before = [signal.signal(number, lambda got, _: numbers.append(got)) for number in STOP_SIGNALS]
     yield numbers
-    for number, handler in zip(SIGNALS, before):
+    for number, handler in zip(STOP_SIGNALS, before):
         signal.signal(number, handler)
 
 
@@ -26,7 +27,7 @@ def agree(monkeypatch: pytest.MonkeyPatch, requests: StopRequests) -> bool:
     return requests.agreed()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_collected_inside_the_block_only(number, received, monkeypatch):
     requests = StopRequests(True, None, time.monotonic())
     signal.raise_signal(number)

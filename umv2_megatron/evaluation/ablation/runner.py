@@ -19,11 +19,11 @@ from typing import Any
 
 import yaml
 
+from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.evaluation.ablation.evaluation_flags import check_evaluation_files
 from umv2_megatron.evaluation.ablation.plan import Plan, Trial, preset_flag
 from umv2_megatron.evaluation.report import write_json
 from umv2_megatron.planning import count_parameters, flops_per_token
-from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.evaluation.tasks import fact_recall
 from umv2_megatron.evaluation.tasks.base import FORMS, Example
 from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
 from umv2_megatron.evaluation.tasks.words import stream
-from umv2_megatron.data.tokenizers import Tokenizer
 
 TASKS = (*CONTEXT_TASKS, fact_recall.NAME)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.evaluation.scoring_model import ScoringModel
 from umv2_megatron.evaluation.tasks.base import Example
-from umv2_megatron.data.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
