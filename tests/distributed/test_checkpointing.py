@@ -313,7 +313,7 @@ class Canary:
 def seal_again(store: CheckpointStore, iteration: int) -> None:
     """What a forger would do: publish the changed files under correct hashes."""
     directory = store.path(iteration)
-    for name in (store.MANIFEST, store.MANIFEST_HASH):
+    for name in (store_module.MANIFEST, store_module.MANIFEST_HASH):
         (directory / name).unlink()
     os.rename(directory, store.temporary_path(iteration))
     store.publish(iteration, num_keys=0, tensor_bytes=0)
