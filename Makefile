@@ -15,7 +15,7 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
 	@echo "make bench      benchmarks of this machine, into docs/performance.md (under 15 minutes)"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy and the directions of imports"
 	@echo "make clean      remove what the demo wrote (runs/demo)"
 
 # Made once, and again when requirements.txt changes.
@@ -42,6 +42,7 @@ compare: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 test: $(READY) $(TRITON_READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"

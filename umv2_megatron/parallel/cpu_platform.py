@@ -2,7 +2,8 @@
 
 mcore 0.16.1 is written for CUDA: it names the device in literals (``device="cuda"``), passes
 ``torch.cuda.current_device()`` as a device, compares ``Tensor.type()`` with ``"torch.cuda.FloatTensor"``, and so on.
-``install()`` bridges that when there is no CUDA device; where there is one it changes nothing.
+``install()`` bridges that when there is no CUDA device; where there is one it makes only the repairs that every machine
+needs (`mcore_repairs.py`).
 
 How: the modules of mcore, and only they, see another ``torch``. ``install()`` gives every ``megatron.core.*`` module
 (those loaded already, and by an import hook those loaded later) a view of torch in which device "cuda" means "cpu" and
@@ -20,24 +21,21 @@ with their shapes but without memory, by mcore's own code. A dry run uses it, wi
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import importlib.abc
-import importlib.machinery
 import logging
-import os
 import re
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import psutil
 import torch
 
+from umv2_megatron.parallel import mcore_repairs
 from umv2_megatron.parallel.huge_pages import use_huge_pages
 
 _CPU = torch.device("cpu")
@@ -49,7 +47,7 @@ _CPU = torch.device("cpu")
 
 
 def install(ignore_cuda: bool = False) -> None:
-    """Make mcore 0.16.1 work without a CUDA device. Does nothing where there is one; safe to call again.
+    """Repair mcore 0.16.1 (`mcore_repairs.py`), and where there is no CUDA device bridge it. Safe to call again.
 
     Call it before the first process group or model is made; before or after ``import megatron.core``. Before is
     quicker (about 1.5 s), because mcore then does not load torch's compiler.
@@ -57,6 +55,7 @@ def install(ignore_cuda: bool = False) -> None:
     Args:
         ignore_cuda: bridge also where there is a CUDA device, for a process that will only build shapes.
     """
+    mcore_repairs.install()
     if (torch.cuda.is_available() and not ignore_cuda) or _installed():
         return
     # Without CUDA there is neither Apex nor Transformer Engine; saying so once per module and rank helps nobody.
@@ -65,14 +64,11 @@ def install(ignore_cuda: bool = False) -> None:
     use_huge_pages()
     # tensor_parallel/data.py:84, language_module.py:244, exchange_utils.py:336: `tensor.cuda()`.
     torch.Tensor.cuda = _stay_here  # type: ignore[assignment, method-assign]
-    sys.meta_path.insert(0, _BridgingFinder())
-    for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core"):
-            _bridge(module)
+    mcore_repairs.change_modules(_bridge)
 
 
 def _installed() -> bool:
-    return any(isinstance(finder, _BridgingFinder) for finder in sys.meta_path)
+    return mcore_repairs.is_changed_by(_bridge)
 
 
 def device() -> torch.device:
@@ -308,35 +304,8 @@ def _bridge_random(module: ModuleType) -> None:
     """tensor_parallel/random.py:55 and 74: the CUDA generator's state is read and set below the level of torch.cuda."""
     module._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
     module._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
-    # random.py:631: fp8 defaults to False, which its `is not None` takes for yes, and needs Transformer Engine.
-    module.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     # random.py:277 warns that the CPU state changed inside fork(); here that is the state fork() is about.
     logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
-
-
-def _bridge_norm(module: ModuleType) -> None:
-    """torch_norm.py:31: the local spec's norm refuses sequence parallelism.
-
-    Each rank normalises its own tokens, which torch's norms do as they are; the weights only have to be marked, so
-    that finalize_model_grads sums their gradients over the tensor-parallel ranks.
-    """
-    make = module.WrappedTorchNorm.__new__
-
-    def make_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        without = copy.copy(config)
-        without.sequence_parallel = False
-        norm = make(cls, without, *args, **kwargs)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
-
-    module.WrappedTorchNorm.__new__ = staticmethod(make_norm)
-
-
-def _bridge_moe(module: ModuleType) -> None:
-    """moe_utils.py:1192: reads a name whose import (line 34) fails as a whole without Transformer Engine."""
-    if not hasattr(module, "te_general_gemm"):
-        module.te_general_gemm = None  # type: ignore[attr-defined]
 
 
 def _bridge_dispatcher(module: ModuleType) -> None:
@@ -397,8 +366,6 @@ def _accept_types(function: FunctionType, prefix: str = "torch.") -> None:
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.jit": _bridge_jit,
     "megatron.core.tensor_parallel.random": _bridge_random,
-    "megatron.core.transformer.torch_norm": _bridge_norm,
-    "megatron.core.transformer.moe.moe_utils": _bridge_moe,
     "megatron.core.transformer.moe.token_dispatcher": _bridge_dispatcher,
     "megatron.core.optimizer.optimizer": _bridge_optimizer,
     "megatron.core.optimizer.distrib_optimizer": _bridge_distributed_optimizer,
@@ -420,25 +387,3 @@ def _bridge(module: ModuleType) -> None:
                 setattr(holder, name, item._torchdynamo_orig_callable)
     if module.__name__ in _PATCHES:
         _PATCHES[module.__name__](module)
-
-
-class _BridgingLoader(importlib.machinery.SourceFileLoader):
-    """Loads a module from its file and bridges it."""
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        _bridge(module)
-
-
-class _BridgingFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules of mcore as Python does and has them bridged once they are loaded."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith("megatron.core"):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
-            spec.loader = _BridgingLoader(spec.loader.name, os.fspath(spec.loader.path))
-        return spec
