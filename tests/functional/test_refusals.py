@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from program_runs import Job, tiny_run, train
+from program_runs import ROOT, Job, tiny_run, train
 
 from umv2_megatron.training.metrics import read_metrics
 
@@ -139,3 +142,15 @@ def test_too_many_skipped(tmp_path):
 
 def refusal_of_run(argv: list[str], folder: Path) -> str:
     return train(1, argv, folder / "o", poison, (tuple(range(2, 9)),), codes=1).text
+
+
+def test_torchrun_shows_the_sentence_of_a_usage_error():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["pretrain_umv2.py", "--model-preset", "umv2-tiny", "--mock-data", "--lr", "high"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
+    sentence = "pretrain_umv2.py: error: --lr is 'high'; expected a number"
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and lines.count(sentence) == 1, done.stderr
+    summary = [line for line in lines if line.startswith("  traceback : ")]
+    assert summary == [f"  traceback : {sentence}"] * 2

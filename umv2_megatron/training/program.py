@@ -11,6 +11,7 @@ from typing import NoReturn
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.parallel import roll_call
+from umv2_megatron.training.error_file import tell_launcher
 from umv2_megatron.training.loop import TrainingStopped
 
 
@@ -18,7 +19,7 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) ->
     """Run ``main(argv)`` and exit: its code; 2 and one line for a usage error; 1 and one line for a failed run.
 
     Ranks tell the same usage error, so only the first prints it. A collective that failed is told with the ranks that
-    are to blame. ``--debug`` shows the traceback.
+    are to blame. torchrun shows the sentence in its summary. ``--debug`` shows the traceback.
     """
     try:
         code = main(argv)
@@ -49,9 +50,10 @@ def _failed(error: Exception, argv: list[str], name: str) -> int:
     known = collective is not None or isinstance(error, (ValueError, OSError, CheckpointError, TrainingStopped))
     if "--debug" in argv or not known:
         traceback.print_exc()
+    text = " ".join((str(error) if collective is None else collective).split())
+    tell_launcher(f"{name}: error: {text}" if known else f"{type(error).__name__}: {text}")
     if known and (_rank() == 0 or not usage):
-        text = str(error) if collective is None else collective
-        print(f"{name}: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"{name}: error: {text}", file=sys.stderr, flush=True)
     return 2 if usage else 1
 
 
