@@ -151,6 +151,6 @@ def test_torchrun_shows_the_sentence_of_a_usage_error():
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
     sentence = "pretrain_umv2.py: error: --lr is 'high'; expected a number"
     lines = done.stderr.splitlines()
-    assert done.returncode == 1 and lines.count(sentence) == 1, done.stderr
-    summary = [line for line in lines if line.startswith("  traceback : ")]
-    assert summary == [f"  traceback : {sentence}"] * 2
+    assert done.returncode == 1 and lines.count(sentence) <= 1, done.stderr
+    # torchrun ends the other rank when one has failed; that may be rank 0, which would have printed the sentence
+    assert f"  traceback : {sentence}" in lines[lines.index("Root Cause (first observed failure):") :], done.stderr
