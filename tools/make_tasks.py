@@ -1,88 +1,14 @@
 """Write documents that teach the format of the evaluation's tasks, and the facts of fact recall, as JSONL.
 
-    python tools/make_tasks.py --task all --documents 2000 --lengths 256,512 --output data/tasks.jsonl
-    python tools/preprocess_data.py --input data/tasks.jsonl --output-prefix data/tasks \\
-        --tokenizer-type ByteLevelTokenizer --append-eod
-    torchrun pretrain_umv2.py --train-data-path 0.9 data/corpus_text_document 0.1 data/tasks_text_document ...
-
-No question of tools/evaluate.py is among the documents, whatever the seeds: both draw from different random streams.
-Facts are the exception that is meant: give the three flags about facts alike to both tools.
+The program is `umv2_megatron/commands/make_tasks.py`; this file starts it in a checkout.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from umv2_megatron.config.data_config import TOKENIZER_TYPES
-from umv2_megatron.data.tokenizers import build_tokenizer
-from umv2_megatron.evaluation.tasks import mixture
-from umv2_megatron.evaluation.tasks.fact_recall import FactSet
-from umv2_megatron.training.tool_entry import run_tool
-
-
-def main(arguments: argparse.Namespace) -> None:
-    """Make all documents, then write them under a temporary name and rename."""
-    names = mixture.task_names("--task", arguments.task)
-    output: Path = arguments.output
-    if not output.resolve().parent.is_dir():
-        raise ValueError(f"--output is {str(output)!r}; create its directory first")
-    if output.suffix != ".jsonl":
-        raise ValueError(f"--output is {str(output)!r}; expected a name that ends in .jsonl")
-    if arguments.queries < 1:
-        raise ValueError(f"--queries is {arguments.queries}; expected 1 or more")
-    if arguments.documents < 0:
-        raise ValueError(f"--documents is {arguments.documents}; expected 0 or more")
-    tokenizer = build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model)
-    documents = mixture.training_documents(
-        names,
-        arguments.documents,
-        arguments.seed,
-        mixture.integers("--difficulty", arguments.difficulty),
-        mixture.integers("--lengths", arguments.lengths),
-        tokenizer,
-        arguments.queries,
-        FactSet(arguments.fact_seed, arguments.facts_per_frequency, arguments.max_fact_frequency),
-    )
-    if not documents:
-        raise ValueError("--documents is 0; expected 1 or more, or fact-recall among --task")
-    temporary = output.with_name(output.name + ".incomplete")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for text in documents:
-            file.write(json.dumps({"text": text}) + "\n")
-    temporary.replace(output)
-    print(f"wrote {output}: {len(documents)} documents, {sum(map(len, documents)) / 1e6:.2f} MB of text")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    made.add_argument("--task", required=True, metavar="A,B", help=f"'all' or some of {', '.join(mixture.TASKS)}")
-    made.add_argument(
-        "--documents", type=int, default=1000, help="of all tasks but fact-recall together (default: 1000)"
-    )
-    made.add_argument(
-        "--lengths", default="512", metavar="N,N", help="longest documents in tokens, drawn from (default: 512)"
-    )
-    made.add_argument("--difficulty", default="1", metavar="N,N", help="drawn from, for each document (default: 1)")
-    made.add_argument("--queries", type=int, default=4, help="questions at the end of a document (default: 4)")
-    made.add_argument("--seed", type=int, default=1234, help="of the documents (default: 1234)")
-    made.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL to write")
-    group = made.add_argument_group("tokenizer that --lengths counts in")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="ByteLevelTokenizer")
-    group.add_argument("--tokenizer-model", metavar="FILE")
-    group = made.add_argument_group("facts: the same as given to tools/evaluate.py")
-    group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")
-    group.add_argument(
-        "--facts-per-frequency", type=int, default=64, metavar="N", help="a multiple of 64 (default: 64)"
-    )
-    group.add_argument("--max-fact-frequency", type=int, default=64, metavar="N", help="(default: 64)")
-    return made
-
+from umv2_megatron.commands.make_tasks import run  # noqa: E402
 
 if __name__ == "__main__":
-    run_tool(parser(), main)
+    run()

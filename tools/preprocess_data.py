@@ -1,109 +1,14 @@
 """Turn a corpus (JSONL or plain text, .gz and .zst too) into the token files that --data-path reads.
 
-    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
-        --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model --append-eod --workers 2
-
-writes data/corpus_text_document.bin, .idx and .meta.json. The files do not depend on the number of workers.
+The program is `umv2_megatron/commands/preprocess_data.py`; this file starts it in a checkout.
 """
 
-import argparse
-import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from umv2_megatron.config.data_config import TOKENIZER_TYPES
-from umv2_megatron.data.corpus import FORMATS, TEXT_SPLITS, CorpusOptions
-from umv2_megatron.data.preprocessing import Job, preprocess
-from umv2_megatron.training.tool_entry import run_tool
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    group = parser.add_argument_group("input")
-    group.add_argument(
-        "--input", action="append", nargs="+", required=True, metavar="FILE", help="files or globs; may be repeated"
-    )
-    group.add_argument(
-        "--input-format",
-        choices=FORMATS,
-        default="auto",
-        help="auto takes .jsonl, .ndjson and .json files for JSONL and all others for plain text (default: auto)",
-    )
-    group.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold the texts (default: text)"
-    )
-    group.add_argument(
-        "--text-split",
-        choices=TEXT_SPLITS,
-        default="file",
-        help="plain text: what becomes one document, the file, a line, or lines between blank ones (default: file)",
-    )
-    group.add_argument(
-        "--max-line-mb", type=float, default=64, metavar="MB", help="longest line or document accepted (default: 64)"
-    )
-    group.add_argument(
-        "--on-bad-line",
-        choices=("fail", "quarantine"),
-        default="fail",
-        help="fail: stop at the first bad line, naming file and line, and write nothing; quarantine: leave bad lines "
-        "out and list them in <output-prefix>_quarantine.jsonl (default: fail)",
-    )
-    group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    group.add_argument("--tokenizer-model", metavar="FILE", help="the .model file, or tokenizer.json or its directory")
-    group.add_argument("--vocab-size", type=int, metavar="N", help="NullTokenizer: number of token ids")
-    group.add_argument(
-        "--append-eod", action="store_true", help="end every document with the end-of-document token (recommended)"
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output-prefix", required=True, metavar="PATH", help="files are named PATH_<key>_document.bin and .idx"
-    )
-    group = parser.add_argument_group("run")
-    group.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
-    group.add_argument(
-        "--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines (default: 1000)"
-    )
-    return parser
-
-
-def main(arguments: argparse.Namespace) -> None:
-    for flag, value in (
-        ("--workers", arguments.workers),
-        ("--log-interval", arguments.log_interval),
-        ("--max-line-mb", arguments.max_line_mb),
-    ):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{flag} is {value}: expected a number above 0")
-    directory = Path(arguments.output_prefix).parent
-    if not directory.is_dir():
-        raise ValueError(f"--output-prefix {arguments.output_prefix}: create the directory {directory} first")
-    job = Job(
-        inputs=tuple(path for group in arguments.input for path in group),
-        output_prefix=arguments.output_prefix,
-        tokenizer_type=arguments.tokenizer_type,
-        tokenizer_model=arguments.tokenizer_model,
-        vocab_size=arguments.vocab_size,
-        json_keys=tuple(arguments.json_keys),
-        append_eod=arguments.append_eod,
-        workers=arguments.workers,
-        on_bad_line=arguments.on_bad_line,
-        log_interval=arguments.log_interval,
-        corpus=CorpusOptions(arguments.input_format, arguments.text_split, int(arguments.max_line_mb * (1 << 20))),
-    )
-    done = preprocess(job)
-    bad = f", {done.bad} bad lines in {arguments.output_prefix}_quarantine.jsonl" if done.bad else ""
-    print(
-        f"wrote {', '.join(done.prefixes)}: {done.documents} documents, {done.tokens} tokens, "
-        f"{done.text_bytes / 1e6:.2f} MB of text ({done.text_bytes / max(done.tokens, 1):.2f} bytes per token), "
-        f"{done.empty} empty texts left out{bad}, {done.seconds:.1f} s "
-        f"({done.documents / done.seconds:.1f} documents/s, {done.text_bytes / 1e6 / done.seconds:.2f} MB/s)"
-    )
-
+from umv2_megatron.commands.preprocess_data import run  # noqa: E402
 
 if __name__ == "__main__":
-    run_tool(build_parser(), main)
+    run()

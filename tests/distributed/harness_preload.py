@@ -7,7 +7,7 @@ cpu_platform.install()
 import pytest  # noqa: E402, F401 (every test file imports it)
 import torch._dynamo  # noqa: E402, F401 (torch's optimizers import it when the first one is made)
 
-import pretrain_umv2  # noqa: E402, F401
+import umv2_megatron.commands.pretrain  # noqa: E402, F401
 import umv2_megatron.hf  # noqa: E402, F401 (conversions and exports; 2 s of transformers)
 from umv2_megatron.config.flags import option_table  # noqa: E402
 

@@ -217,9 +217,9 @@ def _rank(
     torch.set_num_threads(1)
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    import pretrain_umv2
+    from umv2_megatron.commands import pretrain
     from umv2_megatron.training.program import run_program
 
     if prepare is not None:
         prepare(*arguments)
-    run_program(pretrain_umv2.main, argv, "pretrain_umv2.py")
+    run_program(pretrain.main, argv, "pretrain_umv2.py")

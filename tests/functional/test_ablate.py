@@ -37,8 +37,7 @@ def in_process(arguments: list[str], folder: Path) -> str:
         assert command[:2] == [sys.executable, str(ROOT / "pretrain_umv2.py")]
         train(1, command[2:], folder / "logs" / log.parts[-3])
 
-    sys.path.insert(0, str(ROOT / "tools"))
-    import ablate as tool
+    from umv2_megatron.commands import ablate as tool
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(runner, "_call", call)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from program_runs import ROOT, command_line, tiny_run, train
+from program_runs import command_line, tiny_run, train
 
 from umv2_megatron.config.flags import UsageError
 
@@ -22,27 +21,22 @@ ASKED = {"tasks": "key-value,fact-recall", "forms": "trained", "context_lengths"
 
 def run_evaluate_instead() -> None:
     """On a forked rank: its program becomes tools/evaluate.py."""
-    import pretrain_umv2
+    from umv2_megatron.commands import pretrain
 
-    pretrain_umv2.main = tool("evaluate").main
+    pretrain.main = tool("evaluate").main
 
 
 def run_convert_instead() -> None:
     """On a forked rank: its program becomes tools/convert_checkpoint.py."""
-    import pretrain_umv2
+    from umv2_megatron.commands import pretrain
 
     convert = tool("convert_checkpoint")
-    pretrain_umv2.main = lambda argv: convert.main(convert.parser().parse_args(argv)) or 0
+    pretrain.main = lambda argv: convert.main(convert.parser().parse_args(argv)) or 0
 
 
 def tool(name: str):
-    """tools/<name>.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    """The module of a program."""
+    return importlib.import_module(f"umv2_megatron.commands.{name}")
 
 
 @pytest.fixture(scope="module")

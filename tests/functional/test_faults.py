@@ -181,11 +181,11 @@ def test_killed_under_torchrun(tmp_path):
         textwrap.dedent(f"""
             import sys
             sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "functional")!r}]
-            import pretrain_umv2
+            from umv2_megatron.commands import pretrain
             from test_faults import prepare
             from umv2_megatron.training.program import run_program
             prepare(1, "SIGKILL")
-            run_program(pretrain_umv2.main, sys.argv[1:], "pretrain_umv2.py")
+            run_program(pretrain.main, sys.argv[1:], "pretrain_umv2.py")
         """)
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]

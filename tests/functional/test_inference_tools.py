@@ -45,8 +45,7 @@ def export(run, tmp_path_factory) -> Path:
 
 def generated(argv: list[str], stdin: str = "") -> str:
     """What the program prints; errors come as the ``ValueError`` that its caller turns into a line."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import generate
+    from umv2_megatron.commands import generate
 
     sys.stdin = io.StringIO(stdin)
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()):
@@ -164,8 +163,7 @@ def test_serve_refuses_in_one_line(tmp_path):
 
 def refusals_to_serve(run: str, export: str, folder: str) -> list[str]:
     """The messages of models that must be refused before the server's own packages are needed."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    import serve
+    from umv2_megatron.commands import serve
 
     serve.NEEDED = ()
     other, mute = (shutil.copytree(export, Path(folder, name)) for name in ("other", "mute"))

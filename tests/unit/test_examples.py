@@ -23,7 +23,8 @@ RANKS = {
     "pretrain_227m_slurm.sh": 16,
     "pretrain_umv2_2.5b_120b.sh": 1024,
 }
-TOOLS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+PROGRAMS = ("umv2_megatron/commands", "umv2_megatron/evaluation", "tools", "benchmarks")
+TOOLS = sorted(path for folder in PROGRAMS for path in (ROOT / folder).glob("*.py"))
 # Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, Megatron-LM, transformers, systemd-run, and
 # lm_eval's up to their first underscore.
 OTHER_PROGRAMS = set(
@@ -33,7 +34,7 @@ OTHER_PROGRAMS = set(
 --nproc-per-node --nnodes --standalone --shutdown-timeout --rdzv-id --rdzv-backend --rdzv-endpoint --node-rank
 --no-build-isolation --job-name --nodes --ntasks-per-node --gpus-per-node --exclusive --time --signal --requeue
 --open-mode --output --kill-on-bad-exit --mpi --capture-range --spec --help --host --port --model --include --trust
---scope
+--scope --no-python
 """,
     )
 )

@@ -34,6 +34,11 @@ def run_tool(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace
     sys.exit(0)
 
 
+def program_name() -> str:
+    """The program's name as it was started: ``plan.py`` in a checkout, ``umv2-plan`` where the package is installed."""
+    return Path(sys.argv[0]).name
+
+
 def read_text(flag: str, path: str) -> str:
     """The text of the file that ``flag`` names. Raises ``ValueError`` where it cannot be read or is not UTF-8."""
     try:

@@ -70,7 +70,7 @@ def test_sentencepiece_training_is_deterministic(sentencepiece_model):
 
 
 def test_training_draws_lines_from_the_whole_corpus():
-    from tools.train_tokenizer import draw
+    from umv2_megatron.commands.train_tokenizer import draw
 
     counts = [0] * 100
     for seed in range(400):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tools import ablate
+from umv2_megatron.commands import ablate
 from umv2_megatron.evaluation.ablation import runner
 from umv2_megatron.evaluation.ablation.plan import Plan, read_plan
 from umv2_megatron.evaluation.ablation.report import mean_difference, spread, write_report

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from tools import plot_losses as losses_tool
-from tools import plot_scores as scores_tool
+from umv2_megatron.commands import plot_losses as losses_tool
+from umv2_megatron.commands import plot_scores as scores_tool
 from umv2_megatron.evaluation.curves import plot_losses
 from umv2_megatron.training.tool_entry import run_tool
 

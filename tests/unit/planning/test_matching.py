@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 from pathlib import Path
@@ -14,23 +13,12 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()
 
+from umv2_megatron.commands import match as match_tool  # noqa: E402
 from umv2_megatron.config.resolve import resolve  # noqa: E402
 from umv2_megatron.config.variants import FFN_VARIANTS  # noqa: E402
 from umv2_megatron.planning.matching import Model, completed, match  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def load_tool() -> Any:
-    """The module tools/match.py."""
-    spec = importlib.util.spec_from_file_location("match_tool", ROOT / "tools" / "match.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool()
 
 
 def model(*argv: str) -> Model:
@@ -69,7 +57,7 @@ def test_a_model_matches_itself():
 def test_printed_flags_make_the_model(variant, capsys):
     argv = ["--model-preset", "umv2-3m", "--memory-topk", "24"]
     keep = [] if variant == "moe" else ["--keep", "--memory-num-heads 3 --memory-stream"]
-    assert TOOL.main([*argv, "--to", variant, "--json", *keep]) == 0
+    assert match_tool.main([*argv, "--to", variant, "--json", *keep]) == 0
     shown = json.loads(capsys.readouterr().out)
     pasted = model(*argv, *shlex.split(shown["flags"]))
     assert pasted.flops.forward == shown["found"]["flops_per_token"]
@@ -81,7 +69,7 @@ def test_printed_flags_make_the_model(variant, capsys):
 
 def pasted(argv: list[str], to: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], Model]:
     """What match.py shows, and the model of the first command with the flags shown added to it."""
-    assert TOOL.main([*argv, *to, "--json"]) == 0
+    assert match_tool.main([*argv, *to, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     command = list(argv)
     for flag in shown["left_out"]:
@@ -115,7 +103,7 @@ def test_flags_make_the_model_beside_those_of_the_source(source, to, capsys):
     shown, made = pasted(["--model-preset", *source.split()], ["--to", to], capsys)
     assert made.flops.forward == shown["found"]["flops_per_token"]
     assert made.parameters.total == shown["found"]["total"]
-    figures = TOOL._figures(made)
+    figures = match_tool._figures(made)
     assert {key: figures[key] for key in shown["found"]} == shown["found"]
     assert ("--num-experts" in shown["left_out"]) == ("--num-experts" in source)
 
@@ -151,12 +139,12 @@ def test_flags_that_cannot_make_the_model_are_not_returned():
 
 
 def test_table_names_flags_to_leave_out(capsys):
-    assert TOOL.main(["--model-preset", "umv2-3m", "--ffn-variant", "moe", *OWN_EXPERTS, "--to", "dense"]) == 0
+    assert match_tool.main(["--model-preset", "umv2-3m", "--ffn-variant", "moe", *OWN_EXPERTS, "--to", "dense"]) == 0
     assert "without its --num-experts, --moe-router-topk, --moe-ffn-hidden-size:" in capsys.readouterr().out
 
 
 def test_table(capsys):
-    assert TOOL.main(["--model-preset", "umv2-227m-1.2b", "--to", "ultramem"]) == 0
+    assert match_tool.main(["--model-preset", "umv2-227m-1.2b", "--to", "ultramem"]) == 0
     out = capsys.readouterr().out
     assert "574,671,104" in out and "--ffn-variant ultramem --ffn-hidden-size 2624 --memory-num-keys 806" in out
 
@@ -182,7 +170,7 @@ def test_table(capsys):
     ],
 )
 def test_mistakes_take_one_line(argv, told, capsys):
-    assert TOOL.main(argv) == 2
+    assert match_tool.main(argv) == 2
     err = capsys.readouterr().err
     assert told in err and err.count("\n") == 1
 

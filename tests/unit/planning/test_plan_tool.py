@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from umv2_megatron.commands import plan as plan_tool
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.planning import count_parameters, flops_per_token
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def load_tool() -> Any:
-    """The module tools/plan.py."""
-    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = load_tool()
 
 
 @pytest.fixture
@@ -35,7 +22,7 @@ def figures(capsys):
     """What --json prints for arguments."""
 
     def call(*arguments):
-        code = TOOL.main([*arguments, "--json"])
+        code = plan_tool.main([*arguments, "--json"])
         printed = capsys.readouterr()
         assert code == 0, printed.err
         return json.loads(printed.out)
@@ -124,20 +111,20 @@ def test_a_run_of_120b_is_found(figures):
 
 def test_search_prints_a_table(capsys):
     arguments = ["--model-preset", "umv2-8m", "--world-size", "4", "--search", "--memory-parallel-mode", "row"]
-    assert TOOL.main([*arguments, "--gpu-memory-gib", "8"]) == 0
+    assert plan_tool.main([*arguments, "--gpu-memory-gib", "8"]) == 0
     printed = capsys.readouterr().out
     assert "flags of the first:" in printed and "legal layouts of 4 ranks" in printed
-    assert TOOL.main([*arguments, "--gpu-memory-gib", "4.001"]) == 0
+    assert plan_tool.main([*arguments, "--gpu-memory-gib", "4.001"]) == 0
     assert "nothing fits; the least is" in capsys.readouterr().out
 
 
 def test_list_shows_every_preset(capsys):
-    assert TOOL.main(["--list"]) == 0
+    assert plan_tool.main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
 
 
 def test_help_names_the_device_flags(capsys):
-    assert TOOL.main(["--help"]) == 0
+    assert plan_tool.main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert "--inter-node-bandwidth" in printed and "--world-size" in printed
 
@@ -164,7 +151,7 @@ def test_help_names_the_device_flags(capsys):
      "--global-batch-size is 3; expected a multiple of --micro-batch-size"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, words):
-    assert TOOL.main(arguments) == 2
+    assert plan_tool.main(arguments) == 2
     printed = capsys.readouterr()
     assert not printed.out
     assert words in printed.err and printed.err.count("\n") == 1

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-EVALUATE = Path(__file__).resolve().parents[3] / "tools" / "evaluate.py"
+from umv2_megatron.evaluation import evaluate_flags
+
 OURS = ("load", "output", "label", "hf-model", "help", "h")
 """What the runner gives to each trial's evaluation, or what gives none."""
 
@@ -24,7 +23,7 @@ def evaluation_words(settings: dict[str, Any], path: Path) -> list[str]:
     """
     if not settings:
         return []
-    actions = _evaluate().parser()._option_string_actions
+    actions = evaluate_flags.parser("")._option_string_actions
     words = []
     for key, value in settings.items():
         name = key.replace("_", "-")
@@ -53,7 +52,7 @@ def check_evaluation_files(words: list[str], path: Path) -> None:
     if words:
         arguments = _parsed(words, path)
         try:
-            _evaluate().check_files(arguments)
+            evaluate_flags.check_files(arguments)
         except ValueError as error:
             raise ValueError(f"{path}: evaluate: {error}") from error
 
@@ -62,24 +61,11 @@ def _parsed(words: list[str], path: Path) -> argparse.Namespace:
     def refuse(message: str) -> NoReturn:
         raise ValueError(message)
 
-    program = _evaluate()
-    parser = program.parser()
-    parser.error = refuse
+    parser = evaluate_flags.parser("")
+    parser.error = refuse  # type: ignore[assignment, method-assign]
     try:
         arguments = parser.parse_args(["--load", "a-trial", *words])
-        program.check_flags(arguments)
+        evaluate_flags.check_flags(arguments)
     except ValueError as error:
         raise ValueError(f"{path}: evaluate: {' '.join(str(error).split())}") from error
     return arguments
-
-
-def _evaluate() -> Any:
-    """tools/evaluate.py as a module, imported once."""
-    name = "umv2_megatron_tools_evaluate"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, EVALUATE)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
-    return sys.modules[name]

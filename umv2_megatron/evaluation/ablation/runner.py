@@ -12,6 +12,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +31,12 @@ ROOT = Path(__file__).resolve().parents[3]
 RESULT = "result.json"
 LOG = "log.txt"
 EVALUATION = "evaluation.json"
+
+
+def program_file(in_checkout: str, installed: str) -> Path:
+    """The Python file of a program: that of the checkout which this package is part of, else the console script."""
+    file = ROOT / in_checkout
+    return file if file.is_file() else Path(sysconfig.get_path("scripts")) / installed
 
 
 class TrialFailed(Exception):
@@ -115,7 +122,7 @@ def _run(plan: Plan, trial: Trial) -> str:
     check_settings(trial)
     trial.directory.mkdir(parents=True, exist_ok=True)
     trial.settings_file.write_text(trial.settings_text(), encoding="utf-8")
-    program = [*(plan.launcher or [sys.executable]), str(ROOT / "pretrain_umv2.py")]
+    program = [*(plan.launcher or [sys.executable]), str(program_file("pretrain_umv2.py", "umv2-pretrain"))]
     begin = time.monotonic()
     _call([*program, *preset_flag(trial.preset), "--config", str(trial.settings_file)], trial.directory / LOG)
     seconds = time.monotonic() - begin
@@ -126,7 +133,7 @@ def _run(plan: Plan, trial: Trial) -> str:
         return f"stopped at {iteration} of {trial.run.train_iters} iterations; the same command goes on"
     if plan.evaluate:
         output = ["--output", str(trial.directory / EVALUATION), "--label", trial.label]
-        tool = [*(plan.launcher or [sys.executable]), str(ROOT / "tools" / "evaluate.py")]
+        tool = [*(plan.launcher or [sys.executable]), str(program_file("tools/evaluate.py", "umv2-evaluate"))]
         _call([*tool, "--load", str(trial.settings["save"]), *output, *plan.evaluate], trial.directory / LOG)
     write_json(trial.directory / RESULT, {**summary(trial, seconds), "evaluate": plan.evaluate})
     return "done"
@@ -230,7 +237,7 @@ def array_script(plan: Plan) -> str:
     directory of the caller, to which relative paths of a plan belong."""
     options = {"job-name": f"ablate-{plan.path.stem}", **plan.slurm}
     lines = [f"#SBATCH --{key}={value}" if value is not True else f"#SBATCH --{key}" for key, value in options.items()]
-    tool = ROOT / "tools" / "ablate.py"
+    tool = program_file("tools/ablate.py", "umv2-ablate")
     command = shlex.join([sys.executable, str(tool), str(plan.path.resolve()), "--output", str(plan.output)])
     return "\n".join(
         [

@@ -1,0 +1,92 @@
+"""Train variants and seeds of a plan one after another, and compare them in one report.
+
+    python tools/ablate.py examples/ablations/variants.yaml --output runs/variants
+    python tools/ablate.py examples/ablations/variants.yaml --output runs/variants --report-only
+    python tools/ablate.py examples/ablations/variants.yaml --output runs/variants --slurm-array variants.sbatch
+
+The same command again goes on where it was stopped. Exit code 75 (EX_TEMPFAIL) says that there is more to do, because
+a trial stopped early (--exit-interval, --exit-duration-in-mins, a signal), and that none failed. The output directory
+holds a directory for every trial (its checkpoints, metrics.jsonl, log.txt, result.json), and report.md with its plots.
+docs/ablations.md describes plans.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from umv2_megatron.parallel import cpu_platform  # noqa: E402
+
+cpu_platform.install()
+
+from umv2_megatron.evaluation.ablation.plan import Plan, read_plan  # noqa: E402
+from umv2_megatron.evaluation.ablation.report import write_report  # noqa: E402
+from umv2_megatron.evaluation.ablation.runner import array_script, read_results, run_trials  # noqa: E402
+from umv2_megatron.evaluation.entropy import unigram_entropy  # noqa: E402
+from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run, then report."""
+    if arguments.slurm_array and arguments.smoke:
+        raise ValueError("--smoke is given with --slurm-array; expected only one of them")
+    if arguments.report_only and arguments.trial is not None:
+        raise ValueError(f"--trial is {arguments.trial} with --report-only; expected only one of them")
+    plan = read_plan(Path(arguments.plan), Path(arguments.output), arguments.smoke)
+    if arguments.slurm_array:
+        Path(arguments.slurm_array).write_text(array_script(plan), encoding="utf-8")
+        print(f"wrote {arguments.slurm_array}: {len(plan.trials)} tasks; submit it with sbatch")
+        return
+    chosen = plan.trials
+    if arguments.trial is not None:
+        if not 0 <= arguments.trial < len(chosen):
+            raise ValueError(f"--trial is {arguments.trial}; expected 0 to {len(chosen) - 1}, the plan's trials")
+        chosen = [chosen[arguments.trial]]
+    failed = stopped = 0
+    if not arguments.report_only:
+        for place, (trial, state) in enumerate(run_trials(plan, chosen), 1):
+            print(f"[{place}/{len(chosen)}] {trial.name}: {state}", flush=True)
+            failed += state.startswith("failed")
+            stopped += state.startswith("stopped")
+    if arguments.trial is None and failed + stopped < len(chosen):
+        _report(plan)
+    if failed:
+        raise OSError(f"{failed} of {len(chosen)} trials failed; the same command runs them again")
+    if stopped:
+        # not 0, with which an array task counts as complete, and not 1, with which a requeue would repeat a mistake
+        print(f"{stopped} of {len(chosen)} trials stopped early; the same command goes on", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
+
+
+def _report(plan: Plan) -> None:
+    results = read_results(plan)
+    if not results:
+        raise ValueError(f"--output is {plan.output}; expected at least one finished trial in it to report on")
+    report = write_report(plan, results, _bytes_per_token(plan))
+    print("\n" + "\n".join(line for line in report.read_text().splitlines() if line.startswith("|")))
+    print(f"\nreport: {report}")
+
+
+def _bytes_per_token(plan: Plan) -> float | None:
+    """Of the one corpus that all trials are validated on; None when there are several, or random tokens."""
+    paths = {tuple(trial.run.data.valid_data_path or trial.run.data.data_path or ()) for trial in plan.trials}
+    only = paths.pop() if len(paths) == 1 else ()
+    return unigram_entropy(only[0]).bytes_per_token if len(only) == 1 else None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("plan", help="YAML file of what to run")
+    made.add_argument("--output", required=True, metavar="DIR", help="where trials and report go")
+    made.add_argument("--report-only", action="store_true", help="run nothing, report on what is finished")
+    made.add_argument("--trial", type=int, metavar="I", help="run the I-th trial alone (counted from 0), no report")
+    made.add_argument("--slurm-array", metavar="FILE", help="run nothing, write an array job that runs every trial")
+    made.add_argument("--smoke", action="store_true", help="two steps of every trial on random tokens: does it run?")
+    return made
+
+
+def run() -> NoReturn:
+    """The program."""
+    run_tool(parser(), main)

@@ -1,0 +1,136 @@
+"""Checkpoints to Hugging Face exports and back.
+
+    python tools/convert_checkpoint.py to-hf --load runs/demo/checkpoints --save exports/demo
+    python tools/convert_checkpoint.py verify --load runs/demo/checkpoints --hf exports/demo
+    python tools/convert_checkpoint.py from-hf --load exports/demo --save runs/from_hf
+
+No flag describes the model: checkpoint and export each say what they hold. Tensors pass through in blocks, so memory
+does not grow with the model. A conversion that was killed goes on when the same command is given again. See
+docs/hugging-face.md.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from umv2_megatron.parallel import cpu_platform
+
+cpu_platform.install()  # before megatron.core is imported
+
+import torch  # noqa: E402
+
+from umv2_megatron.checkpoint.contents import locate  # noqa: E402
+from umv2_megatron.conversion.from_hf import import_export  # noqa: E402
+from umv2_megatron.conversion.plan import parse_size  # noqa: E402
+from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint  # noqa: E402
+from umv2_megatron.training.tool_entry import program_name, read_text, run_tool  # noqa: E402
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Run the chosen command."""
+    {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[arguments.command](arguments)
+
+
+def to_hf(arguments: argparse.Namespace) -> None:
+    """Write an export."""
+    store, iteration = locate(arguments.load, arguments.ckpt_step)
+    options = ExportOptions(
+        _dtype(arguments.dtype), parse_size(arguments.max_shard_size), arguments.tokenizer_model, arguments.tokenizer
+    )
+    export_checkpoint(store, iteration, Path(arguments.save), options)
+    print(f"exported iteration {iteration} of {store.root} to {arguments.save}")
+
+
+def from_hf(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint."""
+    size = parse_size(arguments.max_shard_size)
+    made = import_export(Path(arguments.load), Path(arguments.save), _dtype(arguments.dtype), size)
+    print(f"wrote {made}; train from it with pretrain_umv2.py --use-checkpoint-args --load {arguments.save} --finetune")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Compare weights and logits; exit code 1 where they differ."""
+    if arguments.tokens < 1:
+        raise ValueError(f"--tokens is {arguments.tokens}; expected 1 or more")
+    if arguments.tolerance is not None and not 0 <= arguments.tolerance < math.inf:
+        raise ValueError(f"--tolerance is {arguments.tolerance}; expected a number of 0 or more")
+    from umv2_megatron.checkpoint.save_load import read_config
+    from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
+
+    store, iteration = locate(arguments.load, arguments.ckpt_step)
+    text = None if arguments.text is None else read_text("--text", arguments.text)
+    if text == "":
+        raise ValueError(f"--text is {arguments.text}; expected a file with text in it")
+    if text is not None and read_config(store, iteration)["values"]["tokenizer_type"] == "NullTokenizer":
+        raise ValueError(
+            f"--text is {arguments.text}, but the checkpoint has no tokenizer to read it; leave --text away"
+        )
+    load, export = str(store.root), Path(arguments.hf)
+    weights = compare_weights(load, iteration, export)
+    failed = bool(weights.different)
+    print(
+        f"weights: {weights.numbers:,} numbers in {weights.tensors} tensors, "
+        + (f"{len(weights.different)} tensors DIFFER" if failed else "the same bit for bit: good"),
+        *weights.different[:8],
+        sep="\n    ",
+        flush=True,
+    )
+    if not arguments.weights_only:
+        for result in compare(
+            load, iteration, export, text, arguments.tokens, arguments.tolerance, arguments.tokenizer_model
+        ):
+            failed |= not result.good
+            print(
+                f"{str(result.dtype).removeprefix('torch.')}: {result.what} {result.difference:.1e} of the "
+                f"largest logit, limit {result.limit:.1e}; same likeliest token for {result.same_choice:.1%} of "
+                f"{result.tokens} tokens: {'good' if result.good else 'TOO FAR APART'}",
+                flush=True,
+            )
+    if failed:
+        print(f"{program_name()}: error: the export does not compute what the checkpoint does", file=sys.stderr)
+        sys.exit(1)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    return None if name == "auto" else getattr(torch, name)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = made.add_subparsers(dest="command", required=True, metavar="to-hf | from-hf | verify")
+    out = commands.add_parser("to-hf", help="checkpoint to export")
+    out.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one iter_* in it")
+    out.add_argument("--save", required=True, metavar="DIR", help="the export; must not exist yet")
+    back = commands.add_parser("from-hf", help="export to checkpoint")
+    back.add_argument("--load", required=True, metavar="DIR", help="the export")
+    back.add_argument("--save", required=True, metavar="DIR", help="directory of checkpoints, without any yet")
+    check = commands.add_parser("verify", help="compare the weights and the logits of a checkpoint and an export")
+    check.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one iter_* in it")
+    check.add_argument("--hf", required=True, metavar="DIR", help="the export")
+    check.add_argument("--weights-only", action="store_true", help="compare no logits: needs little memory")
+    check.add_argument("--text", metavar="FILE", help="text to compare on (default: a paragraph of our own)")
+    check.add_argument("--tokens", type=int, default=256, help="tokens of it to compare on, at most (default: 256)")
+    check.add_argument(
+        "--tolerance", type=float, help="largest difference in float32, as a share of the largest logit (default: 1e-5)"
+    )
+    for command in (out, check):
+        command.add_argument("--ckpt-step", type=int, help="iteration to take (default: the newest)")
+        command.add_argument(
+            "--tokenizer-model", help="the tokenizer's file, where it is no longer where training had it"
+        )
+    out.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer out")
+    for command in (out, back, check):
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+    choices = {out: ["auto", "float32", "bfloat16", "float16"], back: ["auto", "float32", "bfloat16"]}
+    for command, dtypes in choices.items():
+        command.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as they are)")
+        command.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
+    return made
+
+
+def run() -> NoReturn:
+    """The program."""
+    run_tool(parser(), main)
