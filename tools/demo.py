@@ -22,10 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
-import torch  # noqa: E402
 
 from umv2_megatron.evaluation.curves import plot_losses  # noqa: E402
-from umv2_megatron.evaluation.entropy import unigram_entropy  # noqa: E402
 from umv2_megatron.training.metrics import read_metrics  # noqa: E402
 from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
 
@@ -49,6 +47,8 @@ def call(step: str, *command: str) -> None:
 
 def training_command(directory: Path, iterations: int) -> list[str]:
     """The torchrun command of the demo's model: one rank per GPU, or two ranks on a CPU."""
+    import torch
+
     gpus = torch.cuda.device_count()
     ranks = gpus or min(2, os.cpu_count() or 1)
     batch = 8 * (ranks if ranks > 2 else 1)
@@ -116,6 +116,8 @@ def report(directory: Path, resumed_at: int) -> None:
     """The loss table, the picture, and the comparison with the corpus's unigram entropy."""
     announce("5. results")
     records = read_metrics(directory / "checkpoints")
+    from umv2_megatron.evaluation.entropy import unigram_entropy
+
     entropy = unigram_entropy(f"{directory}/corpus_text_document")
     training = {record["iteration"]: record["lm loss"] for record in records if "lm loss" in record}
     print(f"{'iteration':>9}  {'training loss':>13}  {'validation loss':>15}")

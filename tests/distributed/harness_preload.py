@@ -9,6 +9,8 @@ import torch._dynamo  # noqa: E402, F401 (torch's optimizers import it when the 
 
 import umv2_megatron.commands.pretrain  # noqa: E402, F401
 import umv2_megatron.hf  # noqa: E402, F401 (conversions and exports; 2 s of transformers)
+import umv2_megatron.training.dry_run  # noqa: E402, F401 (it and the next: what the program loads when it runs)
+import umv2_megatron.training.resume  # noqa: E402, F401
 from umv2_megatron.config.flags import option_table  # noqa: E402
 
 option_table()  # reads mcore's sources once

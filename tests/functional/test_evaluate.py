@@ -153,6 +153,8 @@ def test_nothing_is_scored_before_everything_is_checked(tmp_path, monkeypatch):
     """A model with learned positions, whose end is not passed either."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from umv2_megatron.evaluation import evaluate_model
+
     program = tool("evaluate")
     config = GPT2Config(vocab_size=257, n_positions=256, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -161,8 +163,8 @@ def test_nothing_is_scored_before_everything_is_checked(tmp_path, monkeypatch):
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{}\n')
     shared = {"hf_model": tmp_path / "gpt2", "tokenizer_type": "ByteLevelTokenizer", "data": tmp_path / "text.txt"}
     scored = []
-    monkeypatch.setattr(program, "text_loss", lambda *_, **__: scored.append("text"))
-    monkeypatch.setattr(program, "score", lambda *_: scored.append("task"))
+    monkeypatch.setattr(evaluate_model, "text_loss", lambda *_, **__: scored.append("text"))
+    monkeypatch.setattr(evaluate_model, "score", lambda *_: scored.append("task"))
     for settings, more, words in (
         ({"tasks": "key-value", "context_lengths": "256,400"}, [], "--context-lengths holds 400; .* end at 256: give"),
         ({"tasks": "needle", "context_lengths": "256,16"}, [], "--context-lengths .* holds 16"),

@@ -50,6 +50,7 @@ MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 _FORMAT = 1
 _ITER_DIR = re.compile(r"iter_(\d{7,})")
+METADATA_FILE = ".metadata"  # of torch's distributed checkpoints, in every checkpoint of ours
 
 
 @dataclass(frozen=True)

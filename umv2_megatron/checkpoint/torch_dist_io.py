@@ -26,9 +26,8 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from umv2_megatron.checkpoint.store import METADATA_FILE
 from umv2_megatron.durable_files import CheckpointError, check_relative_path
-
-METADATA_FILE = ".metadata"
 
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED_GLOBALS = {

@@ -10,21 +10,18 @@ holds a directory for every trial (its checkpoints, metrics.jsonl, log.txt, resu
 docs/ablations.md describes plans.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from umv2_megatron.parallel import cpu_platform  # noqa: E402
+from umv2_megatron.training.tool_entry import run_tool
 
-cpu_platform.install()
-
-from umv2_megatron.evaluation.ablation.plan import Plan, read_plan  # noqa: E402
-from umv2_megatron.evaluation.ablation.report import write_report  # noqa: E402
-from umv2_megatron.evaluation.ablation.runner import array_script, read_results, run_trials  # noqa: E402
-from umv2_megatron.evaluation.entropy import unigram_entropy  # noqa: E402
-from umv2_megatron.training.tool_entry import run_tool  # noqa: E402
+if TYPE_CHECKING:
+    from umv2_megatron.evaluation.ablation.plan import Plan
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -33,6 +30,12 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError("--smoke is given with --slurm-array; expected only one of them")
     if arguments.report_only and arguments.trial is not None:
         raise ValueError(f"--trial is {arguments.trial} with --report-only; expected only one of them")
+    from umv2_megatron.parallel import cpu_platform
+
+    cpu_platform.install()  # before megatron.core is imported
+    from umv2_megatron.evaluation.ablation.plan import read_plan
+    from umv2_megatron.evaluation.ablation.runner import array_script, run_trials
+
     plan = read_plan(Path(arguments.plan), Path(arguments.output), arguments.smoke)
     if arguments.slurm_array:
         Path(arguments.slurm_array).write_text(array_script(plan), encoding="utf-8")
@@ -60,6 +63,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _report(plan: Plan) -> None:
+    from umv2_megatron.evaluation.ablation.report import write_report
+    from umv2_megatron.evaluation.ablation.runner import read_results
+
     results = read_results(plan)
     if not results:
         raise ValueError(f"--output is {plan.output}; expected at least one finished trial in it to report on")
@@ -70,6 +76,8 @@ def _report(plan: Plan) -> None:
 
 def _bytes_per_token(plan: Plan) -> float | None:
     """Of the one corpus that all trials are validated on; None when there are several, or random tokens."""
+    from umv2_megatron.evaluation.entropy import unigram_entropy
+
     paths = {tuple(trial.run.data.valid_data_path or trial.run.data.data_path or ()) for trial in plan.trials}
     only = paths.pop() if len(paths) == 1 else ()
     return unigram_entropy(only[0]).bytes_per_token if len(only) == 1 else None

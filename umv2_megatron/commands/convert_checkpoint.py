@@ -9,32 +9,36 @@ does not grow with the model. A conversion that was killed goes on when the same
 docs/hugging-face.md.
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.training.tool_entry import program_name, read_text, run_tool
 
-cpu_platform.install()  # before megatron.core is imported
-
-import torch  # noqa: E402
-
-from umv2_megatron.checkpoint.contents import locate  # noqa: E402
-from umv2_megatron.conversion.from_hf import import_export  # noqa: E402
-from umv2_megatron.conversion.plan import parse_size  # noqa: E402
-from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint  # noqa: E402
-from umv2_megatron.training.tool_entry import program_name, read_text, run_tool  # noqa: E402
+if TYPE_CHECKING:
+    import torch
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Run the chosen command."""
+    if arguments.command == "verify":
+        check_verify_flags(arguments)
+    from umv2_megatron.parallel import cpu_platform
+
+    cpu_platform.install()  # before megatron.core is imported
     {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[arguments.command](arguments)
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
     """Write an export."""
+    from umv2_megatron.checkpoint.contents import locate
+    from umv2_megatron.conversion.plan import parse_size
+    from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint
+
     store, iteration = locate(arguments.load, arguments.ckpt_step)
     options = ExportOptions(
         _dtype(arguments.dtype), parse_size(arguments.max_shard_size), arguments.tokenizer_model, arguments.tokenizer
@@ -45,17 +49,25 @@ def to_hf(arguments: argparse.Namespace) -> None:
 
 def from_hf(arguments: argparse.Namespace) -> None:
     """Write a checkpoint."""
+    from umv2_megatron.conversion.from_hf import import_export
+    from umv2_megatron.conversion.plan import parse_size
+
     size = parse_size(arguments.max_shard_size)
     made = import_export(Path(arguments.load), Path(arguments.save), _dtype(arguments.dtype), size)
     print(f"wrote {made}; train from it with pretrain_umv2.py --use-checkpoint-args --load {arguments.save} --finetune")
 
 
-def verify(arguments: argparse.Namespace) -> None:
-    """Compare weights and logits; exit code 1 where they differ."""
+def check_verify_flags(arguments: argparse.Namespace) -> None:
+    """Raises ``ValueError`` naming a flag that cannot work."""
     if arguments.tokens < 1:
         raise ValueError(f"--tokens is {arguments.tokens}; expected 1 or more")
     if arguments.tolerance is not None and not 0 <= arguments.tolerance < math.inf:
         raise ValueError(f"--tolerance is {arguments.tolerance}; expected a number of 0 or more")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Compare weights and logits; exit code 1 where they differ."""
+    from umv2_megatron.checkpoint.contents import locate
     from umv2_megatron.checkpoint.save_load import read_config
     from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
 
@@ -94,6 +106,8 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def _dtype(name: str) -> torch.dtype | None:
+    import torch
+
     return None if name == "auto" else getattr(torch, name)
 
 

@@ -10,28 +10,19 @@ token costs a forward pass over one token until the context is full; from then o
 new one, and each costs a pass over the whole context. No code of an export is run.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.checkpoint.store import METADATA_FILE
+from umv2_megatron.training.tool_entry import read_text, run_tool
 
-cpu_platform.install()  # before megatron.core is imported
-
-from umv2_megatron.checkpoint.store import NoCheckpointError  # noqa: E402
-from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE  # noqa: E402
-from umv2_megatron.evaluation.generation import (  # noqa: E402
-    CachedMegatronModel,
-    CachedModel,
-    CachedTransformersModel,
-    Sampling,
-    TextStream,
-    generate,
-)
-from umv2_megatron.evaluation.huggingface_scoring import holds_tokenizer, load_whole_model  # noqa: E402
-from umv2_megatron.training.tool_entry import read_text, run_tool  # noqa: E402
+if TYPE_CHECKING:
+    from umv2_megatron.evaluation.generation import CachedModel
 
 
 class Loaded(NamedTuple):
@@ -47,6 +38,8 @@ class Loaded(NamedTuple):
 
 def load_checkpoint(arguments: argparse.Namespace) -> Loaded:
     """From a directory of our checkpoints."""
+    from umv2_megatron.durable_files import NoCheckpointError
+    from umv2_megatron.evaluation.generation import CachedMegatronModel
     from umv2_megatron.training.restore import load_trained_model
 
     if arguments.memory_tables is not None:
@@ -77,6 +70,9 @@ def load_export(arguments: argparse.Namespace) -> Loaded:
     from transformers import AutoConfig, AutoTokenizer
 
     import umv2_megatron.hf  # noqa: F401  (registers our classes)
+    from umv2_megatron.evaluation.generation import CachedTransformersModel
+    from umv2_megatron.evaluation.huggingface_scoring import holds_tokenizer, load_whole_model
+    from umv2_megatron.parallel import cpu_platform
 
     for name in ("ckpt_step", "tokenizer_model"):
         if getattr(arguments, name) is not None:
@@ -138,12 +134,17 @@ def read_stdin() -> str:
 
 def main(arguments: argparse.Namespace) -> None:
     """Load, then print each prompt with its continuation as it comes."""
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; expected 1 or more")
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed is {arguments.seed}; expected an integer of at least 0 and below 2**63")
     prompts = read_prompts(arguments)
+    from umv2_megatron.parallel import cpu_platform
+
+    cpu_platform.install()  # before megatron.core is imported
+    from umv2_megatron.evaluation.generation import Sampling, TextStream, generate
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     path = Path(arguments.load)
     # a checkpoint's own directory, iter_*, has a config.json, too
     is_export = (path / "config.json").is_file() and not (path / METADATA_FILE).exists()

@@ -7,22 +7,27 @@
 Reads the metadata only, so that it is quick for a checkpoint of any size; --verify reads and hashes every file.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from umv2_megatron.parallel import cpu_platform
+from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.training.tool_entry import program_name, run_tool
 
-cpu_platform.install()  # before megatron.core is imported
-
-from umv2_megatron.checkpoint.contents import Contents, Entry, locate, read_contents  # noqa: E402
-from umv2_megatron.checkpoint.store import CheckpointError  # noqa: E402
-from umv2_megatron.training.tool_entry import program_name, run_tool  # noqa: E402
+if TYPE_CHECKING:
+    from umv2_megatron.checkpoint.contents import Contents, Entry
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Read, verify if asked to, print."""
+    from umv2_megatron.parallel import cpu_platform
+
+    cpu_platform.install()  # before megatron.core is imported
+    from umv2_megatron.checkpoint.contents import locate, read_contents
+
     store, iteration = locate(arguments.directory, arguments.iteration)
     if arguments.verify:
         try:

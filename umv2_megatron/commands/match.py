@@ -17,17 +17,15 @@ import json
 import logging
 import shlex
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from umv2_megatron.parallel import cpu_platform  # noqa: E402
+from umv2_megatron.config.usage import OneLineParser
+from umv2_megatron.config.variants import FFN_VARIANTS
+from umv2_megatron.training.tool_entry import program_name
 
-cpu_platform.install()  # before megatron.core is imported
-
-from umv2_megatron.config.flags import ALIASES, OneLineParser, option_table, parse_flags  # noqa: E402
-from umv2_megatron.config.run_config import RunConfig  # noqa: E402
-from umv2_megatron.config.variants import FFN_VARIANTS  # noqa: E402
-from umv2_megatron.planning.matching import Match, Model, completed, match  # noqa: E402
-from umv2_megatron.training.tool_entry import program_name  # noqa: E402
+if TYPE_CHECKING:
+    from umv2_megatron.config.run_config import RunConfig
+    from umv2_megatron.planning.matching import Match, Model
 
 
 def build_parser() -> OneLineParser:
@@ -53,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         given, rest = build_parser().parse_known_args(argv)
         found, left_out = _match(given, rest)
     except ValueError as error:
-        print(f"match.py: {error}", file=sys.stderr)
+        print(f"{program_name()}: {error}", file=sys.stderr)
         return 2
     figures = {
         "source": _figures(found.source), "found": _figures(found.found),
@@ -68,7 +66,12 @@ def _match(given: argparse.Namespace, rest: list[str]) -> tuple[Match, list[str]
     """The match, and those flags of the first model that have to be left out where its flags are added."""
     for name in ("torch", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    from umv2_megatron.parallel import cpu_platform
+
+    cpu_platform.install()  # before megatron.core is imported
+    from umv2_megatron.config.flags import ALIASES, parse_flags
     from umv2_megatron.config.resolve import resolve
+    from umv2_megatron.planning.matching import Model, completed, match
 
     source = resolve([*rest, "--transformer-impl", "local"], 1, program=program_name(), for_training=False)
     if source.values["vocab_size"] is None:
@@ -77,7 +80,7 @@ def _match(given: argparse.Namespace, rest: list[str]) -> tuple[Match, list[str]
         words = shlex.split(given.keep)
     except ValueError as error:
         raise ValueError(f"--keep is {given.keep!r}; expected flags with closed quotes") from error
-    kept, preset, config = parse_flags(words, "match.py --keep", "")
+    kept, preset, config = parse_flags(words, f"{program_name()} --keep", "")
     if preset or config or "ffn_variant" in kept:
         raise ValueError(f"--keep is {given.keep!r}; expected flags of sizes and switches only")
     total = None if given.total is None else int(_number("total", given.total))
@@ -131,6 +134,8 @@ def _figures(model: Model) -> dict[str, Any]:
 
 def _text(flags: dict[str, Any]) -> str:
     """Settings as a command line."""
+    from umv2_megatron.config.flags import option_table
+
     parts = []
     for key, value in flags.items():
         made = option_table()[key]

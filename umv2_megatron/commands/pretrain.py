@@ -12,23 +12,27 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from umv2_megatron.parallel import cpu_platform
-
-# before megatron.core is imported; does nothing where there is a CUDA device, which a dry run leaves alone
-cpu_platform.install(ignore_cuda="--dry-run" in sys.argv)
-
-from umv2_megatron.config.resolve import resolve  # noqa: E402
-from umv2_megatron.parallel.launch import discover  # noqa: E402
-from umv2_megatron.training.dry_run import dry_run, virtual_world_size  # noqa: E402
-from umv2_megatron.training.pretrain import check_data, pretrain  # noqa: E402
-from umv2_megatron.training.program import run_program  # noqa: E402
-from umv2_megatron.training.resume import checkpoint_values  # noqa: E402
-from umv2_megatron.training.tool_entry import program_name  # noqa: E402
+from umv2_megatron.config.help_cache import cached_help
+from umv2_megatron.training.program import run_program
+from umv2_megatron.training.tool_entry import program_name
 
 
 def main(argv: list[str]) -> int:
     """Parse, check, train; returns the exit code."""
     description = __doc__ or ""
+    if {"-h", "--help"} & set(argv):
+        print(cached_help(program_name(), description, lambda: _help(description)), end="")
+        return 0
+    from umv2_megatron.parallel import cpu_platform
+
+    # before megatron.core is imported; a dry run leaves a CUDA device alone
+    cpu_platform.install(ignore_cuda="--dry-run" in argv)
+    from umv2_megatron.config.resolve import resolve
+    from umv2_megatron.parallel.launch import discover
+    from umv2_megatron.training.dry_run import dry_run, virtual_world_size
+    from umv2_megatron.training.pretrain import check_data, pretrain
+    from umv2_megatron.training.resume import checkpoint_values
+
     virtual = virtual_world_size(argv, program_name(), description)
     run = resolve(argv, virtual or discover().world_size, description=description, program=program_name(),
                   checkpoint_values=checkpoint_values)
@@ -39,6 +43,15 @@ def main(argv: list[str]) -> int:
         print(run.describe())
         return 0
     return pretrain(run)
+
+
+def _help(description: str) -> str:
+    from umv2_megatron.parallel import cpu_platform
+
+    cpu_platform.install(ignore_cuda=True)  # before megatron.core is imported
+    from umv2_megatron.config.flags import build_parser
+
+    return build_parser(program_name(), description).format_help()
 
 
 def run() -> NoReturn:

@@ -69,7 +69,7 @@ def check(argv: list[str], tables: str | None) -> None:
 
 def main(argv: list[str]) -> int:
     """Make our classes known to transformers, then run its server."""
-    asked_for_help = "--help" in argv
+    asked_for_help = bool({"-h", "--help"} & set(argv))
     try:
         tables = take_memory_tables(argv)
         if not asked_for_help:
@@ -78,7 +78,9 @@ def main(argv: list[str]) -> int:
         print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 2
     if asked_for_help:
-        print(__doc__ + "\n--memory-tables device|cpu|mmap: where value tables stay (default: device)\n")
+        print(__doc__ + "\n--memory-tables device|cpu|mmap: where value tables stay (default: device)")
+        print("--host, --port, --device, --dtype and others are the server's own: `transformers serve --help`")
+        return 0
     import transformers
     from transformers.cli.transformers import main as transformers_main
 

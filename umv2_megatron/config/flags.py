@@ -19,7 +19,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -29,11 +29,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
+from umv2_megatron.config.usage import OneLineParser, UsageError
 from umv2_megatron.config.yaml_lists import list_reader
-
-
-class UsageError(ValueError):
-    """A user's mistake in flags, files or layout; shown as one line, exit code 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,13 +355,6 @@ def _read_one(made: Option, item: Any, where: str) -> Any:
 def _suggest(flag: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(flag, list(known), n=1)
     return f"; did you mean --{close[0]}?" if close else "; see --help for all flags"
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are ``UsageError`` instead of a usage page."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def build_parser(program: str, description: str) -> OneLineParser:

@@ -9,12 +9,11 @@ import argparse
 from pathlib import Path
 
 from umv2_megatron.config.data_config import TOKENIZER_TYPES
-from umv2_megatron.evaluation.huggingface_scoring import DTYPES
 from umv2_megatron.evaluation.tasks import fact_recall, mixture
 from umv2_megatron.evaluation.tasks.base import FORMS
-from umv2_megatron.evaluation.text_loss import DATA_FORMS
-from umv2_megatron.parallel.launch import discover
 
+DATA_FORMS = ("stream", "documents")
+DTYPES = ("bfloat16", "float32")
 LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -37,7 +36,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--ckpt-step", type=int, help="iteration to load (default: the newest valid one)")
     group.add_argument("--hf-model", metavar="DIR", help="directory of a Hugging Face model")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that --hf-model brings")
-    group.add_argument("--dtype", choices=sorted(DTYPES), help="of --hf-model (default: float32)")
+    group.add_argument("--dtype", choices=DTYPES, help="of --hf-model (default: float32)")
     group.add_argument(
         "--memory-tables",
         choices=("device", "cpu", "mmap"),
@@ -100,6 +99,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
             told = "given" if value is True else value
             raise ValueError(f"--{name.replace('_', '-')} is {told}; it belongs to {owner}: leave it out")
     if arguments.hf_model is not None:
+        from umv2_megatron.parallel.launch import discover  # loads torch
+
         if discover().world_size > 1:
             raise ValueError("--hf-model runs on one rank; leave torchrun out")
         for name in ("tokenizer_model", "vocab_size"):

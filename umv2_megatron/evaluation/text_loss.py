@@ -32,9 +32,9 @@ import torch
 from umv2_megatron.data.corpus import CorpusError, CorpusOptions, is_json_file, read_chunks, texts_of
 from umv2_megatron.data.indexing import check_corpus, read_tokens
 from umv2_megatron.data.tokenizers import ByteLevelTokenizer, NullTokenizer, Tokenizer
+from umv2_megatron.evaluation.evaluate_flags import DATA_FORMS
 from umv2_megatron.evaluation.scoring_model import ScoringModel
 
-DATA_FORMS = ("stream", "documents")
 # Bytes of one document of a text file.
 _LONGEST_DOCUMENT = 1 << 30
 # Batches whose windows are sorted by length together, so that little is padded.

@@ -14,6 +14,7 @@ import torch
 
 from umv2_megatron.checkpoint.save_load import gathered_parameters
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import TrainingStopped
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import expert_losses, memory_health
@@ -22,10 +23,6 @@ from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
 from umv2_megatron.training.signals import StopRequests
 from umv2_megatron.training.step import TrainStep, evaluate, non_finite_parameters, refresh_singular_vectors, train_step
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on: a loss or gradient is not finite and the policy says stop."""
 
 
 class Trainer:

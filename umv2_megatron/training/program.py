@@ -6,13 +6,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 from typing import NoReturn
 
-from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.usage import TrainingStopped, UsageError
 from umv2_megatron.durable_files import CheckpointError
-from umv2_megatron.parallel import roll_call
 from umv2_megatron.training.error_file import tell_launcher
-from umv2_megatron.training.loop import TrainingStopped
 
 
 def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) -> NoReturn:
@@ -24,10 +23,11 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) ->
     try:
         code = main(argv)
     except KeyboardInterrupt as error:
-        roll_call.explain(error)
+        _explain(error)
         code = 130
     except SystemExit as error:
-        if not roll_call.joined():
+        roll_call = _roll_call()
+        if roll_call is None or not roll_call.joined():
             raise
         # the other ranks would wait for this one
         roll_call.explain(error)
@@ -37,7 +37,8 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) ->
         code = _failed(error, argv, name)
     sys.stdout.flush()
     sys.stderr.flush()
-    roll_call.leave(code)
+    if roll_call := _roll_call():
+        roll_call.leave(code)
     if code:
         os._exit(code)  # other ranks may wait in a collective: leave without joining them
     sys.exit(0)
@@ -46,7 +47,7 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) ->
 def _failed(error: Exception, argv: list[str], name: str) -> int:
     """Print what ``error`` means to the user and tell the other ranks; returns the exit code."""
     usage = isinstance(error, UsageError)
-    collective = roll_call.explain(error)
+    collective = _explain(error)
     known = collective is not None or isinstance(error, (ValueError, OSError, CheckpointError, TrainingStopped))
     if "--debug" in argv or not known:
         traceback.print_exc()
@@ -55,6 +56,16 @@ def _failed(error: Exception, argv: list[str], name: str) -> int:
     if known and (_rank() == 0 or not usage):
         print(f"{name}: error: {text}", file=sys.stderr, flush=True)
     return 2 if usage else 1
+
+
+def _roll_call() -> ModuleType | None:
+    """`parallel/roll_call.py` where this process has loaded it: without it no rank takes part in a collective."""
+    return sys.modules.get("umv2_megatron.parallel.roll_call")
+
+
+def _explain(error: BaseException) -> str | None:
+    roll_call = _roll_call()
+    return None if roll_call is None else roll_call.explain(error)
 
 
 def _rank() -> int:
