@@ -1,6 +1,6 @@
 """The text of ``--help``, kept between calls: its flags come from mcore's dataclasses, which take seconds to load.
 
-Kept in ``$UMV2_CACHE_DIR`` (default ``~/.cache/umv2_megatron``) under a digest of everything it depends on: the versions
+Kept in ``$UMV2_CACHE_DIR`` (default ``~/.cache/umv2_megatron``) under a digest of what it depends on: the versions
 of mcore and Python, the sources of this room, the program's name and the terminal's width.
 """
 
