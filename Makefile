@@ -5,13 +5,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
 
-.PHONY: demo compare test test-slow test-gpu layouts bench lint clean help
+.PHONY: demo compare test test-slow test-other-cpus test-gpu layouts bench lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
 	@echo "make compare    train memory layers, experts and a dense FFN of equal cost, and report (about 10 minutes)"
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-other-cpus  the quick tests, computed as on other CPUs (three settings, about 8 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
 	@echo "make bench      benchmarks of this machine, into docs/performance.md (under 15 minutes)"
@@ -49,6 +50,17 @@ test: $(READY) $(TRITON_READY) lint
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow" --timeout 1800
+
+# ATen, oneDNN and MKL choose their kernels by the CPU; these settings make them choose those of another.
+AS_BASELINE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 UMV2_CPU_ARCH=x86-64
+AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 UMV2_CPU_ARCH=x86-64-v3
+AS_AVX512 := ATEN_CPU_CAPABILITY=avx512 UMV2_CPU_ARCH=native
+
+test-other-cpus: $(READY)
+	$(AS_BASELINE) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+	$(AS_AVX2) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+	if grep -q avx512f /proc/cpuinfo; then \
+		$(AS_AVX512) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"; fi
 
 test-gpu: $(READY)
 	$(PY) -m pytest -q tests/gpu

@@ -61,11 +61,11 @@ def plain(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("ranks", "settings", "limit"),
     [
-        (2, {**SHARDED, **RICH, "bf16": True, "vocab_size": 500, "use_distributed_optimizer": True}, 1e-5),
-        (2, {**INTERLEAVED, "no_swiglu": True, "position_embedding_type": "learned_absolute"}, 1e-5),
-        (2, {**COLUMNS, "memory_layer_freq": "[0,1]", "rotary_percent": 0.5, "kv_channels": 32}, 1e-5),
-        (1, {"ffn_variant": "dense", "num_layers": 1}, 1e-5),
-        (2, {**EXPERTS, "expert_model_parallel_size": 2, "bf16": True}, 1e-5),
+        (2, {**SHARDED, **RICH, "bf16": True, "vocab_size": 500, "use_distributed_optimizer": True}, 1e-9),
+        (2, {**INTERLEAVED, "no_swiglu": True, "position_embedding_type": "learned_absolute"}, 1e-9),
+        (2, {**COLUMNS, "memory_layer_freq": "[0,1]", "rotary_percent": 0.5, "kv_channels": 32}, 1e-9),
+        (1, {"ffn_variant": "dense", "num_layers": 1}, 1e-9),
+        (2, {**EXPERTS, "expert_model_parallel_size": 2, "bf16": True}, 1e-9),
     ],
     ids=["tp2-m2row-rich-bf16", "pp2-vpp-gelu", "cp2-m2dim", "dense", "ep2-experts-bf16"],
 )
@@ -74,7 +74,7 @@ def test_there_and_back(ranks, settings, limit, tmp_path):
     assert found["other"] == []
     assert {"config.json", "generation_config.json", "modeling_umv2.py", "model.safetensors"} <= set(found["files"])
     dtype, difference, good = found["differences"][0]
-    assert dtype == "torch.float32" and difference < limit and good
+    assert dtype == "torch.float64" and difference < limit and good
     if settings.get("bf16"):
         dtype, difference, good = found["differences"][1]
         assert dtype == "torch.bfloat16" and difference > 1e-6 and good
@@ -142,7 +142,7 @@ def test_other_dtypes(plain, tmp_path):
     save, _ = plain
     export = to_hf(save, tmp_path / "half", dtype=torch.bfloat16)
     found = forked(differences, save, export)
-    assert [dtype for dtype, _, _ in found] == ["torch.float32", "torch.bfloat16"] and all(good for _, _, good in found)
+    assert [dtype for dtype, _, _ in found] == ["torch.float64", "torch.bfloat16"] and all(good for _, _, good in found)
     (export / "export_manifest.json").unlink()
     edit_json(export / "config.json", lambda config: config.pop("dtype"))
     assert forked(differences, save, export) == found

@@ -128,7 +128,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--text", metavar="FILE", help="text to compare on (default: a paragraph of our own)")
     check.add_argument("--tokens", type=int, default=256, help="tokens of it to compare on, at most (default: 256)")
     check.add_argument(
-        "--tolerance", type=float, help="largest difference in float32, as a share of the largest logit (default: 1e-5)"
+        "--tolerance",
+        type=float,
+        help="largest difference of logits, as a share of the largest (default: 1e-6 in float64, 1e-5 in float32)",
     )
     for command in (out, check):
         command.add_argument("--ckpt-step", type=int, help="iteration to take (default: the newest)")

@@ -2,12 +2,14 @@
 
 Weights are compared bit by bit, each tensor of the export with what the checkpoint's rows become in the export's dtype.
 That finds every changed number, but reads the table of names as the conversion does. Logits do not: both models compute
-in float32, with the weights of the export (so those of the checkpoint are rounded to its dtype), where every difference
-but the last bits means that something of the model is in another place or computed in another way.
+in float64, with the weights of the export (so those of the checkpoint are rounded to its dtype), where no tie of two
+scores decides and every difference but the last bits means that something of the model is in another place or computed
+in another way. Where memory does not hold both models in float64 they compute in float32, and a tie may look like a
+fault.
 
 For an export in 16 bits both compute once more in that dtype, as it will be used. There a rounding turns two near picks
 of a memory layer or of a router around, in either model, which moves the logits of a few tokens far. So each token's
-distance from its logits in float32 is taken, and the medians over the tokens are compared.
+distance from those logits is taken, and the medians over the tokens are compared.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from umv2_megatron.checkpoint.contents import locate
@@ -30,13 +33,15 @@ from umv2_megatron.conversion.settings import read_hf_config
 from umv2_megatron.conversion.to_hf import Source, open_source, parts
 from umv2_megatron.conversion.tokenizer_files import PARAGRAPH
 from umv2_megatron.data.tokenizers import NullTokenizer, Tokenizer
+from umv2_megatron.memory.retrieval import at_least_float32
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training.restore import restore_model
 from umv2_megatron.training.step import refresh_singular_vectors
 
-FLOAT32_LIMIT = 1e-5
-"""Largest difference of two logits computed in float32, as a share of the largest logit."""
+LIMITS = {torch.float64: 1e-6, torch.float32: 1e-5}
+"""Largest difference of two logits, as a share of the largest logit. In float64 2e-15 is what is seen; the singular
+vectors of an export, which are float32, may come from another machine and differ in their last bits."""
 HALF_FACTOR = 3.0
 """How many times as far from its logits in float32 the median token of an export in 16 bits may be as the checkpoint's
 model in 16 bits has it. Seen on 256 tokens each of ten models of a few steps: 0.6 to 1.6 times, without memory layers
@@ -143,13 +148,14 @@ def compare(
         raise ConversionError(f"{export} has {config.vocab_size} tokens, the checkpoint's tokenizer {vocabulary}")
     ids = _token_ids(restored.tokenizer, PARAGRAPH if text is None else text, tokens, config.max_position_embeddings)
     _round_weights(trained, dtype)
-    exact, found = _logits(trained, export, ids, torch.float32, config.vocab_size)
+    precise = precise_dtype(trained)
+    exact, found = _logits(trained, export, ids, precise, config.vocab_size)
     largest = exact.abs().max()
     yield Comparison(
-        torch.float32,
+        precise,
         "largest difference of logits",
         float((exact - found).abs().max() / largest),
-        FLOAT32_LIMIT if limit is None else limit,
+        LIMITS[precise] if limit is None else limit,
         _same_choice(exact, found),
         ids.numel(),
     )
@@ -158,12 +164,32 @@ def compare(
         own = float((exact - expected).abs().mean(-1).median() / largest)
         yield Comparison(
             dtype,
-            f"median token's difference from the logits in float32 (the checkpoint's: {own:.1e})",
+            f"median token's difference from the logits in {name_of(precise)} (the checkpoint's: {own:.1e})",
             float((exact - found).abs().mean(-1).median() / largest),
             HALF_FACTOR * own,
             _same_choice(expected, found),
             ids.numel(),
         )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``float64`` for ``torch.float64``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def precise_dtype(model: torch.nn.Module) -> torch.dtype:
+    """float64 where memory holds both models in it, else float32.
+
+    Picks are discrete. In float32 two right implementations may order two near scores differently, which moves the
+    logits of a token far; a model of 20 layers that keeps 32 rows has such a token in nearly every text. In float64
+    scores would have to agree in 13 digits for that.
+    """
+    needed = 2 * 8 * sum(parameter.numel() for parameter in model.parameters())
+    if torch.cuda.is_available():
+        available = torch.cuda.mem_get_info()[0]
+    else:
+        available = psutil.virtual_memory().available
+    return torch.float64 if needed < 0.8 * available else torch.float32
 
 
 def _token_ids(tokenizer: Tokenizer, text: str, count: int, context: int) -> torch.Tensor:
@@ -191,14 +217,14 @@ def _round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def _logits(
     trained: torch.nn.Module, export: Path, ids: torch.Tensor, dtype: torch.dtype, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [windows, s, vocabulary] of the checkpoint and of the export, computed in ``dtype``, as float32."""
+    """Logits [windows, s, vocabulary] of the checkpoint and of the export, computed in ``dtype``; float32 or better."""
     from umv2_megatron.hf import UMv2ForCausalLM
 
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    expected = trained.to(dtype)(ids, positions, None)[..., :vocabulary].float()
+    expected = trained.to(dtype)(ids, positions, None)[..., :vocabulary]
     model = UMv2ForCausalLM.from_pretrained(export, dtype=dtype, use_safetensors=True, local_files_only=True)
-    found = model.eval().to(cpu_platform.device())(ids, use_cache=False).logits.float()
-    return expected, found
+    found = model.eval().to(cpu_platform.device())(ids, use_cache=False).logits
+    return at_least_float32(expected), at_least_float32(found)
 
 
 def _same_choice(one: torch.Tensor, other: torch.Tensor) -> float:

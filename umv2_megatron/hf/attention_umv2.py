@@ -57,7 +57,8 @@ class UMv2RotaryEmbedding(nn.Module):
         rope = config.rope_parameters or {}
         size = int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
-        return rope["rope_theta"] ** -exponents, 1.0
+        # as megatron-core computes it: a power with a negative exponent rounds otherwise
+        return 1.0 / rope["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -113,7 +114,7 @@ def eager_attention_forward(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = functional.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(query.dtype)
     weights = functional.dropout(weights, p=dropout, training=module.training)
     output = (weights.view(*together, weights.shape[-1]) @ value).view(query.shape)
     return output.transpose(1, 2).contiguous(), weights

@@ -29,7 +29,8 @@ import torch
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_search.cpp"))
 HEADER = Path(__file__).with_name("cpu_threads.h")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-march=native")
+# UMV2_CPU_ARCH is what the compiler's -march takes: another kind of CPU, for tests and for machines that share a cache.
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", f"-march={os.environ.get('UMV2_CPU_ARCH', 'native')}")
 # How a loop is cut up must not depend on where a row lies in memory, or the rounding of its sum would.
 GCC_FLAGS = ("--param", "vect-max-peeling-for-alignment=0")
 BUILD_SECONDS = 120
