@@ -187,8 +187,11 @@ def pair(changes: dict[str, Any], hf_changes: dict[str, Any]) -> tuple[torch.nn.
 
 
 def logits_differ_by(changes: dict[str, Any], hf_changes: dict[str, Any]) -> float:
-    """Largest difference of the logits of the two models on random tokens, relative to the largest logit."""
-    megatron, model = pair(changes, hf_changes)
+    """Largest difference of the logits of the two models on random tokens, relative to the largest logit.
+
+    Both compute in float64: in float32 it would depend on the CPU which of two near scores wins a pick.
+    """
+    megatron, model = (each.double() for each in pair(changes, hf_changes))
     tokens = torch.randint(model.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         mask = torch.ones(40, 40).triu(1).bool()[None, None]
