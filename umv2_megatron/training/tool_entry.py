@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from umv2_megatron.data.corpus import CorpusError
+from umv2_megatron.training.error_file import tell_launcher
 
 
 def run_tool(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> NoReturn:
@@ -26,6 +27,7 @@ def run_tool(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace
     except (ValueError, CorpusError, OSError) as error:
         if arguments.debug:
             raise
+        tell_launcher(f"{parser.prog}: error: {error}")
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
