@@ -15,6 +15,8 @@ bytes after the header), and the tensors' bytes. Nothing in it is executed.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import math
 import mmap
@@ -96,25 +98,41 @@ class _Fetcher:
     """One thread that hands in requests to disks: that takes a while, and nobody has to wait for it."""
 
     def __init__(self) -> None:
-        self._worker: tuple[threading.Thread, queue.SimpleQueue[tuple[UMv2Table, Tensor]]] | None = None
+        self._worker: tuple[threading.Thread, queue.SimpleQueue[tuple[UMv2Table, Tensor] | None]] | None = None
+        # A thread that still computes while the interpreter is taken down can abort the process.
+        atexit.register(self.stop)
 
     def put(self, table: UMv2Table, rows: Tensor) -> None:
         """Have the thread fetch ``rows``; it starts with the first request of a process (after a fork: anew)."""
         worker = self._worker
         if worker is None or not worker[0].is_alive():
-            requests: queue.SimpleQueue[tuple[UMv2Table, Tensor]] = queue.SimpleQueue()
+            requests: queue.SimpleQueue[tuple[UMv2Table, Tensor] | None] = queue.SimpleQueue()
             thread = threading.Thread(target=_serve, args=(requests,), name="umv2 fetch", daemon=True)
             thread.start()
             # Without a lock, which a fork could leave locked: of first requests at the same time each starts a thread.
             worker = self._worker = (thread, requests)
         worker[1].put((table, rows))
 
+    def stop(self) -> None:
+        """End the thread: requests that it has not begun are dropped, the one in hand is waited for."""
+        worker, self._worker = self._worker, None
+        if worker is None or not worker[0].is_alive():
+            return
+        with contextlib.suppress(queue.Empty):
+            while True:
+                worker[1].get_nowait()
+        worker[1].put(None)
+        worker[0].join()
 
-def _serve(requests: queue.SimpleQueue[tuple[UMv2Table, Tensor]]) -> None:
+
+def _serve(requests: queue.SimpleQueue[tuple[UMv2Table, Tensor] | None]) -> None:
     while True:
-        table, rows = requests.get()
+        request = requests.get()
+        if request is None:
+            return
+        table, rows = request
         table._fetch_now(rows)
-        del table, rows  # a model that is dropped is not kept by the thread that waits
+        del request, table, rows  # a model that is dropped is not kept by the thread that waits
 
 
 _FETCHER = _Fetcher()

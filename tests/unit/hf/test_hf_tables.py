@@ -157,6 +157,27 @@ def test_one_thread_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert sum(thread.name == "umv2 fetch" for thread in threading.enumerate()) == 1
 
 
+def test_the_thread_ends_with_the_process_and_may_start_anew() -> None:
+    served: list[int] = []
+
+    class Table:
+        def _fetch_now(self, rows: torch.Tensor) -> None:
+            time.sleep(0.2)
+            served.append(int(rows))
+
+    fetcher, table = tables_umv2._Fetcher(), Table()
+    for row in range(50):
+        fetcher.put(table, torch.tensor(row))
+    (thread, _) = fetcher._worker
+    fetcher.stop()  # what atexit calls
+    assert not thread.is_alive() and len(served) <= 2  # what waited is dropped
+    fetcher.stop()
+    fetcher.put(table, torch.tensor(99))
+    fetcher._worker[1].put(None)
+    fetcher._worker[0].join(20)
+    assert served[-1] == 99
+
+
 def test_two_callers_may_fetch_for_the_first_time_at_once() -> None:
     served: list[int] = []
     errors: list[RuntimeError] = []
