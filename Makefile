@@ -5,18 +5,20 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
 
-.PHONY: demo compare test test-slow test-other-cpus test-gpu layouts bench lint clean help
+.PHONY: demo compare flags-page test test-flags test-slow test-other-cpus test-gpu layouts bench lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
 	@echo "make compare    train memory layers, experts and a dense FFN of equal cost, and report (about 10 minutes)"
 	@echo "make test       lint, types and all quick tests"
+	@echo "make test-flags  every flag of the training program on a tiny model (about 4 minutes)"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-other-cpus  the quick tests, computed as on other CPUs (three settings, about 8 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
 	@echo "make bench      benchmarks of this machine, into docs/performance.md (under 15 minutes)"
 	@echo "make lint       ruff, mypy and the directions of imports"
+	@echo "make flags-page  write the tables of docs/flags.md anew"
 	@echo "make clean      remove what the demo wrote (runs/demo)"
 
 # Made once, and again when requirements.txt changes.
@@ -48,6 +50,10 @@ lint: $(READY)
 test: $(READY) $(TRITON_READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
+# Not with a file for each worker: it is one file.
+test-flags: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/functional/test_every_flag.py
+
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow" --timeout 1800
 
@@ -71,6 +77,9 @@ layouts: $(READY)
 bench: $(READY)
 	for program in lookup layer step growth preprocess; do \
 		$(PY) benchmarks/$$program.py --docs docs/performance.md || exit 1; done
+
+flags-page: $(READY)
+	$(PY) -m umv2_megatron.config.flags_page
 
 clean:
 	rm -rf runs/demo

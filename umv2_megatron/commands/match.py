@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from umv2_megatron.config.usage import OneLineParser
 from umv2_megatron.config.variants import FFN_VARIANTS
-from umv2_megatron.training.tool_entry import program_name
+from umv2_megatron.training.tool_entry import program_name, quiet_mcore
 
 if TYPE_CHECKING:
     from umv2_megatron.config.run_config import RunConfig
@@ -64,16 +63,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _match(given: argparse.Namespace, rest: list[str]) -> tuple[Match, list[str]]:
     """The match, and those flags of the first model that have to be left out where its flags are added."""
-    for name in ("torch", "megatron.core"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from umv2_megatron.parallel import cpu_platform
-
-    cpu_platform.install()  # before megatron.core is imported
-    from umv2_megatron.config.flags import ALIASES, parse_flags
+    from umv2_megatron.config.flags import parse_flags
+    from umv2_megatron.config.option_table import option_table
     from umv2_megatron.config.resolve import resolve
     from umv2_megatron.planning.matching import Model, completed, match
 
-    source = resolve([*rest, "--transformer-impl", "local"], 1, program=program_name(), for_training=False)
+    source = resolve(
+        [*rest, "--transformer-impl", "local"], 1, program=program_name(), for_training=False,
+        before_mcore=quiet_mcore,
+    )  # fmt: skip
     if source.values["vocab_size"] is None:
         raise ValueError("--vocab-size is missing; logits are part of the FLOPs")
     try:
@@ -95,7 +93,7 @@ def _match(given: argparse.Namespace, rest: list[str]) -> tuple[Match, list[str]
         argv = [*command, *shlex.split(_text(together)), "--transformer-impl", "local"]
         return resolve(argv, 1, program=program_name(), for_training=False)
 
-    names = [ALIASES.get(key, (key.replace("_", "-"),))[0] for key in left_out]
+    names = [option_table()[key].flag for key in left_out]
     return completed(found, combine), [f"--{name}" for name in names]
 
 
@@ -134,7 +132,7 @@ def _figures(model: Model) -> dict[str, Any]:
 
 def _text(flags: dict[str, Any]) -> str:
     """Settings as a command line."""
-    from umv2_megatron.config.flags import option_table
+    from umv2_megatron.config.option_table import option_table
 
     parts = []
     for key, value in flags.items():

@@ -16,19 +16,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import sys
 from typing import Any, NoReturn
 
-from umv2_megatron.config.presets import PRESETS, Preset  # noqa: E402
-from umv2_megatron.planning import bytes_touched_per_token, count_parameters, flops_per_token  # noqa: E402
-from umv2_megatron.planning.exchange import FORWARD  # noqa: E402
-from umv2_megatron.planning.layout import Layout  # noqa: E402
-from umv2_megatron.planning.search import GIB, Evaluation, Model, RankBytes, evaluate, search  # noqa: E402
-from umv2_megatron.planning.step_time import Device, layer_exchange  # noqa: E402
-from umv2_megatron.planning.tables import layout_tables, model_tables, search_table  # noqa: E402
-from umv2_megatron.planning.traffic import traffic  # noqa: E402
-from umv2_megatron.training.tool_entry import program_name
+from umv2_megatron.config.presets import PRESETS, Preset
+from umv2_megatron.config.resolve import resolve
+from umv2_megatron.config.usage import OneLineParser
+from umv2_megatron.planning import bytes_touched_per_token, count_parameters, flops_per_token
+from umv2_megatron.planning.exchange import FORWARD
+from umv2_megatron.planning.layout import Layout
+from umv2_megatron.planning.search import GIB, Evaluation, Model, RankBytes, evaluate, search
+from umv2_megatron.planning.step_time import Device, layer_exchange
+from umv2_megatron.planning.tables import layout_tables, model_tables, search_table
+from umv2_megatron.planning.traffic import traffic
+from umv2_megatron.training.tool_entry import program_name, quiet_mcore
 
 DECODE_BATCHES = (1, 16, 256)
 COUNTS = ("embedding", "positions", "output", "attention", "ffn", "norms", "memory", "tables", "picked", "activated",
@@ -79,13 +80,6 @@ def main(argv: list[str] | None = None) -> int:
     parts = [model_tables(figures), layout_tables(figures) if "run" in figures else search_table(figures["search"])]
     print("\n\n".join(parts))
     return 0
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Complaints are ``ValueError`` and not a usage page. That of config/flags.py would load torch, for seconds."""
-
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
 
 
 def build_parser(searching: bool) -> OneLineParser:
@@ -152,14 +146,10 @@ def plan(argv: list[str]) -> dict[str, Any]:
 
 def _resolve(rest: list[str], world: int) -> Any:
     """The checked configuration of the remaining flags, whether or not this machine could run it."""
-    for name in ("torch", "megatron.core"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from umv2_megatron.parallel import cpu_platform
-
-    cpu_platform.install()
-    from umv2_megatron.config.resolve import resolve
-
-    return resolve([*rest, "--transformer-impl", "local"], world, program=program_name(), for_training=False)
+    return resolve(
+        [*rest, "--transformer-impl", "local"], world, program=program_name(), for_training=False,
+        before_mcore=quiet_mcore,
+    )  # fmt: skip
 
 
 def _preset(rest: list[str]) -> Preset | None:

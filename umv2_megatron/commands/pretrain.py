@@ -10,48 +10,58 @@ torchrun, srun and mpirun may start it; alone it is a run of one rank. Typing th
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from umv2_megatron.config.help_cache import cached_help
+from umv2_megatron.config.checks import check_data
+from umv2_megatron.config.flags import build_parser
+from umv2_megatron.config.resolve import resolve, virtual_world_size
+from umv2_megatron.parallel.launch import discover
 from umv2_megatron.training.program import run_program
 from umv2_megatron.training.tool_entry import program_name
 
+if TYPE_CHECKING:
+    from umv2_megatron.config.run_config import RunConfig
+    from umv2_megatron.config.training_config import TrainingConfig
+
 
 def main(argv: list[str]) -> int:
-    """Parse, check, train; returns the exit code."""
+    """Parse, check, train; returns the exit code. What takes seconds to load is loaded once the flags are right."""
     description = __doc__ or ""
     if {"-h", "--help"} & set(argv):
-        print(cached_help(program_name(), description, lambda: _help(description)), end="")
+        build_parser(program_name(), description).print_help()
         return 0
-    from umv2_megatron.parallel import cpu_platform
-
-    # before megatron.core is imported; a dry run leaves a CUDA device alone
-    cpu_platform.install(ignore_cuda="--dry-run" in argv)
-    from umv2_megatron.config.resolve import resolve
-    from umv2_megatron.parallel.launch import discover
-    from umv2_megatron.training.dry_run import dry_run, virtual_world_size
-    from umv2_megatron.training.pretrain import check_data, pretrain
-    from umv2_megatron.training.resume import checkpoint_values
-
     virtual = virtual_world_size(argv, program_name(), description)
+
+    def before_mcore(run: RunConfig) -> None:
+        if run.training.dry_run_world_size is None:
+            check_data(run)
+        _install(argv)
+
     run = resolve(argv, virtual or discover().world_size, description=description, program=program_name(),
-                  checkpoint_values=checkpoint_values)
+                  checkpoint_values=lambda training: _checkpoint_values(training, argv), before_mcore=before_mcore)
+    from umv2_megatron.training.dry_run import dry_run
+    from umv2_megatron.training.pretrain import pretrain
+
     if virtual is not None or run.training.dry_run_world_size is not None:
         return dry_run(run)
-    check_data(run)
     if run.training.dry_run:
         print(run.describe())
         return 0
     return pretrain(run)
 
 
-def _help(description: str) -> str:
+def _install(argv: list[str]) -> None:
     from umv2_megatron.parallel import cpu_platform
 
-    cpu_platform.install(ignore_cuda=True)  # before megatron.core is imported
-    from umv2_megatron.config.flags import build_parser
+    # before megatron.core is imported; a dry run leaves a CUDA device alone
+    cpu_platform.install(ignore_cuda="--dry-run" in argv)
 
-    return build_parser(program_name(), description).format_help()
+
+def _checkpoint_values(training: TrainingConfig, argv: list[str]) -> tuple[str, dict[str, Any]] | None:
+    _install(argv)
+    from umv2_megatron.training.resume import checkpoint_values
+
+    return checkpoint_values(training)
 
 
 def run() -> NoReturn:

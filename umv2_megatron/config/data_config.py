@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Optional
 
-from umv2_megatron.config.memory_config import option
+from umv2_megatron.config.option import option
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteLevelTokenizer", "NullTokenizer")
 
@@ -29,37 +29,71 @@ class DataConfig:
         None,
         "corpora to split into train, validation and test by --split: one path without extension, several paths "
         "(drawn in proportion to their tokens), or 'weight path weight path ...'",
+        read_by="config/data_config.py: what is read",
     )
-    train_data_path: Optional[list[str]] = option(None, "corpora of the training set, in the form of --data-path")
-    valid_data_path: Optional[list[str]] = option(None, "corpora of the validation set, in the form of --data-path")
-    test_data_path: Optional[list[str]] = option(None, "corpora of the test set, in the form of --data-path")
+    train_data_path: Optional[list[str]] = option(
+        None, "corpora of the training set, in the form of --data-path", read_by="config/data_config.py: what is read"
+    )
+    valid_data_path: Optional[list[str]] = option(
+        None, "corpora of the validation set, in the form of --data-path", read_by="config/data_config.py: what is read"
+    )
+    test_data_path: Optional[list[str]] = option(
+        None, "corpora of the test set, in the form of --data-path", read_by="config/data_config.py: what is read"
+    )
     split: str = option(
-        "969,30,1", "shares of the documents of --data-path that become train, validation and test, in this order"
+        "969,30,1",
+        "shares of the documents of --data-path that become train, validation and test, in this order",
     )
     data_cache_path: Optional[str] = option(
-        None, "directory of the sample indices (default: '<first path>.cache' beside the corpus)"
+        None,
+        "directory of the sample indices (default: '<first path>.cache' beside the corpus)",
+        read_by="data/datasets.py: where indices lie",
     )
-    mock_data: bool = option(False, "train on generated tokens instead of a corpus")
-    num_workers: int = option(2, "processes per rank that load samples; 0 loads them in the training process")
-    num_dataset_builder_threads: int = option(1, "threads per rank that build the sample indices of a blend")
-    tokenizer_type: Optional[str] = option(None, "kind of tokenizer", choices=TOKENIZER_TYPES)
+    mock_data: bool = option(
+        False, "train on generated tokens instead of a corpus", read_by="data/datasets.py: where samples come from"
+    )
+    num_workers: int = option(
+        2,
+        "processes per rank that load samples; 0 loads them in the training process",
+        at_least=0,
+        read_by="training/pretrain.py: who loads samples",
+    )
+    num_dataset_builder_threads: int = option(
+        1,
+        "threads per rank that build the sample indices of a blend",
+        at_least=1,
+        read_by="data/datasets.py: who builds indices",
+    )
+    tokenizer_type: Optional[str] = option(
+        None, "kind of tokenizer", choices=TOKENIZER_TYPES, read_by="data/tokenizers.py: who makes tokens"
+    )
     tokenizer_model: Optional[str] = option(
         None,
         "SentencePieceTokenizer: the .model file; HuggingFaceTokenizer: a tokenizer.json file or the local directory "
         "that holds it",
+        read_by="data/tokenizers.py: who makes tokens",
     )
     vocab_size: Optional[int] = option(
         None,
         "NullTokenizer: number of token ids before the end-of-document token; other tokenizers: the size of a larger "
         "vocabulary to report (default: the tokenizer's own)",
+        at_least=1,
     )
     eod_mask_loss: bool = option(False, "leave the loss of positions that hold an end-of-document token out")
-    reset_position_ids: bool = option(False, "restart position ids after each end-of-document token")
+    reset_position_ids: bool = option(
+        False,
+        "restart position ids after each end-of-document token",
+        needs=("position_embedding_type=learned_absolute",),
+    )
     reset_attention_mask: bool = option(
-        False, "stop attention at end-of-document tokens (needs --create-attention-mask-in-dataloader)"
+        False,
+        "stop attention at end-of-document tokens (needs --create-attention-mask-in-dataloader)",
+        needs=("create_attention_mask_in_dataloader",),
     )
     create_attention_mask_in_dataloader: bool = option(
-        False, "let the data loader build attention masks; without it attention is causal and no mask is passed"
+        False,
+        "let the data loader build attention masks; without it attention is causal and no mask is passed",
+        read_by="data/datasets.py: whether masks are made",
     )
 
     @property

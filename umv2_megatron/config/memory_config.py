@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Optional
 
-
-def option(default: Any, help: str, *, choices: tuple | None = None, letter: str | None = None) -> Any:
-    """A dataclass field that also carries what a command-line flag needs: its help text and allowed values."""
-    metadata = {"help": help, "choices": choices, "letter": letter}
-    return field(default=default, metadata=metadata)
+from umv2_megatron.config.option import option
 
 
 @dataclass
@@ -70,11 +66,17 @@ class MemoryConfig:
         "linear",
         "what pre-values are multiplied with: Wp x, or x itself (then Dp must equal the hidden size)",
         choices=("linear", "none"),
+        needs=("memory_pre_value_dim>0",),
     )
     pre_value_activation: str = option(
-        "none", "activation of the pre-value score (the paper removed it)", choices=("none", "gelu")
+        "none",
+        "activation of the pre-value score (the paper removed it)",
+        choices=("none", "gelu"),
+        needs=("memory_pre_value_dim>0",),
     )
-    norm_epsilon: float = option(1e-5, "epsilon of the query and key RMS norms")
+    norm_epsilon: float = option(
+        1e-5, "epsilon of the query and key RMS norms", above=0, needs=("memory_qk_norm!=none",)
+    )
     layer_freq: str = option(
         "1",
         "which blocks have a memory layer: an integer n (every n-th block, starting with the first) or a 0/1 list "
@@ -89,12 +91,13 @@ class MemoryConfig:
         "wrapping round), noring (g nearest tables, clipped at the ends)",
         choices=("none", "block", "ring", "noring"),
     )
-    sharing_size: int = option(1, "g: layers' worth of rows that one layer sees")
+    sharing_size: int = option(1, "g: layers' worth of rows that one layer sees", needs=("memory_sharing!=none",))
     value_lr_mult: float = option(4.0, "value tables learn at this multiple of the learning rate at step 0")
     value_lr_decay_iters: Optional[int] = option(
         None,
         "iterations over which the multiple decays linearly to 1 (default: those of the learning rate's decay; 0 keeps "
         "it constant)",
+        at_least=0,
     )
     value_lr: Optional[float] = option(
         None, "constant learning rate of the value tables, instead of a multiple of the learning rate"
@@ -105,15 +108,21 @@ class MemoryConfig:
         "few million tokens gains from ten times as much)",
     )
     balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
-    tucker_penalty_coeff: float = option(0.0, "alpha: weight of the penalty on the cores' later singular values")
-    tucker_penalty_margin: float = option(0.15, "tau: singular values below this are not penalised")
+    tucker_penalty_coeff: float = option(
+        0.0, "alpha: weight of the penalty on the cores' later singular values", needs=("memory_scoring=tucker",)
+    )
+    tucker_penalty_margin: float = option(
+        0.15, "tau: singular values below this are not penalised", needs=("memory_tucker_penalty_coeff",)
+    )
     init: str = option(
         "paper",
         "initialisation: equal output variance of memory and FFN, or the released code's",
         choices=("paper", "fixed"),
     )
     norm_gain_exponent: float = option(
-        0.4, "x: the fixed initialisation starts the gains of query and key norms at Dk**-x (UltraMem v1: 0.33)"
+        0.4,
+        "x: the fixed initialisation starts the gains of query and key norms at Dk**-x (UltraMem v1: 0.33)",
+        needs=("memory_init=fixed", "memory_qk_norm!=none"),
     )
     backend: str = option(
         "auto",
@@ -127,11 +136,15 @@ class MemoryConfig:
         choices=("ordered", "atomic"),
     )
     stream: bool = option(
-        False, "run memory layers on a second CUDA stream beside the FFN of their block; no effect on a CPU"
+        False,
+        "run memory layers on a second CUDA stream beside the FFN of their block; no effect on a CPU",
+        read_by="model/ffn_with_memory.py: the CUDA stream of memory layers",
     )
     parallel_size: int = option(1, "M: ranks over which a value table is sharded")
     parallel_mode: str = option("dim", "how a table is sharded: by dimension or by row", choices=("dim", "row"))
-    seed: int = option(1234, "seed of the row shuffle and of the initialisation's simulation")
+    seed: int = option(
+        1234, "seed of the row shuffle and of the initialisation's simulation", at_least=0, at_most=2**31 - 1
+    )
 
     # -- derived sizes ------------------------------------------------------------------------------------------
 
@@ -296,7 +309,6 @@ class MemoryConfig:
             refuse("sharing_size", f"at most the {layers} memory layers of the model")
         if self.sharing == "block" and layers % self.sharing_size:
             refuse("sharing_size", f"a divisor of the {layers} memory layers when --memory-sharing is block")
-
 
     def _validate_scoring(self, refuse: Callable[[str, str], None]) -> None:
         """The two kinds of scores and what goes with either; ``refuse`` raises."""

@@ -15,16 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.config.checks import check
-from umv2_megatron.config.flags import SECTIONS, UsageError, option_table, parse_flags, read_mapping
+from umv2_megatron.config.flags import parse_flags, read_mapping
+from umv2_megatron.config.mcore_settings import TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.option_table import SECTIONS, option_table
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.config.variants import variant_defaults
 
 
@@ -36,8 +37,12 @@ def resolve(
     description: str = "",
     for_training: bool = True,
     checkpoint_values: Callable[[TrainingConfig], tuple[str, dict[str, Any]] | None] | None = None,
+    before_mcore: Callable[[RunConfig], object] = lambda run: None,
 ) -> RunConfig:
     """Read a command line and check it. Raises ``UsageError``; starts nothing and writes nothing.
+
+    ``before_mcore(run)`` is called before megatron-core is loaded, which checks last what it knows better; that takes
+    seconds, and most mistakes are told before.
 
     ``checkpoint_values(training)`` gives the directory and the settings of the checkpoint that a run of these flags
     loads, None where it loads none; with --use-checkpoint-args its model and memory sizes take the place of a preset.
@@ -67,12 +72,31 @@ def resolve(
     if file:
         layers.append((config_file or "flag", file))
     layers.append(("flag", flags))
-    return from_layers(layers, world_size, for_training=for_training)
+    return from_layers(layers, world_size, for_training=for_training, before_mcore=before_mcore)
+
+
+def virtual_world_size(argv: list[str], program: str, description: str) -> int | None:
+    """The number of ranks that --dry-run-world-size on this command line asks for, if any.
+
+    Raises:
+        UsageError: no number of ranks, or --dry-run is missing.
+    """
+    flags, _, _ = parse_flags(argv, program, description)
+    size: int | None = flags.get("dry_run_world_size")
+    if size is not None and size < 1:
+        raise UsageError(f"--dry-run-world-size is {size}; expected the number of ranks, at least 1")
+    if not flags.get("dry_run"):
+        for key in ("dry_run_world_size", "dry_run_rank"):
+            if flags.get(key) is not None:
+                raise UsageError(f"--{key.replace('_', '-')} is {flags[key]}; expected --dry-run too, or neither")
+    elif size is None and flags.get("dry_run_rank") is not None:
+        raise UsageError(f"--dry-run-rank is {flags['dry_run_rank']}; expected --dry-run-world-size too")
+    return size
 
 
 def model_values(values: dict[str, Any]) -> dict[str, Any]:
     """Of settings by key, those that say what the model is (not how it is split, trained or logged)."""
-    sections = {SECTIONS[ModelConfig], SECTIONS[MemoryConfig], SECTIONS[TransformerConfig]}
+    sections = {SECTIONS[ModelConfig], SECTIONS[MemoryConfig], SECTIONS[TransformerSettings]}
     own = {key for key, made in option_table().items() if made.section in sections}
     return {key: value for key, value in values.items() if key in own and not _is_layout(key)}
 
@@ -105,7 +129,13 @@ def _is_layout(key: str) -> bool:
     return any(part in key for part in parts)
 
 
-def from_layers(layers: list[tuple[str, dict[str, Any]]], world_size: int, *, for_training: bool = True) -> RunConfig:
+def from_layers(
+    layers: list[tuple[str, dict[str, Any]]],
+    world_size: int,
+    *,
+    for_training: bool = True,
+    before_mcore: Callable[[RunConfig], object] = lambda run: None,
+) -> RunConfig:
     """A checked ``RunConfig`` from defaults and layers ``(source, values by key)``; later layers win."""
     values = {key: made.default for key, made in option_table().items()}
     sources: dict[str, str] = {}
@@ -115,6 +145,9 @@ def from_layers(layers: list[tuple[str, dict[str, Any]]], world_size: int, *, fo
     run = RunConfig(values, sources, world_size)
     _fill_derived_defaults(run)
     check(run, for_training=for_training)
+    before_mcore(run)
+    run.transformer_config()
+    run.optimizer_config()
     return run
 
 
@@ -149,6 +182,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
+def _has_engine() -> bool:
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    import torch  # takes seconds, which a usage error on a machine without the engine is spared
+
+    return torch.cuda.is_available()
+
+
 def _fill_derived_defaults(run: RunConfig) -> None:
     """Defaults that follow from other settings."""
     changes: dict[str, Any] = {}
@@ -156,8 +197,7 @@ def _fill_derived_defaults(run: RunConfig) -> None:
         if run.sources.get(value) == "flag" and run.sources.get(fraction, "flag") != "flag":
             changes[fraction] = None  # a flag is over a file, whose fraction would be over the value
     if run.transformer_impl == "auto":
-        has_engine = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-        changes["transformer_impl"] = "transformer_engine" if has_engine else "local"
+        changes["transformer_impl"] = "transformer_engine" if _has_engine() else "local"
     if run.init_method_std is None and run.hidden_size:
         # ultramemv2 "paper" initialisation: every linear layer sqrt(2/(5H)); the released code uses 0.02
         changes["init_method_std"] = math.sqrt(2 / (5 * run.hidden_size)) if run.memory.init == "paper" else 0.02

@@ -12,18 +12,20 @@ import math
 import typing
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 import yaml
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.config.data_config import DataConfig
-from umv2_megatron.config.flags import UsageError, option_table
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.option_table import option_table
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.config.variants import has_memory
+
+if typing.TYPE_CHECKING:
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclasses.dataclass
@@ -101,6 +103,8 @@ class RunConfig:
     @property
     def params_dtype(self) -> torch.dtype:
         """Data type of the weights that the forward pass uses."""
+        import torch
+
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def padded_vocab_size(self, vocab_size: int) -> int:
@@ -112,6 +116,9 @@ class RunConfig:
 
     def transformer_config(self) -> TransformerConfig:
         """The TransformerConfig of this run. Raises ``UsageError`` with mcore's own sentence when it refuses."""
+        import torch.nn.functional as F
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
         arguments = self._fields_of(TransformerConfig)
         arguments["params_dtype"] = self.params_dtype
         arguments["pipeline_dtype"] = self.params_dtype
@@ -134,10 +141,14 @@ class RunConfig:
 
     def optimizer_config(self) -> OptimizerConfig:
         """The OptimizerConfig of this run."""
+        from megatron.core.optimizer import OptimizerConfig
+
         return _build(OptimizerConfig, {**self._fields_of(OptimizerConfig), "params_dtype": self.params_dtype})
 
     def ddp_config(self) -> DistributedDataParallelConfig:
         """The DistributedDataParallelConfig of this run."""
+        from megatron.core.distributed import DistributedDataParallelConfig
+
         return _build(DistributedDataParallelConfig, self._fields_of(DistributedDataParallelConfig))
 
     def _fields_of(self, cls: type) -> dict[str, Any]:

@@ -1,19 +1,59 @@
-"""What the settings of the learning rate must satisfy; called by ``checks.py``."""
+"""What the settings of schedule and optimizer must satisfy; called by ``checks.py``."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import UsageError, refuse
 
 
-def refuse(flag: str, value: Any, expected: str) -> None:
-    """Raise the ``UsageError`` of a flag whose value is not what was expected."""
-    raise UsageError(f"--{flag} is {value}; expected {expected}")
+def check_schedule(run: RunConfig) -> None:
+    training = run.training
+    _check_counts(run)
+    if not training.skip_train and bool(training.train_iters) == bool(training.train_samples):
+        raise UsageError("--train-iters or --train-samples is needed, and only one of them")
+    unit = training.micro_batch_size * run.data_parallel_size
+    if run.global_batch_size < unit or run.global_batch_size % unit:
+        refuse(
+            "global-batch-size",
+            run.global_batch_size,
+            f"a multiple of --micro-batch-size x data-parallel size = {training.micro_batch_size} x "
+            f"{run.data_parallel_size} = {unit}",
+        )
+    if run.virtual_pipeline_size:
+        _check_interleaving(run)
+    _check_learning_rates(run)
+    if training.save_interval and not training.save:
+        refuse("save-interval", training.save_interval, "--save with a directory too")
+    if run.data.has_split_paths and run.data.valid_data_path is None and training.eval_iters:
+        raise UsageError("--valid-data-path is missing beside --train-data-path; give it, or --eval-iters 0")
+    start, end = training.profile_step_start, training.profile_step_end
+    if training.profile and not 1 <= start < end:
+        refuse("profile-step-end", end, f"an iteration after --profile-step-start ({start}), which is 1 or more")
+    if not all(rank.strip().isdigit() for rank in training.profile_ranks.split(",")):
+        refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
 
 
-def check_learning_rates(run: RunConfig) -> None:
+def _check_interleaving(run: RunConfig) -> None:
+    """What mcore's interleaved schedule asks of the number of micro-batches; else it ends the run in the first step."""
+    stages, batches = run.pipeline_model_parallel_size, run.num_microbatches
+    group = run.microbatch_group_size_per_vp_stage or stages
+    if group < stages:
+        refuse("microbatch-group-size-per-vp-stage", group, f"at least --pipeline-model-parallel-size ({stages})")
+    if batches < group or 0 < batches % group < stages:
+        refuse(
+            "global-batch-size",
+            run.global_batch_size,
+            f"a multiple of {group} micro-batches on each data-parallel rank with "
+            f"--num-layers-per-virtual-pipeline-stage, not {batches}",
+        )
+
+
+def _check_counts(run: RunConfig) -> None:
+    if run.training.train_samples and run.training.train_samples < run.global_batch_size:
+        refuse("train-samples", run.training.train_samples, f"at least --global-batch-size ({run.global_batch_size})")
+
+
+def _check_learning_rates(run: RunConfig) -> None:
     """Raise ``UsageError`` for rates out of range, a warm-up or decay longer than the run, and flags that exclude each
     other. A file may hold both of such a pair: a saved config.yaml has a fraction and the value made of it."""
     training = run.training

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from umv2_megatron.config.memory_config import option
+from umv2_megatron.config.option import option
 from umv2_megatron.config.variants import FFN_VARIANTS
 
 
@@ -23,19 +23,25 @@ class ModelConfig:
         "defaults of the memory flags), mcore's experts, or the FFN alone",
         choices=FFN_VARIANTS,
     )
-    seq_length: int = option(1024, "tokens per sample")
-    max_position_embeddings: Optional[int] = option(None, "longest sequence the model takes (default: --seq-length)")
+    seq_length: int = option(1024, "tokens per sample", at_least=1)
+    max_position_embeddings: Optional[int] = option(
+        None, "longest sequence the model takes (default: --seq-length)", at_least=1
+    )
     position_embedding_type: str = option(
         "rope", "kind of position embedding", choices=("rope", "learned_absolute", "none")
     )
-    rotary_base: int = option(10000, "base of the rotary embedding")
-    rotary_percent: float = option(1.0, "share of the head dimension that is rotated")
+    rotary_base: int = option(10000, "base of the rotary embedding", above=0, needs=("position_embedding_type=rope",))
+    rotary_percent: float = option(
+        1.0, "share of the head dimension that is rotated", above=0, at_most=1, needs=("position_embedding_type=rope",)
+    )
     swiglu: bool = option(True, "SwiGLU in the FFN (SiLU gate); without it the FFN uses GELU")
     group_query_attention: bool = option(False, "grouped-query attention with --num-query-groups groups")
     untie_embeddings_and_output_weights: bool = option(False, "separate weights for input and output embedding")
-    make_vocab_size_divisible_by: int = option(128, "pad the vocabulary to a multiple of this (times TP size)")
+    make_vocab_size_divisible_by: int = option(
+        128, "pad the vocabulary to a multiple of this (times TP size)", at_least=1
+    )
     num_layers_per_virtual_pipeline_stage: Optional[int] = option(
-        None, "layers per virtual pipeline stage; turns the interleaved schedule on"
+        None, "layers per virtual pipeline stage; turns the interleaved schedule on", at_least=1
     )
 
 
@@ -43,85 +49,209 @@ class ModelConfig:
 class TrainingConfig:
     """Batches, schedule, checkpoints, evaluation and logging of a training run. Iterations and samples are counts."""
 
-    micro_batch_size: int = option(1, "samples per rank and forward pass")
-    global_batch_size: Optional[int] = option(
-        None, "samples per optimizer step over all ranks (default: micro batch x data-parallel size)"
+    micro_batch_size: int = option(
+        1, "samples per rank and forward pass", at_least=1, read_by="data/batches.py: samples of a forward pass"
     )
-    train_iters: Optional[int] = option(None, "optimizer steps of the whole run")
-    train_samples: Optional[int] = option(None, "samples of the whole run, instead of --train-iters")
-    seed: int = option(1234, "seed of initialisation, dropout and data order")
-    exit_interval: Optional[int] = option(None, "save and exit after an iteration divisible by this")
-    exit_duration_in_mins: Optional[int] = option(None, "save and exit after this many minutes")
-    exit_signal_handler: bool = option(True, "save and exit with code 0 on SIGTERM or SIGUSR1")
+    global_batch_size: Optional[int] = option(
+        None, "samples per optimizer step over all ranks (default: micro batch x data-parallel size)", at_least=1
+    )
+    train_iters: Optional[int] = option(None, "optimizer steps of the whole run", at_least=1)
+    train_samples: Optional[int] = option(None, "samples of the whole run, instead of --train-iters", at_least=1)
+    seed: int = option(1234, "seed of initialisation, dropout and data order", at_least=0, at_most=2**31 - 1)
+    exit_interval: Optional[int] = option(None, "save and exit after an iteration divisible by this", at_least=1)
+    exit_duration_in_mins: Optional[int] = option(
+        None, "save and exit after this many minutes", at_least=1, read_by="training/loop.py: when the run ends"
+    )
+    exit_signal_handler: bool = option(
+        True, "save and exit with code 0 on SIGTERM or SIGUSR1", read_by="training/loop.py: what a signal does"
+    )
 
     lr_decay_style: str = option(
         "cosine",
         "shape of the learning rate's decay",
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
-    lr_decay_iters: Optional[int] = option(None, "iterations until --min-lr is reached (default: --train-iters)")
-    lr_warmup_iters: int = option(0, "iterations of linear warm-up")
-    lr_warmup_fraction: Optional[float] = option(None, "warm-up as a fraction of the decay iterations")
-    lr_warmup_init: float = option(0.0, "learning rate at the start of the warm-up")
+    lr_decay_iters: Optional[int] = option(
+        None, "iterations until --min-lr is reached (default: --train-iters)", at_least=1
+    )
+    lr_warmup_iters: int = option(0, "iterations of linear warm-up", at_least=0)
+    lr_warmup_fraction: Optional[float] = option(
+        None, "warm-up as a fraction of the decay iterations", at_least=0, below=1
+    )
+    lr_warmup_init: float = option(0.0, "learning rate at the start of the warm-up", at_least=0)
     lr_warmup_init_fraction: Optional[float] = option(
-        None, "start the warm-up at this fraction of the peak instead (the released code: 0.1)"
+        None, "start the warm-up at this fraction of the peak instead (the released code: 0.1)", at_least=0, at_most=1
     )
     lr_wsd_decay_style: str = option(
         "cosine", "shape of WSD's last part", choices=("linear", "cosine", "exponential", "minus_sqrt")
     )
-    lr_wsd_decay_iters: Optional[int] = option(None, "iterations of WSD's last part")
+    lr_wsd_decay_iters: Optional[int] = option(None, "iterations of WSD's last part", at_least=1)
     override_opt_param_scheduler: bool = option(
-        False, "take the schedule from the flags even where the checkpoint has another one"
+        False,
+        "take the schedule from the flags even where the checkpoint has another one",
+        read_by="training/resume.py: whose schedule a resumed run has",
     )
 
-    save: Optional[str] = option(None, "directory for checkpoints, metrics.jsonl and config.yaml")
-    load: Optional[str] = option(None, "directory to resume from (default: --save once it holds a checkpoint)")
-    save_interval: Optional[int] = option(None, "iterations between checkpoints (always one at the end)")
-    save_retain_interval: Optional[int] = option(None, "keep for good the checkpoints of multiples of this")
+    save: Optional[str] = option(
+        None,
+        "directory for checkpoints, metrics.jsonl and config.yaml",
+        read_by="training/loop.py: where checkpoints go",
+    )
+    load: Optional[str] = option(
+        None,
+        "directory to resume from (default: --save once it holds a checkpoint)",
+        read_by="training/resume.py: where a run begins",
+    )
+    save_interval: Optional[int] = option(
+        None,
+        "iterations between checkpoints (always one at the end)",
+        at_least=1,
+        read_by="training/loop.py: when checkpoints are written",
+    )
+    save_retain_interval: Optional[int] = option(
+        None,
+        "keep for good the checkpoints of multiples of this",
+        at_least=1,
+        needs=("save",),
+        read_by="training/pretrain.py: which checkpoints stay",
+    )
     ckpt_format: str = option("torch_dist", "checkpoint format", choices=("torch_dist",))
-    async_save: bool = option(False, "not supported: a step begins when the checkpoint of the last one is safe")
-    dist_ckpt_optim_fully_reshardable: bool = option(
-        False, "accepted for scripts of Megatron-LM: any layout can load every checkpoint, with or without it"
+    ckpt_step: Optional[int] = option(
+        None,
+        "load this iteration instead of the newest",
+        at_least=0,
+        read_by="training/resume.py: which checkpoint is loaded",
     )
-    ckpt_step: Optional[int] = option(None, "load this iteration instead of the newest")
-    finetune: bool = option(False, "load weights only and start at iteration 0")
-    no_load_optim: bool = option(False, "do not load the optimizer's state")
-    no_load_rng: bool = option(False, "do not load the random-number states")
-    use_checkpoint_args: bool = option(False, "take the model's and the memory's sizes from the checkpoint")
-    allow_fresh: bool = option(False, "start from scratch when --load holds no checkpoint")
-    allow_config_change: bool = option(False, "resume although data, seed, batch or sizes differ from the checkpoint's")
+    finetune: bool = option(
+        False, "load weights only and start at iteration 0", read_by="training/resume.py: what is loaded"
+    )
+    no_load_optim: bool = option(
+        False, "do not load the optimizer's state", read_by="training/pretrain.py: what is loaded"
+    )
+    no_load_rng: bool = option(
+        False, "do not load the random-number states", read_by="training/pretrain.py: what is loaded"
+    )
+    use_checkpoint_args: bool = option(
+        False,
+        "take the model's and the memory's sizes from the checkpoint",
+        read_by="config/resolve.py: whose sizes the model has",
+    )
+    allow_fresh: bool = option(
+        False,
+        "start from scratch when --load holds no checkpoint",
+        read_by="training/resume.py: whether --load may be empty",
+    )
+    allow_config_change: bool = option(
+        False,
+        "resume although data, seed, batch or sizes differ from the checkpoint's",
+        read_by="training/resume.py: what may differ from the checkpoint",
+    )
 
-    eval_interval: Optional[int] = option(1000, "iterations between evaluations (always one at the end)")
-    eval_iters: int = option(100, "global batches per evaluation, always the first ones")
+    eval_interval: Optional[int] = option(
+        1000,
+        "iterations between evaluations (always one at the end)",
+        at_least=1,
+        read_by="training/loop.py: when the run evaluates",
+    )
+    eval_iters: int = option(
+        100,
+        "global batches per evaluation, always the first ones",
+        at_least=0,
+        read_by="training/loop.py: batches of an evaluation",
+    )
     skip_train: bool = option(False, "only evaluate")
 
-    log_interval: int = option(100, "iterations between log lines")
-    log_throughput: bool = option(True, "put TFLOP/s per GPU into the log line")
-    log_params_norm: bool = option(False, "put the norm of the parameters into the log line")
-    log_memory_to_tensorboard: bool = option(False, "record the largest device memory used so far")
-    tensorboard_dir: Optional[str] = option(None, "directory of TensorBoard files")
-    wandb_project: Optional[str] = option(None, "Weights & Biases project; turns W&B logging on")
-    wandb_exp_name: Optional[str] = option(None, "Weights & Biases run name")
-    wandb_save_dir: Optional[str] = option(None, "directory of Weights & Biases files")
+    log_interval: int = option(
+        100, "iterations between log lines", at_least=1, read_by="training/loop.py: when lines are written"
+    )
+    log_throughput: bool = option(
+        True, "put TFLOP/s per GPU into the log line", read_by="training/loop.py: the log line"
+    )
+    log_params_norm: bool = option(
+        False, "put the norm of the parameters into the log line", read_by="training/loop.py: the log line"
+    )
+    log_memory_to_tensorboard: bool = option(
+        False, "record the largest device memory used so far", read_by="training/loop.py: the metrics"
+    )
+    tensorboard_dir: Optional[str] = option(
+        None, "directory of TensorBoard files", read_by="training/reporting.py: where metrics go"
+    )
+    wandb_project: Optional[str] = option(
+        None, "Weights & Biases project; turns W&B logging on", read_by="training/reporting.py: where metrics go"
+    )
+    wandb_exp_name: Optional[str] = option(
+        None, "Weights & Biases run name", needs=("wandb_project",), read_by="training/reporting.py: where metrics go"
+    )
+    wandb_save_dir: Optional[str] = option(
+        None,
+        "directory of Weights & Biases files",
+        needs=("wandb_project",),
+        read_by="training/reporting.py: where metrics go",
+    )
     memory_log_interval: Optional[int] = option(
-        None, "iterations between statistics of the memory layers (coverage, dead rows, scores); off by default"
+        None,
+        "iterations between statistics of the memory layers (coverage, dead rows, scores); off by default",
+        at_least=1,
+        read_by="training/loop.py: the metrics",
     )
     nan_policy: str = option(
-        "stop", "what happens on a NaN or Inf in loss or gradient, before the update", choices=("stop", "skip")
+        "stop",
+        "what happens on a NaN or Inf in loss or gradient, before the update",
+        choices=("stop", "skip"),
+        read_by="training/loop.py: a loss or gradient that is not finite",
     )
-    max_skipped_iterations: int = option(10, "with --nan-policy skip: stop after this many skipped in a row")
+    max_skipped_iterations: int = option(
+        10,
+        "with --nan-policy skip: stop after this many skipped in a row",
+        at_least=0,
+        needs=("nan_policy=skip",),
+        read_by="training/loop.py: a loss or gradient that is not finite",
+    )
 
-    profile: bool = option(False, "print where the time of some iterations goes, and mark them for nsys")
-    use_pytorch_profiler: bool = option(False, "with --profile: write a torch.profiler trace to <save>/profile")
-    profile_step_start: int = option(10, "first profiled iteration")
-    profile_step_end: int = option(12, "iteration before which profiling ends")
-    profile_ranks: str = option("0", "ranks to profile, separated by commas")
-    distributed_timeout_minutes: float = option(10, "time limit of a collective in minutes, 0.5 for 30 seconds")
-    dry_run: bool = option(False, "check the configuration, print it and exit")
+    profile: bool = option(
+        False,
+        "print where the time of some iterations goes, and mark them for nsys",
+        read_by="training/profiling.py: what is measured",
+    )
+    use_pytorch_profiler: bool = option(
+        False,
+        "with --profile: write a torch.profiler trace to <save>/profile",
+        needs=("profile",),
+        read_by="training/profiling.py: what is measured",
+    )
+    profile_step_start: int = option(
+        10, "first profiled iteration", needs=("profile",), read_by="training/profiling.py: what is measured"
+    )
+    profile_step_end: int = option(
+        12,
+        "iteration before which profiling ends",
+        needs=("profile",),
+        read_by="training/profiling.py: what is measured",
+    )
+    profile_ranks: str = option(
+        "0",
+        "ranks to profile, separated by commas",
+        needs=("profile",),
+        read_by="training/profiling.py: what is measured",
+    )
+    distributed_timeout_minutes: float = option(
+        10,
+        "time limit of a collective in minutes, 0.5 for 30 seconds",
+        above=0,
+        read_by="training/initialize.py: how long ranks wait",
+    )
+    dry_run: bool = option(
+        False, "check the configuration, print it and exit", read_by="commands/pretrain.py: whether a run begins"
+    )
     dry_run_world_size: Optional[int] = option(
-        None, "with --dry-run: build ranks of this many without devices, network or data, and report what they hold"
+        None,
+        "with --dry-run: build ranks of this many without devices, network or data, and report what they hold",
+        at_least=1,
+        read_by="training/dry_run.py: ranks that are built",
     )
     dry_run_rank: Optional[str] = option(
-        None, "with --dry-run: ranks to build, separated by commas (default: the first of every pipeline stage)"
+        None,
+        "with --dry-run: ranks to build, separated by commas (default: the first of every pipeline stage)",
+        read_by="training/dry_run.py: ranks that are built",
     )
-    debug: bool = option(False, "show the traceback of an error")
+    debug: bool = option(False, "show the traceback of an error", read_by="training/program.py: what an error prints")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UsageError(ValueError):
@@ -19,3 +19,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+
+def refuse(flag: str, value: Any, expected: str) -> NoReturn:
+    """Raise the ``UsageError`` of a flag whose value is not what was expected."""
+    raise UsageError(f"--{flag} is {value}; expected {expected}")

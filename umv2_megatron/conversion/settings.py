@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from umv2_megatron.config.flags import option_table
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.option_table import option_table
 from umv2_megatron.config.variants import has_memory
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.hf.configuration_umv2 import UMv2Config

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.evaluation import report
 from umv2_megatron.evaluation.evaluate_flags import LAYOUT, fact_set
 from umv2_megatron.evaluation.huggingface_scoring import load_hugging_face

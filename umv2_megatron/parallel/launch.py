@@ -22,10 +22,6 @@ import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-
-from umv2_megatron.parallel import cpu_platform, roll_call
-
 # Rank and size as MPICH (and Intel MPI), Open MPI and MVAPICH tell them to each process they start.
 _MPI_VARIABLES = (
     ("PMI_RANK", "PMI_SIZE"),
@@ -79,6 +75,10 @@ def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
     Raises:
         ValueError: see ``discover``; or fewer CUDA devices than ranks on this host.
     """
+    import torch  # here, so that who this process is can be asked without waiting for it
+
+    from umv2_megatron.parallel import cpu_platform, roll_call
+
     if timeout_minutes <= 0:
         raise ValueError(f"--distributed-timeout-minutes is {timeout_minutes}, expected more than 0; try 10.")
     cpu_platform.install()

@@ -17,11 +17,7 @@ from umv2_megatron.config.variants import has_memory
 from umv2_megatron.planning.model_shape import FFN_VARIANTS, ModelShape
 
 # Flags of megatron-core that move layers between stages in ways that are not counted here.
-UNKNOWN_SPLITS = (
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
+UNKNOWN_SPLITS = ("pipeline_model_parallel_layout",)
 
 
 @dataclass(frozen=True)

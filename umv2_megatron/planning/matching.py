@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from umv2_megatron.config.flags import SECTIONS, option_table
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.option_table import SECTIONS, option_table
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.variants import FFN_VARIANTS, OLMOE_LOSSES, SWITCHES, has_memory

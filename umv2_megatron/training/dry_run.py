@@ -20,14 +20,14 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from umv2_megatron.config.flags import UsageError, parse_flags
+from umv2_megatron.config.checks import check_data
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.parallel import cpu_platform, groups
 from umv2_megatron.training.initialize import make_groups
 from umv2_megatron.training.optimizer import build_optimizer
-from umv2_megatron.training.pretrain import check_data
 
 # Kinds of parameters in the report, by a part of mcore's names; the first that fits.
 _KINDS = (
@@ -83,25 +83,6 @@ class RankReport:
     def total_bytes(self) -> int:
         """What stays in memory from step to step."""
         return sum(self.num_bytes.values())
-
-
-def virtual_world_size(argv: list[str], program: str, description: str) -> int | None:
-    """The number of ranks that --dry-run-world-size on this command line asks for, if any.
-
-    Raises:
-        UsageError: no number of ranks, or --dry-run is missing.
-    """
-    flags, _, _ = parse_flags(argv, program, description)
-    size: int | None = flags.get("dry_run_world_size")
-    if size is not None and size < 1:
-        raise UsageError(f"--dry-run-world-size is {size}; expected the number of ranks, at least 1")
-    if not flags.get("dry_run"):
-        for key in ("dry_run_world_size", "dry_run_rank"):
-            if flags.get(key) is not None:
-                raise UsageError(f"--{key.replace('_', '-')} is {flags[key]}; expected --dry-run too, or neither")
-    elif size is None and flags.get("dry_run_rank") is not None:
-        raise UsageError(f"--dry-run-rank is {flags['dry_run_rank']}; expected --dry-run-world-size too")
-    return size
 
 
 def dry_run(run: RunConfig) -> int:

@@ -20,8 +20,8 @@ import yaml
 from umv2_megatron import __version__
 from umv2_megatron.checkpoint import save_load
 from umv2_megatron.checkpoint.store import CheckpointStore
-from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.data.batches import batch_iterator
 from umv2_megatron.data.datasets import build_datasets, data_identity
 from umv2_megatron.data.tokenizers import build_tokenizer
@@ -231,23 +231,3 @@ def _describe_model(run: RunConfig, vocab_size: int, state: TrainingState) -> No
     print_rank_0(
         f" parameters: {counts.activated:,} activated, {counts.total:,} in all without embeddings; {here:,} on rank 0"
     )
-
-
-def check_data(run: RunConfig) -> None:
-    """Raise ``UsageError`` when the data flags contradict each other or name files that are not there; reads none."""
-    try:
-        run.data.validate()
-        blends = {"--data-path": run.data.blend()}
-        blends.update(zip(("--train-data-path", "--valid-data-path", "--test-data-path"), run.data.split_blends()))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    for flag, blend in blends.items():
-        for prefix in blend[0] if blend is not None else []:
-            for suffix in (".idx", ".bin"):
-                if not os.path.isfile(prefix + suffix):
-                    raise UsageError(
-                        f"{flag} names {prefix}, but there is no file {prefix}{suffix}; give the path without "
-                        "extension, as tools/preprocess_data.py printed it"
-                    )
-    if run.data.tokenizer_model is not None and not os.path.exists(run.data.tokenizer_model):
-        raise UsageError(f"--tokenizer-model is {run.data.tokenizer_model!r}; there is no such file")

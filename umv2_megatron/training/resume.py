@@ -12,10 +12,10 @@ from typing import Any
 
 from umv2_megatron.checkpoint import save_load
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore, Manifest
-from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.durable_files import CheckpointError, sha256_of
 
 # What a step computes from its samples; --allow-config-change lets it differ.

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the data or the machine is at fault, 2 the command is, 130
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -39,6 +40,15 @@ def run_tool(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace
 def program_name() -> str:
     """The program's name as it was started: ``plan.py`` in a checkout, ``umv2-plan`` where the package is installed."""
     return Path(sys.argv[0]).name
+
+
+def quiet_mcore(*_: object) -> None:
+    """Make megatron-core ready for a program that only reads its configurations: without its warnings."""
+    for name in ("torch", "megatron.core"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from umv2_megatron.parallel import cpu_platform  # loads torch
+
+    cpu_platform.install()
 
 
 def read_text(flag: str, path: str) -> str:

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from megatron.core.transformer.enums import AttnBackend
 
-from umv2_megatron.config import run_config
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.resolve import resolve
@@ -69,7 +69,7 @@ def test_last_iteration_of_a_run_that_had_another_batch():
 def test_megatron_configurations_follow_the_flags():
     run = resolve([*TINY, "--bf16", "--clip-grad", "0.5", "--overlap-grad-reduce", "--hidden-dropout", "0.1"])
     transformer = run.transformer_config()
-    assert transformer.bf16 and transformer.params_dtype is run_config.torch.bfloat16
+    assert transformer.bf16 and transformer.params_dtype is torch.bfloat16
     assert transformer.hidden_dropout == 0.1 and transformer.gated_linear_unit and not transformer.add_bias_linear
     assert transformer.attention_backend is AttnBackend.auto
     assert resolve([*TINY, "--attention-backend", "unfused"]).transformer_config().attention_backend is (
@@ -175,7 +175,7 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
          ["--lr-warmup-init-fraction is 0.1", "--lr-warmup-init, not both"]),
         (["--decoupled-lr", "-1"], 1, ["--decoupled-lr is -1"]),
         (["--decoupled-lr", "1e-5"], 1, ["--decoupled-lr is 1e-05", "--min-lr (4", "--decoupled-min-lr"]),
-        (["--decoupled-min-lr", "1e-5"], 1, ["--decoupled-min-lr is 1e-05", "--decoupled-lr too"]),
+        (["--decoupled-min-lr", "1e-5"], 1, ["--decoupled-min-lr is 1e-05", "without --decoupled-lr"]),
         (["--decoupled-lr", "1e-4", "--decoupled-min-lr", "2e-4"], 1,
          ["--decoupled-min-lr is 0.0002", "--decoupled-lr (0.0001)"]),
         (["--lr-wsd-decay-iters", "4"], 1, ["--lr-wsd-decay-iters is 4", "--lr-decay-style cosine"]),
@@ -200,7 +200,7 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
         (["--memory-norm-epsilon", "0"], 1, ["--memory-norm-epsilon is 0"]),
         (["--memory-sharing", "block", "--memory-sharing-size", "2", "--pipeline-model-parallel-size", "2",
           "--num-layers-in-first-pipeline-stage", "1"], 2, ["--memory-sharing is block"]),
-        (["--adam-beta1", "1"], 1, ["--adam-beta1 is 1.0"]),
+        (["--adam-beta1", "1"], 1, ["--adam-beta1 is 1;", "below 1"]),
         (["--adam-beta2", "-0.1"], 1, ["--adam-beta2 is -0.1"]),
         (["--clip-grad", "-1"], 1, ["--clip-grad is -1"]),
         (["--seed", "-1"], 1, ["--seed is -1"]),
@@ -210,8 +210,9 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
         (["--window-size", "5"], 1, ["--window-size is 5", "'[127, 0]'"]),
         (["--window-size", "[5, [0]]"], 1, ["--window-size is [5, [0]]"]),
         (["--window-size", "[5, 3]"], 1, ["--window-size is [5, 3]"]),  # a language model does not look ahead
-        (["--window-attn-skip-freq", "0"], 1, ["--window-attn-skip-freq is 0"]),
-        (["--window-attn-skip-freq", "[1]"], 1, ["--window-attn-skip-freq is [1]", "4 integers"]),
+        (["--window-size", "[3, 0]", "--window-attn-skip-freq", "0"], 1, ["--window-attn-skip-freq is 0"]),
+        (["--window-size", "[3, 0]", "--window-attn-skip-freq", "[1]"], 1,
+         ["--window-attn-skip-freq is [1]", "4 integers"]),
         (["--reset-attention-mask", "--create-attention-mask-in-dataloader", "--transformer-impl",
           "transformer_engine"], 1, ["--reset-attention-mask is on"]),
         (["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "11"], 1, ["--lr-wsd-decay-iters is 11"]),
@@ -247,15 +248,15 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
                 "--sequence-parallel"], 2, ["--moe-shared-expert-intermediate-size is 9"]),
         (["--recompute-granularity", "full"], 1, ["recompute"]),
         (["--async-save"], 1, ["--async-save"]),
-        (["--profile-ranks", "a"], 1, ["--profile-ranks is 'a'"]),
+        (["--profile", "--profile-ranks", "a"], 1, ["--profile-ranks is 'a'"]),
         (["--profile", "--profile-step-start", "12"], 1, ["--profile-step-end is 12", "--profile-step-start (12)"]),
         (["--profile", "--profile-step-start", "0"], 1, ["--profile-step-start (0)"]),
         (["--model-preset", "umv2-9t"], 1, ["'umv2-9t'", "umv2-tiny"]),
         (["--config", "/nowhere/x.yaml"], 1, ["--config", "/nowhere/x.yaml"]),
-        (["--optimizer-cpu-offload", "--save", "somewhere"], 1, ["--optimizer-cpu-offload", "--save"]),
+        (["--optimizer-cpu-offload"], 1, ["--optimizer-cpu-offload of Megatron-LM", "--use-distributed-optimizer"]),
         pytest.param(
             ["--use-precision-aware-optimizer", "--use-distributed-optimizer"], 1,
-            ["--use-precision-aware-optimizer", "Transformer Engine"],
+            ["--use-precision-aware-optimizer of Megatron-LM", "float32"],
             marks=pytest.mark.skipif(bool(importlib.util.find_spec("transformer_engine")), reason="it is installed"),
         ),
     ],

@@ -26,9 +26,9 @@ from typing import Any
 
 import yaml
 
-from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.resolve import resolve
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.evaluation.ablation.evaluation_flags import evaluation_words
 
 KEYS = ("common", "seeds", "baseline", "runs", "launcher", "ranks", "evaluate", "slurm")

@@ -1,0 +1,117 @@
+"""What the settings of memory layers must satisfy, with the layout of the ranks; called by ``checks.py``."""
+
+from __future__ import annotations
+
+from umv2_megatron.config.option_table import option_table
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import refuse
+
+
+def check_memory_layout(run: RunConfig) -> None:
+    memory, pp = run.memory, run.pipeline_model_parallel_size
+    if memory.parallel_size == 1 and memory.parallel_mode != option_table()["memory_parallel_mode"].default:
+        refuse(
+            "memory-parallel-mode", memory.parallel_mode, "no value with --memory-parallel-size 1: nothing is sharded"
+        )
+    for key in ("memory_balance_loss_coeff", "memory_tucker_penalty_coeff"):
+        if run.calculate_per_token_loss and run.values[key] > 0:
+            refuse(
+                key.replace("_", "-"),
+                run.values[key],
+                "0 with --calculate-per-token-loss, which would divide it by the number of tokens",
+            )
+    if memory.stream and run.overlap_param_gather:
+        refuse("memory-stream", "on", "off with --overlap-param-gather, which waits for parameters on one stream only")
+    if memory.value_lr is not None:
+        for key in ("memory_value_lr_mult", "memory_value_lr_decay_iters"):
+            if run.values[key] != option_table()[key].default:
+                refuse(key.replace("_", "-"), run.values[key], f"no value with --memory-value-lr {memory.value_lr:g}")
+    if memory.parallel_size > 1:
+        _check_table_shards(run)
+    if memory.read_delay:
+        _check_read_delay(run)
+    if memory.sharing in ("ring", "noring") and pp > 1:
+        refuse("memory-sharing", memory.sharing, "none or block with --pipeline-model-parallel-size above 1")
+    if memory.sharing == "block" and pp > 1:
+        if run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage:
+            refuse("memory-sharing", memory.sharing, "none where pipeline stages have different numbers of layers")
+        stages = pp * (run.virtual_pipeline_size or 1)
+        per_stage = run.num_layers // stages
+        owners = memory.memory_layers(run.num_layers)
+        for stage in range(stages):
+            seen = sum(owners[: (stage + 1) * per_stage])
+            if seen % memory.sharing_size:
+                refuse(
+                    "memory-sharing-size",
+                    memory.sharing_size,
+                    f"a size whose blocks do not straddle the {stages} pipeline stages of {per_stage} layers",
+                )
+
+
+def _check_read_delay(run: RunConfig) -> None:
+    """Whether an output that waits for a later block meets it on the same stage, and where it keeps its gradient."""
+    delay, pp = run.memory.read_delay, run.pipeline_model_parallel_size
+    if pp > 1 and (run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage):
+        refuse("memory-read-delay", delay, "0 where pipeline stages have different numbers of layers")
+    per_stage = run.num_layers // (pp * (run.virtual_pipeline_size or 1))
+    granularity, modules = run.recompute_granularity, run.recompute_modules or ()
+    for name in {"mlp", "layernorm"} & set(modules) if granularity == "selective" else ():
+        refuse("memory-read-delay", delay, f"0 with --recompute-modules {name}")
+    for block, here in enumerate(run.memory.memory_layers(run.num_layers)):
+        if not here:
+            continue
+        first, last = block % per_stage, block % per_stage + delay
+        if last >= per_stage:
+            refuse(
+                "memory-read-delay",
+                delay,
+                f"a delay with which the memory layer of block {block} adds its output on its own pipeline stage of "
+                f"{per_stage} layers; change --memory-layer-freq or --pipeline-model-parallel-size",
+            )
+        together = run.recompute_num_layers or 1
+        apart = first // together != last // together if run.recompute_method == "uniform" else first < together
+        if granularity == "full" and apart:
+            refuse(
+                "memory-read-delay",
+                delay,
+                f"0, or a --recompute-num-layers with which block {block} and block {block + delay} are recomputed "
+                f"together, with --recompute-granularity full",
+            )
+
+
+def check_split_tokens(run: RunConfig) -> None:
+    """Whether tensor-parallel ranks that all have the same tokens can share the memory layers' work evenly.
+
+    Padded tokens would count in the statistics and the auxiliary losses.
+    """
+    tp, samples = run.tensor_model_parallel_size, run.training.micro_batch_size
+    tokens = samples * run.model.seq_length // run.context_parallel_size
+    if tp > 1 and not run.sequence_parallel and tokens % tp:
+        refuse(
+            "seq-length",
+            run.model.seq_length,
+            f"a length of which --micro-batch-size ({samples}) samples divide over --tensor-model-parallel-size ({tp}) "
+            "ranks, which share the memory layers' work",
+        )
+
+
+def _check_table_shards(run: RunConfig) -> None:
+    """Whether every value table can be shared out over the memory-parallel group."""
+    memory, size = run.memory, run.memory.parallel_size
+    per_stage = run.world_size // run.pipeline_model_parallel_size
+    if per_stage % size:
+        refuse("memory-parallel-size", size, f"a divisor of the {per_stage} ranks of a pipeline stage")
+    if memory.backend == "reference":
+        refuse("memory-backend", memory.backend, "auto, scatter, cpu or triton with --memory-parallel-size above 1")
+    if memory.parallel_mode == "row":
+        rows = memory.rows_per_layer
+        if rows < size:
+            refuse("memory-parallel-size", size, f"at most the {rows} rows (N*N) of a value table")
+        return
+    for name, columns in (("value", memory.value_dim), ("pre-value", memory.pre_value_dim)):
+        if columns % size:
+            refuse(
+                f"memory-{name}-dim",
+                columns,
+                f"a multiple of --memory-parallel-size ({size}) with --memory-parallel-mode dim; row has no such limit",
+            )
