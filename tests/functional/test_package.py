@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from umv2_megatron.config.presets import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "umv2_megatron")
 
@@ -56,14 +58,16 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_files_of_the_wheel(built: Path) -> None:
     names = set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
-    assert {"umv2_megatron/py.typed", "umv2_megatron/ops/cpu_threads.h", "umv2_megatron/ops/cpu_kernels.cpp"} <= names
+    data = {f"umv2_megatron/{name}" for name in ("py.typed", "ops/cpu_threads.h", "ops/cpu_kernels.cpp")}
+    data |= {f"umv2_megatron/config/preset_files/{family}.yaml" for family in FAMILIES}
+    assert data <= names
     assert not [name for name in names if name.startswith(("tests/", "tools/", "benchmarks/"))]
     in_package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "umv2_megatron").rglob("*") if path.is_file()}
     lacking = {name for name in in_package if "__pycache__" not in name} - names
     assert not lacking
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         inside = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"LICENSE", "NOTICE", "umv2_megatron/ops/cpu_threads.h"} <= inside
+    assert {"LICENSE", "NOTICE", *data} <= inside
 
 
 def test_the_wheel_trains_with_compiled_kernels(installed: Path, tmp_path: Path) -> None:

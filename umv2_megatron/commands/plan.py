@@ -63,13 +63,13 @@ DEVICE_HELP = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--list" in argv:
-        print("\n".join(f"{each.name:<22} {each.description} ({each.source})" for each in PRESETS.values()))
-        return 0
     if {"-h", "--help"} & set(argv):
         build_parser(searching=True).print_help()
         return 0
     try:
+        if "--list" in argv:
+            print("\n".join(f"{each.name:<22} {each.description} ({each.source})" for each in PRESETS.values()))
+            return 0
         figures = plan(argv)
     except ValueError as error:
         print(f"plan.py: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ from umv2_megatron.config.flags import parse_flags, read_mapping
 from umv2_megatron.config.mcore_settings import TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.option_table import SECTIONS, option_table
-from umv2_megatron.config.presets import PRESETS
+from umv2_megatron.config.presets import find_preset
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
 from umv2_megatron.config.usage import UsageError
@@ -64,9 +64,7 @@ def resolve(
             )
         layers.append((f"checkpoint in {found[0]}", model_values(found[1])))
     if preset is not None:
-        if preset not in PRESETS:
-            raise UsageError(f"--model-preset is {preset!r}; expected one of {', '.join(PRESETS)}")
-        layers.append((f"preset {preset}", read_mapping(PRESETS[preset].flags(), f"preset {preset}")))
+        layers.append((f"preset {preset}", read_mapping(find_preset(preset).flags(), f"preset {preset}")))
     if "ffn_variant" in flags:
         file["ffn_variant"] = flags["ffn_variant"]  # the file's settings, too, are over the variant's defaults
     if file:

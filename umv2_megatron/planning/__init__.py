@@ -8,7 +8,7 @@
     tables                                          all of it as text
 
 Nothing here needs torch, so the answers come at once and on any machine. ``model_fields`` is everywhere a mapping of
-Megatron's flag names (with underscores) to values, as in ``config/presets.py``; ``memory_config`` is None for a model
+Megatron's flag names (with underscores) to values, as in ``config/preset_files``; ``memory_config`` is None for a model
 without memory layers.
 """
 

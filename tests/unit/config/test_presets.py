@@ -1,8 +1,13 @@
-"""Presets: sizes that work, counts that their names promise, shapes that can be split, and flags that exist."""
+"""Presets: sizes that work, counts that their names promise, shapes that can be split, flags that exist, and files that
+are read as they are meant or not at all."""
+
+import dataclasses
 
 import pytest
+import yaml
 
-from umv2_megatron.config.presets import PRESETS, find_preset
+from umv2_megatron.config.presets import DIRECTORY, FAMILIES, PRESETS, find_preset, read_presets
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.config.variants import FFN_VARIANTS, has_memory
 from umv2_megatron.planning import count_parameters, flops_per_token
 
@@ -110,3 +115,78 @@ def test_flags_merge_both_groups_and_an_unknown_name_is_refused():
 def test_every_field_is_a_flag(name):
     flags = pytest.importorskip("umv2_megatron.config.flags")
     flags.read_mapping(PRESETS[name].flags(), name)
+
+
+def test_every_file_is_a_family():
+    assert {path.name for path in DIRECTORY.iterdir()} == {f"{family}.yaml" for family in FAMILIES}
+
+
+@pytest.fixture()
+def family(tmp_path):
+    """A file with one preset, as text, and a function that reads a changed one."""
+    content = yaml.safe_load((DIRECTORY / "umv2.yaml").read_text(encoding="utf-8"))
+    content["presets"] = {"umv2-8m": content["presets"]["umv2-8m"]}
+
+    def read(old, new):
+        text = yaml.safe_dump(content, sort_keys=False)
+        assert text.count(old) == 1, text
+        path = tmp_path / "mine.yaml"
+        path.write_text(text.replace(old, new), encoding="utf-8")
+        return read_presets([path])
+
+    return read
+
+
+def test_a_value_of_a_preset_is_over_that_of_its_family_and_an_integer_is_a_number(family):
+    assert family("norm_epsilon: 1.0e-05", "norm_epsilon: 1") == {
+        "umv2-8m": dataclasses.replace(
+            PRESETS["umv2-8m"], model={**PRESETS["umv2-8m"].model, "norm_epsilon": 1.0}
+        )
+    }
+    changed = family("hidden_size: 256\n", "hidden_size: 256\n      rotary_base: 500000\n")
+    assert changed["umv2-8m"].model["rotary_base"] == 500000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("hidden_size: 256\n", "hiden_size: 256\n", "model: unknown key 'hiden_size'; expected one of"),
+        ("topk: 16", "top_k: 16", "memory: unknown key 'top_k'; expected one of num_keys, "),
+        ("description:", "descripton:", "unknown key 'descripton'; expected one of description, source"),
+        ("common:", "shared:", "mine.yaml: unknown key 'shared'; expected one of common, presets"),
+        ("    source: our choice\n", "", "source is missing"),
+        ("      hidden_size: 256\n", "", "model: hidden_size is missing"),
+        ("      topk: 16\n", "", "memory: topk is missing"),
+        ("      total: null\n", "", "expected: total is missing"),
+        ("1.0e-05", "1e-5", "model: norm_epsilon is '1e-5'; expected a number (YAML takes 1e-5 for a"),
+        ("8000000.0", "8e6", "expected: activated is '8e6'; expected a number"),
+        ("total: null", "total: some", "expected: total is 'some'; expected a number (YAML"),
+        ("hidden_dropout: 0.0", "hidden_dropout: .inf", "model: hidden_dropout is inf; expected a number"),
+        ("hidden_size: 256\n", "hidden_size: 256.0\n", "model: hidden_size is 256.0; expected an integer"),
+        ("swiglu: true", "swiglu: 1", "model: swiglu is 1; expected true or false"),
+        ("topk: 16", "topk: true", "memory: topk is True; expected an integer"),
+        ("layer_freq: '1'", "layer_freq: 1", "memory: layer_freq is 1; expected a text"),
+        ("topk: 16", "topk: 16\n      topk: 17", "presets: umv2-8m: memory: topk is there twice; expected every"),
+        ("  umv2-8m:\n", "  umv2-8m: {}\n  umv2-8m:\n", "presets: umv2-8m is there twice; expected every"),
+        ("  umv2-8m:\n", "  8:\n", "a preset's name is 8; expected a text"),
+        ("common:", "common: [", "not valid YAML: while parsing"),
+    ],
+)  # fmt: skip
+def test_a_file_that_says_something_else_is_refused_in_one_sentence(family, tmp_path, old, new, told):
+    with pytest.raises(UsageError) as caught:
+        family(old, new)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "mine.yaml")) and told in message and "\n" not in message
+
+
+def test_a_name_of_another_file_and_a_file_without_presets_are_refused(tmp_path):
+    family = DIRECTORY / "bytes_3m.yaml"
+    with pytest.raises(UsageError, match=r"bytes_3m.yaml: preset umv2-3m is in another file too; expected every name"):
+        read_presets([family, family])
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    with pytest.raises(UsageError, match=r"empty.yaml is None; expected a mapping"):
+        read_presets([empty])
+    empty.write_text("common: {}")
+    with pytest.raises(UsageError, match=r"empty.yaml: presets is missing"):
+        read_presets([empty])
