@@ -24,6 +24,7 @@ from umv2_megatron.ops import (  # noqa: E402
     triton_ragged,
     triton_topk,
 )
+from umv2_megatron.ops.interface import ListedPicks  # noqa: E402
 
 DEVICE = "cuda"
 SIZES = {  # tokens, picks, rows, Dp, Dv, cores, blocks
@@ -153,7 +154,7 @@ def test_parts_equal_the_plain_ones(deterministic: bool) -> None:
     projected, weights = arguments["projected"].detach(), arguments["scores"].detach()
     tokens, picks = rows.shape
     owners = torch.arange(tokens, device=DEVICE).repeat_interleave(picks)
-    counts = torch.full((tokens,), picks, device=DEVICE)
+    listed = ListedPicks(rows.flatten(), owners, torch.full((tokens,), picks, device=DEVICE))
     grad_out = torch.randn(tokens, 1, values.shape[1], generator=torch.Generator().manual_seed(3)).to(DEVICE)
     results = []
     for grid, parts, extra in (
@@ -161,17 +162,17 @@ def test_parts_equal_the_plain_ones(deterministic: bool) -> None:
     ):  # fmt: skip
         value_sums = [torch.zeros_like(values) for _ in range(2)]
         pre_value_sums = [torch.zeros_like(pre_values) for _ in range(2)]
-        flat, flat_weights = rows.flatten(), weights.flatten(0, 1)
+        flat_weights = weights.flatten(0, 1)
         rho = grid.pre_scores(rows, projected, pre_values, torch.float32)
         results.append([
             rho,
             grid.weighted_sum(rows, None, weights, values, 1),
             grid.weighted_sum_backward(rows, None, weights, grad_out, values, value_sums[0], **extra),
             grid.pre_scores_backward(rows, rho, projected, pre_values, pre_value_sums[0], **extra),
-            parts.pre_scores(flat, owners, projected, pre_values, torch.float32),
-            parts.weighted_sum(flat, None, owners, counts, flat_weights, values, 1),
-            parts.weighted_sum_backward(flat, None, owners, flat_weights, grad_out, values, value_sums[1], **extra),
-            parts.pre_scores_backward(flat, owners, rho.flatten(), projected, pre_values, pre_value_sums[1], **extra),
+            parts.pre_scores(listed, projected, pre_values, torch.float32),
+            parts.weighted_sum(listed, flat_weights, values),
+            parts.weighted_sum_backward(listed, flat_weights, grad_out, values, value_sums[1], **extra),
+            parts.pre_scores_backward(listed, rho.flatten(), projected, pre_values, pre_value_sums[1], **extra),
             *value_sums, *pre_value_sums,
         ])  # fmt: skip
     for found, expected in zip(results[1], results[0]):

@@ -31,7 +31,7 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory.picked_cells import decode, encode
 from umv2_megatron.ops import get_backend
-from umv2_megatron.ops.interface import RaggedParts, activate, activation_backward
+from umv2_megatron.ops.interface import ListedPicks, RaggedParts, activate, activation_backward
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
 from umv2_megatron.parallel.exchange import Exchange, Pending
 
@@ -152,15 +152,14 @@ class _Finish(torch.autograd.Function):
         assert call.scores is not None
         cells = call.cells.wait()
         call.scores.wait()
-        rows, blocks = decode(cells, call.num_blocks)
-        tokens = _tokens(call, rows.shape[0])
+        picks = _picks(call, cells)
         rho: Optional[Tensor] = None
         weights = scores
         if pre_values is not None and projected is not None and call.projected is not None:
             call.projected.wait()
-            rho = call.parts.pre_scores(rows, tokens, projected, pre_values, scores.dtype)
+            rho = call.parts.pre_scores(picks, projected, pre_values, scores.dtype)
             weights = scores * activate(rho, call.activation).unsqueeze(-1)
-        parts = call.parts.weighted_sum(rows, blocks, tokens, call.counts, weights, values, call.num_blocks)
+        parts = call.parts.weighted_sum(picks, weights, values)
         ctx.save_for_backward(scores, projected, rho, cells)
         # The tables are attributes: they are parameters, and their main_grad must be found again.
         ctx.pre_values, ctx.values, ctx.call = pre_values, values, call
@@ -173,27 +172,26 @@ class _Finish(torch.autograd.Function):
         pre_values, values, call = ctx.pre_values, ctx.values, ctx.call
         needs, exchange = ctx.needs_input_grad, call.exchange
         arriving = exchange.all_gather("output_grad", grads[0])
-        rows, blocks = decode(cells, call.num_blocks)
-        tokens = _tokens(call, rows.shape[0])
+        picks = _picks(call, cells)
         active = activate(rho, call.activation).unsqueeze(-1) if rho is not None else None
         weights = scores * active if active is not None else scores
         value_sum = gradient_sum(values) if needs[3] else None
         grad_out = arriving.wait().view(call.counts.shape[0], call.num_blocks, -1)
-        weight_grad = call.parts.weighted_sum_backward(rows, blocks, tokens, weights, grad_out, values, value_sum)
+        weight_grad = call.parts.weighted_sum_backward(picks, weights, grad_out, values, value_sum)
         score_grad = weight_grad * active if active is not None else weight_grad
         call.score_grads = exchange.all_to_all_ragged("score_grads", score_grad, call.receive, call.send)
         all_projected_grad, pre_value_sum = None, None
         if rho is not None:
             rho_grad = activation_backward((weight_grad * scores).sum(-1), rho, call.activation)
             pre_value_sum = gradient_sum(pre_values) if needs[2] else None
-            all_projected_grad = call.parts.pre_scores_backward(
-                rows, tokens, rho_grad, projected, pre_values, pre_value_sum
-            )
+            all_projected_grad = call.parts.pre_scores_backward(picks, rho_grad, projected, pre_values, pre_value_sum)
             call.projected_grad = exchange.reduce_scatter("projected_grad", all_projected_grad)
         return score_grad, all_projected_grad, hand_over(pre_values, pre_value_sum), hand_over(values, value_sum), None
 
 
-def _tokens(call: _Call, picks: int) -> Tensor:
-    """[n] int64: the token, among those of all ranks, of each pick received."""
+def _picks(call: _Call, cells: Tensor) -> ListedPicks:
+    """The picks received, [n], of the tokens of all ranks."""
+    rows, blocks = decode(cells, call.num_blocks)
     every = torch.arange(call.counts.shape[0], device=call.counts.device)
-    return every.repeat_interleave(call.counts, output_size=picks)
+    tokens = every.repeat_interleave(call.counts, output_size=rows.shape[0])
+    return ListedPicks(rows, tokens, call.counts, blocks, call.num_blocks)

@@ -5,18 +5,25 @@ are added to main_grad as float32. Results are repeatable bit by bit, for any nu
 (``torch.set_num_threads``, OMP_NUM_THREADS). Combinations of dtypes that the kernels lack (``supports``) take the
 functions of ``scatter.py``.
 
-Here: picks on a [T, P] grid. ``cpu_ragged.py``: picks in a list. Both call ``Kernels`` with a flat list.
+Here: picks on a [T, P] grid. ``cpu_ragged.py``: picks in a list. Both call ``Picks.run`` with a flat list.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Optional
+import functools
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Optional, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from umv2_megatron.ops import cpu_build, scatter
+
+Part = TypeVar("Part", bound=Callable[..., Tensor])
+"""A function of ``interface.GridParts`` or ``interface.RaggedParts``."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _SUM_DTYPES = {
@@ -42,6 +49,25 @@ class _Call(ctypes.Structure):
 def supports(table: Tensor, gradient: Optional[Tensor] = None) -> bool:
     """Whether there are kernels for the dtypes of a table and of its gradient."""
     return table.dtype in _DTYPES and (gradient is None or gradient.dtype in _SUM_DTYPES[table.dtype])
+
+
+def or_plain(plain: ModuleType, *tables: str) -> Callable[[Part], Part]:
+    """Makes a function of kernels one for every dtype: it calls that of ``plain``, of the same name, for those that
+    the kernels lack. ``tables`` names the arguments that decide, a table and, if there is one, the table's gradient.
+    Arguments are positional."""
+
+    def decorate(compiled: Part) -> Part:
+        instead = getattr(plain, compiled.__name__)
+        places = [list(inspect.signature(compiled).parameters).index(name) for name in tables]
+
+        @functools.wraps(compiled)
+        def part(*arguments: Any) -> Tensor:
+            kernels = supports(*(arguments[place] for place in places))
+            return (compiled if kernels else instead)(*arguments)
+
+        return cast(Part, part)
+
+    return decorate
 
 
 class Picks:
@@ -155,17 +181,15 @@ def _grid(rows: Tensor, blocks: Optional[Tensor] = None) -> Picks:
     return Picks(rows, blocks, None, rows.shape[1])
 
 
+@or_plain(scatter, "pre_values")
 def pre_scores(rows: Tensor, projected: Tensor, pre_values: Tensor, dtype: torch.dtype) -> Tensor:
     """See ``interface.GridParts``."""
-    if not supports(pre_values):
-        return scatter.pre_scores(rows, projected, pre_values, dtype)
     return flat_pre_scores(_grid(rows), projected, pre_values, dtype)
 
 
+@or_plain(scatter, "values")
 def weighted_sum(rows: Tensor, blocks: Optional[Tensor], weights: Tensor, values: Tensor, num_blocks: int) -> Tensor:
     """See ``interface.GridParts``."""
-    if not supports(values):
-        return scatter.weighted_sum(rows, blocks, weights, values, num_blocks)
     picks = _grid(rows, blocks if num_blocks > 1 else None)
     return flat_weighted_sum(picks, rows.shape[0], weights, values, num_blocks)
 
@@ -198,6 +222,7 @@ def one_pass(
     return out, rho
 
 
+@or_plain(scatter, "values", "value_sum")
 def weighted_sum_backward(
     rows: Tensor,
     blocks: Optional[Tensor],
@@ -207,16 +232,13 @@ def weighted_sum_backward(
     value_sum: Optional[Tensor],
 ) -> Tensor:
     """See ``interface.GridParts``."""
-    if not supports(values, value_sum):
-        return scatter.weighted_sum_backward(rows, blocks, weights, grad_out, values, value_sum)
     picks = _grid(rows, blocks if grad_out.shape[1] > 1 else None)
     return flat_weighted_sum_backward(picks, weights, grad_out, values, value_sum)
 
 
+@or_plain(scatter, "pre_values", "pre_value_sum")
 def pre_scores_backward(
     rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor]
 ) -> Tensor:
     """See ``interface.GridParts``."""
-    if not supports(pre_values, pre_value_sum):
-        return scatter.pre_scores_backward(rows, rho_grad, projected, pre_values, pre_value_sum)
     return flat_pre_scores_backward(_grid(rows), rho_grad, projected, pre_values, pre_value_sum)

@@ -93,55 +93,52 @@ class GridParts(Protocol):
         ...
 
 
-class RaggedParts(Protocol):
-    """The same steps for n picks in a list, sorted by token; a token may have none. See ``ragged.py``.
+@dataclass(frozen=True)
+class ListedPicks:
+    """n picks in a list, sorted by token; a token has any number of them, also none."""
 
-    ``rows``, ``tokens`` and ``blocks`` are [n] int64, ``weights`` is [n, C], ``counts`` [T] int64 has the picks of each
-    token, ``projected`` is [T, Dp] and ``grad_out`` [T, E, Dv].
+    rows: Tensor
+    """[n] int64, each in [0, A)."""
+    tokens: Tensor
+    """[n] int64, ascending: the token of each pick."""
+    counts: Tensor
+    """[T] int64: the picks of each token."""
+    blocks: Optional[Tensor] = None
+    """[n] int64, each in [0, E); None when E is 1."""
+    num_blocks: int = 1
+    """E."""
+
+
+class RaggedParts(Protocol):
+    """The same steps for picks in a list; ``ragged.py`` states them in plain PyTorch.
+
+    ``weights`` is [n, C], ``projected`` [T, Dp], ``pre_values`` [A, Dp], ``values`` [A, Dv], ``grad_out`` [T, E, Dv].
     """
 
-    def pre_scores(
-        self, rows: Tensor, tokens: Tensor, projected: Tensor, pre_values: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def pre_scores(self, picks: ListedPicks, projected: Tensor, pre_values: Tensor, dtype: torch.dtype) -> Tensor:
         """rho before its activation, [n] in ``dtype``."""
         ...
 
-    def weighted_sum(
-        self,
-        rows: Tensor,
-        blocks: Optional[Tensor],
-        tokens: Tensor,
-        counts: Tensor,
-        weights: Tensor,
-        values: Tensor,
-        num_blocks: int,
-    ) -> Tensor:
+    def weighted_sum(self, picks: ListedPicks, weights: Tensor, values: Tensor) -> Tensor:
         """[T, E * Dv] in the dtype of ``values``."""
         ...
 
     def weighted_sum_backward(
-        self,
-        rows: Tensor,
-        blocks: Optional[Tensor],
-        tokens: Tensor,
-        weights: Tensor,
-        grad_out: Tensor,
-        values: Tensor,
-        value_sum: Optional[Tensor],
+        self, picks: ListedPicks, weights: Tensor, grad_out: Tensor, values: Tensor, value_sum: Optional[Tensor]
     ) -> Tensor:
-        """The gradient of ``weights``, [n, C]."""
+        """The gradient of ``weights``, [n, C]; the table's is added to ``value_sum`` unless that is None."""
         ...
 
     def pre_scores_backward(
         self,
-        rows: Tensor,
-        tokens: Tensor,
+        picks: ListedPicks,
         rho_grad: Tensor,
         projected: Tensor,
         pre_values: Tensor,
         pre_value_sum: Optional[Tensor],
     ) -> Tensor:
-        """The gradient of ``projected``, [T, Dp]."""
+        """From ``rho_grad`` [n] to the gradient of ``projected``, [T, Dp]; the table's is added to ``pre_value_sum``
+        unless that is None."""
         ...
 
 

@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from umv2_megatron.ops.interface import ListedPicks
 from umv2_megatron.ops.scatter import CHUNK_ELEMENTS
 
 
 @torch.no_grad()
-def pre_scores(rows: Tensor, tokens: Tensor, projected: Tensor, pre_values: Tensor, dtype: torch.dtype) -> Tensor:
-    """rho before its activation, [n] in ``dtype``.
-
-    ``rows`` and ``tokens`` [n] int64, ``projected`` [T, Dp], ``pre_values`` [A, Dp].
-    """
+def pre_scores(picks: ListedPicks, projected: Tensor, pre_values: Tensor, dtype: torch.dtype) -> Tensor:
+    """See ``interface.RaggedParts``."""
+    rows, tokens = picks.rows, picks.tokens
     rho = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     for part in _chunks(rows, pre_values):
         rho[part] = (functional.embedding(rows[part], pre_values) * projected[tokens[part]]).sum(-1)
@@ -33,85 +32,62 @@ def pre_scores(rows: Tensor, tokens: Tensor, projected: Tensor, pre_values: Tens
 
 @torch.no_grad()
 def pre_scores_backward(
-    rows: Tensor,
-    tokens: Tensor,
-    rho_grad: Tensor,
-    projected: Tensor,
-    pre_values: Tensor,
-    pre_value_sum: Optional[Tensor],
+    picks: ListedPicks, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor]
 ) -> Tensor:
-    """From the gradient of rho [n] to that of ``projected`` [T, Dp]; the table's is added to ``pre_value_sum``.
-
-    The sum over a token's picks is kept in the dtype of ``rho_grad``.
-    """
+    """See ``interface.RaggedParts``. The sum over a token's picks is kept in the dtype of ``rho_grad``."""
     projected_grad = torch.zeros(projected.shape, dtype=rho_grad.dtype, device=projected.device)
-    for part in _chunks(rows, pre_values):
+    for part in _chunks(picks.rows, pre_values):
         grad = rho_grad[part].unsqueeze(-1)
-        picked, owners = rows[part], tokens[part]
-        projected_grad.index_add_(0, owners, grad * functional.embedding(picked, pre_values).to(grad.dtype))
+        rows, owners = picks.rows[part], picks.tokens[part]
+        projected_grad.index_add_(0, owners, grad * functional.embedding(rows, pre_values).to(grad.dtype))
         if pre_value_sum is not None:
             rows_grad = grad * projected[owners].to(grad.dtype)
-            pre_value_sum.index_add_(0, picked, rows_grad.to(pre_value_sum.dtype))
+            pre_value_sum.index_add_(0, rows, rows_grad.to(pre_value_sum.dtype))
     return projected_grad.to(projected.dtype)
 
 
 @torch.no_grad()
-def weighted_sum(
-    rows: Tensor,
-    blocks: Optional[Tensor],
-    tokens: Tensor,
-    counts: Tensor,
-    weights: Tensor,
-    values: Tensor,
-    num_blocks: int,
-) -> Tensor:
-    """The sum at the top, [T, E * Dv] in the dtype of ``values``; ``counts`` [T] int64 says how many picks each token
-    has, ``weights`` is [n, C], ``blocks`` [n] or None when E is 1."""
-    num_tokens, cores = counts.shape[0], weights.shape[1]
+def weighted_sum(picks: ListedPicks, weights: Tensor, values: Tensor) -> Tensor:
+    """See ``interface.RaggedParts``."""
+    num_tokens, num_blocks, cores = picks.counts.shape[0], picks.num_blocks, weights.shape[1]
     weights = weights.to(values.dtype)
     if num_blocks == 1:
         # One bag per token, for each core, over the table seen as [A * C, Dc]: core c of row a is row a * C + c.
         slices = values.detach().view(values.shape[0] * cores, -1)
-        starts = counts.cumsum(0) - counts
+        starts = picks.counts.cumsum(0) - picks.counts
         sums = [
             functional.embedding_bag(
-                rows * cores + core, slices, starts, per_sample_weights=weights[:, core].contiguous(), mode="sum"
+                picks.rows * cores + core, slices, starts, per_sample_weights=weights[:, core].contiguous(), mode="sum"
             )
             for core in range(cores)
         ]
         return torch.cat(sums, dim=1)
-    assert blocks is not None
+    assert picks.blocks is not None
     out = torch.zeros(num_tokens * num_blocks, values.shape[1], dtype=weights.dtype, device=values.device)
-    for part in _chunks(rows, values):
-        picked = functional.embedding(rows[part], values).view(-1, cores, values.shape[1] // cores)
-        weighted = (picked * weights[part].unsqueeze(-1)).flatten(1)
-        out.index_add_(0, tokens[part] * num_blocks + blocks[part], weighted)
+    places = picks.tokens * num_blocks + picks.blocks
+    for part in _chunks(picks.rows, values):
+        picked = functional.embedding(picks.rows[part], values).view(-1, cores, values.shape[1] // cores)
+        out.index_add_(0, places[part], (picked * weights[part].unsqueeze(-1)).flatten(1))
     return out.view(num_tokens, num_blocks * values.shape[1])
 
 
 @torch.no_grad()
 def weighted_sum_backward(
-    rows: Tensor,
-    blocks: Optional[Tensor],
-    tokens: Tensor,
-    weights: Tensor,
-    grad_out: Tensor,
-    values: Tensor,
-    value_sum: Optional[Tensor],
+    picks: ListedPicks, weights: Tensor, grad_out: Tensor, values: Tensor, value_sum: Optional[Tensor]
 ) -> Tensor:
-    """From the gradient of ``weighted_sum``'s result, [T, E, Dv], to that of ``weights`` [n, C]; the table's is
-    added to ``value_sum``."""
-    num_blocks, cores = grad_out.shape[1], weights.shape[1]
+    """See ``interface.RaggedParts``."""
+    cores = weights.shape[1]
     flat = grad_out.reshape(-1, values.shape[1])
-    places = tokens if blocks is None or num_blocks == 1 else tokens * num_blocks + blocks
+    places = picks.tokens if picks.blocks is None else picks.tokens * picks.num_blocks + picks.blocks
     weight_grad = torch.empty_like(weights)
-    for part in _chunks(rows, values):
+    for part in _chunks(picks.rows, values):
         upstream = flat[places[part]].to(weights.dtype).view(-1, cores, values.shape[1] // cores)
-        picked = functional.embedding(rows[part], values).to(weights.dtype).view_as(upstream)
+        rows = picks.rows[part]
+        picked = functional.embedding(rows, values).to(weights.dtype).view_as(upstream)
         weight_grad[part] = (picked * upstream).sum(-1)
         if value_sum is not None:
             rows_grad = (weights[part].unsqueeze(-1) * upstream).flatten(1)
-            value_sum.index_add_(0, rows[part], rows_grad.to(value_sum.dtype))
+            value_sum.index_add_(0, rows, rows_grad.to(value_sum.dtype))
     return weight_grad
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from umv2_megatron.ops import cpu, cpu_build, cpu_ragged, ragged, scatter
+from umv2_megatron.ops.interface import ListedPicks
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKENS, PICKS, ROWS = 300, 8, 50  # enough picks for two threads, every row many times
@@ -63,13 +64,13 @@ def in_list(parts, x: dict, blocks: int, sum_dtype: torch.dtype) -> dict[str, Te
     keep[[0, 7, 8, TOKENS - 1]] = False
     tokens = torch.arange(TOKENS).unsqueeze(1).expand(TOKENS, PICKS)[keep]
     rows, places, weights, rho_grad = (x[name][keep] for name in ("rows", "blocks", "weights", "rho_grad"))
+    picks = ListedPicks(rows, tokens, keep.sum(1), places if blocks > 1 else None, blocks)
     sums = [torch.full(x["table"].shape, 0.5, dtype=sum_dtype) for _ in range(2)]
     return {
-        "rho": parts.pre_scores(rows, tokens, x["projected"], x["table"], weights.dtype),
-        "out": parts.weighted_sum(rows, places, tokens, keep.sum(1), weights, x["table"], blocks),
-        "weight_grad": parts.weighted_sum_backward(
-            rows, places, tokens, weights, x["grad_out"], x["table"], sums[0]),
-        "projected_grad": parts.pre_scores_backward(rows, tokens, rho_grad, x["projected"], x["table"], sums[1]),
+        "rho": parts.pre_scores(picks, x["projected"], x["table"], weights.dtype),
+        "out": parts.weighted_sum(picks, weights, x["table"]),
+        "weight_grad": parts.weighted_sum_backward(picks, weights, x["grad_out"], x["table"], sums[0]),
+        "projected_grad": parts.pre_scores_backward(picks, rho_grad, x["projected"], x["table"], sums[1]),
         "value_sum": sums[0],
         "pre_value_sum": sums[1],
     }  # fmt: skip

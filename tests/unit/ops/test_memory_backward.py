@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -r re
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.memory.value_table import ValueTable  # noqa: E402
 from umv2_megatron.ops import get_backend, registry, triton_launch, triton_lookup  # noqa: E402
+from umv2_megatron.ops.interface import ListedPicks  # noqa: E402
 
 KERNELS = {"ordered": {"add_to_rows"}, "atomic": {"atomic_add_to_rows"}}
 
@@ -59,10 +60,10 @@ def test_the_flag_chooses_the_kernels(backward: str, deterministic_mode: bool, l
         assert additions(launched) == expected
         backend.grid.pre_scores_backward(rows, rho_grad, projected.detach(), values, total)
         assert additions(launched) == expected
-        tokens, flat = torch.arange(3).repeat_interleave(4), rows.flatten()
-        backend.ragged.weighted_sum_backward(flat, None, tokens, torch.zeros(12, 2), grad_out, values, total)
+        picks = ListedPicks(rows.flatten(), torch.arange(3).repeat_interleave(4), torch.full((3,), 4))
+        backend.ragged.weighted_sum_backward(picks, torch.zeros(12, 2), grad_out, values, total)
         assert additions(launched) == expected
-        backend.ragged.pre_scores_backward(flat, tokens, rho_grad.flatten(), projected.detach(), values, total)
+        backend.ragged.pre_scores_backward(picks, rho_grad.flatten(), projected.detach(), values, total)
         assert additions(launched) == expected
     finally:
         torch.use_deterministic_algorithms(False)

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from umv2_megatron.ops import triton_launch, triton_lookup, triton_ragged, triton_topk  # noqa: E402
+from umv2_megatron.ops.interface import ListedPicks  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
@@ -143,11 +144,12 @@ def test_nothing_waits_for_the_device(deterministic: bool, columns: int, launche
         run_lookup(64, 32, 1000, 192, columns, torch.bfloat16, deterministic, blocks=4)
         rows = torch.zeros(300, dtype=torch.int64)
         table, weights = torch.zeros(1000, 192), torch.zeros(300, 2)
-        triton_ragged.weighted_sum(rows, None, rows, torch.zeros(64, dtype=torch.int64), weights, table, 1)
+        picks = ListedPicks(rows, rows, torch.zeros(64, dtype=torch.int64))
+        triton_ragged.weighted_sum(picks, weights, table)
         grad_out, projected = torch.zeros(64, 1, 192), torch.zeros(64, 192)
-        triton_ragged.weighted_sum_backward(rows, None, rows, weights, grad_out, table, table, deterministic)
-        rho = triton_ragged.pre_scores(rows, rows, projected, table, torch.float32)
-        triton_ragged.pre_scores_backward(rows, rows, rho, projected, table, table, deterministic)
+        triton_ragged.weighted_sum_backward(picks, weights, grad_out, table, table, deterministic)
+        rho = triton_ragged.pre_scores(picks, projected, table, torch.float32)
+        triton_ragged.pre_scores_backward(picks, rho, projected, table, table, deterministic)
         key_scores, ones = torch.zeros(2, 2, 3, 1, 360), torch.ones(1, 2)
         triton_topk.best_cells(key_scores, triton_topk.best_keys(key_scores, ones, ones, 32), torch.ones(1, 2, 2), 32)
     assert len(launched) >= 11 and all(isinstance(size, int) for call in launched for size in call[1])

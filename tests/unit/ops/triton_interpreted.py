@@ -21,6 +21,7 @@ from golden_support import golden_pairs, read_pair  # noqa: E402
 from test_golden import test_golden_pair as check_golden_pair  # noqa: E402
 
 from umv2_megatron.ops import ragged, reference, scatter, triton_launch, triton_lookup, triton_ragged, triton_topk  # noqa: E402
+from umv2_megatron.ops.interface import ListedPicks  # noqa: E402
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -228,26 +229,27 @@ def test_parts_on_a_list_equal_ragged(blocks: int, deterministic: bool) -> None:
     arguments = make(tokens=6, picks=23, blocks=blocks)
     rows = arguments["rows"][0]
     block = arguments["blocks"][0] if blocks > 1 else None
+    picks = ListedPicks(rows, tokens, counts, block, blocks)
     weights, projected = arguments["scores"][0].detach(), arguments["projected"].detach()
     values, pre_values = arguments["values"], arguments["pre_values"]
     grad_out = torch.randn(6, blocks, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     results = []
     for parts, extra in ((ragged, {}), (triton_ragged, {"deterministic": deterministic})):
         value_sum, pre_value_sum = torch.ones_like(values), torch.ones_like(pre_values)
-        rho = parts.pre_scores(rows, tokens, projected, pre_values, torch.float64)
+        rho = parts.pre_scores(picks, projected, pre_values, torch.float64)
         results.append([
             rho,
-            parts.weighted_sum(rows, block, tokens, counts, weights, values, blocks),
-            parts.weighted_sum_backward(rows, block, tokens, weights, grad_out, values, value_sum, **extra),
-            parts.pre_scores_backward(rows, tokens, rho, projected, pre_values, pre_value_sum, **extra),
+            parts.weighted_sum(picks, weights, values),
+            parts.weighted_sum_backward(picks, weights, grad_out, values, value_sum, **extra),
+            parts.pre_scores_backward(picks, rho, projected, pre_values, pre_value_sum, **extra),
             value_sum.detach(), pre_value_sum.detach(),
         ])  # fmt: skip
     for found, expected in zip(results[1], results[0]):
         torch.testing.assert_close(found, expected.detach(), **TIGHT)
-    none = rows[:0]
-    out = triton_ragged.weighted_sum(none, block, none, torch.zeros_like(counts), weights[:0], values, blocks)
+    none = ListedPicks(rows[:0], rows[:0], torch.zeros_like(counts), block[:0] if block is not None else None, blocks)
+    out = triton_ragged.weighted_sum(none, weights[:0], values)
     assert out.shape == (6, blocks * 8) and not out.any()
-    assert not triton_ragged.pre_scores_backward(none, none, none.double(), projected, pre_values, None).any()
+    assert not triton_ragged.pre_scores_backward(none, rows[:0].double(), projected, pre_values, None).any()
 
 
 def test_which_sums_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
