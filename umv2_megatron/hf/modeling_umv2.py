@@ -34,7 +34,7 @@ from .configuration_umv2 import UMv2Config
 from .experts_umv2 import UMv2MLP, UMv2SparseMLP, init_experts
 from .linear_umv2 import UMv2Linear
 from .memory_umv2 import UMv2Memory
-from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval
+from .retrieval_umv2 import UMv2QueriesAndKeys, UMv2Retrieval
 from .tables_umv2 import PLACES, UMv2Table, attach_tables, tensor_files
 
 
@@ -172,7 +172,7 @@ class UMv2PreTrainedModel(PreTrainedModel):
             (init.zeros_ if module.zero_centered else init.ones_)(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (UMv2Retrieval, UMv2ProductKeys)):
+        elif isinstance(module, UMv2QueriesAndKeys):
             init.normal_(module.keys, std=1.0)
             for gain in (module.query_norm, module.key_norm):
                 if gain is not None:

@@ -59,16 +59,12 @@ class _Derived:
         return self._value
 
 
-class UMv2Retrieval(nn.Module):
-    """Queries, keys, cores, and the two-stage search.
+class UMv2QueriesAndKeys(nn.Module):
+    """What both kinds of retrieval have: the parameters of queries and keys, and what is kept of the keys.
 
-    ``query.weight`` [2 R' Dk, H] (side-major; R' is R with per-rank queries, else 1), ``keys`` [h, 2, N, Dk, R],
-    ``query_norm`` and ``key_norm`` [Dk], ``cores`` [C, h, R, R]; buffers ``u``, ``t`` [h, R], float32: the leading
-    singular pair of the summed cores.
+    ``query.weight`` [memory_query_rows, H], ``keys`` [h, 2, N, Dk, R], and as ``memory_qk_norm`` says ``query_norm``
+    and ``key_norm`` [Dk], else None.
     """
-
-    u: Tensor
-    t: Tensor
 
     def __init__(self, config: UMv2Config) -> None:
         super().__init__()
@@ -76,19 +72,58 @@ class UMv2Retrieval(nn.Module):
         self.kept = min(config.memory_topk, config.memory_key_topk_cap)
         self.epsilon = config.memory_norm_epsilon
         self.heads, self.rank, self.dim = config.memory_num_heads, config.memory_tucker_rank, config.memory_key_dim
-        heads, rank, dim = self.heads, self.rank, self.dim
+        norms = config.memory_qk_norm
         self.query = UMv2Linear(config.hidden_size, config.memory_query_rows, bias=False)
-        self.keys = nn.Parameter(torch.empty(heads, 2, self.num_keys, dim, rank))
-        self.query_norm = nn.Parameter(torch.empty(dim))
-        self.key_norm = nn.Parameter(torch.empty(dim))
-        self.cores = nn.Parameter(torch.empty(config.memory_num_cores, heads, rank, rank))
-        self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32))
-        self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32))
+        self.keys = nn.Parameter(torch.empty(self.heads, 2, self.num_keys, self.dim, self.rank))
+        self.query_norm = nn.Parameter(torch.empty(self.dim)) if norms != "none" else None
+        self.key_norm = nn.Parameter(torch.empty(self.dim)) if norms == "both" else None
         self.forget_derived()
 
     def forget_derived(self) -> None:
         """Forget what was computed from parameters; for changes of them that leave no trace."""
-        self._normalised, self._search, self._factored = _Derived(), _Derived(), _Derived()
+        self._normalised = _Derived()
+
+    def normalised_keys(self) -> Tensor:
+        """What ``_normalised_keys`` gives; without autograd kept between calls."""
+        if torch.is_grad_enabled():
+            return self._normalised_keys()
+        sources = (self.keys,) if self.key_norm is None else (self.keys, self.key_norm)
+        return self._normalised.get(self._normalised_keys, *sources)
+
+    def _normalised_keys(self) -> Tensor:
+        """The keys, normalised if they are to be, as the product with the queries wants them."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2QueriesAndKeys:
+        super()._apply(fn, recurse)
+        self.forget_derived()
+        return self
+
+
+class UMv2Retrieval(UMv2QueriesAndKeys):
+    """Queries, keys, cores, and the two-stage search.
+
+    ``query.weight`` is side-major: [2 R' Dk, H], where R' is R with per-rank queries, else 1. Queries and keys are both
+    normalised. ``cores`` [C, h, R, R]; buffers ``u``, ``t`` [h, R], float32: the leading singular pair of the summed
+    cores.
+    """
+
+    query_norm: nn.Parameter
+    key_norm: nn.Parameter
+    u: Tensor
+    t: Tensor
+
+    def __init__(self, config: UMv2Config) -> None:
+        super().__init__(config)
+        heads, rank = self.heads, self.rank
+        self.cores = nn.Parameter(torch.empty(config.memory_num_cores, heads, rank, rank))
+        self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32))
+        self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32))
+
+    def forget_derived(self) -> None:
+        """Forget what was computed from parameters; for changes of them that leave no trace."""
+        super().forget_derived()
+        self._search, self._factored = _Derived(), _Derived()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` [T, H] to the picked cells [T, P] (i * N + j) and their scores [T, P, C], differentiable."""
@@ -120,11 +155,7 @@ class UMv2Retrieval(nn.Module):
         """Scores of every key, [2, R, T, h, N], float32 or better, of ``x`` [T, H]."""
         query = self.query(x).view(x.shape[0], 2, -1, self.dim)
         query = rms_norm(query, self.query_norm, self.epsilon).permute(1, 2, 0, 3)
-        if torch.is_grad_enabled():
-            keys = self._normalised_keys()
-        else:
-            keys = self._normalised.get(self._normalised_keys, self.keys, self.key_norm)
-        scores = query.expand(-1, self.rank, -1, -1) @ keys
+        scores = query.expand(-1, self.rank, -1, -1) @ self.normalised_keys()
         return at_least_float32(scores).view(2, self.rank, x.shape[0], self.heads, self.num_keys)
 
     def _normalised_keys(self) -> Tensor:
@@ -194,35 +225,19 @@ class UMv2Retrieval(nn.Module):
             converted = getattr(self, name)
             if converted.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, vector.to(converted.device))
-        self.forget_derived()
         return self
 
 
-class UMv2ProductKeys(nn.Module):
+class UMv2ProductKeys(UMv2QueriesAndKeys):
     """Queries, keys, and the exact search for the cells with the largest sums of their two keys' scores.
 
-    ``query.weight`` [2 h' Dk, H] (head-major, then side; h' is h with per-head queries, else 1), ``keys``
-    [h, 2, N, Dk, 1], and as ``memory_qk_norm`` says ``query_norm`` and ``key_norm`` [Dk].
+    ``query.weight`` is head-major, then side: [2 h' Dk, H], where h' is h with per-head queries, else 1. R is 1.
     """
 
     def __init__(self, config: UMv2Config) -> None:
-        super().__init__()
-        self.num_keys, self.topk = config.memory_scored_keys, config.memory_topk
-        self.kept = min(config.memory_topk, config.memory_key_topk_cap)
-        self.epsilon = config.memory_norm_epsilon
+        super().__init__(config)
         self.softmax = config.memory_score_normalization == "softmax"
-        self.heads, self.dim = config.memory_num_heads, config.memory_key_dim
-        dim, norms = self.dim, config.memory_qk_norm
-        self.query = UMv2Linear(config.hidden_size, config.memory_query_rows, bias=False)
-        self.keys = nn.Parameter(torch.empty(config.memory_num_heads, 2, self.num_keys, dim, 1))
-        self.query_norm = nn.Parameter(torch.empty(dim)) if norms != "none" else None
-        self.key_norm = nn.Parameter(torch.empty(dim)) if norms == "both" else None
         self._candidates: tuple[Tensor, Tensor] | None = None
-        self.forget_derived()
-
-    def forget_derived(self) -> None:
-        """Forget what was computed from parameters; for changes of them that leave no trace."""
-        self._normalised = _Derived()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` [T, H] to the picked cells [T, P] (i * N + j) and their scores [T, P, 1], differentiable."""
@@ -240,13 +255,8 @@ class UMv2ProductKeys(nn.Module):
         query = self.query(x).view(x.shape[0], -1, 2, self.dim)
         if self.query_norm is not None:
             query = rms_norm(query, self.query_norm, self.epsilon)
-        if torch.is_grad_enabled():
-            keys = self._normalised_keys()
-        else:
-            sources = (self.keys,) if self.key_norm is None else (self.keys, self.key_norm)
-            keys = self._normalised.get(self._normalised_keys, *sources)
         # [2, h, T, Dk] x [2, h, Dk, N]; a shared query serves every head.
-        scores = query.permute(2, 1, 0, 3).expand(-1, self.heads, -1, -1) @ keys
+        scores = query.permute(2, 1, 0, 3).expand(-1, self.heads, -1, -1) @ self.normalised_keys()
         return at_least_float32(scores).transpose(1, 2)
 
     def _normalised_keys(self) -> Tensor:
@@ -263,12 +273,6 @@ class UMv2ProductKeys(nn.Module):
             rows, columns = (place.unsqueeze(1) * place <= self.topk).nonzero(as_tuple=True)
             self._candidates = (rows.to(device), columns.to(device))
         return self._candidates
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2ProductKeys:
-        super()._apply(fn, recurse)
-        self.forget_derived()
-        return self
-
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast would compute in a half dtype inside, where scores that are close to each other are told apart."""

@@ -15,45 +15,21 @@ softmax in float32 or better.
 
 from __future__ import annotations
 
-from typing import Any, Optional
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.key_scores import key_scores, rms_norm
-from umv2_megatron.memory.losses import balance_loss
-from umv2_megatron.memory.retrieval import Picks, Projection, at_least_float32
+from umv2_megatron.memory.retrieval import Picks, QueriesAndKeys, at_least_float32
 from umv2_megatron.ops import get_backend
 from umv2_megatron.ops.search import gather_keys
 
 
-class ProductKeys(nn.Module):
+class ProductKeys(QueriesAndKeys):
     """Queries, keys, and the search for the cells with the largest sums.
 
-    Parameters: ``query.weight`` [2 * h' * Dk, H] (head-major, then side; h' is h with per-head queries, else 1),
-    ``keys`` [h, 2, N, Dk, 1], and as ``config.qk_norm`` says ``query_norm`` and ``key_norm`` [Dk], else None.
+    ``query.weight`` is head-major, then side: [2 * h' * Dk, H], where h' is h with per-head queries, else 1. R is 1.
+    There are no singular vectors to refresh.
     """
-
-    def __init__(
-        self,
-        config: MemoryConfig,
-        hidden_size: int,
-        num_keys: int,
-        params_dtype: torch.dtype = torch.float32,
-        device: Optional[torch.device | str] = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.num_keys = num_keys
-        self.refresh_due = False
-        """For callers that treat all kinds of retrieval alike; there are no singular vectors to refresh."""
-        options: dict[str, Any] = {"dtype": params_dtype, "device": device}
-        dim = config.key_dim
-        self.query = Projection(hidden_size, config.query_rows, **options)
-        self.keys = nn.Parameter(torch.empty(config.num_heads, 2, num_keys, dim, 1, **options))
-        self.query_norm = nn.Parameter(torch.empty(dim, **options)) if config.qk_norm != "none" else None
-        self.key_norm = nn.Parameter(torch.empty(dim, **options)) if config.qk_norm == "both" else None
 
     def forward(self, x: Tensor) -> Picks:
         """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
@@ -71,10 +47,11 @@ class ProductKeys(nn.Module):
         scores = gather_keys(sums.unsqueeze(0), best)[0]
         if config.score_normalization == "softmax":
             scores = scores.softmax(-1)
-        balance = None
-        if config.balance_loss_coeff > 0 and torch.is_grad_enabled():
-            balance = balance_loss(every[0, 0], keys[0]) + balance_loss(every[1, 0], keys[1])
-        return Picks((row_keys * self.num_keys + column_keys).flatten(1), scores.flatten(1).unsqueeze(-1), balance)
+        return Picks(
+            grid=(row_keys * self.num_keys + column_keys).flatten(1),
+            scores=scores.flatten(1).unsqueeze(-1),
+            balance=self.balance((every[side, 0] for side in (0, 1)), keys),
+        )
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, 1, T, h, N], of ``x`` [T, H]."""

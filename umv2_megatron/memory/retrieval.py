@@ -16,7 +16,7 @@ are close and bfloat16 would tie them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -55,16 +55,12 @@ class Projection(nn.Module):
         return functional.linear(x, self.weight)
 
 
-class Retrieval(nn.Module):
-    """Queries, keys, cores, and the two-stage search.
+class QueriesAndKeys(nn.Module):
+    """What every kind of retrieval has: queries, keys and their norms, and a balance loss of the keys that are kept.
 
-    Parameters: ``query.weight`` [2 * R' * Dk, H] (side-major, then rank; R' is R with per-rank queries, else 1),
-    ``keys`` [h, 2, N, Dk, R], ``query_norm`` and ``key_norm`` [Dk], ``cores`` [C, h, R, R].
-    Buffers: ``u`` and ``t`` [h, R], float32 whatever the parameters' dtype, zero until ``refresh_singular_vectors``.
+    Parameters: ``query.weight`` [config.query_rows, H], ``keys`` [h, 2, N, Dk, R], and as ``config.qk_norm`` says
+    ``query_norm`` and ``key_norm`` [Dk], else None.
     """
-
-    u: Tensor
-    t: Tensor
 
     def __init__(
         self,
@@ -78,17 +74,48 @@ class Retrieval(nn.Module):
         self.config = config
         self.num_keys = num_keys
         options: dict[str, Any] = {"dtype": params_dtype, "device": device}
-        heads, rank, dim = config.num_heads, config.tucker_rank, config.key_dim
+        dim = config.key_dim
         self.query = Projection(hidden_size, config.query_rows, **options)
-        self.keys = nn.Parameter(torch.empty(heads, 2, num_keys, dim, rank, **options))
-        self.query_norm = nn.Parameter(torch.empty(dim, **options))
-        self.key_norm = nn.Parameter(torch.empty(dim, **options))
-        self.cores = nn.Parameter(torch.empty(config.num_cores, heads, rank, rank, **options))
+        self.keys = nn.Parameter(torch.empty(config.num_heads, 2, num_keys, dim, config.tucker_rank, **options))
+        self.query_norm = nn.Parameter(torch.empty(dim, **options)) if config.qk_norm != "none" else None
+        self.key_norm = nn.Parameter(torch.empty(dim, **options)) if config.qk_norm == "both" else None
         self.refresh_due = False
-        """Whether the next forward refreshes u and t first. How a training step asks for it: with mcore's
-        --overlap-param-gather the new cores are only there once this module's forward begins."""
-        self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32, device=device))
-        self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32, device=device))
+        """Whether the next forward refreshes singular vectors first, if there are any. How a training step asks for it:
+        with mcore's --overlap-param-gather the new cores are only there once this module's forward begins."""
+
+    def balance(self, sides: Iterable[Tensor], keys: Tensor) -> Optional[Tensor]:
+        """The balance loss of both sides, or None where nothing asks for it.
+
+        Args:
+            sides: the first-stage scores of all keys, [T, h, N] for each side; computed only where there is a loss.
+            keys: [2, T, h, K'] int64, those that the first stage kept.
+        """
+        if self.config.balance_loss_coeff == 0 or not torch.is_grad_enabled():
+            return None
+        row_loss, column_loss = (balance_loss(side, chosen) for side, chosen in zip(sides, keys))
+        return row_loss + column_loss
+
+
+class Retrieval(QueriesAndKeys):
+    """Queries, keys, cores, and the two-stage search.
+
+    ``query.weight`` is side-major, then rank: [2 * R' * Dk, H], where R' is R with per-rank queries, else 1. Queries
+    and keys are both normalised. Further parameters: ``cores`` [C, h, R, R].
+    Buffers: ``u`` and ``t`` [h, R], float32 whatever the parameters' dtype, zero until ``refresh_singular_vectors``.
+    """
+
+    query_norm: nn.Parameter
+    key_norm: nn.Parameter
+    u: Tensor
+    t: Tensor
+
+    def __init__(self, config: MemoryConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        heads, rank = config.num_heads, config.tucker_rank
+        self.cores = nn.Parameter(self.keys.new_empty(config.num_cores, heads, rank, rank))
+        for name in ("u", "t"):
+            vector = torch.zeros(heads, rank, dtype=torch.float32, device=self.keys.device)
+            self.register_buffer(name, vector)
 
     def forward(self, x: Tensor) -> Picks:
         """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
@@ -102,16 +129,8 @@ class Retrieval(nn.Module):
         return Picks(
             grid=(rows * self.num_keys + columns).flatten(1),
             scores=search.cell_scores(scores, rows, columns, self.cores).flatten(1, 2),
-            balance=self._balance(scores, keys),
+            balance=self.balance((first_stage_scores(scores, self.u, self.t, side) for side in (0, 1)), keys),
         )
-
-    def _balance(self, scores: Tensor, keys: Tensor) -> Optional[Tensor]:
-        """The balance loss of both sides; ``keys`` [2, T, h, K'] are those that the first stage kept."""
-        if self.config.balance_loss_coeff == 0 or not torch.is_grad_enabled():
-            return None
-        sides = (first_stage_scores(scores, self.u, self.t, side) for side in (0, 1))
-        row_loss, column_loss = (balance_loss(side, chosen) for side, chosen in zip(sides, keys))
-        return row_loss + column_loss
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, R, T, h, N], of ``x`` [T, H]: step 1 and 2 of docs/memory-layer.md."""
