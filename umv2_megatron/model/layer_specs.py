@@ -1,4 +1,4 @@
-"""Layer specs that put FFN and memory into the ``mlp`` slot of mcore's transformer layer.
+"""Layer specs that put FFN and memory, or experts, into the ``mlp`` slot of mcore's transformer layer.
 
 ``umv2_layer_spec(config, memory_config)`` makes the spec of a run. For a stock Megatron-LM ``pretrain_gpt.py`` the
 module also holds two ready-made specs, because ``--spec`` takes an object from a module and does not call it:
@@ -27,7 +27,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -37,7 +39,6 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.model.context_parallel_attention import ContextParallelAttention
 from umv2_megatron.model.delayed_outputs import DelayedOutputs
-from umv2_megatron.model.experts import experts_spec
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
 from umv2_megatron.model.fused_attention import FusedAttention
 
@@ -65,7 +66,7 @@ def umv2_layer_spec(
     use_engine = config.transformer_impl == "transformer_engine"
     spec = _base_spec(config, use_engine)
     if config.num_moe_experts is not None:
-        spec.submodules.mlp = experts_spec(config, use_engine)
+        spec.submodules.mlp = _experts_spec(config, use_engine)
         return spec
     spec.submodules.mlp.params.update(
         memory_config=memory_config, tables=SharedTables(), delayed=DelayedOutputs(), standalone=standalone
@@ -117,6 +118,30 @@ def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
         ),
     )
     return ModuleSpec(module=spec.module, submodules=submodules, params=dict(spec.params))
+
+
+class Experts(MoELayer):
+    """mcore's ``MoELayer`` whose experts' gradients are always reduced over the ranks that hold the same experts.
+
+    mcore marks experts' parameters ``allreduce = False``, which says so, only where an expert-parallel group has
+    several ranks. With one, tensor-parallel ranks would each go their own way, as their tokens differ.
+
+    Experts are split over the expert-parallel group, which consists of the same ranks as a memory-parallel group of
+    that size, and are whole otherwise (expert tensor size 1): each tensor-parallel rank sends its own tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        for parameter in self.experts.parameters():
+            parameter.allreduce = False
+
+
+def _experts_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
+    """The spec of a block's experts, and of its shared expert if it has one, for the ``mlp`` slot."""
+    spec = get_moe_module_spec(
+        use_te=use_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    return ModuleSpec(module=Experts, submodules=spec.submodules, metainfo=spec.metainfo)
 
 
 # -- for a stock Megatron-LM ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
-from umv2_megatron.training import expert_losses, memory_health
+from umv2_megatron.training import health
 from umv2_megatron.training.initialize import TrainingState, device_memory_gib
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
@@ -74,7 +74,7 @@ class Trainer:
         run, progress = self.run, self.state.progress
         interval_start, interval_first = time.perf_counter(), progress.iteration
         if run.training.memory_log_interval and run.has_memory:
-            memory_health.start_counting(self.state.chunks)
+            health.start_counting(self.state.chunks)
         with self.stop_requests, StepProfiler(run, progress.iteration, self.state.chunks) as profiler:
             while progress.iteration < self.last_iteration:
                 state = self.state
@@ -150,7 +150,7 @@ class Trainer:
         norm = None
         if run.training.log_params_norm:
             with gathered_parameters(self.state.chunks):
-                norm = memory_health.params_norm(self.state.chunks)
+                norm = health.params_norm(self.state.chunks)
         loss_scale = float(self.state.optimizer.get_loss_scale().item())
         self.reporter.line(
             iteration_line(
@@ -176,7 +176,7 @@ class Trainer:
             )
         )
         self._told_skipped, self._told_nan = progress.skipped_iterations, progress.nan_iterations
-        experts = expert_losses.take(steps * run.num_microbatches) if run.has_experts else {}
+        experts = health.expert_losses(steps * run.num_microbatches) if run.has_experts else {}
         self.reporter.numbers(
             progress.iteration,
             {
@@ -199,9 +199,9 @@ class Trainer:
         run, iteration = self.run, self.state.progress.iteration
         if run.has_memory and run.training.memory_log_interval and iteration % run.training.memory_log_interval == 0:
             with gathered_parameters(self.state.chunks):
-                numbers = memory_health.summarize(self.state.chunks)
+                numbers = health.memory_statistics(self.state.chunks)
             self.reporter.numbers(iteration, {**numbers})
-            memory_health.start_counting(self.state.chunks)
+            health.start_counting(self.state.chunks)
 
     # -- between steps ---------------------------------------------------------------------------------------------
 

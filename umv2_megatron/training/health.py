@@ -1,9 +1,10 @@
-"""Statistics of the memory layers during training: switched on per interval, summed over ranks, named for the log."""
+"""Numbers of the log that all ranks find together: of memory layers, of experts, and the norm of the parameters."""
 
 from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.model.ffn_with_memory import memory_layers
@@ -11,13 +12,13 @@ from umv2_megatron.parallel import groups
 
 
 def start_counting(chunks: list[torch.nn.Module]) -> None:
-    """Count row usage afresh from the next training forward on."""
+    """Count the memory layers' row usage afresh from the next training forward on."""
     for chunk in chunks:
         for _, layer in memory_layers(unwrap(chunk)):
             layer.collect_statistics(True)
 
 
-def summarize(chunks: list[torch.nn.Module]) -> dict[str, float]:
+def memory_statistics(chunks: list[torch.nn.Module]) -> dict[str, float]:
     """Statistics of every memory layer since ``start_counting``, as ``memory/<name>/layer_000``; a collective.
 
     Rows are counted over all tokens of the interval: summed over all ranks of a pipeline stage, and collected from all
@@ -53,6 +54,33 @@ def _row_skew(served: int, device: torch.device) -> float:
     skew = busiest * group.size() / total.clamp(min=1)
     torch.distributed.all_reduce(skew, op=torch.distributed.ReduceOp.MAX, group=groups.get_memory_data_parallel_group())
     return float(skew)
+
+
+def expert_losses(micro_batches: int) -> dict[str, float]:
+    """Auxiliary losses of the experts, mean per micro-batch since the last call, as ``moe/<loss>/layer_000``.
+
+    A collective. mcore's routers add each micro-batch's losses, without their coefficients, to one tracker of the
+    process, which this clears. The numbers are the same in every layout.
+
+    Args:
+        micro_batches: forward passes of this rank since the last call.
+    """
+    ranks = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    numbers: dict[str, float] = {}
+    for name, entry in sorted(get_moe_layer_wise_logging_tracker().items()):
+        total = entry["values"].clone()
+        torch.distributed.all_reduce(total, group=ranks)
+        torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+        # A balancing loss is a sum over the ranks that share a micro-batch, or that share the global batch; the others
+        # (z-loss) are means over the rank's own tokens.
+        if entry.get("reduce_group") is None:
+            copies = ranks.size()
+        else:
+            copies = 1 if entry.get("reduce_group_has_dp") else parallel_state.get_data_parallel_world_size()
+        for block, value in enumerate((total / (copies * micro_batches)).tolist()):
+            numbers[f"moe/{name}/layer_{block:03d}"] = value
+    clear_aux_losses_tracker()
+    return numbers
 
 
 def _sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
