@@ -21,8 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tiny_gpt import Layout
 
-from umv2_megatron.checkpoint import save_load, torch_dist_io
-from umv2_megatron.checkpoint import store as store_module
+from umv2_megatron.checkpoint import manifest, save_load, torch_dist_io
 from umv2_megatron.checkpoint.save_load import load_checkpoint, read_config, save_checkpoint, weights_digest
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.durable_files import CheckpointError
@@ -314,7 +313,7 @@ class Canary:
 def seal_again(store: CheckpointStore, iteration: int) -> None:
     """What a forger would do: publish the changed files under correct hashes."""
     directory = store.path(iteration)
-    for name in (store_module.MANIFEST, store_module.MANIFEST_HASH):
+    for name in (manifest.MANIFEST, manifest.MANIFEST_HASH):
         (directory / name).unlink()
     os.rename(directory, store.temporary_path(iteration))
     store.publish(iteration, num_keys=0, tensor_bytes=0)

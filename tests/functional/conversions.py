@@ -123,7 +123,7 @@ def there_and_back(save: Path, folder: Path) -> dict[str, Any]:
 def republish(save: Path) -> None:
     """Give a tampered checkpoint a manifest that fits, as whoever can write it can."""
     from umv2_megatron.checkpoint.contents import locate
-    from umv2_megatron.checkpoint.store import MANIFEST, MANIFEST_HASH
+    from umv2_megatron.checkpoint.manifest import MANIFEST, MANIFEST_HASH
 
     store, iteration = locate(save)
     path = store.path(iteration)

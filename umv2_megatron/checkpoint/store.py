@@ -1,7 +1,7 @@
 """The directory of checkpoints as files: publish one so that a crash at any moment loses nothing, and find a good one.
 
 The worst checkpoint is the one that looks saved. So a checkpoint becomes visible only as a whole and only with the
-hashes that prove it:
+hashes that prove it (``manifest.py``):
 
     <root>/.lock                               owner of the directory while a job saves into it
     <root>/.tmp_iter_0001000/                  being written; removed when the next owner starts
@@ -18,53 +18,29 @@ Only files here: no torch, no process group. `save_load.py` decides which rank c
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from umv2_megatron.checkpoint.manifest import Manifest, check_files, write_manifest
 from umv2_megatron.checkpoint.save_lock import SaveLock
 from umv2_megatron.durable_files import (
     CheckpointError,
-    FilesNow,
     NoCheckpointError,
-    check_relative_path,
     files_below,
     fsync_path,
     remove_path,
-    sha256_of,
     write_synced,
 )
 
-__all__ = ["CheckpointError", "CheckpointStore", "Manifest", "NoCheckpointError"]
+__all__ = ["CheckpointError", "CheckpointStore", "NoCheckpointError"]
 
 TRACKER = "latest_checkpointed_iteration.txt"
-MANIFEST = "manifest.json"
-MANIFEST_HASH = "manifest.sha256"
-_FORMAT = 1
 _ITER_DIR = re.compile(r"iter_(\d{7,})")
 METADATA_FILE = ".metadata"  # of torch's distributed checkpoints, in every checkpoint of ours
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a published checkpoint consists of.
-
-    files: relative POSIX path -> (size in bytes, SHA-256 in hex); num_keys: tensors and objects; tensor_bytes: bytes
-    of tensor data, both as the model counted them when it saved.
-    """
-
-    iteration: int
-    num_keys: int
-    tensor_bytes: int
-    files: dict[str, tuple[int, str]]
 
 
 def _print_warning(message: str) -> None:
@@ -197,7 +173,7 @@ class CheckpointStore:
         try:
             with self._named_errors("publish", final, tensor_bytes):
                 self._check_counts(tmp, num_keys, tensor_bytes, count)
-                self._write_manifest(tmp, iteration, num_keys, tensor_bytes)
+                write_manifest(tmp, iteration, num_keys, tensor_bytes, threads=self._hash_threads, stage=self._stage)
                 self._rename_into_place(tmp, final)
                 self._write_tracker(iteration)
         except BaseException:
@@ -227,34 +203,6 @@ class CheckpointStore:
                 f"{tmp} was not published: the model has {tensor_bytes} tensor bytes, but its {len(files)} files hold "
                 f"only {on_disk} bytes; save again"
             )
-
-    def _write_manifest(self, tmp: Path, iteration: int, num_keys: int, tensor_bytes: int) -> None:
-        names = sorted(files_below(tmp))
-        assert MANIFEST not in names and MANIFEST_HASH not in names, "temporary directory was published before"
-
-        def seal(name: str) -> dict[str, Any]:
-            path = tmp / name
-            fsync_path(path)
-            return {"size": path.stat().st_size, "sha256": sha256_of(path)}
-
-        with ThreadPoolExecutor(self._hash_threads) as pool:
-            files = dict(zip(names, pool.map(seal, names)))
-        for directory in {(tmp / name).parent for name in names} - {tmp}:
-            fsync_path(directory)
-        self._stage("files-synced")
-        manifest = {
-            "format": _FORMAT,
-            "iteration": iteration,
-            "num_keys": num_keys,
-            "tensor_bytes": tensor_bytes,
-            "files": files,
-        }
-        data = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
-        write_synced(tmp / MANIFEST, data)
-        self._stage("manifest-written")
-        write_synced(tmp / MANIFEST_HASH, _manifest_hash_line(data))
-        fsync_path(tmp)
-        self._stage("manifest-synced")
 
     def _rename_into_place(self, tmp: Path, final: Path) -> None:
         old = self.root / f".old_{final.name}"
@@ -327,71 +275,7 @@ class CheckpointStore:
         not read again. Raises CheckpointError naming the bad file with expected and
         actual size or SHA-256; also for a missing or extra file, a symlink, or a path that leaves the directory.
         """
-        directory = self.path(iteration)
-        try:
-            manifest = self._read_manifest(directory, iteration)
-            present = set(files_below(directory)) - {MANIFEST, MANIFEST_HASH}
-            for name in sorted(manifest.files.keys() - present):
-                raise CheckpointError(f"{directory / name} is missing: the manifest lists it")
-            for name in sorted(present - manifest.files.keys()):
-                raise CheckpointError(f"{directory / name} is not in the manifest")
-            for name, (size, _) in sorted(manifest.files.items()):
-                actual = (directory / name).stat().st_size
-                if actual != size:
-                    raise CheckpointError(f"{directory / name} has {actual} bytes: the manifest says {size}")
-            if hashes:
-                self._verify_hashes(directory, manifest)
-        except OSError as error:
-            raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
-        return manifest
-
-    def _verify_hashes(self, directory: Path, manifest: Manifest) -> None:
-        names = sorted(manifest.files)
-        # A resume asks several times what to load; reading terabytes once is enough.
-        present = FilesNow(directory, [*names, MANIFEST])
-        if present.were_good():
-            return
-        with ThreadPoolExecutor(self._hash_threads) as pool:
-            actual = dict(zip(names, pool.map(lambda name: sha256_of(directory / name), names)))
-        bad = [name for name in names if actual[name] != manifest.files[name][1]]
-        if bad:
-            others = f" ({len(bad) - 1} more files differ: {', '.join(bad[1:4])})" if len(bad) > 1 else ""
-            raise CheckpointError(
-                f"{directory / bad[0]} has SHA-256 {actual[bad[0]]}: the manifest says "
-                f"{manifest.files[bad[0]][1]}{others}"
-            )
-        present.are_good()
-
-    def _read_manifest(self, directory: Path, iteration: int) -> Manifest:
-        path = directory / MANIFEST
-        for link in (directory, path, directory / MANIFEST_HASH):
-            if link.is_symlink():
-                raise CheckpointError(f"{link} is a symlink: checkpoints must be plain files")
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory} does not exist")
-        if not path.is_file() or not (directory / MANIFEST_HASH).is_file():
-            raise CheckpointError(f"{directory} has no {MANIFEST} and {MANIFEST_HASH}: it was never published")
-        data = path.read_bytes()
-        expected = (directory / MANIFEST_HASH).read_bytes()
-        if expected != _manifest_hash_line(data):
-            raise CheckpointError(
-                f"{path} has SHA-256 {hashlib.sha256(data).hexdigest()}: {MANIFEST_HASH} says "
-                f"{expected[:64].decode('ascii', 'replace') or 'nothing'}"
-            )
-        try:
-            content = json.loads(data)
-            if content["format"] != _FORMAT or content["iteration"] != iteration:
-                raise CheckpointError(
-                    f"{path} is format {content['format']} of iteration {content['iteration']}: expected format "
-                    f"{_FORMAT} of iteration {iteration}"
-                )
-            files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in content["files"].items()}
-            manifest = Manifest(iteration, int(content["num_keys"]), int(content["tensor_bytes"]), files)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} is not a checkpoint manifest: {error!r}") from error
-        for name in files:
-            check_relative_path(name, path)
-        return manifest
+        return check_files(self.path(iteration), iteration, hashes=hashes, threads=self._hash_threads)
 
     def resolve(self, ckpt_step: int | None = None) -> int:
         """The iteration to load, every byte of it verified.
@@ -446,8 +330,3 @@ class CheckpointStore:
         return CheckpointError(
             f"{what}: {error.strerror or error}{where}{space}; published checkpoints in {self.root} are untouched"
         )
-
-
-def _manifest_hash_line(data: bytes) -> bytes:
-    """In the format of `sha256sum`, so that `sha256sum -c manifest.sha256` checks it by hand."""
-    return f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode()

@@ -17,7 +17,8 @@ import torch
 
 from umv2_megatron import __version__
 from umv2_megatron.checkpoint import save_load
-from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore, Manifest
+from umv2_megatron.checkpoint.manifest import Manifest
+from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import is_extra_state, is_optimizer_state
 from umv2_megatron.conversion.checkpoint_tensors import CheckpointTensors, damaged_tensors
 from umv2_megatron.conversion.export_files import INDEX, copy_model_code, shard_names, write_config, write_manifest

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from umv2_megatron.checkpoint import save_load
-from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore, Manifest
+from umv2_megatron.checkpoint.manifest import Manifest
+from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
 from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from umv2_megatron import durable_files
+from umv2_megatron.checkpoint import manifest as manifest_module
 from umv2_megatron.checkpoint import store as store_module
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointError, CheckpointStore, NoCheckpointError
 from umv2_megatron.durable_files import check_relative_path
@@ -202,8 +204,8 @@ def test_killed_at_every_stage(tmp_path, before, replace):
 
 
 def test_the_stages_of_this_test_are_all_there_are():
-    source = Path(store_module.__file__).read_text()
-    named = {part.split('"')[1] for part in source.split("self._stage(")[1:]}
+    source = "".join(Path(module.__file__).read_text() for module in (store_module, manifest_module))
+    named = set(re.findall(r'stage\("([a-z-]+)"\)', source))
     assert named == set(STAGES) - {"shards-written", "done"}
 
 
@@ -281,7 +283,7 @@ def test_a_checkpoint_at_rest_is_hashed_once(store, monkeypatch):
     files = len(store.verify(1).files)
     hashed = []
     monkeypatch.setattr(
-        store_module, "sha256_of", lambda path: (hashed.append(path), durable_files.sha256_of(path))[1]
+        manifest_module, "sha256_of", lambda path: (hashed.append(path), durable_files.sha256_of(path))[1]
     )
     store.verify(1)
     assert len(hashed) == files, "just written: a change might not show in the times"
@@ -358,7 +360,7 @@ def test_paths_that_leave_the_directory_are_refused(store, name):
     manifest["files"][name] = {"size": 1, "sha256": "0"}
     data = json.dumps(manifest).encode()
     (path / "manifest.json").write_bytes(data)
-    (path / "manifest.sha256").write_bytes(store_module._manifest_hash_line(data))
+    (path / "manifest.sha256").write_bytes(manifest_module._manifest_hash_line(data))
     with pytest.raises(CheckpointError, match="must stay inside"):
         store.verify(1)
     with pytest.raises(CheckpointError, match="must stay inside"):
@@ -385,7 +387,7 @@ def test_a_failing_disk_leaves_the_old_checkpoint(store, monkeypatch, code, vict
     def fail(path, *args):
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(store_module, victim, fail)
+    monkeypatch.setattr(manifest_module, victim, fail)
     with pytest.raises(CheckpointError) as caught:
         store.publish(2, num_keys=4, tensor_bytes=12345)
     message = str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from umv2_megatron.checkpoint import store as store_module
+from umv2_megatron.checkpoint import manifest
 from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore
 from umv2_megatron.config.flags import UsageError
 from umv2_megatron.config.training_config import TrainingConfig
@@ -51,7 +51,7 @@ def test_no_checkpoint(tmp_path):
 
 
 def test_only_the_configuration_is_hashed(load, monkeypatch, capsys):
-    monkeypatch.setattr(store_module, "sha256_of", None)
+    monkeypatch.setattr(manifest, "sha256_of", None)
     (load / "iter_0000002" / "__0_0.distcp").write_bytes(b"x" * 100)  # rank 0 finds this later, before the load
     assert values(load=load) == (str(load), {"num_layers": 2})
     assert not capsys.readouterr().err

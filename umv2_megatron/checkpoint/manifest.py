@@ -1,0 +1,156 @@
+"""The manifest of a checkpoint: names, sizes and SHA-256 of its files, which prove that it is whole.
+
+    manifest.json     size and SHA-256 of every file, number of keys, tensor bytes
+    manifest.sha256   SHA-256 of manifest.json itself
+
+Written last and in this order, so that a directory with both was complete; read before any file of it is trusted.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umv2_megatron.durable_files import (
+    CheckpointError,
+    FilesNow,
+    check_relative_path,
+    files_below,
+    fsync_path,
+    sha256_of,
+    write_synced,
+)
+
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a published checkpoint consists of.
+
+    files: relative POSIX path -> (size in bytes, SHA-256 in hex); num_keys: tensors and objects; tensor_bytes: bytes
+    of tensor data, both as the model counted them when it saved.
+    """
+
+    iteration: int
+    num_keys: int
+    tensor_bytes: int
+    files: dict[str, tuple[int, str]]
+
+
+def write_manifest(
+    directory: Path, iteration: int, num_keys: int, tensor_bytes: int, *, threads: int, stage: Callable[[str], None]
+) -> None:
+    """Prove the files of `directory`: sync and hash every one, with `threads` at once, then write both manifest files.
+
+    stage: called with the name of every step just after it is done. Raises OSError.
+    """
+    names = sorted(files_below(directory))
+    assert MANIFEST not in names and MANIFEST_HASH not in names, "temporary directory was published before"
+
+    def seal(name: str) -> dict[str, Any]:
+        path = directory / name
+        fsync_path(path)
+        return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+    with ThreadPoolExecutor(threads) as pool:
+        files = dict(zip(names, pool.map(seal, names)))
+    for below in {(directory / name).parent for name in names} - {directory}:
+        fsync_path(below)
+    stage("files-synced")
+    manifest = {
+        "format": FORMAT,
+        "iteration": iteration,
+        "num_keys": num_keys,
+        "tensor_bytes": tensor_bytes,
+        "files": files,
+    }
+    data = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+    write_synced(directory / MANIFEST, data)
+    stage("manifest-written")
+    write_synced(directory / MANIFEST_HASH, _manifest_hash_line(data))
+    fsync_path(directory)
+    stage("manifest-synced")
+
+
+def check_files(directory: Path, iteration: int, *, hashes: bool, threads: int) -> Manifest:
+    """The manifest of the checkpoint in `directory`, once it has proved the files; see `CheckpointStore.verify`.
+
+    threads: files that are hashed at once.
+    """
+    try:
+        manifest = _read_manifest(directory, iteration)
+        present = set(files_below(directory)) - {MANIFEST, MANIFEST_HASH}
+        for name in sorted(manifest.files.keys() - present):
+            raise CheckpointError(f"{directory / name} is missing: the manifest lists it")
+        for name in sorted(present - manifest.files.keys()):
+            raise CheckpointError(f"{directory / name} is not in the manifest")
+        for name, (size, _) in sorted(manifest.files.items()):
+            actual = (directory / name).stat().st_size
+            if actual != size:
+                raise CheckpointError(f"{directory / name} has {actual} bytes: the manifest says {size}")
+        if hashes:
+            _verify_hashes(directory, manifest, threads)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
+    return manifest
+
+
+def _verify_hashes(directory: Path, manifest: Manifest, threads: int) -> None:
+    names = sorted(manifest.files)
+    # A resume asks several times what to load; reading terabytes once is enough.
+    present = FilesNow(directory, [*names, MANIFEST])
+    if present.were_good():
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        actual = dict(zip(names, pool.map(lambda name: sha256_of(directory / name), names)))
+    bad = [name for name in names if actual[name] != manifest.files[name][1]]
+    if bad:
+        others = f" ({len(bad) - 1} more files differ: {', '.join(bad[1:4])})" if len(bad) > 1 else ""
+        raise CheckpointError(
+            f"{directory / bad[0]} has SHA-256 {actual[bad[0]]}: the manifest says "
+            f"{manifest.files[bad[0]][1]}{others}"
+        )
+    present.are_good()
+
+
+def _read_manifest(directory: Path, iteration: int) -> Manifest:
+    path = directory / MANIFEST
+    for link in (directory, path, directory / MANIFEST_HASH):
+        if link.is_symlink():
+            raise CheckpointError(f"{link} is a symlink: checkpoints must be plain files")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} does not exist")
+    if not path.is_file() or not (directory / MANIFEST_HASH).is_file():
+        raise CheckpointError(f"{directory} has no {MANIFEST} and {MANIFEST_HASH}: it was never published")
+    data = path.read_bytes()
+    expected = (directory / MANIFEST_HASH).read_bytes()
+    if expected != _manifest_hash_line(data):
+        raise CheckpointError(
+            f"{path} has SHA-256 {hashlib.sha256(data).hexdigest()}: {MANIFEST_HASH} says "
+            f"{expected[:64].decode('ascii', 'replace') or 'nothing'}"
+        )
+    try:
+        content = json.loads(data)
+        if content["format"] != FORMAT or content["iteration"] != iteration:
+            raise CheckpointError(
+                f"{path} is format {content['format']} of iteration {content['iteration']}: expected format "
+                f"{FORMAT} of iteration {iteration}"
+            )
+        files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in content["files"].items()}
+        manifest = Manifest(iteration, int(content["num_keys"]), int(content["tensor_bytes"]), files)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint manifest: {error!r}") from error
+    for name in files:
+        check_relative_path(name, path)
+    return manifest
+
+
+def _manifest_hash_line(data: bytes) -> bytes:
+    """In the format of `sha256sum`, so that `sha256sum -c manifest.sha256` checks it by hand."""
+    return f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode()
