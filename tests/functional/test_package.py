@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,9 @@ def test_the_wheel_trains_with_compiled_kernels(installed: Path, tmp_path: Path)
         tmp_path,
         UMV2_CACHE_DIR=str(tmp_path / "kernels"),
     )
-    assert "iteration        2/" in told or (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists(), told
+    assert re.search(r"iteration +2/ +2 .*\| lm loss: \d\.\d+E[+-]\d+ \|", told), told
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "2", told
+    assert (tmp_path / "run" / "iter_0000002" / "manifest.json").is_file(), told
     assert list((tmp_path / "kernels").glob("*.so")), "the kernels were not built from the wheel's files"
 
 
@@ -90,8 +93,8 @@ def test_every_program_tells_its_flags(built: Path, installed: Path, tmp_path: P
         parser = configparser.ConfigParser()
         parser.read_string(wheel.read(listed).decode())
     scripts = parser["console_scripts"]
-    assert "umv2-pretrain" in scripts
+    assert {"umv2-pretrain", "umv2-generate"} <= set(scripts)
     for name in scripts:
-        assert (installed / name).is_file(), name
-    for name in ("umv2-preprocess", "umv2-plan"):
-        assert f"usage: {name}" in call([str(installed / name), "--help"], tmp_path)
+        told = call([str(installed / name), "--help"], tmp_path, UMV2_CACHE_DIR=str(tmp_path / "cache"))
+        # serve is transformers' server, whose flags argparse does not tell here
+        assert ("--port" if name == "umv2-serve" else f"usage: {name}") in told, told

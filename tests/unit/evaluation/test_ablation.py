@@ -123,7 +123,7 @@ if "--config" in arguments:
 else:
     pathlib.Path(arguments[arguments.index("--output") + 1]).write_text(json.dumps({{"tasks": []}}))
 """
-    for file in (root / "pretrain_umv2.py", root / "tools" / "evaluate.py"):
+    for file in (root / "pretrain_umv2.py", root / "tools" / "evaluate.py", root / "tools" / "ablate.py"):
         file.write_text(text)
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(runner, "ROOT", root)
@@ -394,3 +394,23 @@ def test_termination_is_passed_on_and_waited_for(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(timeout=30) == 143
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("place", ["beside", "environment", "user"])
+def test_installed_programs_are_found_where_pip_puts_them(tmp_path, monkeypatch, place):
+    """Of the running program, of the environment, and of `pip install --user`; there is no checkout."""
+    scripts = {"environment": tmp_path / "environment", "user": tmp_path / "user"}
+    monkeypatch.setattr(runner, "ROOT", tmp_path / "no checkout")
+    monkeypatch.setattr(runner.sys, "argv", [str(tmp_path / "beside" / "umv2-ablate")])
+    monkeypatch.setattr(
+        runner.sysconfig, "get_path", lambda name, scheme=None: str(scripts["user" if scheme else "environment"])
+    )
+    with pytest.raises(FileNotFoundError, match="the program umv2-pretrain is not in .*beside, .*environment, .*user"):
+        runner.program_file("pretrain_umv2.py", "umv2-pretrain")
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "umv2-pretrain").write_text("")
+    assert runner.program_file("pretrain_umv2.py", "umv2-pretrain") == tmp_path / place / "umv2-pretrain"
+
+
+def test_programs_of_a_checkout_are_its_files():
+    assert runner.program_file("pretrain_umv2.py", "umv2-pretrain") == runner.ROOT / "pretrain_umv2.py"

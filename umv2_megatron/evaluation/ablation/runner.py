@@ -34,9 +34,24 @@ EVALUATION = "evaluation.json"
 
 
 def program_file(in_checkout: str, installed: str) -> Path:
-    """The Python file of a program: that of the checkout which this package is part of, else the console script."""
+    """The Python file of a program: that of the checkout which this package is part of, else the console script.
+
+    A file and not ``-m``, because a plan's launcher may be any that takes one. Console scripts are installed together,
+    so the others are where the running one is; else where pip puts them, of the environment or of the user (--user).
+    Raises ``FileNotFoundError`` where there is none.
+    """
     file = ROOT / in_checkout
-    return file if file.is_file() else Path(sysconfig.get_path("scripts")) / installed
+    if file.is_file():
+        return file
+    user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
+    places = [Path(sys.argv[0]).absolute().parent, Path(sysconfig.get_path("scripts")), Path(user)]
+    for place in places:
+        if (place / installed).is_file():
+            return place / installed
+    raise FileNotFoundError(
+        f"the program {installed} is not in {', '.join(str(place) for place in dict.fromkeys(places))}; expected it in "
+        "one of them, as `pip install` leaves it there"
+    )
 
 
 class TrialFailed(Exception):
