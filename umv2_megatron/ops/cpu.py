@@ -51,19 +51,18 @@ def supports(table: Tensor, gradient: Optional[Tensor] = None) -> bool:
     return table.dtype in _DTYPES and (gradient is None or gradient.dtype in _SUM_DTYPES[table.dtype])
 
 
-def or_plain(plain: ModuleType, *tables: str) -> Callable[[Part], Part]:
+def or_plain(plain: ModuleType, table: str, gradient: Optional[str] = None) -> Callable[[Part], Part]:
     """Makes a function of kernels one for every dtype: it calls that of ``plain``, of the same name, for those that
-    the kernels lack. ``tables`` names the arguments that decide, a table and, if there is one, the table's gradient.
-    Arguments are positional."""
+    the kernels lack. ``table`` and ``gradient`` name the arguments that decide. Arguments are positional."""
 
     def decorate(compiled: Part) -> Part:
-        instead = getattr(plain, compiled.__name__)
-        places = [list(inspect.signature(compiled).parameters).index(name) for name in tables]
+        instead, names = getattr(plain, compiled.__name__), list(inspect.signature(compiled).parameters)
+        table_at, gradient_at = names.index(table), names.index(gradient) if gradient else None
 
         @functools.wraps(compiled)
         def part(*arguments: Any) -> Tensor:
-            kernels = supports(*(arguments[place] for place in places))
-            return (compiled if kernels else instead)(*arguments)
+            found = None if gradient_at is None else arguments[gradient_at]
+            return (compiled if supports(arguments[table_at], found) else instead)(*arguments)
 
         return cast(Part, part)
 
