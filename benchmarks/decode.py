@@ -127,7 +127,7 @@ class Contestants:
 
 
 def run_batch(contestants: Contestants, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Time all sides in turns, then count what a step touches."""
+    """Time all sides, interleaved, then count what a step reads."""
     names = list(contestants.sides)
     times: dict[str, list[float]] = {name: [] for name in names}
     measured: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -224,8 +224,8 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
 def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
     """What stands in a document about one size."""
     facts = "\n".join(
-        f"- {name}: {fact['activated'] / 1e6:.0f}M activated parameters, {fact['total'] / 1e9:.2f}B in all without "
-        f"embeddings; {fact['sparse_bytes'] / 2**30:.2f} of {fact['bytes'] / 2**30:.2f} GiB sparse"
+        f"- {name}: {fact['activated'] / 1e6:.0f}M activated parameters, {fact['total'] / 1e9:.2f}B in total without "
+        f"embeddings; {fact['sparse_bytes'] / 2**30:.2f} of {fact['bytes'] / 2**30:.2f} GiB are value tables or experts"
         for name, fact in size["facts"].items()
     )
     turns = "both models in memory" if size["resident"] else "one model in memory at a time"
@@ -253,12 +253,12 @@ def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
         Table(
             f"Milliseconds per decode step after {context} cached tokens: medians of {rounds} rounds (lowest-highest), "
             f"{turns}; peak memory in GiB.",
-            ("batch", OURS, PEER, "times faster", f"{PEER}'s experts", f"peak, {OURS}", f"peak, {PEER}"),
+            ("batch", OURS, PEER, "speed-up", f"{PEER}'s expert implementation", f"peak, {OURS}", f"peak, {PEER}"),
             times,
         ),
         Table(
-            "MB of weights that a step touches, counted.",
-            ("batch", f"all, {OURS}", f"all, {PEER}", f"sparse, {OURS}", f"sparse, {PEER}", "sparse ratio"),
+            "MB of weights that a step reads (counted, not estimated); sparse weights are value tables or experts.",
+            ("batch", f"all, {OURS}", f"all, {PEER}", f"sparse, {OURS}", f"sparse, {PEER}", "ratio of sparse"),
             touched,
         ),
     ]
@@ -270,10 +270,10 @@ def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
 def mmap_table(mmap: dict[str, Any]) -> Table:
     """The table about tables in files."""
     return Table(
-        f'`memory_tables="mmap"`: tables of {mmap["table_bytes"] / 2**30:.2f} GiB in a process that may take '
+        f'`memory_tables="mmap"`: tables of {mmap["table_bytes"] / 2**30:.2f} GiB in a process that may map '
         f"{mmap['limit_bytes'] / 2**30:.2f} GiB more than it has mapped after loading (RLIMIT_AS). At most "
         f"{mmap['loading_peak_bytes'] / 2**30:.2f} GiB were resident while it loaded. Milliseconds per step; "
-        "resident memory without pages of files in GiB.",
+        "resident memory without file pages in GiB.",
         ("batch", "in memory", "mmap, files cached", "mmap, files not cached", "resident"),
         [
             (

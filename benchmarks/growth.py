@@ -1,17 +1,17 @@
-"""Times lookups as tables, picks and tokens grow: a lookup may cost more with more picks, not with more rows.
+"""Times lookups while rows, picks and tokens grow: the cost should follow the picks, and hardly the rows.
 
     python benchmarks/growth.py                      about 2 minutes on 2 cores, needs 13 GiB
     python benchmarks/growth.py --max-rows 1000000 --json growth.json
-    python benchmarks/growth.py --docs docs/performance.md       tables between that file's marks, growth.png beside it
+    python benchmarks/growth.py --docs docs/performance.md       writes tables between the file's markers, and growth.png
 
 bfloat16 tables of values and pre-values (C 2), float32 gradients added to main_grad, rows picked uniformly: the worst
-case for caches. One table is allocated; smaller ones are its first rows. A timed call follows another one of the same
-kind on other picks, so that a table that fits a cache is in it.
+case for caches. One table is allocated; smaller ones are its first rows. Each timed call follows an untimed one of the
+same kind on other picks, so that a table small enough for a cache is cached.
 
-- Rows: the lookup alone at fixed T and K. More rows mean more cache and address-cache (TLB) misses. What these explain
-  is measured by a plain copy of as many rows of the same tables, picked alike: for forward, reading rows of both; for
-  forward + backward, reading them twice, and reading and writing the rows of both gradients. "beyond" is the growth of
-  the lookup over the growth of the copy.
+- Rows: the lookup alone at fixed T and K. More rows mean more cache and TLB misses. Their cost is measured by a plain
+  copy of equally many randomly selected rows of the same tables: for forward, reading rows of both tables; for
+  forward + backward, reading them twice, and reading and writing the rows of both gradients. The growth of the lookup
+  is divided by the growth of this copy.
 - K and T: the lookup alone, on 262,144 rows.
 - N: the whole layer (hidden 768, Dk 192), whose table has N * N rows: scoring follows N, the square root of the rows.
 
@@ -105,7 +105,7 @@ class Lookup:
         self.sums = torch.empty(tokens * topk, dim)
 
     def picks(self, number: int, user: int) -> Tensor:
-        """[T, K]; each of the four users has two sets of its own, lest it finds another's rows in a cache."""
+        """[T, K]; each of the four users has its own two sets of picks, so that none finds another's rows cached."""
         return self._picks[2 * user + number % 2]
 
     def forward(self, number: int) -> Tensor:
@@ -297,10 +297,11 @@ def describe(options: argparse.Namespace, result: dict[str, Any], caches: dict[s
     counted = [event for event in EVENTS if any(event in row["counts"] for row in result["rows"])]
     sizes = ", ".join(f"{name} {size / 2**20:g} MiB" for name, size in caches.items())
     first = Table(
-        f"Lookup, {options.tokens:,} tokens, K {options.topk}, {options.dim} columns a table, bfloat16; microseconds a "
-        f"token, medians (lowest-highest). Caches of this machine: {sizes or 'unknown'}; \"in\" is the smallest that "
-        "holds both tables; the last three columns are what one forward touches.",
-        ("rows", "forward", "its copy", "forward + backward", "its copy", "tables, MB", "in", "distinct rows", "MB",
+        f"Lookup, {options.tokens:,} tokens, K {options.topk}, {options.dim} columns per table, bfloat16; microseconds "
+        f"per token, medians (lowest-highest). Caches of this machine: {sizes or 'unknown'}. \"Copy\" copies as many "
+        "rows as the pass before it reads or writes. \"Fits in\" is the smallest cache that holds both tables. The "
+        "last three columns count what one forward touches.",
+        ("rows", "forward", "copy", "forward + backward", "copy", "tables, MB", "fits in", "distinct rows", "MB",
          "4 KiB pages"),
         rows,
     )  # fmt: skip
@@ -314,25 +315,25 @@ def describe(options: argparse.Namespace, result: dict[str, Any], caches: dict[s
                 f"{found['lookup_extra_us']:.2f}", f"{found['copy_extra_us']:.2f}",
             ))  # fmt: skip
     second = Table(
-        f"Growth with the rows; target: beyond less than {TARGET}. The last columns are microseconds a token that the "
-        "larger table adds.",
-        ("", "lookup", "copy", "beyond", "added to lookup", "added to copy"), beyond,
+        f"Growth with the rows; target: growth of the lookup / growth of the copy below {TARGET}. The last two columns "
+        "are the microseconds per token that the larger table adds.",
+        ("", "growth of lookup", "growth of copy", "lookup / copy", "added to lookup", "added to copy"), beyond,
     )  # fmt: skip
-    events = "none (perf is missing or may not count here)"
+    events = "none (perf is missing or not permitted here)"
     if counted:
         events = "; ".join(
             f"{event} " + ", ".join(f"{row['counts'].get(event, 0):,.0f}" for row in result["rows"])
             for event in counted
         )  # fmt: skip
-    parts: list[Table | str] = [first, second, f"Hardware counts of one forward, in the order of the rows: {events}."]
-    for name, unit, divided in (("K", "nanoseconds a pick", 1e9), ("T", "microseconds a token", micro)):
+    parts: list[Table | str] = [first, second, f"Hardware counters of one forward, in the order of the rows: {events}."]
+    for name, unit, divided in (("K", "nanoseconds per pick", 1e9), ("T", "microseconds per token", micro)):
         parts.append(Table(
             f"Growth with {name}: {unit}.", (name, FORWARD, BOTH),
             [(f"{row[name]:,}", *(Spread(**row[kind]).text(1, divided / (row["K"] if name == "K" else 1))
                                   for kind in (FORWARD, BOTH))) for row in result[name]],
         ))  # fmt: skip
     parts.append(Table(
-        f"Whole layer, hidden {HIDDEN}, Dk {KEY_DIM}, bfloat16, {BOTH}: microseconds a token.", ("N", "rows", BOTH),
+        f"Whole layer, hidden {HIDDEN}, Dk {KEY_DIM}, bfloat16, {BOTH}: microseconds per token.", ("N", "rows", BOTH),
         [(f"{row['N']:,}", f"{row['rows']:,}", Spread(**row[BOTH]).text(1, micro)) for row in result["N"]],
     ))  # fmt: skip
     return parts

@@ -1,19 +1,19 @@
-"""Times a whole memory layer against the dense FFN beside it, and both together against mcore's block of experts.
+"""Times a whole memory layer against the dense FFN beside it, and both together against mcore's MoE layer.
 
     python benchmarks/layer.py                       about 2 minutes on 2 cores, needs 3 GiB
     python benchmarks/layer.py --preset umv2-8m --tokens 4096 --json layer.json
-    python benchmarks/layer.py --docs docs/performance.md        puts the tables between that file's marks
+    python benchmarks/layer.py --docs docs/performance.md        writes the tables between the file's markers
 
 Compared are modules of one block, built as for training, inside mcore's DDP, so that all gradients end in ``main_grad``
-(those of the value tables directly, all others by DDP's hooks). Buffers are cleared between the turns, unmeasured.
+(those of the value tables directly, all others by DDP's hooks). Buffers are cleared between timed calls, untimed.
 "forward" runs without gradients; "forward + backward" computes the gradients of the input, too. Where there is a CUDA
 device, they run on it.
 
 - "memory layer": retrieval, lookup and value projection; "dense FFN": mcore's MLP of the same preset. The quotient
-  (memory time / FFN time) / (memory operations / FFN operations) says how much slower an operation of the memory layer
-  is; operations are those of umv2_megatron/planning/flops.py.
-- "FFN + memory" is what a block holds; "experts" is mcore's MoE layer in its place, of equal operations per token and
-  parameters, with 64 experts, 8 for a token. It is the fastest that runs here: mcore's grouped products need CUDA, so
+  (memory time / FFN time) / (memory FLOPs / FFN FLOPs) says how much more time the memory layer takes per FLOP than the
+  FFN; FLOPs are counted by umv2_megatron/planning/flops.py.
+- "FFN + memory" is what a block holds; "experts" is mcore's MoE layer in its place, of equal FLOPs per token and
+  parameters, with 64 experts, 8 active. Its fastest implementation here is used: mcore's grouped GEMM needs CUDA, so
   the experts are computed one after another (SequentialMLP). Of both token dispatchers the faster one counts.
 - "peak" is the most that torch's allocator handed out during one forward + backward, beyond what was there before:
   activations and temporary gradients. "state" is parameters and main_grad.
@@ -212,23 +212,23 @@ def describe(bench: Bench, result: dict[str, Any]) -> list[Table | str]:
     columns = ("", *(f"{kind}, ms" for kind in PASSES), "MFLOP/token", "M parameters", "peak, MiB", "state, MiB")
     title = (
         f"One block of {bench.preset}, {bench.tokens:,} tokens, {str(bench.dtype).removeprefix('torch.')}; medians "
-        "(lowest-highest). The experts: 64 of "
-        f"inner size {result['expert_sizes']['moe_ffn_hidden_size']}, 8 for a token"
+        "(lowest-highest). The MoE layer: 64 experts of "
+        f"inner size {result['expert_sizes']['moe_ffn_hidden_size']}, 8 active"
     )
     shared = result["expert_sizes"]["moe_shared_expert_intermediate_size"]
     title += f", and a shared one of {shared}" if shared else ""
     title += (
-        f"; operations and parameters of whole blocks {result['expert_sizes']['flops_per_ours']:.3f} and "
-        f"{result['expert_sizes']['parameters_per_ours']:.3f} times ours."
+        f"; FLOPs and parameters of whole blocks are {result['expert_sizes']['flops_per_ours']:.3f} and "
+        f"{result['expert_sizes']['parameters_per_ours']:.3f} times those of FFN + memory."
     )
     compared = [
         ("memory time / FFN time", *(Spread(**result["memory_time_per_ffn_time"][k]).text(2) for k in PASSES)),
-        ("memory operations / FFN operations", *[f"{result['memory_flops_per_ffn_flops']:.3f}"] * 2),
+        ("memory FLOPs / FFN FLOPs", *[f"{result['memory_flops_per_ffn_flops']:.3f}"] * 2),
         (f"quotient (target: at most {TARGET})", *(Spread(**result["quotient"][k]).text(2) for k in PASSES)),
         (f"{result['faster_experts']}: time / time of {BOTH}",
          *(Spread(**result["experts_time_per_pair_time"][k]).text(2) for k in PASSES)),
     ]  # fmt: skip
-    return [Table(title, columns, rows), Table("Ratios of the same rounds.", ("", *PASSES), compared)]
+    return [Table(title, columns, rows), Table("Ratios, taken within each round.", ("", *PASSES), compared)]
 
 
 def main(argv: list[str]) -> int:

@@ -3,15 +3,15 @@
     python benchmarks/lookup.py                        about a minute and a half on 2 cores, needs 3 GiB
     python benchmarks/lookup.py --json lookup.json --rounds 21
     python benchmarks/lookup.py --device cuda
-    python benchmarks/lookup.py --docs docs/performance.md      puts the tables between that file's marks
+    python benchmarks/lookup.py --docs docs/performance.md      writes the tables between the file's markers
 
 Default case: 1,024 tokens, K 32, rows of 192, 260,000 rows, C 2; with and without pre-values, float32 and bfloat16.
 
 - "forward" runs without gradients. "forward + backward" adds the tables' gradients to existing float32 buffers, as in
   training under mcore; plain autograd and embedding_bag make the fresh dense gradients that autograd makes, and are
   not charged for freeing them. "autograd into main_grad" adds them to the buffers, as mcore would have to.
-- Contenders take turns within a round, on the same picks; other rounds have other picks. A time is the median over the
-  rounds (lowest to highest), a ratio the median of the rounds' ratios: the machine's speed may drift.
+- Contenders are interleaved within a round, on the same picks; other rounds have other picks. A time is the median over
+  the rounds (lowest to highest), a ratio the median of the rounds' ratios: the machine's speed may drift.
 - "bound" is the least time that bytes and arithmetic allow: picked rows (each distinct row once per pass) over the
   measured copy bandwidth, or multiply-adds over the measured GEMM rate, whichever is longer. A table that fits the last
   level of cache can go below it.
@@ -185,7 +185,7 @@ def contenders(case: Case) -> list[Contender]:
 
 
 def run_case(case: Case, rounds: int, machine: dict[str, Any], clock: str = "wall") -> dict[str, Any]:
-    """Compare, then time forward and forward + backward of all contenders in turns."""
+    """Compare the outputs, then time forward and forward + backward of all contenders, interleaved."""
     generator = torch.Generator().manual_seed(1)
     picks = [torch.randint(0, case.rows, (case.tokens, case.topk), generator=generator).to(case.device)
              for _ in range(rounds + 1)]  # fmt: skip
@@ -251,7 +251,7 @@ def peer_layers(tokens: int, topk: int, width: int, keys: int) -> Iterator[tuple
 
 
 def run_peers(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Forward + backward of whole layers in float32, ours against each package's, in turns."""
+    """Forward + backward of whole layers in float32, ours against each package's, interleaved."""
     from umv2_megatron.memory.layer import MemoryLayer
 
     keys, width = int(options.rows**0.5), options.dim
@@ -312,7 +312,8 @@ def markdown(
     for result in results:
         kind = "values and pre-values" if result["pre_values"] else "values only"
         first, both = result["passes"].values()
-        lines += ["", f"{result['dtype']}, {kind}; medians in ms (lowest to highest), times faster than autograd:", ""]
+        heading = f"{result['dtype']}, {kind}; medians in ms (lowest to highest), and speed-up over plain autograd:"
+        lines += ["", heading, ""]
         lines += ["| | forward | | forward + backward | |", "|---|---|---|---|---|"]
         for name in (each for each in first if each != "bound"):
             cells = [

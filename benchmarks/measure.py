@@ -186,7 +186,7 @@ def machine_line(machine: Mapping[str, Any], clock: str = "wall") -> str:
     notes = " THP_MEM_ALLOC_ENABLE=1 (huge pages)." if machine.get("huge_pages") else ""
     notes += " Processor time, not elapsed time." if clock == "processor" else ""
     return (
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; copies "
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; copy bandwidth "
         f"{machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 GEMM {machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s."
         f"{notes}{load_warning(machine)}"
     )

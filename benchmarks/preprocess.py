@@ -2,15 +2,16 @@
 
     python benchmarks/preprocess.py                  about a minute on 2 cores
     python benchmarks/preprocess.py --megabytes 64 --json preprocess.json
-    python benchmarks/preprocess.py --docs docs/performance.md   puts the table between that file's marks
+    python benchmarks/preprocess.py --docs docs/performance.md   writes the table between the file's markers
 
 The text is made here from a seed: JSONL, documents of about 2 KB, words of letters in Zipf's proportions. Tokenizers of
 8,192 tokens are trained on some of it: SentencePiece BPE by tools/train_tokenizer.py, byte-level BPE by the tokenizers
 package. NullTokenizer reads numbers instead of words. No network is used.
 
-The program runs as a user would run it, a process of its own. "wall" is all of that process, from start to end;
-"its own" is the rate that it prints. They differ by the start of Python; a program that stopped its clock early would
-be caught here. Bytes of text and tokens that it reports are compared with the generated text and with the index file.
+The program runs in a separate process, as a user would run it. "elapsed" is the time of that process from start to end;
+"as reported" is the rate that it prints. They differ by the start of Python; a program that stopped its clock early
+would be caught here. Bytes of text and tokens that it reports are compared with the generated text and with the
+index file.
 """
 
 from __future__ import annotations
@@ -158,9 +159,11 @@ def describe(options: argparse.Namespace, results: list[dict[str, Any]]) -> list
         ))  # fmt: skip
     title = (
         f"{options.megabytes:g} MB of generated text, tokenizers of {options.vocab_size:,} tokens; elapsed time, "
-        f"medians (lowest-highest) of {options.rounds}. Every count agrees with the text and the index."
+        f"medians (lowest-highest) of {options.rounds}. The reported counts were checked against the text and the "
+        "index."
     )
-    columns = ("tokenizer", "workers", "MB/s, wall", "MB/s, its own", "tokens/s, wall", "bytes/token", "speed-up")
+    rates = ("MB/s, elapsed", "MB/s, as reported", "tokens/s, elapsed")
+    columns = ("tokenizer", "workers", *rates, "bytes/token", "speed-up")
     return [Table(title, columns, rows)]
 
 

@@ -1,22 +1,22 @@
-"""Times whole training steps of three models of equal operations per token: UltraMemV2, mcore's experts, and dense.
+"""Times whole training steps of three models of equal FLOPs per token: UltraMemV2, MoE (mcore's), and dense.
 
     python benchmarks/step.py                        about 4 minutes on 2 cores, needs 8 GiB
     python benchmarks/step.py --layers 4 --micro-batches 8 --json step.json
-    python benchmarks/step.py --docs docs/performance.md         puts the tables between that file's marks
+    python benchmarks/step.py --docs docs/performance.md         writes the tables between the file's markers
 
 Each model trains in a process of its own: our builder, mcore's DDP and optimizer (Adam), our step, mock data, float32.
-The processes take turns, one step each; the first round is not counted. The models:
+In every round each process runs one step while the others wait; the first round is not counted. The models:
 
 - "umv2": the preset, cut to 2 of its 20 blocks and 2/20 of its vocabulary, so that blocks and output matrix keep their
   shares of the step. The whole preset in float32 would need 19 GB for parameters, gradients and Adam's moments.
-- "moe": the same with mcore's MoE layers, 64 experts, 8 for a token, in place of FFN and memory; as many operations per
-  token and as many parameters. Grouped products need CUDA, so the experts run one after another (SequentialMLP).
-- "dense": an FFN of as many operations per token, and with far fewer parameters.
+- "moe": the same with mcore's MoE layers, 64 experts, 8 active, in place of FFN and memory; equal FLOPs per token and
+  parameters. Grouped GEMM needs CUDA, so the experts run one after another (SequentialMLP).
+- "dense": an FFN of equal FLOPs per token, with far fewer parameters.
 
-A step is ``--micro-batches`` micro-batches of 2 sequences of 1,024 tokens and one update. The update costs as much as
-there are parameters, whatever the number of tokens: it is told apart ("update": gradient norm, clipping, Adam), because
-real batches are larger and share it out. "peak" is the most that the process occupied beyond what it did with all
-modules imported.
+A step is ``--micro-batches`` micro-batches of 2 sequences of 1,024 tokens and one update. The cost of the
+update is proportional to the parameters and independent of the number of tokens. It is reported separately ("update":
+gradient norm, clipping, Adam), because real batches are larger and its share is smaller there. "peak" is the largest
+memory of the process minus its memory right after all modules were imported.
 """
 
 from __future__ import annotations
@@ -241,12 +241,12 @@ def describe(options: argparse.Namespace, result: dict[str, Any]) -> list[Table 
     blocks = PRESETS[options.preset].model["num_layers"]
     share = "all" if options.layers == blocks else f"{options.layers} of {blocks}"
     title = (
-        f"Training of {options.preset}, {share} blocks and as much of its vocabulary, float32; "
-        f"{result['tokens_per_step']:,} tokens a step in {options.micro_batches} micro-batches; experts with mcore's "
-        f"{options.dispatcher} dispatcher. Medians (lowest-highest); the last two columns are those of the blocks, "
-        "umv2 being 1."
+        f"Training of {options.preset}, {share} blocks and the same share of its vocabulary, float32; "
+        f"{result['tokens_per_step']:,} tokens per step in {options.micro_batches} micro-batches; moe with mcore's "
+        f"{options.dispatcher} dispatcher. Medians (lowest-highest). The last two columns are relative to umv2 and "
+        "count the blocks only."
     )
-    columns = ("", "tokens/s", "step, s", "update, s", "peak, GiB", "M parameters", "operations", "parameters")
+    columns = ("", "tokens/s", "step, s", "update, s", "peak, GiB", "M parameters", "FLOPs", "parameters")
     compared = [
         (f"umv2 / {other}" + (f" (target: at least {TARGET})" if other == MOE else ""),
          Spread(**result["umv2_speed_per"][other]).text(2),
@@ -255,7 +255,7 @@ def describe(options: argparse.Namespace, result: dict[str, Any]) -> list[Table 
     ]  # fmt: skip
     return [
         Table(title, columns, rows),
-        Table("Tokens per second, ratios of the same rounds.", ("", "step", "forward + backward"), compared),
+        Table("Tokens per second: ratios, taken within each round.", ("", "step", "forward + backward"), compared),
     ]
 
 
