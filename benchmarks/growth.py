@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py                      about 2 minutes on 2 cores, needs 13 GiB
     python benchmarks/growth.py --max-rows 1000000 --json growth.json
-    python benchmarks/growth.py --docs docs/performance.md       writes tables between the file's markers, and growth.png
+    python benchmarks/growth.py --docs docs/performance.md       writes tables between its markers, and growth.png
 
 bfloat16 tables of values and pre-values (C 2), float32 gradients added to main_grad, rows picked uniformly: the worst
 case for caches. One table is allocated; smaller ones are its first rows. Each timed call follows an untimed one of the
