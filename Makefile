@@ -9,16 +9,16 @@ TRITON_READY := $(VENV)/.triton-ready
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
-	@echo "make compare    train memory layers, experts and a dense FFN of equal cost, and report (about 10 minutes)"
+	@echo "make compare    train umv2, MoE and dense models of equal cost, and write a report (about 10 minutes)"
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-flags  every flag of the training program on a tiny model (about 4 minutes)"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make test-other-cpus  the quick tests, computed as on other CPUs (three settings, about 8 minutes each)"
+	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 8 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
 	@echo "make bench      benchmarks of this machine, into docs/performance.md (under 15 minutes)"
-	@echo "make lint       ruff, mypy and the directions of imports"
-	@echo "make flags-page  write the tables of docs/flags.md anew"
+	@echo "make lint       ruff, mypy and import-linter"
+	@echo "make flags-page  write the tables of docs/flags.md from the options"
 	@echo "make clean      remove what the demo wrote (runs/demo)"
 
 # Made once, and again when requirements.txt changes.

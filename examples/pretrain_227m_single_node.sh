@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # umv2-227m-1.2b on one machine with 8 GPUs: bf16, data parallel, distributed optimizer, communication overlapped.
-# The flags are checked by a test on CPU; the run itself has not been made on GPUs yet. Sizes are those of the paper;
+# A test on CPU checks the flags; the run itself has not been made on GPUs yet. Sizes are those of the paper;
 # learning rate, batch and length are a starting point, not the paper's.
 #
 #   DATA=corpus_text_document TOKENIZER=tokenizer.model examples/pretrain_227m_single_node.sh [flags of pretrain_umv2.py]
@@ -8,7 +8,7 @@
 # DATA      token files without extension (tools/preprocess_data.py)
 # TOKENIZER their SentencePiece model, of at most 50280 pieces (a larger one: --vocab-size)
 # RUN       directory of the checkpoints (default: runs/227m)
-# LAUNCH    what starts the ranks
+# LAUNCH    command that starts the ranks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ -d .venv ]]; then export PATH="$PWD/.venv/bin:$PATH"; fi

@@ -9,16 +9,16 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=umv2-227m-%j.log
-# umv2-227m-1.2b under SLURM: saves when the time limit or a preemption comes near, and puts itself back into the queue
-# until all iterations are done. The flags are checked by a test on CPU; the run itself has not been made on GPUs yet.
+# umv2-227m-1.2b under SLURM: saves before the time limit or a preemption, and requeues itself until all
+# iterations are done. A test on CPU checks the flags; the run itself has not been made on GPUs yet.
 #
 #   DATA=corpus_text_document TOKENIZER=tokenizer.model sbatch examples/pretrain_227m_slurm.sh [flags of pretrain_umv2.py]
 #
 # Submit it from the repository root, with RUN on a disk that all nodes share. How it works:
-# - SLURM sends USR1 to this shell 900 s before the end. The shell passes it on to the ranks, which save and exit with 0.
+# - SLURM sends USR1 to this shell 900 s before the end. The shell forwards it to the ranks, which save and exit with code 0.
 # - USR1 would kill torchrun, so torchrun ignores it; the ranks set their own handler.
 # - A batch script that ends counts as completed and would not run again, so this one calls `scontrol requeue` itself.
-# - Exit codes do not tell "done" from "saved and stopped" (both 0), so the number of iterations decides.
+# - The exit code is 0 for both "finished" and "saved and stopped", so the number of iterations decides.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 if [[ -d .venv ]]; then export PATH="$PWD/.venv/bin:$PATH"; fi

@@ -4,8 +4,8 @@
 #   examples/pretrain_8m_cpu.sh [flags of pretrain_umv2.py]
 #
 # RUN       directory of corpus, tokenizer and checkpoints (default: runs/8m)
-# DATA      token files without extension, TOKENIZER their SentencePiece model (default: made from the demo corpus)
-# LAUNCH    what starts the ranks
+# DATA      token files without extension, TOKENIZER their SentencePiece model (default: created from the demo corpus)
+# LAUNCH    command that starts the ranks
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ -d .venv ]]; then export PATH="$PWD/.venv/bin:$PATH"; fi

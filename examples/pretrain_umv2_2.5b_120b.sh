@@ -15,20 +15,20 @@
 #
 #   DATA=corpus_text_document TOKENIZER=tokenizer.model sbatch examples/pretrain_umv2_2.5b_120b.sh [flags of pretrain_umv2.py]
 #
-# See what every rank would hold, on any machine and in seconds:
+# To see what every rank would hold, on any machine and in seconds:
 #
 #   DATA=x TOKENIZER=x LAUNCH=python examples/pretrain_umv2_2.5b_120b.sh --dry-run --dry-run-world-size 1024
 #
-# Why this layout. 116 billion of the 119 billion parameters are value tables. 4 pipeline stages of 6 blocks, each table
-# over the 8 GPUs of a node (consecutive ranks: the memory-parallel group stays inside the node), leave 3.6 billion of
-# them to a GPU. In GB of 80: weights 8.1, main gradients 16.3, optimizer state 1.4 and shuffles 0.1 by the dry run, and
+# Why this layout: 116 billion of the 119 billion parameters are value tables. With 4 pipeline stages of 6 blocks and each
+# table sharded over the 8 GPUs of a node (consecutive ranks, so the memory-parallel group stays inside the node), a GPU
+# holds 3.6 billion of them. In GB of 80: weights 8.1, main gradients 16.3, optimizer state 1.4 and shuffles 0.1 by the dry run, and
 # activations and exchange buffers of 7.5 by the planner (10.6 without Transformer Engine). More GPUs per table
 # (--memory-parallel-size 16, 64, 256) make the first three smaller, but send more, and from node to node. The planner
 # predicts 9.2% MFU for this layout and 16.4% for --memory-parallel-size 64 --memory-parallel-mode row without tensor and
 # pipeline parallelism, if the network gives every GPU the 50 GB/s that it assumes: measure both before a long run.
 #
-# Submit it from the repository root, with RUN on a disk that all nodes share. How it stops and goes on is explained in
-# examples/pretrain_227m_slurm.sh; a checkpoint of 1.7 TB takes longer, so SLURM's signal comes 90 minutes before
+# Submit it from the repository root, with RUN on a disk that all nodes share. How it stops and continues is explained in
+# examples/pretrain_227m_slurm.sh; saving a checkpoint of 1.7 TB takes longer, so SLURM's signal comes 90 minutes before
 # the end: hashing alone takes 21 of them at 1.3 GB/s (docs/checkpoints.md, "Known limit").
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2

@@ -143,7 +143,7 @@ class MemoryConfig:
     parallel_size: int = option(1, "M: ranks over which a value table is sharded")
     parallel_mode: str = option("dim", "how a table is sharded: by dimension or by row", choices=("dim", "row"))
     seed: int = option(
-        1234, "seed of the row shuffle and of the initialisation's simulation", at_least=0, at_most=2**31 - 1
+        1234, "seed of the row shuffle and of the initialisation of memory layers", at_least=0, at_most=2**31 - 1
     )
 
     # -- derived sizes ------------------------------------------------------------------------------------------
