@@ -27,7 +27,7 @@ from conversions import (
     tool,
     with_export,
 )
-from program_runs import tiny_run, train
+from program_runs import command_line, losses, tiny_run, train
 
 from umv2_megatron.checkpoint.contents import locate
 
@@ -56,6 +56,25 @@ COLUMNS = {"context_parallel_size": 2, "memory_parallel_size": 2, "memory_parall
 def plain(tmp_path_factory) -> tuple[Path, Path]:
     """A checkpoint of one rank, and its export in several files."""
     return with_export(tmp_path_factory.mktemp("plain"))
+
+
+def test_rows_beyond_the_tokenizer_s_ids_are_kept(tmp_path):
+    """By the command that from-hf prints; the vocabulary is the model's, not that of its tokenizer."""
+    text = {"tokenizer_type": "ByteLevelTokenizer", "vocab_size": 512}
+    save = saved(tmp_path / "first", iters=1, **text)
+    export = forked(to_hf, save, tmp_path / "export")
+    back = forked(from_hf, export, tmp_path / "back")
+    shared = {"mock_data": True, "num_workers": 0, "micro_batch_size": 2, "global_batch_size": 8, "eval_iters": 0,
+              "train_iters": 1, "finetune": True, "use_checkpoint_args": True, "log_interval": 1}  # fmt: skip
+    tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": back / "tokenizer"}
+    again, direct = tmp_path / "again", tmp_path / "direct"
+    train(1, command_line({**shared, **tokenizer, "load": back, "save": again}), tmp_path / "log")
+    train(1, command_line({**shared, "tokenizer_type": "ByteLevelTokenizer", "load": save, "save": direct}), tmp_path)
+    assert losses(again) == losses(direct)
+    config = json.loads((forked(to_hf, again, tmp_path / "export2") / "config.json").read_text())
+    assert config["vocab_size"] == 512
+    done = train(1, command_line({**shared, **tokenizer, "load": back, "vocab_size": 300}), tmp_path / "log", codes=2)
+    assert "has a vocabulary of 512 tokens, this run's tokenizer one of 300" in done.text
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def virtual_world_size(argv: list[str], program: str, description: str) -> int |
 def model_values(values: dict[str, Any]) -> dict[str, Any]:
     """Of settings by key, those that say what the model is (not how it is split, trained or logged)."""
     sections = {SECTIONS[ModelConfig], SECTIONS[MemoryConfig], SECTIONS[TransformerSettings]}
-    own = {key for key, made in option_table().items() if made.section in sections}
+    own = {key for key, made in option_table().items() if made.section in sections} | {"vocab_size"}
     return {key: value for key, value in values.items() if key in own and not _is_layout(key)}
 
 

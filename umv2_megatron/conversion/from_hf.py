@@ -185,7 +185,11 @@ def _write_common(work: Path, values: dict[str, Any], dtype: torch.dtype, export
         for name in _TOKENIZER_FILES:
             if (export / name).is_file():
                 shutil.copyfile(export / name, folder / name)
-        tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
+        # Many models have more rows than their tokenizer has ids.
+        tokenizer = {
+            "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder),
+            "vocab_size": values["vocab_size"],
+        }  # fmt: skip
     made = {**values, **tokenizer, "bf16": dtype == torch.bfloat16, "make_vocab_size_divisible_by": 1}
     run = from_layers([(f"export in {export}", made)], world_size=1, for_training=False)
     config = {

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.model.layer_specs import umv2_layer_spec
+from umv2_megatron.model.vocabulary import leave_padding_out
 from umv2_megatron.parallel import cpu_platform
 
 
@@ -30,7 +31,7 @@ def build_model(
         vp_stage: index of the virtual pipeline stage, None without the interleaved schedule.
     """
     config = config or run.transformer_config()
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=umv2_layer_spec(config, run.memory, with_memory=run.has_memory),
         vocab_size=run.padded_vocab_size(vocab_size),
@@ -44,6 +45,8 @@ def build_model(
         rotary_base=run.model.rotary_base,
         vp_stage=vp_stage,
     )
+    leave_padding_out(model, vocab_size)
+    return model
 
 
 def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool = True) -> list[torch.nn.Module]:

@@ -38,7 +38,7 @@ from umv2_megatron.training.initialize import (
 )
 from umv2_megatron.training.loop import Trainer
 from umv2_megatron.training.reporting import Reporter
-from umv2_megatron.training.resume import Source, check_same_run, find_source
+from umv2_megatron.training.resume import Source, check_same_run, check_vocabulary, find_source
 from umv2_megatron.training.step import connect, refresh_singular_vectors
 
 
@@ -58,7 +58,7 @@ def pretrain(run: RunConfig) -> int:
         if not run.training.skip_train:
             # mcore shuffles as many epochs as it needs, so another number of samples is another order
             identity["training_samples"] = run.train_iters * run.global_batch_size
-        _resume(run, state, identity)
+        _resume(run, state, identity, tokenizer.vocab_size)
         if store is not None and torch.distributed.get_rank() == 0 and not run.training.skip_train:
             write_synced(store.root / ".config.yaml.tmp", run.to_yaml().encode())
             os.replace(store.root / ".config.yaml.tmp", store.root / "config.yaml")
@@ -165,15 +165,14 @@ def _saver(
     return save
 
 
-def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> None:
+def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any], vocab_size: int) -> None:
     """Load the checkpoint that --save or --load names, if any, into ``state``."""
     source = find_source(run)
     if source is None:
         return
     training = run.training
     finetune = training.finetune and not source.continues
-    if not finetune:
-        _refuse_another_run(run, source, identity)
+    _refuse_another_run(run, source, None if finetune else identity, vocab_size)
     load_optim = not training.skip_train and (source.continues or not (training.no_load_optim or finetune))
     # what the flags say of each group: a decoupled learning rate is that of its own group
     taken = ("max_lr", "min_lr", "betas", "eps")
@@ -204,14 +203,19 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any]) -> N
     )
 
 
-def _refuse_another_run(run: RunConfig, source: Source, identity: dict[str, Any]) -> None:
-    """``check_same_run`` on the first rank, which verifies the files; every rank raises its ``UsageError``."""
+def _refuse_another_run(run: RunConfig, source: Source, identity: dict[str, Any] | None, vocab_size: int) -> None:
+    """The checks of resume.py on the first rank, which reads the files; every rank raises its ``UsageError``.
+
+    ``identity`` is None where the run begins anew with the checkpoint's weights, which need only fit.
+    """
     refusal: list[str | None] = [None]
 
     def compare() -> None:
         if torch.distributed.get_rank() == 0:
             try:
-                check_same_run(run, source, identity)
+                check_vocabulary(source, vocab_size)
+                if identity is not None:
+                    check_same_run(run, source, identity)
             except UsageError as error:
                 refusal[0] = str(error)
 

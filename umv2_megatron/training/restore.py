@@ -79,6 +79,11 @@ def restore_model(
     run = from_layers(layers, discover().world_size, for_training=False)
     assert run.data.tokenizer_type is not None, "a checkpoint of a run without a tokenizer"
     tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
+    if saved.get("tokenizer_vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
+        raise ValueError(
+            f"the checkpoint in {directory} has a vocabulary of {saved['tokenizer_vocab_size']} tokens, the tokenizer "
+            f"{run.data.tokenizer_model} one of {tokenizer.vocab_size}; give the one that it was trained with"
+        )
     start_processes(run)
     chunks = build_model_chunks(run, tokenizer.vocab_size, wrap_with_ddp=False)
     save_load.load_checkpoint(store, chunks, ckpt_step=iteration, load_optim=False, load_rng=False)

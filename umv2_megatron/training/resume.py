@@ -131,6 +131,21 @@ def checkpoint_values(training: TrainingConfig) -> tuple[str, dict[str, Any]] | 
     return source.directory, save_load.read_config(store, store.resolve(source.ckpt_step))["values"]
 
 
+def check_vocabulary(source: Source, vocab_size: int) -> None:
+    """Raise ``UsageError`` where the checkpoint's vocabulary is not one of ``vocab_size`` tokens, as this run's is.
+
+    Rows that only pad a vocabulary may differ; the tokens' own would be lost, or be new and untrained.
+    """
+    store = _ConfigStore(source.directory)
+    old = save_load.read_config(store, store.resolve(source.ckpt_step)).get("tokenizer_vocab_size", vocab_size)
+    if old != vocab_size:
+        raise UsageError(
+            f"the checkpoint in {source.directory} has a vocabulary of {old} tokens, this run's tokenizer one of "
+            f"{vocab_size}; give the tokenizer that it was trained with, or --vocab-size {old} ({old - 1} with "
+            "--tokenizer-type NullTokenizer)"
+        )
+
+
 def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]) -> None:
     """Raise ``UsageError`` naming what differs, old and new, where ``run`` is not the checkpoint's run.
 
@@ -178,7 +193,10 @@ def _check_schedule(run: RunConfig, saved: dict[str, Any], source: Source) -> No
 
 def _model_keys(saved: dict[str, Any]) -> tuple[str, ...]:
     """Settings of the model itself: many (top-k, the base of the rotary embedding) show in no tensor's shape."""
-    differ_by_right = {"make_vocab_size_divisible_by", "init_method_std", "memory_init", "memory_norm_gain_exponent"}
+    differ_by_right = {
+        "make_vocab_size_divisible_by", "init_method_std", "memory_init", "memory_norm_gain_exponent",
+        "vocab_size",  # check_vocabulary compares what the tokenizers make of it
+    }  # fmt: skip
     return tuple(key for key in model_values(saved) if key not in differ_by_right and key not in SAME_SCHEDULE)
 
 
