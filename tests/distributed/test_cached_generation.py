@@ -36,6 +36,8 @@ def differences() -> dict[str, float]:
             make_groups(run)
         seed_everything(1)
         chunk = build_model_chunks(run, 500, wrap_with_ddp=False)[0].eval()
+        if not run.bf16:
+            chunk.double()
         model = unwrap(chunk)
         cached = CachedMegatronModel(model, CONTEXT)
         tokens = torch.randint(0, 500, (1, CONTEXT + 3))

@@ -1,7 +1,8 @@
 """Table gradients under mcore's real DDP: main_grad after a step equals the mean of autograd's gradients.
 
 Three memory layers, two of which share a table, several micro-batches, both lookups, overlapped reduction on and off,
-with and without the distributed optimizer's sharded reduction, one and two data-parallel ranks, fp32 and bf16.
+with and without the distributed optimizer's sharded reduction, one and two data-parallel ranks, float64, fp32 and
+bf16. Gradients are reduced in fp32 throughout.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def compare_with_autograd(backend: str, overlap: bool, sharded: bool, dtype: tor
     groups.initialize_groups()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=1)
-    # In bf16 the lookups round differently, and a layer's picks then differ from its neighbour's.
-    plain = build("reference" if dtype == torch.float32 else backend, dtype)
+    # Two lookups round differently, and the next layer may then pick differently; in float64 no scores are that near.
+    plain = build("reference" if dtype == torch.float64 else backend, dtype)
     model = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap,
@@ -80,7 +81,7 @@ def compare_with_autograd(backend: str, overlap: bool, sharded: bool, dtype: tor
 
 def _differences(model, expected, sharded: bool, step: int, dtype: torch.dtype) -> list[str]:
     complaints = []
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
     for name, parameter in model.module.named_parameters():
         actual, wanted = parameter.main_grad, expected[name]
         if sharded and torch.distributed.get_world_size() > 1:
@@ -114,13 +115,14 @@ def _own_shard(model, parameter, wanted):
 @pytest.mark.parametrize(
     "world,backend,overlap,sharded,dtype",
     [
-        (1, "scatter", False, False, torch.float32),
-        (1, "scatter", True, False, torch.float32),
-        (1, "reference", True, False, torch.float32),
+        (1, "scatter", False, False, torch.float64),
+        (1, "scatter", True, False, torch.float64),
+        (1, "reference", True, False, torch.float64),
         (1, "scatter", True, True, torch.bfloat16),
-        (2, "scatter", False, False, torch.float32),
         (2, "scatter", True, True, torch.float32),
-        (2, "reference", False, True, torch.float32),
+        (2, "scatter", False, False, torch.float64),
+        (2, "scatter", True, True, torch.float64),
+        (2, "reference", False, True, torch.float64),
     ],
 )
 def test_main_grad_equals_autograd(world: int, backend: str, overlap: bool, sharded: bool, dtype: torch.dtype) -> None:

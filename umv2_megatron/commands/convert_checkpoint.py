@@ -22,6 +22,8 @@ from umv2_megatron.training.tool_entry import program_name, read_text, run_tool
 if TYPE_CHECKING:
     import torch
 
+    from umv2_megatron.conversion.verify import Comparison
+
 
 def main(arguments: argparse.Namespace) -> None:
     """Run the chosen command."""
@@ -94,15 +96,26 @@ def verify(arguments: argparse.Namespace) -> None:
             load, iteration, export, text, arguments.tokens, arguments.tolerance, arguments.tokenizer_model
         ):
             failed |= not result.good
-            print(
-                f"{str(result.dtype).removeprefix('torch.')}: {result.what} {result.difference:.1e} of the "
-                f"largest logit, limit {result.limit:.1e}; same likeliest token for {result.same_choice:.1%} of "
-                f"{result.tokens} tokens: {'good' if result.good else 'TOO FAR APART'}",
-                flush=True,
-            )
+            print(_line(result), flush=True)
     if failed:
         print(f"{program_name()}: error: the export does not compute what the checkpoint does", file=sys.stderr)
         sys.exit(1)
+
+
+def _line(result: Comparison) -> str:
+    """What is said of one comparison of logits."""
+    far = not result.difference <= result.limit
+    text = (
+        f"{str(result.dtype).removeprefix('torch.')}: {result.what} {result.difference:.1e} of the largest logit, "
+        f"limit {result.limit:.1e}; "
+    )
+    picks, first = result.picks, ""
+    if picks is not None and picks.compared:
+        text += f"of {picks.compared:,} picks {picks.ties:,} differ by a tie, {picks.wrong:,} otherwise; "
+        if picks.wrong:
+            first = f"\n    the first wrong pick: {picks.first}"
+    verdict = "good" if result.good else " and ".join(["TOO FAR APART"] * far + ["WRONG PICKS"] * bool(first))
+    return text + f"same likeliest token for {result.same_choice:.1%} of {result.tokens} tokens: {verdict}{first}"
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -2,10 +2,10 @@
 
 Weights are compared bit by bit, each tensor of the export with what the checkpoint's rows become in the export's dtype.
 That finds every changed number, but reads the table of names as the conversion does. Logits do not: both models compute
-in float64, with the weights of the export (so those of the checkpoint are rounded to its dtype), where no tie of two
-scores decides and every difference but the last bits means that something of the model is in another place or computed
-in another way. Where memory does not hold both models in float64 they compute in float32, and a tie may look like a
-fault.
+in float64 (float32 where memory does not hold both), with the weights of the export (so those of the checkpoint are
+rounded to its dtype) and with the same picks of rows and experts: where scores tie within rounding, the export's model
+follows the checkpoint's (``picks.py``). So every difference but the last bits means that something of the model is in
+another place or computed in another way, and so does a pick that differs without a tie.
 
 For an export in 16 bits both compute once more in that dtype, as it will be used. There a rounding turns two near picks
 of a memory layer or of a router around, in either model, which moves the logits of a few tokens far. So each token's
@@ -26,6 +26,8 @@ import torch
 from umv2_megatron.checkpoint.contents import locate
 from umv2_megatron.conversion.export_files import ExportTensors, verify_manifest
 from umv2_megatron.conversion.from_hf import dtype_of
+from umv2_megatron.conversion.pick_recording import recorded_picks
+from umv2_megatron.conversion.picks import SAME_VECTOR, PickReport, followed_picks
 from umv2_megatron.conversion.plan import check_source, copies_to_hf, part_shape
 from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import ConversionError
@@ -33,6 +35,7 @@ from umv2_megatron.conversion.settings import read_hf_config
 from umv2_megatron.conversion.to_hf import Source, open_source, parts
 from umv2_megatron.conversion.tokenizer_files import PARAGRAPH
 from umv2_megatron.data.tokenizers import NullTokenizer, Tokenizer
+from umv2_megatron.hf import UMv2ForCausalLM
 from umv2_megatron.memory.retrieval import at_least_float32
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.parallel import cpu_platform
@@ -47,8 +50,6 @@ HALF_FACTOR = 3.0
 model in 16 bits has it. Seen on 256 tokens each of ten models of a few steps: 0.6 to 1.6 times, without memory layers
 1.000 to 1.001."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SAME_VECTOR = 1e-5
-"""Singular vectors, which are computed anew for an export, may differ by this on another machine."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Weights:
 class Comparison:
     """``difference`` of the logits of ``tokens`` tokens computed in ``dtype``, as a share of the largest logit.
 
-    ``what`` says between which; ``same_choice``: for what share of the tokens the likeliest next one is the same.
+    ``what`` says between which; ``same_choice``: for what share of the tokens the likeliest next one is the same;
+    ``picks``: how the picks of both models compare, None where they were not imposed.
     """
 
     dtype: torch.dtype
@@ -74,11 +76,13 @@ class Comparison:
     limit: float
     same_choice: float
     tokens: int
+    picks: PickReport | None = None
 
     @property
     def good(self) -> bool:
-        """Whether the difference is within its limit; infinity and not a number never are."""
-        return math.isfinite(self.difference) and self.difference <= self.limit
+        """Whether the difference is within its limit and no pick is wrong; infinity and not a number never are."""
+        right = self.picks is None or self.picks.wrong == 0
+        return right and math.isfinite(self.difference) and self.difference <= self.limit
 
 
 def compare_weights(load: str, ckpt_step: int | None, export: Path, say: Callable[[str], None] = print) -> Weights:
@@ -111,7 +115,7 @@ def _compare_weights(source: Source, exported: ExportTensors) -> Weights:
             for part in parts(source, copy):
                 found = exported.rows(copy.name, at, at + len(part))
                 if copy.name.endswith((".retrieval.u", ".retrieval.t")):
-                    differ = ~((part - found).abs() <= _SAME_VECTOR)  # not a number differs, too
+                    differ = ~((part - found).abs() <= SAME_VECTOR)  # not a number differs, too
                 else:
                     size = part.dtype.itemsize
                     differ = part.view(-1).view(_BITS[size]) != found.view(-1).view(_BITS[size])
@@ -149,7 +153,9 @@ def compare(
     ids = _token_ids(restored.tokenizer, PARAGRAPH if text is None else text, tokens, config.max_position_embeddings)
     _round_weights(trained, dtype)
     precise = precise_dtype(trained)
-    exact, found = _logits(trained, export, ids, precise, config.vocab_size)
+    exact, found, picks = followed_logits(
+        trained.to(precise), lambda: _load(export, precise), ids, config.vocab_size
+    )
     largest = exact.abs().max()
     yield Comparison(
         precise,
@@ -158,9 +164,11 @@ def compare(
         LIMITS[precise] if limit is None else limit,
         _same_choice(exact, found),
         ids.numel(),
+        picks,
     )
     if dtype != torch.float32:
-        expected, found = _logits(trained, export, ids, dtype, config.vocab_size)
+        expected = _trained_logits(trained.to(dtype), ids, config.vocab_size)
+        found = _export_logits(_load(export, dtype), ids)
         own = float((exact - expected).abs().mean(-1).median() / largest)
         yield Comparison(
             dtype,
@@ -178,12 +186,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def precise_dtype(model: torch.nn.Module) -> torch.dtype:
-    """float64 where memory holds both models in it, else float32.
-
-    Picks are discrete. In float32 two right implementations may order two near scores differently, which moves the
-    logits of a token far; a model of 20 layers that keeps 32 rows has such a token in nearly every text. In float64
-    scores would have to agree in 13 digits for that.
-    """
+    """float64 where memory holds both models in it, else float32, in which ties are more and smaller faults hidden."""
     needed = 2 * 8 * sum(parameter.numel() for parameter in model.parameters())
     if torch.cuda.is_available():
         available = torch.cuda.mem_get_info()[0]
@@ -213,18 +216,36 @@ def _round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     refresh_singular_vectors([model])
 
 
-@torch.no_grad()
-def _logits(
-    trained: torch.nn.Module, export: Path, ids: torch.Tensor, dtype: torch.dtype, vocabulary: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [windows, s, vocabulary] of the checkpoint and of the export, computed in ``dtype``; float32 or better."""
-    from umv2_megatron.hf import UMv2ForCausalLM
+def followed_logits(
+    trained: torch.nn.Module, load: Callable[[], UMv2ForCausalLM], ids: torch.Tensor, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor, PickReport]:
+    """Logits [windows, s, vocabulary] of both models for ``ids`` [windows, s], the latter with the picks of the former.
 
+    ``trained`` is mcore's model, in evaluation mode and of the dtype to compute in; ``load`` makes the other one.
+    """
+    with recorded_picks(trained, ids.shape[0]) as recorded:
+        expected = _trained_logits(trained, ids, vocabulary)
+    model = load()
+    with followed_picks(model, recorded) as picks:
+        return expected, _export_logits(model, ids), picks
+
+
+@torch.no_grad()
+def _trained_logits(trained: torch.nn.Module, ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Logits [windows, s, vocabulary], float32 or better."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    expected = trained.to(dtype)(ids, positions, None)[..., :vocabulary]
+    return at_least_float32(trained(ids, positions, None)[..., :vocabulary])
+
+
+@torch.no_grad()
+def _export_logits(model: UMv2ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """The same of an export's model."""
+    return at_least_float32(model(ids, use_cache=False).logits)
+
+
+def _load(export: Path, dtype: torch.dtype) -> UMv2ForCausalLM:
     model = UMv2ForCausalLM.from_pretrained(export, dtype=dtype, use_safetensors=True, local_files_only=True)
-    found = model.eval().to(cpu_platform.device())(ids, use_cache=False).logits
-    return at_least_float32(expected), at_least_float32(found)
+    return model.eval().to(cpu_platform.device())
 
 
 def _same_choice(one: torch.Tensor, other: torch.Tensor) -> float:

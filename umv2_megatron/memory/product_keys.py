@@ -20,7 +20,6 @@ from torch import Tensor
 
 from umv2_megatron.memory.key_scores import key_scores, rms_norm
 from umv2_megatron.memory.retrieval import Picks, QueriesAndKeys, at_least_float32
-from umv2_megatron.ops import get_backend
 from umv2_megatron.ops.search import gather_keys
 
 
@@ -36,7 +35,7 @@ class ProductKeys(QueriesAndKeys):
         config = self.config
         every = self.key_scores(x)
         one = torch.ones(config.num_heads, 1, dtype=torch.float32, device=x.device)
-        keys = get_backend(config.backend, x.device).search.best_keys(every, one, one, config.key_topk)
+        keys = self.search(x.device).best_keys(every, one, one, config.key_topk)
         row_scores, column_scores = (gather_keys(scores, kept)[0] for scores, kept in zip(every, keys))
         rows, columns = _candidates(config.topk, config.key_topk, x.device)
         sums = row_scores.index_select(-1, rows) + column_scores.index_select(-1, columns)

@@ -28,6 +28,7 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.key_scores import key_scores
 from umv2_megatron.memory.losses import balance_loss
 from umv2_megatron.ops import get_backend
+from umv2_megatron.ops.interface import Search
 from umv2_megatron.ops.search import first_stage_scores
 
 
@@ -83,6 +84,10 @@ class QueriesAndKeys(nn.Module):
         """Whether the next forward refreshes singular vectors first, if there are any. How a training step asks for it:
         with mcore's --overlap-param-gather the new cores are only there once this module's forward begins."""
 
+    def search(self, device: torch.device) -> Search:
+        """The backend's search for ``device``. Whoever compares two models (``conversion/picks.py``) looks in here."""
+        return get_backend(self.config.backend, device).search
+
     def balance(self, sides: Iterable[Tensor], keys: Tensor) -> Optional[Tensor]:
         """The balance loss of both sides, or None where nothing asks for it.
 
@@ -122,7 +127,7 @@ class Retrieval(QueriesAndKeys):
         if self.refresh_due:
             self.refresh_singular_vectors()
         scores = self.key_scores(x)
-        search = get_backend(self.config.backend, x.device).search
+        search = self.search(x.device)
         keys = search.best_keys(scores, self.u, self.t, self.config.key_topk)
         total = self.cores.detach().sum(0, dtype=scores.dtype)
         rows, columns = search.best_cells(scores, keys, total, self.config.topk)
