@@ -230,19 +230,29 @@ def test_mcore_reads_the_format(tmp_path):
     assert before == after
 
 
+class Delayed:
+    """Stands for Transformer Engine's recipe."""
+
+    def delayed(self) -> bool:
+        return True
+
+
 class Scaling(torch.nn.Module):
-    """Has an extra state, as Transformer Engine's layers do."""
+    """Has an extra state as Transformer Engine's layers do: a pickle in a tensor of bytes."""
 
     value = 0.0
 
     def get_extra_state(self) -> torch.Tensor:
-        return torch.tensor(self.value)
+        held = {"scale_fwd": torch.tensor(self.value), "recipe": Delayed(), "extra_fp8_variables": {}}
+        return torch.frombuffer(bytearray(pickle.dumps(held)), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.value = state.item()
+        if state.numel():
+            self.value = pickle.loads(state.numpy().tobytes())["scale_fwd"].item()
 
 
 def exchange_extra_states(root: str) -> list[float]:
+    save_load._fp8_recipe = lambda chunks: Delayed()  # as with --fp8-format and Transformer Engine
     run = make(Layout())
     layer = run[0][0].module.decoder.layers[1]
     without, having = CheckpointStore(f"{root}/without"), CheckpointStore(f"{root}/having")
@@ -263,6 +273,40 @@ def exchange_extra_states(root: str) -> list[float]:
 def test_extra_states_never_stop_a_load(tmp_path):
     """Transformer Engine's layers and the local ones differ in them: the model keeps its own, and ignores unknown."""
     assert run_ranks(1, exchange_extra_states, str(tmp_path))[0] == [2.0, 1.0]
+
+
+class Payload:
+    def __init__(self, canary: str) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.canary}",)
+
+
+def load_a_planted_payload(root: str) -> tuple[str, bool]:
+    """A checkpoint as another program writes it, whose extra state is a pickle that would run a command."""
+    run = make(Layout())
+    layer = run[0][0].module.decoder.layers[1]
+    layer.scaling = Scaling()
+    data = pickle.dumps(Payload(f"{root}/canary"))
+    to_plain, torch_dist_io.to_plain = torch_dist_io.to_plain, lambda key, state: torch.frombuffer(
+        bytearray(data), dtype=torch.uint8
+    )
+    store = CheckpointStore(f"{root}/planted")
+    save_checkpoint(store, 3, *run)
+    torch_dist_io.to_plain = to_plain
+    try:
+        load_checkpoint(store, *run)
+        told = "loaded"
+    except CheckpointError as error:
+        told = str(error)
+    return told, os.path.exists(f"{root}/canary")
+
+
+def test_an_extra_state_is_never_unpickled(tmp_path):
+    told, ran = run_ranks(1, load_a_planted_payload, str(tmp_path))[0]
+    assert "_extra_state" in told and "would unpickle" in told
+    assert not ran
 
 
 def refused(root: str, *layouts: Layout, **kwargs: Any) -> list[str]:

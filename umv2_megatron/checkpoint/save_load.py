@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.utils import get_model_config
 
 from umv2_megatron.checkpoint.optimizer_state import (
     OptimizerState,
@@ -212,13 +213,26 @@ def load_checkpoint(
     wanted = attempt("collecting the state to load", collect)
     # The shards are compared, key by key, by SafeLoad: more exactly and on all ranks at once than `strict` would.
     loaded = dist_checkpointing.load(
-        wanted, str(path), sharded_strategy=SafeLoad(may_remain), common_strategy=SafeCommonLoad()
+        wanted,
+        str(path),
+        sharded_strategy=SafeLoad(may_remain, lambda: _fp8_recipe(model_chunks)),
+        common_strategy=SafeCommonLoad(),
     )
     attempt(
         "restoring the state",
         lambda: _restore(loaded, model_chunks, optimizer, scheduler if load_optim else None, saved_optimizer, load_rng),
     )
     return LoadedCheckpoint(iteration, dict(common.get("extra_state", {})), load_rng, path)
+
+
+def _fp8_recipe(model_chunks: Sequence[torch.nn.Module]) -> Any:
+    """Transformer Engine's recipe of these models; None where they do not compute in FP8."""
+    config = get_model_config(model_chunks[0])
+    if not config.fp8:
+        return None
+    from megatron.core.fp8_utils import get_fp8_recipe  # needs Transformer Engine
+
+    return get_fp8_recipe(config)
 
 
 def _restore(

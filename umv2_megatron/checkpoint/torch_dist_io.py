@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from umv2_megatron.checkpoint.fp8_state import from_plain, to_plain
 from umv2_megatron.checkpoint.store import METADATA_FILE
 from umv2_megatron.durable_files import CheckpointError, check_relative_path
 
@@ -177,6 +178,9 @@ class InProcessSave(SaveShardedStrategy):
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
         """Write this rank's main replicas of all tensors and objects. Collective over all ranks."""
+        for item in nested_values(sharded_state_dict):
+            if isinstance(item, ShardedObject) and is_extra_state(item.unique_key):
+                item.data = to_plain(item.unique_key, item.data)
         by_key, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         dcp.save(
             mcore_torch.mcore_to_pyt_state_dict(by_key, False),
@@ -225,11 +229,13 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
     """Loads `torch_dist` shards after comparing what the ranks ask for with what the checkpoint holds.
 
     may_remain: says of a key in the checkpoint that nobody asks for whether that is intended.
+    recipe: gives Transformer Engine's FP8 recipe of this run, None without FP8.
     """
 
-    def __init__(self, may_remain: Callable[[str], bool]) -> None:
+    def __init__(self, may_remain: Callable[[str], bool], recipe: Callable[[], Any] = lambda: None) -> None:
         super().__init__()
         self.may_remain = may_remain
+        self.recipe = recipe
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -255,9 +261,17 @@ class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):
         reader = _SafeReader(directory, metadata)
         attempt("reading the checkpoint's shards", lambda: dcp.load(loaded, storage_reader=reader, planner=planner))
         values = {key: mcore_torch._unwrap_pyt_sharded_tensor(value) for key, value in loaded.items()}
+        extra = [key for key in values if is_extra_state(key)]
+        attempt("restoring FP8 states", lambda: values.update({key: self._extra(key, values[key]) for key in extra}))
         result = mcore_torch._replace_sharded_keys_with_state_dict_keys(values, flat_mapping, renamed)
         mcore_torch._restore_dict_types(result, sharded_state_dict)
         return result
+
+    def _extra(self, key: str, value: Any) -> Any:
+        """``value`` as mcore has objects, in lists of one for each rank's part."""
+        if isinstance(value, list):
+            return [self._extra(key, part) for part in value]
+        return from_plain(key, value, self.recipe)
 
     def _is_wanted(self, key: str) -> bool:
         """Whether somebody should have asked for this key of the checkpoint."""
