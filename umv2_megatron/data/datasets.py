@@ -195,7 +195,7 @@ def build_datasets(
     else:
         mcore_config = _Config(blend=_weighted(blend, indices), split=config.split, **options)
         _leave_out_empty(mcore_config, sizes)
-        _refuse_empty_splits(config.split, mcore_config.split_matrix, indices)
+        _check_splits(config.split, mcore_config.split_matrix, indices)
     return _Builder(CorpusDataset, list(sizes), is_built_on_rank, mcore_config).build()
 
 
@@ -247,15 +247,20 @@ def _leave_out_empty(mcore_config: _Config, sizes: tuple[int, int, int]) -> None
     mcore_config.split_matrix = [part if size else None for part, size in zip(matrix, sizes)]
 
 
-def _refuse_empty_splits(split: str, matrix: list, indices: dict[str, Index]) -> None:
-    """Raise ``ValueError`` when a part of a corpus from which samples are wanted has no tokens."""
+def _check_splits(split: str, matrix: list, indices: dict[str, Index]) -> None:
+    """Raise ``ValueError`` when a part of a corpus from which samples are wanted has no tokens.
+
+    A test set that would be empty is left out: a small corpus has none by the default --split, and training needs none.
+    """
     for prefix, index in indices.items():
-        for name, part in zip(_SPLITS, matrix):
+        for place, (name, part) in enumerate(zip(_SPLITS, matrix)):
             if part is None:
                 continue
             first, end = (round(part[i] * len(index.lengths)) for i in (0, 1))
-            if not index.lengths[first:end].any():
-                raise ValueError(
-                    f"--split {split} leaves the {name} set no document of {prefix} ({len(index.lengths)} documents): "
-                    "enlarge its share or the corpus"
-                )
+            if index.lengths[first:end].any():
+                continue
+            found = f"--split {split} leaves the {name} set no document of {prefix} ({len(index.lengths)} documents)"
+            if name != "test":
+                raise ValueError(f"{found}: enlarge its share or the corpus, or give --eval-iters 0")
+            matrix[place] = None
+            logging.getLogger(__name__).warning("%s: there is none", found)

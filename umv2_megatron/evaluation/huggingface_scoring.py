@@ -21,13 +21,17 @@ class HuggingFaceScoringModel:
         model: ``AutoModelForCausalLM`` or alike; put into evaluation mode.
         tokenizer: one of ours, over the same ids.
         micro_batch_size: rows per forward pass.
+        first_token: that documents begin with; None: the tokenizer's end-of-document token.
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, micro_batch_size: int = 8) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, micro_batch_size: int = 8, first_token: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         config = model.config
         self.context: int = getattr(config, "max_position_embeddings", None) or 1024
         self.longest_context: int | None = longest_context(config)
+        self.first_token: int = tokenizer.eod if first_token is None else first_token
         self._model = model.eval()
         self._micro_batch_size = micro_batch_size
         self._columns: int = config.vocab_size
@@ -113,7 +117,9 @@ def load_hugging_face(
             f"--hf-model is {directory!r}; its model has {rows} tokens, fewer than the {tokenizer.num_tokens} of the "
             "tokenizer; give the tokenizer that it was trained with by --tokenizer-type and --tokenizer-model"
         )
-    return HuggingFaceScoringModel(model, tokenizer, micro_batch_size)
+    # Many models have a token of their own before a document; with another tokenizer its id means nothing.
+    begins = getattr(model.config, "bos_token_id", None) if tokenizer_type is None else None
+    return HuggingFaceScoringModel(model, tokenizer, micro_batch_size, begins)
 
 
 def load_whole_model(directory: str, flag: str, **options: Any) -> Any:

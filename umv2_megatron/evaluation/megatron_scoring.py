@@ -34,6 +34,7 @@ class MegatronScoringModel:
         self.context: int = run.model.seq_length
         learned = run.model.position_embedding_type == "learned_absolute"
         self.longest_context: int | None = run.max_position_embeddings if learned else None
+        self.first_token: int = self.tokenizer.eod
         self._chunks = restored.chunks
         self._micro_batch_size = micro_batch_size
         self._columns = run.padded_vocab_size(self.tokenizer.vocab_size) // run.tensor_model_parallel_size

@@ -40,6 +40,8 @@ class ScoringModel(Protocol):
     """Tokens of the context that the model was trained with."""
     longest_context: int | None
     """Tokens beyond which it cannot read (learned positions end there); None where nothing stops it."""
+    first_token: int
+    """Id of the token that documents began with in training: of the end of a document, or a beginning of its own."""
 
     def logprobs(self, tokens: torch.Tensor) -> TokenScores:
         """Score rows of token ids, [b, s + 1] int64 on the CPU, the same on every rank; so are the results.

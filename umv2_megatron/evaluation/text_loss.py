@@ -1,7 +1,8 @@
 """Loss, perplexity and bits per byte of a model on texts: an indexed data set, JSONL or plain text.
 
 Definitions. Every token is scored once, given what stands before it in its window; the first one of all is scored given
-an end-of-document token, as documents begin in training. With L the sum of -ln p over the scored tokens:
+the token that documents began with in training (``ScoringModel.first_token``).
+With L the sum of -ln p over all scored tokens:
 
     loss            L / tokens                    nats per token; end-of-document tokens count like any other
     perplexity      exp(loss)
@@ -171,14 +172,14 @@ def text_loss(
     held = list(documents)
     if not held:
         raise ValueError("--data holds no text; give a file with some")
-    eod = np.array([tokenizer.eod])
+    first = np.array([model.first_token])
     if form == "stream":
-        made = windows(np.concatenate([eod, *held]), context, stride)
+        made = windows(np.concatenate([first, *held]), context, stride)
     else:
         made = (
             window
             for number, ids in enumerate(held)
-            for window in windows(np.concatenate([eod, ids]), context, stride, number)
+            for window in windows(np.concatenate([first, ids]), context, stride, number)
         )
     sums: dict[int, list[float]] = {}
     for window, nats in _score(model, made, batch):

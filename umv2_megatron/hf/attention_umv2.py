@@ -51,6 +51,16 @@ class UMv2RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module, but frequencies stay float32: rounded, angles of late positions would be far off."""
+        before = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)
+        for name, old in zip(("inv_freq", "original_inv_freq"), before):
+            new = getattr(self, name)
+            if new.dtype != old.dtype and not old.is_meta:
+                setattr(self, name, old.to(new.device))
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: UMv2Config, **_: Any) -> tuple[Tensor, float]:
         """Frequencies base^(-2i/d) for i < d/2, d the rotated part of the head dimension, and a factor of 1."""

@@ -14,6 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+# exp(-1e30) is an exact zero. Finite in bfloat16 and float32, because a rank may have such columns alone, whose own
+# softmax is then no 0 / 0.
+_NO_LOGIT = -1e30
+
 
 class _LeaveOut(torch.autograd.Function):
     """Overwrite the last columns of logits in place: no copy of the largest tensor of a step."""
@@ -21,9 +25,7 @@ class _LeaveOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, first: int) -> Tensor:
         ctx.mark_dirty(logits)
-        # Finite, because a rank may have such columns alone, whose own softmax is then no 0/0; halved, because the
-        # largest logit is subtracted.
-        logits[..., first:] = torch.finfo(logits.dtype).min / 2
+        logits[..., first:] = _NO_LOGIT
         return logits
 
     @staticmethod

@@ -130,8 +130,15 @@ def test_split_without_tokens_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--split 969,30,1 leaves the validation set no document of"):
         build((5, 5, 0), data_path=[prefix])
     assert build((5, 0, 0), data_path=[prefix])[0] is not None
-    with pytest.raises(ValueError, match="leaves the test set"):
-        build((5, 1, 1), data_path=[prefix], split="50,48,2")
+
+
+def test_a_test_set_without_documents_is_left_out(tmp_path, caplog):
+    """As the default --split leaves it for a small corpus."""
+    prefix = corpus(tmp_path / "p", 400)
+    train, valid, test = build((5, 5, 5), data_path=[prefix])
+    assert len(train) >= 5 and len(valid) >= 5 and test is None
+    assert "leaves the test set no document of" in caplog.text
+    assert all(made is not None for made in build((5, 5, 5), data_path=[prefix], split="90,5,5"))
 
 
 def test_broken_corpus_is_refused(tmp_path):

@@ -90,14 +90,14 @@ class OracleModel:
     context, longest_context = 128, None
 
     def __init__(self, oracle: Oracle, tokenizer) -> None:
-        self.oracle, self.tokenizer = oracle, tokenizer
+        self.oracle, self.tokenizer, self.first_token = oracle, tokenizer, tokenizer.eod
 
     def logprobs(self, tokens: torch.Tensor) -> TokenScores:
         likelihood = torch.full((len(tokens), tokens.shape[1] - 1), -math.log(self.tokenizer.vocab_size))
         best = torch.zeros_like(likelihood, dtype=torch.int64)
         for row, ids in enumerate(tokens):
             prompt, answer = self.oracle.read(self.tokenizer.detokenize(ids.tolist()))
-            right, start = answer_row(self.tokenizer, prompt, answer)
+            right, start = answer_row(self.tokenizer, self.first_token, prompt, answer)
             for at in range(start, min(len(right), len(ids))):
                 best[row, at - 1] = right[at]
                 likelihood[row, at - 1] = math.log(0.99) if right[at] == ids[at] else math.log(1e-4)
@@ -110,7 +110,7 @@ class UniformModel:
     context, longest_context = 16, None
 
     def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.first_token = tokenizer, tokenizer.eod
 
     def logprobs(self, tokens: torch.Tensor) -> TokenScores:
         shape = (len(tokens), tokens.shape[1] - 1)

@@ -67,7 +67,7 @@ def test_an_oracle_that_reads_scores_everything(name, form):
 @pytest.mark.parametrize("name", ["memorize", "icl", "needle"])
 def test_subword_tokens_score_alike(name, subwords):
     examples = asked(name, "trained", 8, tokenizer=subwords, budget=128)
-    assert max(len(answer_row(subwords, e.prompt, c)[0]) - 1 for e in examples for c in e.choices) <= 128
+    assert max(len(answer_row(subwords, 0, e.prompt, c)[0]) - 1 for e in examples for c in e.choices) <= 128
     scored = score(OracleModel(Oracle(name, "trained"), subwords), examples)
     assert all(each.exact and each.chosen == 1.0 for each in scored)
 
@@ -155,10 +155,10 @@ def test_answer_tokens_where_prompt_and_answer_merge():
         def tokenize(self, text):
             return [hash(text[at : at + 2]) % 250 for at in range(0, len(text), 2)]
 
-    assert answer_row(BYTES, "ab:", " cd")[1] == 1 + 3
-    ids, start = answer_row(Pairs(), "ab:", " cd")
+    assert answer_row(BYTES, 256, "ab:", " cd")[1] == 1 + 3
+    ids, start = answer_row(Pairs(), 256, "ab:", " cd")
     assert len(ids) == 1 + 3 and start == 1 + 1
-    ids, start = answer_row(Pairs(), "abc:", " cd")
+    ids, start = answer_row(Pairs(), 256, "abc:", " cd")
     assert len(ids) == 1 + 4 and start == 1 + 2
 
 

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from task_oracle import UniformModel
 
@@ -216,3 +217,27 @@ def test_a_directory_is_loaded_or_refused(llama, tmp_path):
             (tmp_path / "config.json").write_text(wrong)
         with pytest.raises(ValueError, match="config.json"):
             load_hugging_face(str(tmp_path))
+
+
+def test_documents_of_a_foreign_model_begin_with_its_own_token(llama, tmp_path):
+    """Its tokenizer's beginning, not the end of documents, where the two differ."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    llama.config.bos_token_id, before = 0, llama.config.bos_token_id
+    try:
+        llama.save_pretrained(tmp_path)
+    finally:
+        llama.config.bos_token_id = before
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    model = load_hugging_face(str(tmp_path))
+    assert (model.first_token, model.tokenizer.eod) == (0, 1)
+    ids = torch.tensor([[0, 2, 3, 2, 1]])
+    with torch.no_grad():
+        logits = llama(ids).logits[0, :-1, :4]  # over the tokenizer's own ids
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    assert text_loss(model, [ids[0, 1:].numpy()], form="documents").loss == pytest.approx(loss, rel=1e-5)
+    assert text_loss(model, [ids[0, 1:].numpy()]).loss == pytest.approx(loss, rel=1e-5)
+    other = load_hugging_face(str(tmp_path), tokenizer_type="ByteLevelTokenizer")
+    assert other.first_token == other.tokenizer.eod == 256

@@ -85,6 +85,21 @@ def test_padding_changes_nothing(side: str, attention: str, positions: str) -> N
             assert torch.equal(together[row, 9:], model.generate(one, **options)[0, one.shape[1] :])
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_of_the_model_does_not_round_the_rotary_frequencies(kind: torch.dtype) -> None:
+    """Rounded to 16 bits, cosines would be off by more than 1 within 4,096 positions."""
+    model = tiny_model()
+    rotary = model.model.rotary_emb
+    expected = rotary.inv_freq.clone()
+    positions = torch.arange(4096).unsqueeze(0)
+    cosines, _ = rotary(torch.zeros(1), positions)
+    model.to(kind)
+    assert rotary.inv_freq.dtype == rotary.original_inv_freq.dtype == torch.float32
+    assert torch.equal(rotary.inv_freq, expected) and model.lm_head.weight.dtype == kind
+    assert torch.equal(rotary(torch.zeros(1), positions)[0], cosines)
+    assert model.to("meta").model.rotary_emb.inv_freq.is_meta
+
+
 def test_loss_and_kept_logits() -> None:
     model, batch = tiny_model().double(), tokens(2, 9)
     labels = batch.clone()

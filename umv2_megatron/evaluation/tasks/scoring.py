@@ -53,8 +53,8 @@ class Summary:
     answer_nats_per_token: float
 
 
-def answer_row(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of end-of-document, prompt and answer, and where the answer's tokens begin.
+def answer_row(tokenizer: Tokenizer, first_token: int, prompt: str, answer: str) -> tuple[list[int], int]:
+    """Token ids of ``first_token``, prompt and answer, and where the answer's tokens begin.
 
     A tokenizer may join the end of the prompt and the beginning of the answer into one token. The answer's tokens then
     begin with that one: the first in which prompt with answer differs from the prompt alone.
@@ -63,7 +63,7 @@ def answer_row(tokenizer: Tokenizer, prompt: str, answer: str) -> tuple[list[int
     same = 0
     while same < min(len(alone), len(whole) - 1) and alone[same] == whole[same]:
         same += 1
-    return [tokenizer.eod, *whole], 1 + same
+    return [first_token, *whole], 1 + same
 
 
 def score(model: ScoringModel, examples: Sequence[Example], batch: int = 64) -> list[Scored]:
@@ -75,7 +75,7 @@ def score(model: ScoringModel, examples: Sequence[Example], batch: int = 64) -> 
     owners: list[tuple[int, int]] = []
     for number, example in enumerate(examples):
         for choice, answer in enumerate(example.choices or (example.answer,)):
-            rows.append(answer_row(model.tokenizer, example.prompt, answer))
+            rows.append(answer_row(model.tokenizer, model.first_token, example.prompt, answer))
             owners.append((number, choice))
     _check_lengths(model, rows)
     found: dict[tuple[int, int], tuple[float, bool, int]] = {}
