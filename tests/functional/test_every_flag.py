@@ -87,6 +87,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "moe_router_bias_update_rate": {"moe_router_score_function": "sigmoid"},
     "moe_router_group_topk": {"moe_router_num_groups": None, "moe_router_group_topk": None},
     "memory_key_topk_cap": {"memory_topk": 4},
+    "attention_softmax_in_fp32": {"attention_backend": "unfused"},
     "memory_sharing_size": {"memory_sharing": "block", "memory_sharing_size": None},
     "memory_score_normalization": ADDITIVE,
     "memory_qk_norm": ADDITIVE,

@@ -19,7 +19,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from umv2_megatron.config.usage import OneLineParser
-from umv2_megatron.config.variants import FFN_VARIANTS
+from umv2_megatron.config.variants import FFN_VARIANTS, has_memory
 from umv2_megatron.training.tool_entry import program_name, quiet_mcore
 
 if TYPE_CHECKING:
@@ -36,8 +36,13 @@ def build_parser() -> OneLineParser:
         allow_abbrev=False,
     )
     parser.add_argument("--to", required=True, metavar="VARIANT", help=f"one of {', '.join(FFN_VARIANTS)}")
-    parser.add_argument("--keep", default="", metavar="FLAGS", help="flags that the model found shall have, in quotes; "
-                        "N, the number of experts and the FFN's width are solved for all the same")
+    parser.add_argument(
+        "--keep",
+        default="",
+        metavar="FLAGS",
+        help="flags that the model found shall have, in quotes; "
+        "N, the number of experts and the FFN's width are solved for all the same",
+    )
     parser.add_argument("--total", metavar="N", help="total parameters to reach instead of the first model's")
     parser.add_argument("--tolerance", default="0.01", metavar="X", help="largest relative deviation (default: 0.01)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -85,7 +90,15 @@ def _match(given: argparse.Namespace, rest: list[str]) -> tuple[Match, list[str]
     found = match(Model.of(source), given.to, kept, total, _number("tolerance", given.tolerance))
     own, preset, config = parse_flags(rest, program_name(), "")
     # A preset's experts go when another variant is chosen; experts given as flags are refused, and no flag undoes them.
-    left_out = [key for key in own if given.to != "moe" and (key.startswith("moe_") or key == "num_moe_experts")]
+    # The same goes for settings of memory layers where the other variant has none.
+    left_out = [
+        key
+        for key in own
+        if given.to != "moe"
+        and (key.startswith("moe_") or key == "num_moe_experts")
+        or not has_memory(given.to)
+        and key.startswith("memory_")
+    ]
     command = [*(["--model-preset", preset] if preset else []), *(["--config", config] if config else [])]
 
     def combine(added: dict[str, Any]) -> RunConfig:

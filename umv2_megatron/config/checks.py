@@ -111,6 +111,12 @@ def _check_layout(run: RunConfig) -> None:
         refuse("ffn-hidden-size", run.ffn_hidden_size, f"a multiple of --tensor-model-parallel-size ({tp})")
     if run.transformer_impl == "local" and run.cp_comm_type not in (None, "all_gather"):
         refuse("cp-comm-type", run.cp_comm_type, "no value or all_gather with --transformer-impl local")
+    if run.transformer_impl == "local" and not run.attention_softmax_in_fp32 and not run.holds_scores:
+        refuse(
+            "attention-softmax-in-fp32",
+            "off",
+            "on with local layers, or --attention-backend unfused, which holds the scores",
+        )
     if run.transformer_impl == "local":
         here = {"attention_backend": ("auto", "unfused", "local"), "cross_entropy_fusion_impl": ("native",)}
         for key, choices in here.items():

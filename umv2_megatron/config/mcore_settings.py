@@ -107,7 +107,7 @@ class TransformerSettings:
     attention_softmax_in_fp32: bool = option(
         True,
         "attention's softmax in float32 where scores are held in memory",
-        needs=("bf16", "softmax_type!=vanilla"),
+        needs=("bf16",),
     )
     bias_activation_fusion: bool = option(
         False, "fuse bias and activation of the FFN", flags=("no-bias-swiglu-fusion", "no-bias-gelu-fusion")

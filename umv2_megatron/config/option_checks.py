@@ -25,10 +25,12 @@ def check_partners(run: RunConfig) -> None:
         bundled = key.removeprefix("memory_") in SWITCHES and run.sources.get(key) != "flag"
         if run.values[key] == made.default or bundled:
             continue  # a variant sets all its switches, whichever of them another setting leaves without effect
+        shown = ("on" if run.values[key] else "off") if made.switches else run.values[key]
+        of_memory = key.startswith("memory_") and key != "memory_parallel_size"  # whose own check says more
+        if of_memory and not run.has_memory and run.sources.get(key) == "flag":
+            refuse(made.flag, shown, f"no value with --ffn-variant {run.model.ffn_variant}, which has no memory layers")
         for needed in made.needs:
             if not holds(run.values, needed):
-                value = run.values[key]
-                shown = ("on" if value else "off") if made.switches else value
                 refuse(made.flag, shown, f"no value {in_words(needed)}")
 
 

@@ -70,6 +70,17 @@ class RunConfig:
         return self.model.ffn_variant == "moe"
 
     @property
+    def holds_scores(self) -> bool:
+        """Whether local attention holds the scores of all pairs of tokens in training (model/fused_attention.py)."""
+        return bool(
+            self.attention_backend in ("local", "unfused")
+            or self.attention_dropout
+            or self.apply_query_key_layer_scaling
+            or self.window_size
+            or self.softmax_type != "vanilla"
+        )
+
+    @property
     def data_parallel_size(self) -> int:
         """Replicas of the dense model."""
         return self.world_size // (

@@ -81,7 +81,9 @@ def test_megatron_configurations_follow_the_flags():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_saved_yaml_resolves_to_the_same_run(preset, tmp_path):
-    argv = ["--model-preset", preset, "--train-iters", "50", "--lr", "2e-3", "--memory-value-lr-mult", "3"]
+    argv = ["--model-preset", preset, "--train-iters", "50", "--lr", "2e-3"]
+    if PRESETS[preset].variant not in ("moe", "dense"):
+        argv += ["--memory-value-lr-mult", "3"]
     run = resolve([*argv, "--data-path", "0.5", "a", "0.5", "b", "--tokenizer-type", "NullTokenizer"])
     file = tmp_path / "config.yaml"
     file.write_text(run.to_yaml())
@@ -253,6 +255,8 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
         (["--profile", "--profile-step-start", "0"], 1, ["--profile-step-start (0)"]),
         (["--model-preset", "umv2-9t"], 1, ["'umv2-9t'", "umv2-tiny"]),
         (["--config", "/nowhere/x.yaml"], 1, ["--config", "/nowhere/x.yaml"]),
+        (["--bf16", "--no-attention-softmax-in-fp32"], 1, ["--attention-softmax-in-fp32 is off", "unfused"]),
+        (["--ffn-variant", "dense", "--memory-topk", "8"], 1, ["--memory-topk is 8", "--ffn-variant dense"]),
         (["--optimizer-cpu-offload"], 1, ["--optimizer-cpu-offload of Megatron-LM", "--use-distributed-optimizer"]),
         pytest.param(
             ["--use-precision-aware-optimizer", "--use-distributed-optimizer"], 1,

@@ -57,14 +57,13 @@ def test_a_model_matches_itself():
 def test_printed_flags_make_the_model(variant, capsys):
     argv = ["--model-preset", "umv2-3m", "--memory-topk", "24"]
     keep = [] if variant == "moe" else ["--keep", "--memory-num-heads 3 --memory-stream"]
-    assert match_tool.main([*argv, "--to", variant, "--json", *keep]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    pasted = model(*argv, *shlex.split(shown["flags"]))
-    assert pasted.flops.forward == shown["found"]["flops_per_token"]
-    assert pasted.parameters.total == shown["found"]["total"]
+    shown, made = pasted(argv, ["--to", variant, *keep], capsys)
+    assert made.flops.forward == shown["found"]["flops_per_token"]
+    assert made.parameters.total == shown["found"]["total"]
     assert abs(shown["flops_deviation"]) <= 0.01 and abs(shown["total_deviation"]) <= 0.01
-    if pasted.memory is not None:
-        assert pasted.memory.num_heads == 3 and pasted.memory.stream
+    assert shown["left_out"] == (["--memory-topk"] if variant == "moe" else [])
+    if made.memory is not None:
+        assert made.memory.num_heads == 3 and made.memory.stream
 
 
 def pasted(argv: list[str], to: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], Model]:
