@@ -16,7 +16,7 @@ are close and bfloat16 would tie them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -134,8 +134,16 @@ class Retrieval(QueriesAndKeys):
         return Picks(
             grid=(rows * self.num_keys + columns).flatten(1),
             scores=search.cell_scores(scores, rows, columns, self.cores).flatten(1, 2),
-            balance=self.balance((first_stage_scores(scores, self.u, self.t, side) for side in (0, 1)), keys),
+            balance=self.balance(self._sides(scores), keys),
         )
+
+    def _sides(self, scores: Tensor) -> Iterator[Tensor]:
+        """The first-stage scores of all keys, [T, h, N] for each side, differentiable; computed when asked for."""
+        # Copies, because autograd keeps what it is given until the backward, and the next refresh may come earlier:
+        # under pipeline parallelism other forwards run first. The buffers themselves stay where they are.
+        u, t = self.u.clone(), self.t.clone()
+        for side in (0, 1):
+            yield first_stage_scores(scores, u, t, side)
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, R, T, h, N], of ``x`` [T, H]: step 1 and 2 of docs/memory-layer.md."""
@@ -149,6 +157,7 @@ class Retrieval(QueriesAndKeys):
     def refresh_singular_vectors(self) -> Tensor:
         """Set u and t to the leading singular pair of the summed cores; call once per optimizer step, and after load.
 
+        Both are written in place: no forward may hand the buffers to autograd (see ``_sides``).
         The pair's common sign is chosen so that it stays near the previous pair (smaller L1 distance; a tie keeps
         the sign that the SVD returned). Runs on the CPU in float32, so that every rank and device gets the same bits.
         Returns all singular values, [h, R], float32 on the CPU, in descending order.
