@@ -1,4 +1,4 @@
-"""Turn a corpus (JSONL or plain text, .gz and .zst too) into the token files that --data-path reads.
+"""Turn a corpus (JSONL or plain text, compressed or not) into the token files that --data-path reads.
 
 The program is `umv2_megatron/commands/preprocess_data.py`; this file starts it in a checkout.
 """

@@ -1,4 +1,4 @@
-"""Turn a corpus (JSONL or plain text, .gz and .zst too) into the token files that --data-path reads.
+"""Turn a corpus (JSONL or plain text, compressed or not) into the token files that --data-path reads.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model --append-eod --workers 2
@@ -95,6 +95,8 @@ def main(arguments: argparse.Namespace) -> None:
     )
     done = preprocess(job)
     bad = f", {done.bad} bad lines in {arguments.output_prefix}_quarantine.jsonl" if done.bad else ""
+    if done.files_left_out:
+        bad += f", {done.files_left_out} files left out whole"
     print(
         f"wrote {', '.join(done.prefixes)}: {done.documents} documents, {done.tokens} tokens, "
         f"{done.text_bytes / 1e6:.2f} MB of text ({done.text_bytes / max(done.tokens, 1):.2f} bytes per token), "

@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from umv2_megatron.data.corpus import (
     TEXT_SPLITS,
     CorpusError,
     CorpusOptions,
+    LeftOut,
     expand_inputs,
     read_chunks,
     texts_of,
@@ -82,7 +84,10 @@ def corpus_lines(
     paths: Sequence[str], options: CorpusOptions, keys: Sequence[str], on_bad_line: str, skipped: list[str]
 ) -> Iterator[str]:
     """Non-empty lines of all texts, in order. Bad records raise ``CorpusError`` or are added to ``skipped``."""
+    left_out = LeftOut(sys.stderr)
     for chunk in read_chunks(paths, options):
+        bad: list[tuple[int, str]] = []
+        kept = 0
         for record in chunk.records:
             try:
                 texts = texts_of(record, chunk.is_json, keys)
@@ -91,10 +96,14 @@ def corpus_lines(
                 if on_bad_line == "fail":
                     raise CorpusError(fault) from None
                 skipped.append(fault)
+                bad.append((record.line, str(error)))
                 continue
+            kept += any(texts)
             for line in itertools.chain.from_iterable(text.split("\n") for text in texts):
                 for start in range(0, len(line), _LINE_CHARACTERS):
                     yield line[start : start + _LINE_CHARACTERS]
+        left_out.add(chunk.path, kept, bad)
+    left_out.finish()
 
 
 def draw(lines: Iterator[str], count: int, seed: int) -> list[str]:

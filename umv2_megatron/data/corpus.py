@@ -1,9 +1,10 @@
 """Raw corpora as a stream of records, with the file and line of everything that is wrong.
 
 A corpus is a list of files. JSONL files (``.jsonl .ndjson .json``) hold one document per line; any other file is plain
-text and holds one document, or one per line, or one per paragraph. Either may be compressed (``.gz``, ``.zst``).
+text and holds one document, or one per line, or one per paragraph. Either may be compressed (``compression.py``).
 Files are read once, front to back, and never held whole, so memory does not grow with the corpus: the largest thing
-kept is one record, whose size is limited. Faults are records too: the caller decides whether one ends the run.
+kept is one record, whose size is limited. Faults are records too: the caller decides whether one ends the run. A file
+that this reader cannot read at all is no fault of a record, and always ends the run.
 
 The reading (``read_chunks``) happens in one process and hands raw bytes on; making text of them (``texts_of``) is
 meant for worker processes.
@@ -12,14 +13,14 @@ meant for worker processes.
 from __future__ import annotations
 
 import glob
-import gzip
-import io
 import json
 import os
-import zlib
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO, NamedTuple, Optional
+from typing import Any, BinaryIO, NamedTuple, TextIO
+
+from umv2_megatron.data.compression import Damaged, Unsupported, opened, without_suffix
 
 FORMATS = ("auto", "jsonl", "text")
 TEXT_SPLITS = ("file", "line", "blank-line")
@@ -29,6 +30,7 @@ _BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
 _CHUNK_RECORDS = 1024
 _EXCERPT_BYTES = 200
+_DAMAGED = "the file is truncated or damaged here"
 
 
 class CorpusError(Exception):
@@ -69,7 +71,8 @@ class CorpusOptions:
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
     """Files that the paths and globs of --input name: globs sorted, patterns in the order given.
 
-    Raises ``ValueError`` for a pattern without a match, a directory, and a file that is named twice.
+    Raises ``ValueError`` for a pattern without a match, a directory or pipe, and a file that is named twice; and
+    ``CorpusError`` for a file whose beginning cannot be read, which whatever is done with bad records would lose whole.
     """
     paths: list[str] = []
     for pattern in patterns:
@@ -82,49 +85,71 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
         if not matches:
             raise ValueError(f"--input {pattern} names no file: check the path")
         paths += matches
+    seen: set[str] = set()
     for path in paths:
-        if paths.count(path) > 1:
+        if (place := os.path.abspath(path)) in seen:
             raise ValueError(f"--input names {path} twice: list every file once")
+        seen.add(place)
         if not os.access(path, os.R_OK):
             raise ValueError(f"--input {path} cannot be read: check its permissions")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"--input {path} is not a regular file: expected a file on a disk, write the data to one")
+    for path in paths:
+        _check_beginning(path)
     return paths
+
+
+def _check_beginning(path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            opened(file, path).read(1)
+    except (Damaged, Unsupported) as error:
+        raise CorpusError(f"{path}: {error}; or leave the file out of --input") from None
+    except OSError as error:
+        raise CorpusError(f"{path}: the file cannot be read: {error.strerror}") from error
 
 
 def is_json_file(path: str, input_format: str = "auto") -> bool:
     """Whether the lines of ``path`` are JSON objects, by --input-format or by the file's name."""
     if input_format != "auto":
         return input_format == "jsonl"
-    name = path.lower()
-    for suffix in (".gz", ".zst"):
-        name = name[: -len(suffix)] if name.endswith(suffix) else name
-    return name.endswith(_JSON_SUFFIXES)
+    return without_suffix(path).endswith(_JSON_SUFFIXES)
 
 
 def read_chunks(paths: Sequence[str], options: CorpusOptions) -> Iterator[Chunk]:
-    """All records of ``paths`` in order, in chunks of about 1 MiB that do not cross files."""
+    """All records of ``paths`` in order, in chunks of about 1 MiB that do not cross files.
+
+    Raises ``CorpusError`` for a file that is not supported, and one that the system fails to read.
+    """
     done = 0
     for path in paths:
         is_json = is_json_file(path, options.input_format)
         chunk, size = Chunk(path, is_json), 0
-        with open(path, "rb") as file:
-            for record in read_records(file, path, options):
-                chunk.records.append(record)
-                size += len(record.data)
-                if size >= _CHUNK_BYTES or len(chunk.records) >= _CHUNK_RECORDS:
-                    chunk.position = done + file.tell()
-                    yield chunk
-                    chunk, size = Chunk(path, is_json), 0
-            done += file.tell()
+        try:
+            with open(path, "rb") as file:
+                for record in read_records(file, path, options):
+                    chunk.records.append(record)
+                    size += len(record.data)
+                    if size >= _CHUNK_BYTES or len(chunk.records) >= _CHUNK_RECORDS:
+                        chunk.position = done + file.tell()
+                        yield chunk
+                        chunk, size = Chunk(path, is_json), 0
+                done += file.tell()
+        except OSError as error:
+            raise CorpusError(f"{path}: the file cannot be read: {error.strerror}") from error
         chunk.position = done
         if chunk.records:
             yield chunk
 
 
 def read_records(file: BinaryIO, path: str, options: CorpusOptions) -> Iterator[Record]:
-    """Records of one open file; a stream that breaks off ends with a record that carries the fault."""
+    """Records of one open file; a stream that breaks off ends with a record that carries the fault.
+
+    Raises ``CorpusError`` where the reader, not the data, is the reason, and ``OSError`` where the system fails.
+    """
     line = 0
     try:
-        stream = _decompressed(file, path)
+        stream = opened(file, path)
         lines = _limited_lines(stream, options.max_line_bytes)
         if is_json_file(path, options.input_format) or options.text_split == "line":
             records: Iterator[Record] = lines
@@ -137,8 +162,10 @@ def read_records(file: BinaryIO, path: str, options: CorpusOptions) -> Iterator[
             if line == 1 and record.data.startswith(_BOM):
                 record = record._replace(data=record.data[len(_BOM) :])
             yield record
-    except (EOFError, zlib.error, OSError, _ZstdError) as error:
-        yield Record(line + 1, b"", f"the file is truncated or damaged here ({error})")
+    except Damaged as error:
+        yield Record(line + 1, b"", f"{_DAMAGED} ({error})")
+    except Unsupported as error:
+        raise CorpusError(f"{path}:{line + 1}: {error}") from None
 
 
 def texts_of(record: Record, is_json: bool, keys: Sequence[str]) -> list[str]:
@@ -176,11 +203,11 @@ def excerpt(record: Record) -> str:
 
 def _values_of(line: str, keys: Sequence[str]) -> list[str]:
     try:
-        document = json.loads(line)
+        document = _json_of(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets nested as deep
-        raise ValueError(f"invalid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("its brackets are nested more deeply than this reader follows (some hundreds)") from None
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object, found {type(document).__name__}")
     for key in keys:
@@ -189,6 +216,47 @@ def _values_of(line: str, keys: Sequence[str]) -> list[str]:
         if not isinstance(document[key], str):
             raise ValueError(f"the value of {key!r} is not a string but {type(document[key]).__name__}")
     return [document[key] for key in keys]
+
+
+def _json_of(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python converts no integer of thousands of digits, and none of them is a text
+        return json.loads(line, parse_int=float)
+
+
+class LeftOut:
+    """Tells, where bad records are left out, of files that lose more than single ones: their end, or all they hold."""
+
+    def __init__(self, log: TextIO) -> None:
+        self.files = 0
+        self._log = log
+        self._path = ""
+        self._kept = 0
+        self._bad = 0
+        self._first = ""
+
+    def add(self, path: str, kept: int, bad: Sequence[tuple[int, str]]) -> None:
+        """The next records of ``path``: how many give text, and line and reason of the bad ones."""
+        if path != self._path:
+            self.finish()
+            self._path = path
+        self._kept += kept
+        self._bad += len(bad)
+        for line, reason in bad:
+            self._first = self._first or f"line {line}: {reason}"
+            if reason.startswith(_DAMAGED):
+                print(f"error: {path}:{line}: {reason}; the rest of the file is lost", file=self._log, flush=True)
+
+    def finish(self) -> None:
+        """The last file has been added."""
+        if self._bad and not self._kept:
+            what = f"nothing of the file is used: all its {self._bad} records are bad (the first, {self._first})"
+            print(f"error: {self._path}: {what}", file=self._log, flush=True)
+            self.files += 1
+        self._path, self._kept, self._bad, self._first = "", 0, 0, ""
 
 
 # -- lines, paragraphs, files -------------------------------------------------------------------------------------
@@ -249,63 +317,3 @@ def _whole_file(stream: BinaryIO, limit: int) -> Iterator[Record]:
 
 def _too_long(what: str, limit: int) -> str:
     return f"the {what} is longer than --max-line-mb {limit / (1 << 20):g}"
-
-
-# -- compression --------------------------------------------------------------------------------------------------
-
-
-class _ZstdError(Exception):
-    pass
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses a stream of zstd frames. The library's own reader takes a truncated file for a complete one."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
-
-        self._file = file
-        self._library = zstandard
-        self._frame: Optional[object] = None
-        self._input = b""
-        self._output = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._output:
-            # Small reads: what one of them decompresses to is held in memory at once.
-            self._input = self._input or self._file.read(1 << 14)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("zstd data ends inside a frame")
-                return 0
-            self._output = self._decompress()
-        count = min(len(buffer), len(self._output))
-        buffer[:count] = self._output[:count]
-        self._output = self._output[count:]
-        return count
-
-    def _decompress(self) -> bytes:
-        if self._frame is None:
-            self._frame = self._library.ZstdDecompressor().decompressobj()
-        frame = self._frame
-        try:
-            output = frame.decompress(self._input)  # type: ignore[attr-defined]
-        except self._library.ZstdError as error:
-            raise _ZstdError(str(error)) from None
-        self._input = b""
-        if frame.eof:  # type: ignore[attr-defined]
-            self._input, self._frame = frame.unused_data, None  # type: ignore[attr-defined]
-        return output
-
-
-def _decompressed(file: BinaryIO, path: str) -> BinaryIO:
-    name = path.lower()
-    if not name.endswith((".gz", ".zst")):
-        return file
-    if os.fstat(file.fileno()).st_size == 0:
-        raise EOFError("an empty file is not compressed data")
-    raw = gzip.GzipFile(fileobj=file, mode="rb") if name.endswith(".gz") else _ZstdReader(file)
-    return io.BufferedReader(raw, 1 << 18)  # type: ignore[return-value, arg-type]

@@ -28,6 +28,7 @@ from umv2_megatron.data.corpus import (
     Chunk,
     CorpusError,
     CorpusOptions,
+    LeftOut,
     excerpt,
     expand_inputs,
     is_json_file,
@@ -91,6 +92,7 @@ class Summary:
     text_bytes: int = 0
     empty: int = 0
     bad: int = 0
+    files_left_out: int = 0
     seconds: float = 0.0
     prefixes: list[str] = field(default_factory=list)
 
@@ -180,6 +182,7 @@ def preprocess(job: Job, log: TextIO = sys.stderr) -> Summary:
     writers: list[IndexWriter] = []
     quarantine: Optional[Quarantine] = None
     summary = Summary()
+    left_out = LeftOut(log)
     try:
         for key in job.json_keys:
             writers.append(IndexWriter(f"{job.output_prefix}_{key}_document", token_dtype(tokenizer.vocab_size)))
@@ -188,6 +191,8 @@ def preprocess(job: Job, log: TextIO = sys.stderr) -> Summary:
         text_bytes, largest = [0] * len(writers), [0] * len(writers)
         for encoded in _encode_in_order(job, pool, read_chunks(paths, job.corpus)):
             _deal_with_bad(encoded, quarantine)
+            kept = sum(len(texts.lengths) for texts in encoded.keys)
+            left_out.add(encoded.path, kept, [(line, reason) for line, reason, _ in encoded.bad])
             for i, texts in enumerate(encoded.keys):
                 writers[i].add(texts.tokens, texts.lengths)
                 text_bytes[i] += texts.text_bytes
@@ -195,6 +200,8 @@ def preprocess(job: Job, log: TextIO = sys.stderr) -> Summary:
             summary.empty += encoded.empty
             summary.bad += len(encoded.bad)
             progress.update(writers[0].documents, sum(text_bytes), encoded.position)
+        left_out.finish()
+        summary.files_left_out = left_out.files
         for writer, key in zip(writers, job.json_keys):
             if not writer.documents:
                 raise CorpusError(f"{paths[0]}: no usable document with the key {key!r} in {len(paths)} file(s)")

@@ -75,8 +75,8 @@ class Window:
 def documents_of(source: str, tokenizer: Tokenizer, append_eod: bool = True) -> Iterator[np.ndarray]:
     """Documents of ``source`` as token ids: an indexed data set (its path without extension), or a text file.
 
-    .jsonl, .ndjson and .json files hold a document a line under the key "text"; any other file is one document; .gz and
-    .zst are decompressed. ``append_eod``: texts end with the end-of-document token, as tools/preprocess_data.py
+    .jsonl, .ndjson and .json files hold a document a line under the key "text"; any other file is one document. Either
+    may be compressed. ``append_eod``: texts end with the end-of-document token, as tools/preprocess_data.py
     --append-eod writes them; an indexed data set is taken as it is. Raises ``ValueError`` naming the file.
     """
     if not os.path.isfile(source):

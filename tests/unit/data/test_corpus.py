@@ -2,9 +2,9 @@
 
 import gzip
 import json
+import os
 
 import pytest
-import zstandard
 
 from umv2_megatron.data.corpus import CorpusOptions, expand_inputs, read_chunks, texts_of
 
@@ -38,8 +38,7 @@ BAD_LINES = {
     "raw NULs": (b"\x00" * 50, "invalid JSON"),
     "lone surrogate": (b'{"text": "a\\ud83db"}', "lone surrogate at character 2"),
     "UTF-16": ('{"text": "x"}'.encode("utf-16-le"), "invalid JSON"),
-    "deep nesting": (b"[" * 100_000, "invalid JSON"),
-    "huge number": (b'{"text": "x", "n": ' + b"9" * 10_000 + b"}", "invalid JSON"),
+    "deep nesting": (b"[" * 100_000, "nested more deeply than this reader follows"),
     "long line": (b'{"text": "' + b"x" * 3000 + b'"}', "longer than --max-line-mb"),
 }
 
@@ -59,8 +58,9 @@ def test_what_is_accepted(tmp_path):
     path = tmp_path / "corpus.jsonl"
     paired = json.dumps({"text": "\U0001f600"}).encode()  # escaped as a pair of surrogates
     crlf = GOOD.replace(b"\n", b"\r\n")
-    path.write_bytes(b"\xef\xbb\xbf" + crlf + b"\r\n" + paired + b'\n{"text": ""}\n' + GOOD[:-1])
-    assert [entry[1] for entry in read(path)] == ["good", "", "\U0001f600", "", "good"]
+    number = b'{"text": "x", "n": ' + b"9" * 10_000 + b"}\n"  # more digits than Python converts
+    path.write_bytes(b"\xef\xbb\xbf" + crlf + b"\r\n" + paired + b'\n{"text": ""}\n' + number + GOOD[:-1])
+    assert [entry[1] for entry in read(path)] == ["good", "", "\U0001f600", "", "x", "good"]
 
 
 def test_lines_up_to_the_limit_and_beyond(tmp_path):
@@ -87,54 +87,6 @@ def test_a_long_line_is_not_held(tmp_path):
     assert peak < 24 << 20
 
 
-def compress(name, data):
-    if name == "gz":
-        return gzip.compress(data)
-    return zstandard.ZstdCompressor().compress(data)
-
-
-@pytest.mark.parametrize("name", ["gz", "zst"])
-def test_compressed_files(tmp_path, name):
-    path = tmp_path / f"corpus.jsonl.{name}"
-    lines = b"".join(json.dumps({"text": str(i) * 20}).encode() + b"\n" for i in range(20_000))
-    half = len(lines) // 2
-    path.write_bytes(compress(name, lines[:half]) + compress(name, lines[half:]))  # two members, cut inside a line
-    assert [entry[1] for entry in read(path)] == [str(i) * 20 for i in range(20_000)]
-
-
-@pytest.mark.parametrize("name", ["gz", "zst"])
-@pytest.mark.parametrize("damage", ["truncated", "end cut", "flipped", "empty", "not compressed"])
-def test_damaged_compressed_files(tmp_path, name, damage):
-    import random
-
-    path = tmp_path / f"corpus.jsonl.{name}"
-    generator = random.Random(0)
-    lines = [json.dumps({"text": str(generator.getrandbits(200))}) + "\n" for _ in range(20_000)]
-    data = bytearray(compress(name, "".join(lines).encode()))
-    if damage == "truncated":
-        del data[len(data) // 2 :]
-    elif damage == "end cut":
-        del data[-3:]
-    elif damage == "flipped":
-        data[3 * len(data) // 4] ^= 0xFF
-    elif damage == "empty":
-        data.clear()
-    else:
-        data = bytearray(GOOD)
-    path.write_bytes(data)
-    if name == "zst" and damage == "flipped":
-        # A frame without a checksum may decode to other bytes; then the lines themselves must be refused.
-        assert any(fault for _, _, fault in read(path)) or len(read(path)) == len(lines)
-        return
-    found = read(path)
-    assert "truncated or damaged" in found[-1][2] or any(fault for _, _, fault in found)
-    whole = [entry[1] for entry in found if entry[1] is not None]
-    if damage != "flipped":
-        assert "truncated or damaged" in found[-1][2]
-        assert found[-1][0] == len(found), "the fault follows the last whole line"
-        assert whole == [json.loads(line)["text"] for line in lines[: len(whole)]], "a cut line passed for a whole one"
-
-
 def test_plain_text(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_bytes("one\ntwo\n\n \nthrée\r\n\n".encode())
@@ -156,3 +108,24 @@ def test_inputs(tmp_path):
     for wrong in (["nothing*"], [str(tmp_path)], [str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")]):
         with pytest.raises(ValueError, match="--input"):
             expand_inputs([str(tmp_path / name) for name in wrong])
+    with pytest.raises(ValueError, match="twice"):
+        expand_inputs([str(tmp_path / "a.jsonl"), f"{tmp_path}/./a.jsonl"])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a regular file"):
+        expand_inputs([str(tmp_path / "pipe")])
+
+
+def test_many_inputs_are_not_compared_with_each_other(tmp_path):
+    class Path(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Path.compared += 1
+            return str.__eq__(self, other)
+
+    paths = [Path(tmp_path / f"{i}.jsonl") for i in range(200)]
+    for path in paths:
+        open(path, "wb").close()
+    assert len(expand_inputs(paths)) == 200
+    assert Path.compared < 1000
