@@ -105,9 +105,7 @@ class TransformerSettings:
         False, "attention scores are divided by the block's number, and multiplied again in the softmax"
     )
     attention_softmax_in_fp32: bool = option(
-        True,
-        "attention's softmax in float32 where scores are held in memory",
-        needs=("bf16",),
+        True, "attention's softmax in float32 where scores are held in memory", needs=("bf16",)
     )
     bias_activation_fusion: bool = option(
         False, "fuse bias and activation of the FFN", flags=("no-bias-swiglu-fusion", "no-bias-gelu-fusion")
