@@ -44,7 +44,7 @@ def program_name() -> str:
 
 def quiet_mcore(*_: object) -> None:
     """Make megatron-core ready for a program that only reads its configurations: without its warnings."""
-    for name in ("torch", "megatron.core"):
+    for name in ("torch", "torch.utils.cpp_extension", "megatron.core"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from umv2_megatron.parallel import cpu_platform  # loads torch
 
