@@ -36,7 +36,7 @@ def prepare(preset: str, changes: dict[str, Any]) -> Any:
     from umv2_megatron.training.initialize import seed_everything
 
     world = torch.distributed.get_world_size()
-    layers = [("preset", read_mapping(PRESETS[preset].flags(), "preset")), ("flag", read_mapping(changes, "flag"))]
+    layers = [("preset", read_mapping(PRESETS[preset].flags(), "preset")), ("test", read_mapping(changes, "test"))]
     run = from_layers(layers, world, for_training=False)
     groups.initialize_groups(
         tp=run.tensor_model_parallel_size,

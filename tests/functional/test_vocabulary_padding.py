@@ -62,7 +62,7 @@ def test_the_fused_loss_does_not_depend_on_padding(start: Path, tmp_path: Path) 
         numbers(1, tmp_path / str(divisor), make_vocab_size_divisible_by=divisor, **settings) for divisor in (1, 128)
     )
     for ours, theirs in zip(one, other):
-        assert ours == pytest.approx(theirs, rel=1e-6)
+        assert ours == pytest.approx(theirs, rel=1e-5)  # the fused loss sums in another order for another length
 
 
 @pytest.mark.parametrize("untied", [False, True])

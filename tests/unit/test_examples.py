@@ -35,7 +35,7 @@ OTHER_PROGRAMS = set(
 --nproc-per-node --nnodes --standalone --shutdown-timeout --rdzv-id --rdzv-backend --rdzv-endpoint --node-rank
 --no-build-isolation --job-name --nodes --ntasks-per-node --gpus-per-node --exclusive --time --signal --requeue
 --open-mode --output --kill-on-bad-exit --mpi --capture-range --spec --help --host --port --model --include --trust
---scope --no-python
+--scope --no-python --long --ultra
 """,
     )
 )

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_umv2 import UMv2Config
-from .linear_umv2 import UMv2Linear
+from .linear_umv2 import project
 
 
 class UMv2Norm(nn.Module):
@@ -145,10 +145,10 @@ class UMv2Attention(nn.Module):
         self.dropout = config.attention_dropout
         self.rope_interleaved = config.rope_interleaved
         inner, shared = config.num_attention_heads * self.head_dim, groups * self.head_dim
-        self.q_proj = UMv2Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.k_proj = UMv2Linear(config.hidden_size, shared, bias=config.attention_bias)
-        self.v_proj = UMv2Linear(config.hidden_size, shared, bias=config.attention_bias)
-        self.o_proj = UMv2Linear(inner, config.hidden_size, bias=config.attention_out_bias)
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_out_bias)
         self.q_norm = UMv2Norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = UMv2Norm(config, self.head_dim) if config.qk_norm else None
 
@@ -161,9 +161,9 @@ class UMv2Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape)
-        key = self.k_proj(hidden_states).view(shape)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query = project(self.q_proj, hidden_states).view(shape)
+        key = project(self.k_proj, hidden_states).view(shape)
+        value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
@@ -187,4 +187,4 @@ class UMv2Attention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return project(self.o_proj, output.reshape(*hidden_states.shape[:-1], -1)), weights

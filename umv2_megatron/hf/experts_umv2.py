@@ -24,7 +24,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_umv2 import UMv2Config
-from .linear_umv2 import UMv2Linear
+from .linear_umv2 import project
 from .retrieval_umv2 import without_autocast
 
 
@@ -34,26 +34,31 @@ class UMv2MLP(nn.Module):
     def __init__(self, config: UMv2Config, size: int | None = None) -> None:
         super().__init__()
         size = size or config.intermediate_size
-        self.gate_proj = UMv2Linear(config.hidden_size, size, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = UMv2Linear(config.hidden_size, size, bias=config.mlp_bias)
-        self.down_proj = UMv2Linear(size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return project(self.down_proj, self.act_fn(project(self.up_proj, x)))
+        return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
-class UMv2Router(nn.Linear):
+class UMv2Router(nn.Module):
     """Which experts a token goes to. ``weight`` [E, H], ``bias`` [E] or None; buffer ``expert_bias`` [E], float32, or
-    None."""
+    None.
+
+    No ``nn.Linear``: it gives experts and weights, so that nothing that replaces linear layers may replace it.
+    """
 
     expert_bias: Tensor | None
 
     def __init__(self, config: UMv2Config) -> None:
         assert config.num_experts is not None and config.num_experts_per_tok is not None
-        super().__init__(config.hidden_size, config.num_experts, bias=config.mlp_bias)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.mlp_bias else None
         self.config = config
         self.picks: int = config.num_experts_per_tok
         self.dtype = {None: None, "fp32": torch.float32, "fp64": torch.float64}[config.moe_router_dtype]
@@ -64,7 +69,7 @@ class UMv2Router(nn.Linear):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` [T, H] to the experts of each token [T, k] and their weights [T, k], in the router's dtype."""
         if self.dtype is None:
-            logits = super().forward(x)
+            logits = functional.linear(x, self.weight, self.bias)
         else:
             with without_autocast(x.device):
                 bias = None if self.bias is None else self.bias.to(self.dtype)
@@ -188,8 +193,11 @@ def init_experts(module: nn.Module, std: float) -> None:
     if isinstance(module, UMv2Experts):
         for parameter in module.parameters(recurse=False):
             init.normal_(parameter, std=std)
-    elif isinstance(module, UMv2Router) and module.expert_bias is not None:
-        init.zeros_(module.expert_bias)
+    elif isinstance(module, UMv2Router):
+        init.normal_(module.weight, std=std)
+        for bias in (module.bias, module.expert_bias):
+            if bias is not None:
+                init.zeros_(bias)
 
 
 __all__ = ["UMv2Experts", "UMv2MLP", "UMv2Router", "UMv2SparseMLP", "init_experts"]

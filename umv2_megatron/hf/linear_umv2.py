@@ -1,7 +1,9 @@
-"""Projections of the model, y = x W^T + b, fast where a step of decoding spends most of its time.
+"""Products with the model's ``nn.Linear`` layers, fast where a step of decoding spends most of its time.
 
 On a CPU torch computes a float32 product with the matrix library it was built with, which takes up to three times as
 long as oneDNN for the few rows of a step. Torch carries oneDNN, too, and its compiler calls it for the same purpose.
+
+The layers are ``nn.Linear`` and nothing else, because quantizers and adapters look for exactly that.
 """
 
 from __future__ import annotations
@@ -12,22 +14,25 @@ from torch import Tensor, nn
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class UMv2Linear(nn.Linear):
-    """``nn.Linear``, computed by oneDNN on a CPU in float32 while autograd is off."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., columns] to [..., rows]."""
-        if _ONEDNN and not torch.is_grad_enabled() and _are_plain(x, self.weight):
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, [..., columns] to [..., rows]; by oneDNN where it is a plain ``nn.Linear`` on a CPU in float32 and
+    autograd is off."""
+    if _ONEDNN and type(layer) is nn.Linear and not torch.is_grad_enabled() and _is_plain(layer, x):
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+    return layer(x)
 
 
-def _are_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are ordinary float32 tensors in host memory, and no autocast and no compiler has a say."""
+def _is_plain(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether both are ordinary float32 tensors in host memory, no hook or other forward has been put on the layer, and
+    no autocast and no compiler has a say."""
+    weight = layer.weight
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and type(weight) is nn.Parameter
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and "forward" not in layer.__dict__
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )

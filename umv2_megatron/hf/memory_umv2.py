@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .configuration_umv2 import UMv2Config
-from .linear_umv2 import UMv2Linear
+from .linear_umv2 import project
 from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval, without_autocast
 from .tables_umv2 import UMv2Table
 
@@ -50,11 +50,11 @@ class UMv2Memory(nn.Module):
         self.has_pre_values = config.memory_pre_value_dim > 0
         self.pre_proj = self.gate_proj = self.value_proj = None
         if self.has_pre_values and config.memory_pre_projection == "linear":
-            self.pre_proj = UMv2Linear(hidden, config.memory_pre_value_dim, bias=False)
+            self.pre_proj = nn.Linear(hidden, config.memory_pre_value_dim, bias=False)
         if config.memory_gate == "silu":
-            self.gate_proj = UMv2Linear(hidden, summed, bias=False)
+            self.gate_proj = nn.Linear(hidden, summed, bias=False)
         if config.memory_value_expansion != "none":
-            self.value_proj = UMv2Linear(summed, hidden, bias=False)
+            self.value_proj = nn.Linear(summed, hidden, bias=False)
         self.register_buffer("perm", torch.arange(cells, dtype=torch.int32 if cells <= 2**31 else torch.int64))
         self.table: UMv2Table
         if owner == index:
@@ -84,7 +84,7 @@ class UMv2Memory(nn.Module):
     def finish(self, started: tuple[Tensor, ...]) -> Tensor:
         """The output [..., H] for the input of ``start``."""
         flat, x, rows, blocks, scores = started
-        projected = self.pre_proj(flat) if self.pre_proj is not None else flat
+        projected = project(self.pre_proj, flat) if self.pre_proj is not None else flat
         if torch.is_grad_enabled() and scores.requires_grad:
             # The picked rows of a whole batch are large: they are picked again for the backward.
             summed = checkpoint(
@@ -93,8 +93,8 @@ class UMv2Memory(nn.Module):
         else:
             summed = self._sum_rows(rows, blocks, scores, projected)
         if self.gate_proj is not None:
-            summed = summed * functional.silu(self.gate_proj(flat))
-        output = self.value_proj(summed) if self.value_proj is not None else summed
+            summed = summed * functional.silu(project(self.gate_proj, flat))
+        output = project(self.value_proj, summed) if self.value_proj is not None else summed
         return output.view(x.shape)
 
     def _sum_rows(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_umv2 import UMv2Attention, UMv2Norm, UMv2RotaryEmbedding
 from .configuration_umv2 import UMv2Config
 from .experts_umv2 import UMv2MLP, UMv2SparseMLP, init_experts
-from .linear_umv2 import UMv2Linear
+from .linear_umv2 import project
 from .memory_umv2 import UMv2Memory
 from .retrieval_umv2 import UMv2QueriesAndKeys, UMv2Retrieval
 from .tables_umv2 import PLACES, UMv2Table, attach_tables, tensor_files
@@ -59,14 +59,15 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        begun: tuple[Tensor, ...] | None = None,
+        *begun: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...] | None]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """The next hidden states. With a read delay ``begun`` is what the memory layer ``adds`` started in its block,
-        and what this block's own has started is returned beside them."""
+        and what this block's own has started is returned after them; side by side, because checkpointing of activations
+        finds gradients of plain arguments only."""
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
@@ -78,7 +79,7 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         if self.adds is not None:
             added = added + self.adds.finish(begun if self.delayed else started).to(added.device)
         hidden_states = hidden_states + self._dropped(added)
-        return (hidden_states, started) if self.delayed else hidden_states
+        return (hidden_states, *(started or ())) if self.delayed else hidden_states
 
     def _dropped(self, x: Tensor) -> Tensor:
         if self.hidden_dropout and self.training:
@@ -266,11 +267,11 @@ class UMv2Model(UMv2PreTrainedModel):
             hidden_states = functional.dropout(hidden_states, self.config.hidden_dropout)
         position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
         delay = self.config.memory_read_delay
-        begun: list[tuple[Tensor, ...] | None] = [None] * delay
+        begun: list[tuple[Tensor, ...]] = [()] * delay
         for layer in self.layers:
             output = layer(
                 hidden_states,
-                begun.pop(0) if delay else None,
+                *(begun.pop(0) if delay else ()),
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
@@ -279,8 +280,8 @@ class UMv2Model(UMv2PreTrainedModel):
                 **kwargs,
             )
             if delay:
-                hidden_states, started = output
-                begun.append(started)
+                hidden_states = output[0]
+                begun.append(output[1:])
             else:
                 hidden_states = output
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -308,7 +309,7 @@ class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):
         super().__init__(config, memory_tables)
         self.model = UMv2Model(config, memory_tables)
         self.vocab_size = config.vocab_size
-        self.lm_head = UMv2Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -338,7 +339,7 @@ class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = project(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)

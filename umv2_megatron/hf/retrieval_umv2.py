@@ -4,9 +4,9 @@ A cell (i, j) of the N x N grid is addressed by a row key i and a column key j. 
 keys' scores (``UMv2Retrieval``, arXiv 2411.12364: a first stage keeps K' keys per side, a second scores the cells of
 their grid), or their sum (``UMv2ProductKeys``, arXiv 1907.05242).
 
-Decoding has a few tokens per step, so that the count of small operations decides: what depends on parameters alone is
-kept between calls while autograd is off (``_Derived``), and what the configuration says is read once, because
-transformers looks for each of its attributes in several places.
+Decoding has a few tokens per step, so that the count of small operations decides. The normalised keys are kept between
+calls on a CPU while autograd is off, as long as the keys have the same contents (``normalised_keys``). And what the
+configuration says is read once, because transformers looks for each of its attributes in several places.
 
 Letters: T tokens, H hidden, h heads, N keys per side, R rank, C cores, K values kept per head, K' = min(K, cap) keys
 kept per side, P = h * K picks of a token, Dk key dim. Side 0 is the row.
@@ -25,38 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_umv2 import UMv2Config
-from .linear_umv2 import UMv2Linear
+from .linear_umv2 import project
 
 # Cells of second-stage grids that are held at once: 64 MB in float32.
 _GRID_CELLS = 1 << 24
-
-
-class _Derived:
-    """A value computed from parameters, kept until one of the parameters is changed or replaced."""
-
-    def __init__(self) -> None:
-        self._sources: tuple[Tensor, ...] = ()
-        self._marks: list[tuple[int, int]] = []
-        self._value: Any = None
-
-    @property
-    def used(self) -> bool:
-        """Whether there was a call before."""
-        return bool(self._marks)
-
-    def changed(self, *parameters: Tensor) -> bool:
-        """Whether these are not the tensors, or not the contents, of the last call; in-place changes show in a tensor's
-        version. Remembers them."""
-        marks = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-        same = marks == self._marks and all(a is b for a, b in zip(parameters, self._sources))
-        self._sources, self._marks = parameters, marks
-        return not same
-
-    def get(self, make: Callable[[], Any], *parameters: Tensor) -> Any:
-        """``make()``, or what it gave last time."""
-        if self.changed(*parameters):
-            self._value = make()
-        return self._value
 
 
 class UMv2QueriesAndKeys(nn.Module):
@@ -73,31 +45,39 @@ class UMv2QueriesAndKeys(nn.Module):
         self.epsilon = config.memory_norm_epsilon
         self.heads, self.rank, self.dim = config.memory_num_heads, config.memory_tucker_rank, config.memory_key_dim
         norms = config.memory_qk_norm
-        self.query = UMv2Linear(config.hidden_size, config.memory_query_rows, bias=False)
+        self.query = nn.Linear(config.hidden_size, config.memory_query_rows, bias=False)
         self.keys = nn.Parameter(torch.empty(self.heads, 2, self.num_keys, self.dim, self.rank))
         self.query_norm = nn.Parameter(torch.empty(self.dim)) if norms != "none" else None
         self.key_norm = nn.Parameter(torch.empty(self.dim)) if norms == "both" else None
-        self.forget_derived()
-
-    def forget_derived(self) -> None:
-        """Forget what was computed from parameters; for changes of them that leave no trace."""
-        self._normalised = _Derived()
+        self._kept_keys: tuple[tuple[Any, ...], Tensor] | None = None
+        self._ramp: Tensor | None = None
 
     def normalised_keys(self) -> Tensor:
-        """What ``_normalised_keys`` gives; without autograd kept between calls."""
-        if torch.is_grad_enabled():
+        """What ``_normalised_keys`` gives, kept on a CPU without autograd: strided as they are, keys of 360 x 192 x 2
+        take a hundred times as long to normalise as to multiply with one query.
+
+        Contents say whether they have changed. Versions and addresses do not: fused optimizers raise no version, and
+        memory is used again.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.keys.device.type != "cpu":
+            self._kept_keys = None
             return self._normalised_keys()
-        sources = (self.keys,) if self.key_norm is None else (self.keys, self.key_norm)
-        return self._normalised.get(self._normalised_keys, *sources)
+        mark = self._fingerprint()
+        if self._kept_keys is None or self._kept_keys[0] != mark:
+            self._kept_keys = (mark, self._normalised_keys())
+        return self._kept_keys[1]
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """Numbers that are others for other contents of the keys and their gain, or another dtype of theirs."""
+        keys = at_least_float32(self.keys.detach()).flatten()
+        if self._ramp is None or self._ramp.shape != keys.shape or self._ramp.dtype != keys.dtype:
+            self._ramp = torch.linspace(1, 2, keys.numel(), dtype=keys.dtype)  # so that the order counts, too
+        gain = () if self.key_norm is None else tuple(self.key_norm.tolist())
+        return self.keys.dtype, torch.dot(keys, self._ramp).item(), keys.sum().item(), gain
 
     def _normalised_keys(self) -> Tensor:
         """The keys, normalised if they are to be, as the product with the queries wants them."""
         raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2QueriesAndKeys:
-        super()._apply(fn, recurse)
-        self.forget_derived()
-        return self
 
 
 class UMv2Retrieval(UMv2QueriesAndKeys):
@@ -119,11 +99,8 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         self.cores = nn.Parameter(torch.empty(config.memory_num_cores, heads, rank, rank))
         self.register_buffer("u", torch.zeros(heads, rank, dtype=torch.float32))
         self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32))
-
-    def forget_derived(self) -> None:
-        """Forget what was computed from parameters; for changes of them that leave no trace."""
-        super().forget_derived()
-        self._search, self._factored = _Derived(), _Derived()
+        self._cores_seen: Tensor | None = None  # contents of the cores, a copy
+        self._checked = False  # against them, since the last forward with gradients and change of mode
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` [T, H] to the picked cells [T, P] (i * N + j) and their scores [T, P, C], differentiable."""
@@ -134,6 +111,8 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
     def _pick(self, key_scores: Tensor) -> tuple[Tensor, Tensor]:
         """What ``forward`` gives, from the scores of every key."""
         rank, tokens = key_scores.shape[1:3]
+        if not torch.compiler.is_compiling():
+            self._refresh_if_changed(with_gradients=torch.is_grad_enabled())
         with torch.no_grad():
             vectors, total = self._for_search(key_scores.dtype)
             keys = (key_scores * vectors).sum(1).topk(self.kept, dim=-1).indices
@@ -153,7 +132,7 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, R, T, h, N], float32 or better, of ``x`` [T, H]."""
-        query = self.query(x).view(x.shape[0], 2, -1, self.dim)
+        query = project(self.query, x).view(x.shape[0], 2, -1, self.dim)
         query = rms_norm(query, self.query_norm, self.epsilon).permute(1, 2, 0, 3)
         scores = query.expand(-1, self.rank, -1, -1) @ self.normalised_keys()
         return at_least_float32(scores).view(2, self.rank, x.shape[0], self.heads, self.num_keys)
@@ -164,19 +143,9 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         return keys.flatten(2, 3).transpose(-1, -2)
 
     def _for_search(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """u and t as [2, R, 1, h, 1], and the summed cores [h, R, R], both in ``dtype``.
-
-        The pair comes with the weights; it is computed afresh when the cores change, or where it is missing (zeros).
-        """
-        known = self._factored.used
-        if self._factored.changed(self.cores) and (known or not bool(self.u.any())):
-            self.refresh_singular_vectors()
-
-        def make() -> tuple[Tensor, Tensor]:
-            vectors = torch.stack([self.u, self.t]).transpose(1, 2)[:, :, None, :, None]
-            return vectors.to(dtype), self.cores.detach().sum(0, dtype=dtype)
-
-        return self._search.get(make, self.cores, self.u, self.t)
+        """u and t as [2, R, 1, h, 1], and the summed cores [h, R, R], both in ``dtype``."""
+        vectors = torch.stack([self.u, self.t]).transpose(1, 2)[:, :, None, :, None]
+        return vectors.to(dtype), self.cores.detach().sum(0, dtype=dtype)
 
     def _best_cells(self, kept_scores: Tensor, total: Tensor) -> Tensor:
         """The K best cells [T, h, K] of the K' x K' grids, by the score of the summed cores ``total`` [h, R, R]."""
@@ -201,23 +170,40 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         self.u.copy_(new[0])
         self.t.copy_(new[1])
 
-    def _refresh_if_changed(self) -> None:
-        """Refresh u and t if the cores have changed since the last forward: an optimizer has stepped.
+    def train(self, mode: bool = True) -> UMv2Retrieval:
+        super().train(mode)
+        self._checked = False
+        return self
 
-        Cores that are not here as a whole (sharded over ranks, offloaded) leave them as they are.
+    def _refresh_if_changed(self, with_gradients: bool = True) -> None:
+        """Refresh u and t if the cores have other contents than those that they were last seen with. On a CUDA device
+        they are compared once after training, not in every forward without gradients.
+
+        The pair comes with the weights and is theirs until then; where it is missing (zeros) it is computed. Cores that
+        are not here as a whole (sharded over ranks, offloaded) leave it as it is.
         """
-        whole = type(self.cores) is nn.Parameter and self.cores.shape[1:] == (self.heads, self.rank, self.rank)
-        if not whole or self.cores.is_meta:
+        cores = self.cores
+        if cores.is_meta or type(cores) is not nn.Parameter or cores.shape[1:] != (self.heads, self.rank, self.rank):
             return
-        if self._factored.used and self._factored.changed(self.cores):
+        seen = self._cores_seen
+        if seen is not None and self._checked and cores.is_cuda and not with_gradients:
+            return  # to compare would wait for the device in every step of decoding
+        self._checked = not with_gradients and not self.training
+        if seen is not None and torch.equal(seen, cores):
+            return
+        if seen is not None or not bool(self.u.any()):
             self.refresh_singular_vectors()
+        self._cores_seen = cores.detach().clone()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._refresh_if_changed()
+        if self._cores_seen is not None:
+            self._refresh_if_changed()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2Retrieval:
-        self._refresh_if_changed()  # before it is forgotten that they have changed
+        if self._cores_seen is not None:
+            self._refresh_if_changed()  # before a cast rounds the cores, whose pair it is to stay
+        self._cores_seen = None
         # u and t stay float32 when a model is turned into a half dtype.
         exact = {"u": self.u, "t": self.t}
         super()._apply(fn, recurse)
@@ -252,7 +238,7 @@ class UMv2ProductKeys(UMv2QueriesAndKeys):
 
     def key_scores(self, x: Tensor) -> Tensor:
         """Scores of every key, [2, T, h, N], float32 or better, of ``x`` [T, H]."""
-        query = self.query(x).view(x.shape[0], -1, 2, self.dim)
+        query = project(self.query, x).view(x.shape[0], -1, 2, self.dim)
         if self.query_norm is not None:
             query = rms_norm(query, self.query_norm, self.epsilon)
         # [2, h, T, Dk] x [2, h, Dk, N]; a shared query serves every head.

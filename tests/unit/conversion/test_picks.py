@@ -25,6 +25,7 @@ from umv2_megatron.conversion.safetensors_files import ConversionError  # noqa: 
 from umv2_megatron.conversion.verify import LIMITS, Comparison, _export_logits, _trained_logits  # noqa: E402
 from umv2_megatron.hf.attention_umv2 import UMv2Norm, UMv2RotaryEmbedding  # noqa: E402
 from umv2_megatron.hf.modeling_umv2 import UMv2ForCausalLM  # noqa: E402
+from umv2_megatron.hf.retrieval_umv2 import UMv2Retrieval  # noqa: E402
 
 BIASES = {"normalization": "LayerNorm", "disable_bias_linear": False, "position_embedding_type": "learned_absolute",
           "swiglu": False, "num_layers": 2}  # fmt: skip
@@ -72,8 +73,8 @@ class Pair:
         """Largest difference of the logits as a share of the largest, and how the picks compare."""
         model = model or self.model
         for module in model.modules():
-            if hasattr(module, "forget_derived"):
-                module.forget_derived()
+            if isinstance(module, UMv2Retrieval):
+                module._cores_seen = None  # as just loaded: u and t are taken as they are
         with followed_picks(model, self.recorded) as picks:
             found = _export_logits(model, self.ids)
         return self.difference(found), picks

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from umv2_megatron.hf.linear_umv2 import UMv2Linear
+from umv2_megatron.hf.linear_umv2 import project
 
 
 class Operations(TorchDispatchMode):
@@ -23,15 +23,15 @@ class Operations(TorchDispatchMode):
         return operation(*arguments, **(options or {}))
 
 
-def made(bias: bool = True, dtype: torch.dtype = torch.float32) -> UMv2Linear:
+def made(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
     torch.manual_seed(1)
-    return UMv2Linear(96, 40, bias=bias, dtype=dtype)
+    return nn.Linear(96, 40, bias=bias, dtype=dtype)
 
 
-def used(layer: UMv2Linear, x: Tensor) -> bool:
-    """Whether oneDNN computes ``layer(x)``, which is to be what ``nn.Linear`` gives."""
+def used(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether oneDNN computes ``project(layer, x)``, which is to be what ``nn.Linear`` gives."""
     with Operations() as called:
-        found = layer(x)
+        found = project(layer, x)
     torch.testing.assert_close(found, functional.linear(x, layer.weight, layer.bias))
     return "mkldnn::_linear_pointwise" in called.names
 
@@ -46,4 +46,20 @@ def test_onednn_computes_only_plain_products_without_autograd() -> None:
             assert not used(layer, x)
     with torch.inference_mode():
         assert used(layer, x)
-    assert not used(layer, x) and layer(x).requires_grad
+    assert not used(layer, x) and project(layer, x).requires_grad
+
+
+def test_what_stands_on_a_layer_is_called() -> None:
+    """Hooks, as accelerate puts them there, another forward, and layers of other kinds."""
+    x = torch.randn(3, 96)
+
+    class Other(nn.Linear):
+        pass
+
+    hooked, patched, called = made(), made(), []
+    hooked.register_forward_pre_hook(lambda layer, given: called.append(layer))
+    patched.forward = lambda x: called.append(patched) or x
+    with torch.no_grad():
+        assert not used(hooked, x) and not used(Other(96, 40), x)
+        assert project(patched, x) is x
+    assert called == [hooked, patched]
