@@ -33,7 +33,7 @@ from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.conversion.settings import read_hf_config
 from umv2_megatron.conversion.to_hf import Source, open_source, parts
-from umv2_megatron.conversion.tokenizer_files import PARAGRAPH
+from umv2_megatron.conversion.tokenizer_texts import PARAGRAPH
 from umv2_megatron.data.tokenizers import NullTokenizer, Tokenizer
 from umv2_megatron.hf import UMv2ForCausalLM
 from umv2_megatron.memory.retrieval import at_least_float32

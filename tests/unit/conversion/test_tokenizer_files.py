@@ -11,7 +11,8 @@ import pytest
 
 from umv2_megatron.conversion import tokenizer_files
 from umv2_megatron.conversion.safetensors_files import ConversionError
-from umv2_megatron.conversion.tokenizer_files import PARAGRAPH, check_same_ids, end_of_documents, export_tokenizer
+from umv2_megatron.conversion.tokenizer_files import end_of_documents, export_tokenizer
+from umv2_megatron.conversion.tokenizer_texts import PARAGRAPH, Words, check_same_ids
 from umv2_megatron.data.tokenizers import build_tokenizer
 
 
@@ -44,43 +45,6 @@ def _check_export(config: dict[str, Any], folder: Path) -> Any:
         assert ids == own.tokenize(line), line
         assert loaded.decode(ids) == own.detokenize(ids), line
     return loaded
-
-
-def _sentencepiece(path: Path, **options: Any) -> Path:
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_lines()[:400]), model_prefix=str(path.with_suffix("")), vocab_size=440, minloglevel=2,
-        num_threads=1, **options,
-    )  # fmt: skip
-    return path
-
-
-OURS = {
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "add_dummy_prefix": False,
-    "allow_whitespace_only_pieces": True,
-    "user_defined_symbols": ["\n", "\t"],
-}
-"""What tools/train_tokenizer.py asks for."""
-
-
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_sentencepiece_as_our_tool_trains_it(model_type, tmp_path):
-    model = _sentencepiece(tmp_path / "t.model", model_type=model_type, **OURS)
-    loaded = _check_export(_values("SentencePieceTokenizer", model), tmp_path / "export")
-    assert loaded.decode(loaded("a\nb\tc  d")["input_ids"]) == "a\nb\tc  d"
-
-
-def test_sentencepiece_with_its_own_defaults_but_for_white_space(tmp_path):
-    """As Llama's: a space put before the text, bytes for unknown characters, nothing normalised."""
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    model = _sentencepiece(tmp_path / "t.model", model_type="bpe", **options)
-    config = _values("SentencePieceTokenizer", model)
-    (tmp_path / "export").mkdir()
-    export_tokenizer(config, tmp_path / "export", None, lambda line: None)
 
 
 def test_bytes(tmp_path):
@@ -146,7 +110,7 @@ def test_an_exported_hugging_face_file_adds_and_cuts_nothing(kind, tmp_path):
 def test_tokens_that_a_file_would_add_are_refused(tmp_path):
     made = _byte_pairs(tmp_path / "own", ["<unk>", "<s>", "</s>"], _adding_processors()["template"])
     with pytest.raises(ConversionError, match="cannot be exported with the same ids"):
-        check_same_ids(build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "own")), made.to_str())
+        check_same_ids(build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "own")), made.to_str(), Words())
 
 
 def test_names_of_tokens_and_chat_template_are_kept(tmp_path):
@@ -216,4 +180,4 @@ def test_other_ids_are_refused(tmp_path):
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     with pytest.raises(ConversionError, match="cannot be exported with the same ids"):
-        check_same_ids(build_tokenizer("ByteLevelTokenizer"), json.dumps(content))
+        check_same_ids(build_tokenizer("ByteLevelTokenizer"), json.dumps(content), Words())
