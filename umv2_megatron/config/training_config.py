@@ -180,13 +180,19 @@ class TrainingConfig:
         None, "Weights & Biases project; turns W&B logging on", read_by="training/reporting.py: where metrics go"
     )
     wandb_exp_name: Optional[str] = option(
-        None, "Weights & Biases run name", needs=("wandb_project",), read_by="training/reporting.py: where metrics go"
+        None, "Weights & Biases run name", needs=("wandb_project",), read_by="training/wandb_run.py: where metrics go"
+    )
+    wandb_entity: Optional[str] = option(
+        None,
+        "Weights & Biases user or team that owns the project; by default the variable WANDB_ENTITY, else yours",
+        needs=("wandb_project",),
+        read_by="training/wandb_run.py: where metrics go",
     )
     wandb_save_dir: Optional[str] = option(
         None,
         "directory of Weights & Biases files",
         needs=("wandb_project",),
-        read_by="training/reporting.py: where metrics go",
+        read_by="training/wandb_run.py: where metrics go",
     )
     memory_log_interval: Optional[int] = option(
         None,

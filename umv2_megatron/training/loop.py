@@ -231,6 +231,7 @@ class Trainer:
         """Publish a checkpoint, once per iteration."""
         self.refresh()
         if self.save is not None and self._last_saved != self.state.progress.iteration:
+            self.reporter.flush()
             self.save()
             self._last_saved = self.state.progress.iteration
 

@@ -20,6 +20,8 @@ class MetricsFile:
 
     def __init__(self, directory: Path, resumed_at: int):
         self.path = directory / METRICS_FILE
+        self.resumed: list[dict[str, Any]] = []
+        """The records up to ``resumed_at``, which stay."""
         if self.path.exists():
             self._cut(resumed_at)
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
@@ -28,9 +30,9 @@ class MetricsFile:
         """Drop records past ``iteration``, and a last line that a kill left half-written; atomic."""
         records = [record for record in read_metrics(self.path.parent) if record["iteration"] <= iteration]
         # the test set is read after the last checkpoint, so a run that resumes there reads it again
-        kept = [json.dumps(record) for record in records if TEST_LOSS not in record]
+        records = self.resumed = [record for record in records if TEST_LOSS not in record]
         temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         os.replace(temporary, self.path)
 
     def write(self, iteration: int, numbers: dict[str, Any]) -> None:

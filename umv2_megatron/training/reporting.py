@@ -12,6 +12,7 @@ from typing import Any
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.training.metrics import MetricsFile
+from umv2_megatron.training.wandb_run import WandbRun
 
 
 def iteration_line(values: dict[str, Any], now: datetime.datetime | None = None) -> str:
@@ -69,25 +70,27 @@ def format_duration(seconds: float) -> str:
 
 
 class Reporter:
-    """Sends numbers to the console, TensorBoard, W&B and ``metrics.jsonl``; silent on every rank but the last."""
+    """Sends numbers to the console, TensorBoard, W&B and ``metrics.jsonl``; silent on every rank but the last.
+
+    A run that resumes at ``resumed_at`` repeats the steps after its checkpoint; everywhere each step appears once.
+    """
 
     def __init__(self, run: RunConfig, is_last_rank: bool, resumed_at: int):
         self.active = is_last_rank
-        self._tensorboard = self._wandb = self._metrics = None
+        self._tensorboard: Any = None
+        self._wandb: WandbRun | None = None
+        self._metrics: MetricsFile | None = None
         if not self.active:
             return
         training = run.training
-        if training.save and not training.skip_train:
+        if training.save:
             Path(training.save).mkdir(parents=True, exist_ok=True)
+        if training.save and not training.skip_train:
             self._metrics = MetricsFile(Path(training.save), resumed_at)
         if training.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge_step hides what an interrupted run wrote past its checkpoint
-            purge = None if training.skip_train else resumed_at + 1
-            self._tensorboard = SummaryWriter(training.tensorboard_dir, purge_step=purge, max_queue=5)
+            self._tensorboard = _start_tensorboard(run, resumed_at, self._metrics)
         if training.wandb_project:
-            self._wandb = _start_wandb(run)
+            self._wandb = WandbRun(run, [] if self._metrics is None else self._metrics.resumed)
 
     def line(self, text: str) -> None:
         """Print a line."""
@@ -105,7 +108,12 @@ class Reporter:
             for name, value in given.items():
                 self._tensorboard.add_scalar(name, value, iteration)
         if self._wandb is not None:
-            self._wandb.log(given, step=iteration)
+            self._wandb.log(iteration, given)
+
+    def flush(self) -> None:
+        """Write what TensorBoard still holds in memory: before a checkpoint, whose steps will not be repeated."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Flush everything."""
@@ -117,17 +125,22 @@ class Reporter:
             self._wandb.finish()
 
 
-def _start_wandb(run: RunConfig) -> Any:
-    """A Weights & Biases run. Raises ``ValueError`` naming the flag where the package is not installed."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            "--wandb-project is set, but the package wandb is not installed; install it or drop the flag"
-        ) from error
-    return wandb.init(
-        project=run.training.wandb_project,
-        name=run.training.wandb_exp_name,
-        dir=run.training.wandb_save_dir or run.training.save,
-        config=run.values,
-    )
+def _start_tensorboard(run: RunConfig, resumed_at: int, metrics: MetricsFile | None) -> Any:
+    """A writer that hides what an interrupted run has written past its checkpoint.
+
+    The numbers of the checkpoint's own step are hidden, too, and written again: among them may be those of the test
+    set, which is read after the last checkpoint and so once more.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    training = run.training
+    if training.skip_train:
+        return SummaryWriter(training.tensorboard_dir, max_queue=5)
+    kept = metrics.resumed if metrics is not None else []
+    again = [record for record in kept if record["iteration"] == resumed_at]
+    writer = SummaryWriter(training.tensorboard_dir, purge_step=resumed_at + (not again), max_queue=5)
+    for record in again:
+        for name, value in record.items():
+            if name != "iteration":
+                writer.add_scalar(name, math.nan if value is None else value, resumed_at)
+    return writer
