@@ -5,21 +5,25 @@ Four ways to start a run are told apart by the environment, in this order:
 - torchrun: ``RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT``;
 - ``mpirun -n N python -m mpi4py pretrain_umv2.py``: a rank variable of an MPI launcher; MPI itself (mpi4py) then says
   who we are, and rank 0 tells the others where to meet;
-- ``srun``: ``SLURM_PROCID SLURM_NTASKS SLURM_LOCALID``; ranks meet on the first host of the node list. Under
-  ``srun --mpi=pmi2`` both sets are there and agree, and MPI is not needed;
-- none of these: a world of one process.
+- ``srun``: ``SLURM_STEP_ID SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID``; ranks meet on the first host of the node
+  list. Under ``srun --mpi=pmi2`` both sets are there and agree, and MPI is not needed;
+- none of these: a world of one process. So it is in the shell of a batch script, which has ``SLURM_PROCID=0`` and the
+  allocation's ``SLURM_NTASKS`` but is no step of srun's.
 
 ``MASTER_ADDR`` and ``MASTER_PORT``, where set, decide the meeting place for MPI and SLURM too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
 import signal
 import socket
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 # Rank and size as MPICH (and Intel MPI), Open MPI and MVAPICH tell them to each process they start.
@@ -28,6 +32,11 @@ _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
 )
+
+# SLURM numbers steps from 0; from here on (slurm.h) are those that it makes itself: batch scripts, shells of salloc.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+# How long a process that waits for others may take to end by itself after a signal (seconds).
+_GRACE = 2.0
 
 # By which launchers and job systems ask a run to save and stop.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -56,10 +65,11 @@ def discover(environ: Mapping[str, str] | None = None) -> Launch:
     if _by_torchrun(environ):
         return _from_torchrun(environ)
     mpi = next((names for names in _MPI_VARIABLES if names[0] in environ), None)
-    slurm = "SLURM_PROCID" in environ
+    slurm = _by_srun(environ)
     if mpi is not None:
         rank, world_size = (_integer(environ, name) for name in mpi)
-        if not slurm or (rank, world_size) != _slurm_rank(environ):
+        # mpirun may start its own processes by srun, as MPICH's does, which alone sets MPI_LOCALNRANKS
+        if not slurm or "MPI_LOCALNRANKS" in environ or (rank, world_size) != _slurm_rank(environ):
             return _from_mpi(environ, rank, world_size)
     if slurm:
         return _from_slurm(environ)
@@ -82,7 +92,8 @@ def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
     if timeout_minutes <= 0:
         raise ValueError(f"--distributed-timeout-minutes is {timeout_minutes}, expected more than 0; try 10.")
     cpu_platform.install()
-    launch = discover()
+    with ends_at_signals("waits for its MPI launcher"):
+        launch = discover()
     # torchrun shows every rank all devices of its host; SLURM and MPI may show each rank its own alone.
     cpu_platform.set_device(launch.local_rank, may_be_bound=not _by_torchrun(os.environ))
     timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -93,11 +104,48 @@ def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
         where = {"store": torch.distributed.HashStore()}
     else:
         where = {"init_method": f"tcp://{launch.master_addr}:{launch.master_port}"}
-    torch.distributed.init_process_group(
-        cpu_platform.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, **where
-    )
-    roll_call.join(launch)
+    place = f"{launch.master_addr}:{launch.master_port}"
+    with ends_at_signals(f"rank {launch.rank} waits at {place} for all {launch.world_size} ranks"):
+        torch.distributed.init_process_group(
+            cpu_platform.backend(), rank=launch.rank, world_size=launch.world_size, timeout=timeout, **where
+        )
+        roll_call.join(launch)
     return launch
+
+
+@contextlib.contextmanager
+def ends_at_signals(what: str) -> Iterator[None]:
+    """Within the block, SIGTERM and SIGINT end this process also while it waits for other ranks.
+
+    Python runs signal handlers between its own instructions, and none is run while a library waits: a handler that
+    tidies up would keep the process until the ranks meet or their time is over. A thread sees the signal, leaves the
+    handler ``_GRACE`` seconds, says ``what`` the process did, and ends it with 128 plus the signal's number. Signals
+    without a handler in Python are not touched. Outside of the main thread, which has the handlers, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    left = threading.Event()
+
+    def watch() -> None:
+        while number := os.read(told, 1):
+            if number[0] not in (signal.SIGTERM, signal.SIGINT) or left.wait(_GRACE):
+                continue
+            print(f"{what}: ended by {signal.Signals(number[0]).name}", file=sys.stderr, flush=True)
+            os._exit(128 + number[0])
+        os.close(told)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    previous = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        left.set()
+        os.close(tell)
 
 
 def _by_torchrun(environ: Mapping[str, str]) -> bool:
@@ -122,8 +170,19 @@ def _from_torchrun(environ: Mapping[str, str]) -> Launch:
     )
 
 
+def _by_srun(environ: Mapping[str, str]) -> bool:
+    """Whether this is a task of a step that srun started, not the one shell of a batch script or of salloc."""
+    step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID") or ""
+    return "SLURM_PROCID" in environ and step.isdigit() and int(step) < _FIRST_SPECIAL_STEP
+
+
+def _slurm_tasks_name(environ: Mapping[str, str]) -> str:
+    """The variable with the number of the step's tasks."""
+    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+
+
 def _slurm_rank(environ: Mapping[str, str]) -> tuple[int, int]:
-    return _integer(environ, "SLURM_PROCID"), _integer(environ, "SLURM_NTASKS", 1)
+    return _integer(environ, "SLURM_PROCID"), _integer(environ, _slurm_tasks_name(environ), 1)
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Launch:
@@ -144,7 +203,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         environ.get("MASTER_ADDR") or _slurm_first_host(environ),
         _port(environ, 15000 + ticket % 15000),
     )
-    return _checked(launch, "SLURM_PROCID", "SLURM_NTASKS")
+    return _checked(launch, "SLURM_PROCID", _slurm_tasks_name(environ))
 
 
 def _slurm_first_host(environ: Mapping[str, str]) -> str:

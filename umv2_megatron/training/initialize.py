@@ -51,7 +51,8 @@ def start_processes(run: RunConfig) -> launch.Launch:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     started = launch.initialize_process_group(run.training.distributed_timeout_minutes)
-    make_groups(run)
+    with launch.ends_at_signals(f"rank {started.rank} makes groups with {started.world_size - 1} others"):
+        make_groups(run)
     unset_num_microbatches_calculator()
     init_num_microbatches_calculator(
         started.rank, None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size

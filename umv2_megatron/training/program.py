@@ -69,7 +69,8 @@ def _explain(error: BaseException) -> str | None:
 
 
 def _rank() -> int:
-    for variable in ("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
-        if variable in os.environ:
+    # SLURM_PROCID comes last: it is 0 in all ranks that mpirun starts from a batch script
+    for variable in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"):
+        if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from umv2_megatron.parallel import cpu_platform
-from umv2_megatron.parallel.launch import Launch, discover, initialize_process_group
+from umv2_megatron.parallel.launch import Launch, _free_port, discover, initialize_process_group
 
 SLOW = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,6 +29,7 @@ TORCHRUN = {
     "MASTER_PORT": "29500",
 }
 SLURM = {
+    "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "5",
     "SLURM_NTASKS": "6",
     "SLURM_LOCALID": "1",
@@ -65,6 +69,32 @@ def test_slurm_host_without_a_name() -> None:
 
 def test_srun_with_pmi2_needs_no_mpi() -> None:
     assert discover(SLURM | {"PMI_RANK": "5", "PMI_SIZE": "6"}) == discover(SLURM)
+
+
+@pytest.mark.parametrize("step", [None, "", "batch", "interactive", "4294967291", "4294967290", "-5"])
+def test_the_shell_of_a_batch_script_is_one_process(step: str | None) -> None:
+    """sbatch gives its script SLURM_PROCID=0 and the tasks of the allocation, of which srun starts none there."""
+    shell = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
+    shell |= {} if step is None else {"SLURM_STEP_ID": step}
+    assert discover(shell)[:5] == (0, 1, 0, 1, "127.0.0.1")
+
+
+def test_a_step_smaller_than_its_allocation() -> None:
+    step = SLURM | {"SLURM_NTASKS": "64", "SLURM_STEP_NUM_TASKS": "6"}
+    assert discover(step) == discover(SLURM)
+    assert discover({key: value for key, value in SLURM.items() if key != "SLURM_STEP_ID"} | {"SLURM_STEPID": "0"})
+    with pytest.raises(ValueError, match="SLURM_PROCID is 5 and SLURM_STEP_NUM_TASKS is 4"):
+        discover(step | {"SLURM_STEP_NUM_TASKS": "4"})
+
+
+def test_mpirun_in_a_batch_script_asks_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank must, also one whose number is SLURM's, too: asking is a collective call."""
+    monkeypatch.setattr("umv2_megatron.parallel.launch._from_mpi", lambda environ, rank, size: (rank, size))
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    for rank in ("0", "1"):
+        assert discover(batch | {"PMI_RANK": rank, "PMI_SIZE": "2"}) == (int(rank), 2)
+        proxy = batch | {"SLURM_STEP_ID": "0", "MPI_LOCALNRANKS": "2"}
+        assert discover(proxy | {"PMI_RANK": rank, "PMI_SIZE": "2"}) == (int(rank), 2)
 
 
 def test_single_process() -> None:
@@ -159,7 +189,7 @@ def test_real_processes_meet(launcher: str, tmp_path: Path) -> None:
         environ = dict(clean)
         if launcher == "srun":  # its variables, without SLURM
             slurm = {"PROCID": index, "LOCALID": index, "NTASKS": 2, "JOB_ID": os.getpid(), "NODELIST": "localhost"}
-            environ |= {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+            environ |= {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {"SLURM_STEP_ID": "0"}
         processes.append(
             subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -173,3 +203,97 @@ def test_real_processes_meet(launcher: str, tmp_path: Path) -> None:
     assert all(process.returncode == 0 for process in processes), told
     expected = ["0 1 0 1 1"] if launcher == "none" else ["0 2 0 2 3", "1 2 1 2 3"]
     assert sorted(re.findall(r"\[(\d+ \d+ \d+ \d+ \d+)\]", told)) == expected, told
+
+
+TINY = (
+    "--model-preset umv2-tiny --mock-data --tokenizer-type NullTokenizer --lr 1e-3 --seq-length 32 "
+    "--max-position-embeddings 32 --train-iters 1 --global-batch-size 8 --eval-iters 0"
+)
+WAITING = {
+    "pretrain_umv2.py": TINY.split(),
+    "tools/generate.py": ["--load", "{checkpoint}", "--prompt", "1 2"],
+    "tools/evaluate.py": ["--load", "{checkpoint}", "--data", "{text}"],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny model."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, str(ROOT / "pretrain_umv2.py"), *WAITING["pretrain_umv2.py"], "--save", str(folder)]
+    done = subprocess.run(command, env=_clean_environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "program"),
+    [*((signal.SIGTERM, program) for program in WAITING), (signal.SIGINT, "tools/generate.py")],
+)
+def test_a_rank_that_waits_ends_at_a_signal(number: int, program: str, checkpoint: Path, tmp_path: Path) -> None:
+    """The first of two ranks, whose second never comes, is asked to end while it waits."""
+    (tmp_path / "text.txt").write_text("1 2 3 4 5 6")
+    places = {"{checkpoint}": str(checkpoint), "{text}": str(tmp_path / "text.txt")}
+    argv = [places.get(word, word) for word in WAITING[program]]
+    port = _free_port()
+    environ = _clean_environment() | {"RANK": "0", "WORLD_SIZE": "2"}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(tmp_path / "out", "w+") as out:
+        process = subprocess.Popen([sys.executable, str(ROOT / program), *argv], env=environ, stdout=out, stderr=out)
+        try:
+            deadline = time.monotonic() + 60
+            while not _listens(port) and process.poll() is None:
+                assert time.monotonic() < deadline, "the rank does not wait for others"
+                time.sleep(0.1)
+            time.sleep(1)
+            asked = time.monotonic()
+            process.send_signal(number)
+            code = process.wait(timeout=30)
+        finally:
+            process.kill()
+        out.seek(0)
+        told = out.read()
+    assert time.monotonic() - asked < 10
+    # without a handler in Python the signal itself ends the process
+    assert code in (-number, 128 + number), told[-3000:]
+    assert "Traceback" not in told
+
+
+BLOCKED = textwrap.dedent(
+    """
+    import signal, sys
+    import torch
+    from umv2_megatron.parallel.launch import ends_at_signals
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(5))
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    with ends_at_signals("this rank waits"):
+        pass
+    with ends_at_signals("this rank waits for a key"):
+        print("ready", flush=True)
+        store.get("never")
+    """
+)
+
+
+def test_what_a_rank_waited_for_is_said() -> None:
+    """In a library that does not return to Python, so that no handler can run."""
+    environ = _clean_environment() | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", BLOCKED], env=environ, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(1)
+        process.terminate()
+        told = process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert told.endswith("this rank waits for a key: ended by SIGTERM\n")
+
+
+def _clean_environment() -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not re.match(r"SLURM_|PMI_|OMPI_|RANK$|WORLD_SIZE$|MASTER_", k)}
+    return clean | {"OMP_NUM_THREADS": "1"}
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
