@@ -82,6 +82,12 @@ def _check_windows(run: RunConfig) -> None:
             refuse("window-attn-skip-freq", skipped, f"{run.num_layers} integers, one for each layer")
     elif skipped is not None and skipped < 1:
         refuse("window-attn-skip-freq", skipped, "an integer of at least 1, or a list")
+    plain = run.no_rope_freq
+    if isinstance(plain, list):
+        if len(plain) != run.num_layers:
+            refuse("no-rope-freq", plain, f"{run.num_layers} integers, one for each layer")
+    elif plain and run.num_layers % plain:
+        refuse("no-rope-freq", plain, f"a divisor of --num-layers ({run.num_layers}), or a list")
 
 
 def _check_layout(run: RunConfig) -> None:

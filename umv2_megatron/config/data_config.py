@@ -175,14 +175,16 @@ def parse_blend(flag: str, values: list[str]) -> Blend:
     for weight in weights:
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"{flag} has the weight {weight:g}: expected a number above 0")
+    if not math.isfinite(sum(weights)):
+        raise ValueError(f"{flag} has the weights {', '.join(values[0::2])}: expected numbers with a finite sum")
     return values[1::2], weights
 
 
 def parse_split(split: str) -> list[float]:
     """Read ``"969,30,1"`` into the three shares of train, validation and test, which sum to 1."""
     shares = [_as_number(part) for part in split.split(",")]
-    numbers = [share for share in shares if share is not None and math.isfinite(share) and share >= 0]
-    if len(numbers) != len(shares) or len(numbers) > 3 or sum(numbers) <= 0:
+    numbers = [share for share in shares if share is not None and share >= 0]
+    if len(numbers) != len(shares) or len(numbers) > 3 or not 0 < sum(numbers) < math.inf:
         raise ValueError(f"--split is {split!r}: expected up to three numbers, such as '969,30,1'")
     numbers += [0.0] * (3 - len(numbers))
     return [share / sum(numbers) for share in numbers]

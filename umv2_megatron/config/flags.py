@@ -18,6 +18,7 @@ import yaml
 
 from umv2_megatron.config.option import Option
 from umv2_megatron.config.option_table import names, option_table
+from umv2_megatron.config.text_numbers import LARGEST
 from umv2_megatron.config.usage import OneLineParser, UsageError
 
 REFUSED = Path(__file__).with_name("refused_flags.yaml")
@@ -70,13 +71,15 @@ def _read_one(made: Option, item: Any, where: str) -> Any:
         result = made.parse(str(item))
         if isinstance(result, float) and not math.isfinite(result):
             raise ValueError
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, yaml.YAMLError, RecursionError):  # the last: a list in a list in a list...
         raise UsageError(f"{where} is {item!r}; expected {made.expected}") from None
     if made.choices and result not in made.choices:
         raise UsageError(f"{where} is {item!r}; expected {made.expected}")
     for number in result if isinstance(result, list) else [result]:
         if isinstance(number, (int, float)) and not made.within(number):
             raise UsageError(f"{where} is {item}; expected {made.range()}")
+        if isinstance(number, int) and abs(number) > LARGEST:
+            raise UsageError(f"{where} is {item}; expected a number that fits 64 bits")
     return result
 
 

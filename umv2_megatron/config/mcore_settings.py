@@ -24,7 +24,7 @@ _INTERLEAVED = "num_layers_per_virtual_pipeline_stage"
 class TransformerSettings:
     """Fields of mcore's TransformerConfig: shape of the decoder, split over ranks, recomputation, FP8, experts."""
 
-    num_layers: Optional[int] = option(None, "transformer blocks", at_least=1)
+    num_layers: Optional[int] = option(None, "transformer blocks", at_least=1, at_most=100_000)
     hidden_size: Optional[int] = option(None, "H: width of the residual stream", at_least=1)
     num_attention_heads: Optional[int] = option(None, "attention heads", at_least=1)
     num_query_groups: Optional[int] = option(

@@ -11,11 +11,13 @@ e * floor(sqrt(g * N * N)) keys per side, so with the defaults (e = 1, no sharin
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
 from umv2_megatron.config.option import option
+from umv2_megatron.config.text_numbers import whole_number
 
 
 @dataclass
@@ -335,26 +337,32 @@ def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
     length than ``num_layers``.
     """
     text = str(pattern).strip()
-    if text.isdigit() and int(text) > 0:
-        return [layer % int(text) == 0 for layer in range(num_layers)]
-    try:
-        flags = _evaluate_list(text)
-    except ValueError:
-        flags = []
-    if len(flags) != num_layers or any(flag not in (0, 1) for flag in flags):
+    every = whole_number(text)
+    if every:
+        return [layer % every == 0 for layer in range(num_layers)]
+    flags = _evaluate_list(text, num_layers)
+    if flags is None:
         raise ValueError(
             f"--memory-layer-freq is {pattern!r}; expected a positive integer or a list of {num_layers} zeros and "
             "ones such as '[1,0]*2'"
         )
-    return [bool(flag) for flag in flags]
-
-
-def _evaluate_list(text: str) -> list[int]:
-    """Evaluate ``[1,0]*2+[1]`` without eval: terms joined by +, each a literal list with an optional repeat."""
-    flags: list[int] = []
-    for term in text.replace(" ", "").split("+"):
-        body, _, repeat = term.partition("]")
-        if not body.startswith("[") or (repeat and not (repeat[0] == "*" and repeat[1:].isdigit())):
-            raise ValueError(text)
-        flags += [int(item) for item in body[1:].split(",")] * (int(repeat[1:]) if repeat else 1)
     return flags
+
+
+def _evaluate_list(text: str, length: int) -> list[bool] | None:
+    """Evaluate ``[1,0]*2+[1]`` without eval: terms joined by +, each a literal list of 0 and 1 with an optional repeat.
+
+    None for anything else, and for a list of another length than ``length``, which is never made: a mistyped repeat
+    would fill the memory.
+    """
+    flags: list[bool] = []
+    for term in text.replace(" ", "").split("+"):
+        found = re.fullmatch(r"\[([01](?:,[01])*)\](?:\*([0-9]+))?", term)
+        repeats = whole_number(found[2] or "1") if found else None
+        if found is None or repeats is None:
+            return None
+        digits = found[1].split(",")
+        if len(flags) + len(digits) * repeats > length:
+            return None
+        flags += [digit == "1" for digit in digits] * repeats
+    return flags if len(flags) == length else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.text_numbers import whole_numbers
 from umv2_megatron.config.usage import UsageError, refuse
 
 
@@ -29,7 +30,7 @@ def check_schedule(run: RunConfig) -> None:
     start, end = training.profile_step_start, training.profile_step_end
     if training.profile and not 1 <= start < end:
         refuse("profile-step-end", end, f"an iteration after --profile-step-start ({start}), which is 1 or more")
-    if not all(rank.strip().isdigit() for rank in training.profile_ranks.split(",")):
+    if whole_numbers(training.profile_ranks) is None:
         refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
 
 

@@ -23,4 +23,4 @@ class OneLineParser(argparse.ArgumentParser):
 
 def refuse(flag: str, value: Any, expected: str) -> NoReturn:
     """Raise the ``UsageError`` of a flag whose value is not what was expected."""
-    raise UsageError(f"--{flag} is {value}; expected {expected}")
+    raise UsageError(f"--{flag} is {' '.join(str(value).split())}; expected {expected}")

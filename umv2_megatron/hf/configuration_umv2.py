@@ -331,14 +331,17 @@ def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
     zeros and ones in Python's notation with + and * such as "[1,0]*4". ``ValueError`` when it does not fit."""
     text = str(pattern).replace(" ", "")
     flags: list[bool] = []
-    if re.fullmatch(r"0*[1-9]\d*", text):
+    # 18 digits at most: int() refuses thousands of them.
+    if re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
         return [layer % int(text) == 0 for layer in range(num_layers)]
     for term in text.split("+"):
-        found = re.fullmatch(r"\[([01](?:,[01])*)\](?:\*(\d+))?", term)
-        if found is None:
+        found = re.fullmatch(r"\[([01](?:,[01])*)\](?:\*0*([0-9]{1,18}))?", term)
+        digits, repeats = (found[1].split(","), int(found[2] or 1)) if found is not None else ([], 0)
+        # A list that is too long is never made: a mistyped repeat would fill the memory.
+        if found is None or len(flags) + len(digits) * repeats > num_layers:
             flags = []
             break
-        flags += [digit == "1" for digit in found[1].split(",")] * int(found[2] or 1)
+        flags += [digit == "1" for digit in digits] * repeats
     if len(flags) != num_layers:
         raise ValueError(
             f"memory_layer_freq is {pattern!r}; expected a positive integer or a list of {num_layers} zeros and ones "

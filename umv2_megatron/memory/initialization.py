@@ -4,7 +4,8 @@
 and key norms are set so that the picked cells' scores, summed over the cores, average 1; the table's standard
 deviation is set so that memory and FFN start with the same output variance. The paper has closed forms for
 that; we measure instead. Scores come from running the layer's own retrieval, with its own weights, on random
-normalised inputs, and the FFN's inner variance from quadrature of its real nonlinearity.
+normalised inputs, and the FFN's inner variance from quadrature of its real nonlinearity. (It is the mean size of the
+scores that becomes 1, see ``_measure``.)
 
 Why measuring is exact here: table rows are independent of everything else and have mean zero, so the output variance
 given the picks is a sum of squares,
@@ -213,8 +214,11 @@ def _simulated_inputs(layer: Initialized) -> Tensor:
 def _measure(layer: Initialized) -> tuple[float, float, Optional[float]]:
     """Run the layer's retrieval on random normalised inputs.
 
-    Returns the mean over picks of the score summed over cores; the output variance for rho = 1 and a table of unit
-    variance; and E|Wp x|^2, None without pre-values.
+    Returns the mean over picks of the size of the score summed over cores; the output variance for rho = 1 and a table
+    of unit variance; and E|Wp x|^2, None without pre-values.
+
+    The size, because where most cells are picked many scores are negative, and their mean is near 0 or below it: no
+    gain brings it to 1. Where few are picked all scores are positive, and their mean size is their mean.
     """
     x = _simulated_inputs(layer)
     gate = _gate_power(layer, x)
@@ -236,7 +240,7 @@ def _measure(layer: Initialized) -> tuple[float, float, Optional[float]]:
         projected = x if layer.pre_proj is None else layer.pre_proj(x)
         projected_square = float(projected.float().square().sum(-1).mean())
     output_power = float((power * _projection_power(layer)).sum()) / layer.hidden_size
-    return float(picks.scores.float().sum(-1).mean()), output_power, projected_square
+    return float(picks.scores.float().sum(-1).abs().mean()), output_power, projected_square
 
 
 def _gate_power(layer: Initialized, x: Tensor) -> Optional[Tensor]:

@@ -169,7 +169,7 @@ def read_memory_config(text: str | None = None) -> MemoryConfig:
             raise ValueError(f"{variable} is {text!r}; expected a readable YAML or JSON file ({error})") from error
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: no such date, nested too deeply
         raise ValueError(f"{where}: expected YAML or JSON; {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping of field names to values, not {content!r}")

@@ -112,10 +112,10 @@ def _weight_gradient(rows: Tensor, upstream: Tensor, values: Tensor, scores: Ten
     cores = scores.shape[-1]
     picked = functional.embedding(rows, values).to(upstream.dtype)
     if upstream.shape[1] > 1:
-        return (picked * upstream).view(tokens, picks, cores, -1).sum(-1)
+        return (picked * upstream).reshape(tokens, picks, cores, -1).sum(-1)
     # One product per token, [P, Dv] @ [Dv, C] with zeros outside each core's slice: cheaper than cutting the rows up.
     own = torch.eye(cores, dtype=upstream.dtype, device=upstream.device).view(1, cores, 1, cores)
-    return torch.bmm(picked, (upstream.view(tokens, cores, -1, 1) * own).view(tokens, -1, cores))
+    return torch.bmm(picked, (upstream.view(tokens, cores, -1, 1) * own).reshape(tokens, -1, cores))
 
 
 def _add_value_gradient(value_sum: Tensor, rows: Tensor, upstream: Tensor, weights: Tensor) -> None:
@@ -123,7 +123,7 @@ def _add_value_gradient(value_sum: Tensor, rows: Tensor, upstream: Tensor, weigh
     tokens, picks = rows.shape
     cores = weights.shape[-1]
     split = upstream.view(tokens, -1, cores, upstream.shape[-1] // cores)
-    rows_grad = (weights.unsqueeze(-1) * split).view(tokens * picks, -1)
+    rows_grad = (weights.unsqueeze(-1) * split).reshape(tokens * picks, -1)  # with Dc = 1 in any memory layout
     value_sum.index_add_(0, rows.flatten(), rows_grad.to(value_sum.dtype))
 
 

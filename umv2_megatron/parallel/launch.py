@@ -189,17 +189,19 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
     rank, world_size = _slurm_rank(environ)
     # "2(x3),1": tasks per node, run-length coded; this task's node is SLURM_NODEID.
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size)
-    counts: list[int] = []
-    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node):
-        counts += [int(count)] * int(repeats or 1)
     node = _integer(environ, "SLURM_NODEID", 0)
+    on_this_node, before = 1, 0
+    for count, repeats in re.findall(r"([0-9]{1,18})(?:\(x([0-9]{1,18})\))?", per_node):
+        if before <= node < before + int(repeats or 1):
+            on_this_node = int(count)
+        before += int(repeats or 1)
     # Ranks of one job agree on a port without talking: it follows from the number of the job and step.
     ticket = 31 * _integer(environ, "SLURM_JOB_ID", 0) + _integer(environ, "SLURM_STEP_ID", 0)
     launch = Launch(
         rank,
         world_size,
         _integer(environ, "SLURM_LOCALID", 0),
-        counts[node] if node < len(counts) else 1,
+        on_this_node,
         environ.get("MASTER_ADDR") or _slurm_first_host(environ),
         _port(environ, 15000 + ticket % 15000),
     )

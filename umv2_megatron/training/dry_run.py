@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from umv2_megatron.config.checks import check_data
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.text_numbers import whole_numbers
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.model.ffn_with_memory import memory_layers
@@ -127,8 +128,8 @@ def chosen_ranks(run: RunConfig) -> list[int]:
     if text is None:
         stages = run.pipeline_model_parallel_size
         return [stage * world // stages for stage in range(stages)]
-    ranks = [int(word) if word.strip().isdigit() else -1 for word in text.split(",")]
-    if not all(0 <= rank < world for rank in ranks):
+    ranks = whole_numbers(text)
+    if ranks is None or max(ranks) >= world:
         raise UsageError(f"--dry-run-rank is {text!r}; expected ranks from 0 to {world - 1}, separated by commas")
     return ranks
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
+from umv2_megatron.config.text_numbers import whole_number
 from umv2_megatron.config.usage import TrainingStopped, UsageError
 from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.training.error_file import tell_launcher
@@ -71,6 +72,6 @@ def _explain(error: BaseException) -> str | None:
 def _rank() -> int:
     # SLURM_PROCID comes last: it is 0 in all ranks that mpirun starts from a batch script
     for variable in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"):
-        if os.environ.get(variable, "").isdigit():
-            return int(os.environ[variable])
+        if variable in os.environ:
+            return whole_number(os.environ[variable]) or 0  # what else it may be, launch.discover refuses
     return 0

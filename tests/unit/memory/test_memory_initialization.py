@@ -89,6 +89,26 @@ def test_memory_and_ffn_start_with_equal_output_variance(size: str) -> None:
             assert abs(mean_score - 1) < (0.1 if layer.owns_table else 0.3), mean_score
 
 
+# Several heads that pick many of few rows: rows that are picked twice add up before they are squared, which is 42% of
+# the variance here. And every cell picked: about half of the scores are negative.
+MANY_PICKS = {
+    "rows picked twice": {**SMALL, "num_heads": 4, "num_keys": 8, "topk": 16, "key_topk_cap": 8},
+    "every cell": {**SMALL, "num_keys": 4, "topk": 16, "key_topk_cap": 4},
+}
+
+
+@pytest.mark.parametrize("kind", MANY_PICKS)
+def test_criterion_with_many_picks(kind: str) -> None:
+    x, ratios = normalised(1024, 128), []
+    for seed in range(12):  # few rows: the variance differs from draw to draw
+        layer = build(MemoryConfig(seed=seed, **MANY_PICKS[kind]), 128, 512, 6, 1)[0]
+        with torch.no_grad():
+            ratios.append(layer(x).var().item() / ffn_output_variance(128, 512, 6))
+            size = layer.retrieval(x).scores.sum(-1).abs().mean().item()
+        assert 0.6 < ratios[-1] < 1.4 and abs(size - 1) < 0.1, (seed, ratios[-1], size)
+    assert 0.9 < sum(ratios) / len(ratios) < 1.1, ratios
+
+
 def test_bfloat16_layer_meets_the_criterion() -> None:
     config = MemoryConfig(**SMALL)
     x = normalised(512, 256)

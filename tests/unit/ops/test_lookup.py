@@ -78,6 +78,29 @@ def test_lookup_equals_loops(backend: str, blocks: int, pre_values: bool, activa
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "picks", "cores", "width"), [(6, 4, 2, 1), (1, 1, 3, 1), (5, 1, 1, 1), (1, 7, 2, 3)]
+)
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("backend", DIRECT)
+def test_smallest_sizes(backend: str, blocks: int, tokens: int, picks: int, cores: int, width: int) -> None:
+    """One column for each core, one pick, one token; scores as a retrieval makes them, not contiguous."""
+    g = torch.Generator().manual_seed(3)
+    results = []
+    rows, places = (torch.randint(0, largest, (tokens, picks), generator=g) for largest in (A, blocks))
+    scores, table = torch.randn(cores, picks, tokens, generator=g), torch.randn(A, cores * width, generator=g)
+    upstream = torch.randn(tokens, blocks * cores * width, generator=g)
+    for name in (backend, "reference"):
+        values, leaf = torch.nn.Parameter(table.clone()), scores.clone().requires_grad_()
+        out = get_backend(name, "cpu").lookup(
+            rows, places if blocks > 1 else None, leaf.permute(2, 1, 0), None, None, values, blocks, "none"
+        )
+        out.backward(upstream)
+        results.append((out, leaf.grad, values.grad))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize("backend", DIRECT)

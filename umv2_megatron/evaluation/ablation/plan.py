@@ -98,7 +98,7 @@ def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
     output = output.resolve()  # an array job and the command line may name the same directory differently
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: expected a readable YAML file; {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
         raise ValueError(f"{path}: expected a mapping with the key runs, itself a mapping of names to settings")
