@@ -140,6 +140,18 @@ def build_layers(hyper: dict, tensors: dict[str, Tensor], backend: str, dtype: t
     return layers
 
 
+def summed_as_ours(lookup: Tensor, config: MemoryConfig) -> Tensor:
+    """A golden file's look-up as our layers have it, [T, E * Dv], with E blocks that have projections of their own.
+
+    With one projection (E = 1) a file may hold the sums of all virtual blocks, [T, e^2 * Dv], one after the other.
+    """
+    if config.num_blocks > 1 or lookup.shape[-1] == config.value_dim:
+        return lookup
+    blocks = config.key_expansion**2
+    assert lookup.shape[-1] == blocks * config.value_dim, f"lookup: {tuple(lookup.shape)} with {blocks} blocks"
+    return lookup.unflatten(-1, (blocks, config.value_dim)).sum(-2)
+
+
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
     """Assert |actual - expected| <= tolerance * max |expected|, with equal shapes."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"

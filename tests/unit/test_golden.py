@@ -17,6 +17,7 @@ from golden_support import (
     golden_pairs,
     parameter_name,
     read_pair,
+    summed_as_ours,
 )
 
 from umv2_megatron.memory.layer import MemoryLayer
@@ -114,6 +115,58 @@ def check_layers(hyper, tensors, backend, dtype, suffix, tolerance, balance_only
         assert hyper.get(name, value) == value, f"{name} is {value}, the file says {hyper[name]}"
 
 
+@pytest.mark.parametrize("backend", ["reference", "scatter", "cpu"])
+def test_lookup_kept_for_each_virtual_block_with_one_projection(backend: str) -> None:
+    """A layer that keeps [T, E * Dv] before its one projection adds the blocks up: the same numbers as ours."""
+    hyper = {
+        "kind": "ultramem_v2", "hidden": 10, "knum": 4, "kdim": 6, "vdim": 8, "pre_vdim": 4, "knn": 3, "head": 2,
+        "tucker_rank": 2, "tucker_cores": 2, "query_mode": "per_rank", "key_expand": 2, "value_expand": 1, "layers": 1,
+    }  # fmt: skip
+    tensors = made_with_blocks(hyper)
+    assert tensors["layer0.out64.lookup"].shape == (5, 4 * 8)
+    check_layers(hyper, tensors, backend, torch.float64, "64", 1e-10, balance_only=False)
+    tensors["layer0.out64.lookup"][0, -1] += 1e-6
+    with pytest.raises(AssertionError, match="lookup"):
+        check_layers(hyper, tensors, backend, torch.float64, "64", 1e-10, balance_only=False)
+
+
+def made_with_blocks(hyper: dict) -> dict[str, torch.Tensor]:
+    """A golden file's tensors for ``hyper`` with random weights, and the look-up of each block from loops."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    layer = MemoryLayer(config_of(hyper, "reference"), hyper["hidden"], 0, 1, 8, 1, params_dtype=torch.float64)
+    ours = {parameter_name(name): name for name in ("query", "query_norm", "keys", "key_norm", "core", "pre_proj",
+                                                    "value_proj")}  # fmt: skip
+    tensors = {"layer0.b.perm": torch.randperm(layer.perm.numel(), generator=generator)}
+    for name, parameter in layer.named_parameters():
+        place = f"layer0.w.{ours[name]}" if name in ours else f"shared.w.{name.removeprefix('table.')}"
+        tensors[place] = draw(*parameter.shape)
+    for name in ("u", "t"):
+        tensors[f"layer0.b.{name}"] = draw(*layer.retrieval.u.shape).float()
+    tensors |= {"layer0.in.x": draw(5, hyper["hidden"]), "layer0.in.g": draw(5, hyper["hidden"])}
+    layer = build_layers(hyper, tensors, "reference", torch.float64)[0]
+    seen: dict = {}
+    capture(layer, seen)
+    x = tensors["layer0.in.x"].clone().requires_grad_()
+    y = layer(x)
+    y.backward(tensors["layer0.in.g"])
+    rows, blocks, scores = seen["started"].rows, seen["started"].blocks, seen["picks"].scores
+    rho = pre_value_scores(rows, seen["started"].projected, layer.table.pre_values)
+    width = hyper["vdim"] // hyper["tucker_cores"]
+    lookup = torch.zeros(5, hyper["key_expand"] ** 2, hyper["vdim"], dtype=torch.float64)
+    for token in range(5):
+        for pick in range(rows.shape[1]):
+            weights = (scores[token, pick] * rho[token, pick]).repeat_interleave(width)
+            lookup[token, blocks[token, pick]] += weights * layer.table.values[rows[token, pick]]
+    found = {"y": y, "lookup": lookup.flatten(1), "best_scores": scores, "pre_scores": rho}
+    tensors |= {f"layer0.out64.{name}": value.detach().clone() for name, value in found.items()}
+    tensors |= {f"layer0.sel.{name}": value for name, value in selection(layer, seen).items()}
+    return tensors | {"layer0.grad64.x": x.grad}
+
+
 def capture(layer: MemoryLayer, seen: dict) -> None:
     """Keep what passes between the parts of ``layer``."""
     layer.retrieval.register_forward_hook(lambda module, args, picks: seen.update(picks=picks))
@@ -138,7 +191,7 @@ def check_output(layers, captured, outputs, owner, rest, expected, tolerance) ->
     if rest == "y":
         actual = outputs[index].view(expected.shape)
     elif rest == "lookup":
-        actual = seen["lookup"]
+        actual, expected = seen["lookup"], summed_as_ours(expected, layer.config)
     elif rest == "best_scores":
         actual = seen["picks"].scores.view(expected.shape)
     elif rest == "pre_scores":
