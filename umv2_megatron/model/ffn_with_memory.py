@@ -147,11 +147,19 @@ class FFNWithMemory(MegatronModule):
         )
         if owns:
             self.tables.put(index, self.memory.table)
+        self.memory.loss_scale = self._loss_scale
         if self._splits_tokens:
-            self.memory.loss_scale = lambda: microbatch_scale(True)
             for parameter in self.memory.parameters():
                 if not getattr(parameter, TABLE_ATTRIBUTE, False):
                     parameter.register_hook(_sum_over_tensor_parallel_ranks)
+
+    def _loss_scale(self) -> float:
+        """What the gradient of an auxiliary loss is multiplied by."""
+        scale = microbatch_scale(self._splits_tokens or self.config.sequence_parallel)
+        if self.config.fp16 and self.config.grad_scale_func is not None:
+            # A stock Megatron-LM in float16: the training loss is multiplied by its loss scale.
+            scale *= float(self.config.grad_scale_func(torch.ones(())))
+        return scale
 
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **_: Any):
         """Normalised FFN input [s, b, H] -> (output [s, b, H], bias [H] or None).

@@ -231,6 +231,12 @@ def _check_stock_run(config: TransformerConfig, memory_config: MemoryConfig, use
             f"{MEMORY_CONFIG_VARIABLE}: parallel_size is {memory_config.parallel_size}; expected 1, because "
             "Megatron-LM makes no memory-parallel groups; use pretrain_umv2.py for sharded tables"
         )
+    for name in ("balance_loss_coeff", "tucker_penalty_coeff"):
+        if config.calculate_per_token_loss and getattr(memory_config, name) > 0:
+            raise ValueError(
+                f"{MEMORY_CONFIG_VARIABLE}: {name} is {getattr(memory_config, name)}; expected 0 with "
+                "--calculate-per-token-loss, which would divide it by the number of tokens; leave that flag out"
+            )
     if config.tensor_model_parallel_size > 1 and config.expert_tensor_parallel_size != 1:
         # Table gradients are reduced over expert-data-parallel ranks, which must include the tensor-parallel ones.
         raise ValueError(

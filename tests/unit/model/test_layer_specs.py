@@ -211,6 +211,22 @@ def test_same_numbers_and_names_as_our_own_program() -> None:
     run_ranks(1, same_as_our_own_spec)
 
 
+def float16_gradients() -> None:
+    """Gradients of the cores from the Tucker penalty alone, with and without a loss scale."""
+    start()
+    found = []
+    for changes in ({}, {"fp16": True, "grad_scale_func": lambda loss: loss * 1024}):
+        torch.manual_seed(0)
+        model = stock_model({"tucker_penalty_coeff": 1.0, "tucker_penalty_margin": 0.0}, **changes)
+        (loss_of(model) * 0).backward()
+        found.append(memory_layers(model)[0][1].retrieval.cores.grad)
+    assert found[0].abs().max() > 0 and torch.equal(found[1], found[0] * 1024)
+
+
+def test_auxiliary_losses_follow_the_loss_scale_of_float16() -> None:
+    run_ranks(1, float16_gradients)
+
+
 def shared_tables_once() -> None:
     start()
     model = stock_model({"sharing": "block", "sharing_size": 2})
@@ -276,6 +292,7 @@ def refusals() -> list[str]:
         ({"parallel_size": 2}, {}),
         ({}, {"num_moe_experts": 2}),
         ({}, {"tensor_model_parallel_size": 2}),
+        ({"balance_loss_coeff": 0.1}, {"calculate_per_token_loss": True}),
     ):
         with pytest.raises(ValueError) as caught:
             stock_model(memory, **changes)
@@ -284,11 +301,12 @@ def refusals() -> list[str]:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    sizes, sharded, experts, drifting = run_ranks(1, refusals)[0]
+    sizes, sharded, experts, drifting, per_token = run_ranks(1, refusals)[0]
     assert VARIABLE in sizes and "topk is 13" in sizes
     assert VARIABLE in sharded and "parallel_size is 2" in sharded
     assert "--num-experts is 2" in experts
     assert "--expert-tensor-parallel-size is 2" in drifting
+    assert "balance_loss_coeff is 0.1" in per_token and "--calculate-per-token-loss" in per_token
     with pytest.raises(ValueError, match="another pipeline stage.*--memory-sharing-size"):
         SharedTables().get(0)
 
