@@ -154,6 +154,24 @@ def test_resume_is_bitwise(tmp_path, case):
     assert read_config(CheckpointStore(tmp_path), 3) == {"model": {"tiny": 1}}
 
 
+def finetuned(root: str, layout: Layout) -> tuple[str, str]:
+    """Weights after a load without the optimizer's state, and after a step with learning rate 0, which rounds the float32
+    main parameters into them."""
+    model, optimizer, scheduler = make(layout)
+    load_checkpoint(CheckpointStore(root), model, optimizer, scheduler, load_optim=False, load_rng=False)
+    loaded = weights_digest(model)
+    train(layout, (model, optimizer, scheduler), range(1))
+    return loaded, weights_digest(model)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_without_optimizer_state_main_parameters_follow_the_weights(tmp_path, distributed):
+    """--finetune in bfloat16: the first step starts from the loaded weights, not from those of the initialisation."""
+    layout = Layout(bf16=True, table=True, distributed_optimizer=distributed)
+    (saved,) = run_ranks(1, saved_and_continued, str(tmp_path), layout)
+    assert run_ranks(1, finetuned, str(tmp_path), layout) == [(saved["saved"]["weights"],) * 2]
+
+
 BEFORE = {
     "fully_reshardable": (Layout(distributed_optimizer=True), "fully_reshardable"),
     "fully_reshardable, bf16": (Layout(distributed_optimizer=True, bf16=True), "fully_reshardable"),

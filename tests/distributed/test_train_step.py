@@ -230,7 +230,8 @@ def connected(chunks: int, **changes: Any) -> dict[str, Any]:
 
 def test_what_the_schedules_call():
     assert connected(2) == {}
-    assert connected(1, overlap_grad_reduce=True) == {"no_sync_func": "no_sync 0", "grad_sync_func": "start_grad_sync 0"}
+    one = {"no_sync_func": "no_sync 0", "grad_sync_func": "start_grad_sync 0"}
+    assert connected(1, overlap_grad_reduce=True) == one
     two = {"no_sync_func": ["no_sync 0", "no_sync 1"], "grad_sync_func": ["start_grad_sync 0", "start_grad_sync 1"]}
     assert connected(2, overlap_grad_reduce=True, overlap_param_gather=True) == two
     assert connected(1, overlap_param_gather=True, align_param_gather=True) == {"param_sync_func": "start_param_sync 0"}

@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from umv2_megatron.conversion.plan import copies_to_hf, copies_to_megatron, group_by_size, parse_size, part_shape
+from umv2_megatron.conversion.plan import (
+    Piece,
+    assemble,
+    copies_to_hf,
+    copies_to_megatron,
+    group_by_size,
+    parse_size,
+    part_shape,
+)
 from umv2_megatron.conversion.safetensors_files import (
     ConversionError,
     SafetensorsFile,
@@ -90,6 +98,20 @@ def test_blocks_cover_a_tensor_in_order():
 def _hf(sizes: Sizes) -> dict[str, torch.Tensor]:
     source = _numbered(sizes)
     return _apply(copies_to_hf(list(pairings(sizes)), _infos(source), torch.float32), source)
+
+
+def test_what_float16_cannot_hold_is_refused():
+    source = {"a": torch.tensor([[1.0, 2.0], [3.0, 65504.0]]), "b": torch.tensor([[-7e4, 1.0], [float("inf"), 0.0]])}
+
+    def rows(name: str, start: int, stop: int) -> torch.Tensor:
+        return source[name][start:stop]
+
+    block = [Piece("a", 0, 2), Piece("b", 1, 2)]
+    made = assemble(rows, block, torch.float16)
+    assert made.dtype == torch.float16 and torch.equal(made.float(), torch.cat([source["a"], source["b"][1:]]))
+    with pytest.raises(ConversionError, match="b holds a number too large for float16"):
+        assemble(rows, [Piece("a", 0, 1), Piece("b", 0, 1)], torch.float16)
+    assert assemble(rows, [Piece("b", 0, 1)], torch.bfloat16).isfinite().all()
 
 
 def test_files_are_filled_up_to_their_size():

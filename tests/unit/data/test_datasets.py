@@ -105,6 +105,15 @@ def test_blends(tmp_path, weights):
     assert (tokens_of(train) == tokens_of(again)).all() and (tokens_of(train) == tokens_of(threaded)).all()
 
 
+def test_a_blend_without_weights_is_drawn_by_tokens_not_by_documents(tmp_path):
+    """Three documents of four are in the first corpus, and one token of four."""
+    words = np.arange(1, 10_000)
+    short = write_corpus(tmp_path / "short", [[*words[5 * i : 5 * i + 9], 0] for i in range(120)], 30_001)
+    long = write_corpus(tmp_path / "long", [[*words[5 * i : 5 * i + 89], 0] for i in range(40)], 30_001)
+    train = build((400, 0, 0), data_path=[short, long], split="1,0,0")[0]
+    assert np.mean([train[i]["dataset_id"] == 0 for i in range(400)]) == pytest.approx(0.25, abs=0.01)
+
+
 def test_corpora_per_split(tmp_path):
     one, two, three = (corpus(tmp_path / name, 30, first=9000 * i) for i, name in enumerate("abc"))
     blend = ["1", two, "1", three]

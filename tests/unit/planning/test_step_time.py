@@ -12,7 +12,7 @@ from umv2_megatron.planning.exchange import exchange_bytes
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.rank_parameters import Parameter
 from umv2_megatron.planning.search import Model, evaluate, search
-from umv2_megatron.planning.state_bytes import Bucket, StateBytes, buckets_of, owned_elements
+from umv2_megatron.planning.state_bytes import Bucket, StateBytes, buckets_of, owned_elements, state_bytes
 from umv2_megatron.planning.step_time import Device
 from umv2_megatron.planning.traffic import traffic
 
@@ -46,6 +46,18 @@ def test_exchange_by_row_by_hand() -> None:
     }
     even = exchange_bytes(MEMORY, "row", 4, 10, 552**2, 2)
     assert even["rows"] == even["scores"] / 2 == 10 * 128 * 3 / 4 * 4
+
+
+@pytest.mark.parametrize("keys, bytes_each", [(46340, 4), (46341, 8), (2**15, 4)])
+def test_buffers_by_hand(keys: int, bytes_each: int) -> None:
+    """A shuffle of N^2 numbers for each memory layer on the stage: 8 bytes each where 4 are too few; u and t."""
+    memory = dataclasses.replace(MEMORY, num_keys=keys, layer_freq="[1,0,0,1,1,0,0,1]", sharing="none", sharing_size=1)
+    shape = dataclasses.replace(MODEL.shape(1), num_layers=8)
+    vectors = 2 * memory.num_heads * memory.tucker_rank * 4
+    for stage, layers in ((0, 1), (1, 3)):
+        held = state_bytes(shape, memory, Layout(world=2, pp=2, first_stage=3), stage)
+        assert held.buffers == layers * (keys * keys * bytes_each + vectors)
+    assert state_bytes(shape, None, Layout(world=2, pp=2, first_stage=3), 0).buffers == 0
 
 
 def test_traffic_by_hand() -> None:

@@ -1,4 +1,5 @@
-"""Which checkpoint --use-checkpoint-args takes its settings from, and how little of it is read for that."""
+"""Which checkpoint --use-checkpoint-args takes its settings from, how little of it is read for that, and which settings
+of the schedule a resumed run must share with it."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ import pytest
 from umv2_megatron.checkpoint import manifest
 from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore
 from umv2_megatron.config.flags import UsageError
+from umv2_megatron.config.resolve import resolve
 from umv2_megatron.config.training_config import TrainingConfig
-from umv2_megatron.training.resume import checkpoint_values
+from umv2_megatron.training.resume import check_same_run, checkpoint_values, find_source
 
 
 def publish(directory: Path, iteration: int, **values) -> None:
@@ -64,3 +66,51 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, content, load, cap
     assert f"iter_0000002/{name} has " in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=f"{name} has "):
         checkpoint_values(TrainingConfig(load=str(load), ckpt_step=2))
+
+
+SCHEDULE = {
+    "lr": ("1e-2", "1e-3"),
+    "min_lr": ("1e-4", "1e-5"),
+    "lr_decay_style": ("cosine", "linear"),
+    "lr_warmup_iters": ("2", "3"),
+    "lr_warmup_init": ("1e-4", "1e-5"),
+    "weight_decay": ("0.1", "0.2"),
+    "adam_beta1": ("0.9", "0.8"),
+    "adam_beta2": ("0.95", "0.99"),
+    "adam_eps": ("1e-8", "1e-6"),
+    "memory_value_lr_mult": ("3", "4"),
+    "memory_value_lr_decay_iters": ("4", "5"),
+    "memory_value_weight_decay": ("0.1", "0.0"),
+    "lr_decay_iters": ("10", "11"),
+}
+
+
+def run_with(directory: Path, *more: str, **changes: str):
+    """The run of ``SCHEDULE`` that goes on from ``directory``, with changed flags."""
+    settings = {key: old for key, (old, _) in SCHEDULE.items()} | changes
+    argv = ["--model-preset", "umv2-tiny", "--mock-data", "--train-iters", "10", "--micro-batch-size", "1"]
+    argv += ["--save", str(directory), *more]
+    for key, value in settings.items():
+        argv += ["--" + key.replace("_", "-"), value]
+    return resolve(argv, 1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("trained")
+    publish(directory, 1, **run_with(directory).values)
+    return directory
+
+
+def test_the_same_schedule_goes_on(trained):
+    run = run_with(trained)
+    check_same_run(run, find_source(run), {})
+
+
+@pytest.mark.parametrize("key", SCHEDULE)
+def test_another_schedule_is_refused_by_name(key, trained):
+    run = run_with(trained, **{key: SCHEDULE[key][1]})
+    with pytest.raises(UsageError, match="--" + key.replace("_", "-")):
+        check_same_run(run, find_source(run), {})
+    run = run_with(trained, "--override-opt-param-scheduler", **{key: SCHEDULE[key][1]})
+    check_same_run(run, find_source(run), {})

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from umv2_megatron.config.resolve import resolve
 from umv2_megatron.memory.value_table import VALUE_GROUP
-from umv2_megatron.training.optimizer import ParamScheduler, ValueFactor
+from umv2_megatron.training.optimizer import ParamScheduler, ValueFactor, build_scheduler
 
 ROWS = json.loads((Path(__file__).parents[2] / "golden" / "value_lr.json").read_text())["rows"]
 
@@ -99,3 +100,50 @@ def test_a_weight_decay_of_the_tables_own_is_theirs_alone_and_part_of_the_state(
 def test_a_factor_without_decay_stays():
     assert ValueFactor(4.0, 0)(10**9) == 4.0
     assert [ValueFactor(4.0, 100)(step) for step in (0, 50, 100, 200)] == [4.0, 2.5, 1.0, 1.0]
+
+
+def schedule_of(*flags: str) -> ParamScheduler:
+    """The schedule of a run of 10 iterations of 8 samples."""
+    fixed = ["--model-preset", "umv2-tiny", "--mock-data", "--train-iters", "10", "--lr", "1e-2"]
+    fixed += ["--micro-batch-size", "1", "--global-batch-size", "8", "--memory-value-lr-mult", "3"]
+    dense = {"params": [], "lr": 0.0, "weight_decay": 0.1}
+    groups = SimpleNamespace(param_groups=[dense, {**dense, VALUE_GROUP: 3.0}])
+    return build_scheduler(resolve([*fixed, *flags], 1), groups)
+
+
+@pytest.mark.parametrize(
+    ("flags", "value_steps", "decay_steps"),
+    [
+        ([], 80, 80),
+        (["--lr-decay-iters", "20"], 160, 160),
+        (["--memory-value-lr-decay-iters", "4"], 32, 80),
+        (["--memory-value-lr-decay-iters", "0"], 0, 80),
+        (["--memory-value-lr-decay-iters", "4", "--lr-decay-iters", "20"], 32, 160),
+    ],
+)
+def test_the_horizon_of_the_multiple_follows_the_flags(flags, value_steps, decay_steps):
+    made = schedule_of(*flags)
+    assert made.value_factor == ValueFactor(3.0, value_steps) and made.lr_decay_steps == decay_steps
+    assert made.wd_incr_steps == decay_steps
+
+
+@pytest.mark.parametrize(
+    ("flags", "horizon"),
+    [
+        # the checkpoint's horizon is 10 iterations of 8 samples
+        (["--train-iters", "20"], 80),
+        (["--train-iters", "20", "--override-opt-param-scheduler"], 80),
+        (["--memory-value-lr-decay-iters", "4"], 80),
+        (["--memory-value-lr-decay-iters", "4", "--override-opt-param-scheduler"], 32),
+        (["--memory-value-lr-decay-iters", "0", "--override-opt-param-scheduler"], 0),
+    ],
+)
+def test_a_resumed_run_keeps_the_horizon_unless_told_otherwise(flags, horizon):
+    saved = schedule_of()
+    saved.step(40)
+    assert saved.value_lr == pytest.approx(2 * saved.dense_lr)
+    resumed = schedule_of(*flags)
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.value_factor == ValueFactor(3.0, horizon) and resumed.num_steps == 40
+    factor = {80: 2.0, 32: 1.0, 0: 3.0}[horizon]
+    assert resumed.value_lr == pytest.approx(factor * resumed.dense_lr)
