@@ -155,8 +155,8 @@ def test_resume_is_bitwise(tmp_path, case):
 
 
 def finetuned(root: str, layout: Layout) -> tuple[str, str]:
-    """Weights after a load without the optimizer's state, and after a step with learning rate 0, which rounds the float32
-    main parameters into them."""
+    """Weights after a load without the optimizer's state, and after a step with learning rate 0, which rounds the
+    float32 main parameters into them."""
     model, optimizer, scheduler = make(layout)
     load_checkpoint(CheckpointStore(root), model, optimizer, scheduler, load_optim=False, load_rng=False)
     loaded = weights_digest(model)
