@@ -26,8 +26,8 @@ RANKS = {
 }
 PROGRAMS = ("umv2_megatron/commands", "umv2_megatron/evaluation", "tools", "benchmarks")
 TOOLS = sorted(path for folder in PROGRAMS for path in (ROOT / folder).glob("*.py"))
-# Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, zstd, Megatron-LM, transformers, systemd-run, and
-# lm_eval's up to their first underscore.
+# Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, zstd, Megatron-LM, transformers, systemd-run,
+# and lm_eval's up to their first underscore.
 OTHER_PROGRAMS = set(
     re.findall(
         r"\S+",
