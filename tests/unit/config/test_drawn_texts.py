@@ -26,14 +26,14 @@ from umv2_megatron.hf.configuration_umv2 import parse_layer_freq as parse_layer_
 from umv2_megatron.model.layer_specs import read_memory_config
 from umv2_megatron.parallel.launch import discover
 
-QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=150)
+QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 TINY = [
     "--model-preset", "umv2-tiny", "--train-iters", "10", "--mock-data", "--tokenizer-type", "NullTokenizer",
     "--vocab-size", "64", "--lr", "1e-3", "--seq-length", "16",
 ]  # fmt: skip
 AWKWARD = [
     "²", "٣", "[1]*99999999999", "[1]*²", "9" * 5000, "9" * 30, "-1", "0", "", " ", "\n", "nan", "inf", "1e400",
-    "1e308", "1e308,1e308", "2024-99-99", "[" * 1000, "{", "&a [*a]", "[[1]]", "1_000", "true", "null", "0,²", "1,,2",
+    "1e308", "1e308,1e308", "2024-99-99", "[" * 400, "{", "&a [*a]", "[[1]]", "1_000", "true", "null", "0,²", "1,,2",
     "9223372036854775807", "9223372036854775808", "[9223372036854775807]", "1e18", "[1,0]*2", "[1,0]+[1]*2",
 ]  # fmt: skip
 TEXTS = st.one_of(
@@ -93,7 +93,7 @@ def test_every_flag_takes_the_awkward_texts_or_refuses_them(key: str) -> None:
             one_sentence(error, "--")
 
 
-@settings(QUICK, max_examples=400)
+@settings(QUICK, max_examples=250)
 @given(st.sampled_from([key for key, made in option_table().items() if not made.switches]), TEXTS)
 def test_flags_with_drawn_texts(key: str, text: str) -> None:
     try:

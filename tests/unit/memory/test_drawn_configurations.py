@@ -111,7 +111,7 @@ def train(config: MemoryConfig) -> list[float]:
     return losses
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=120)
+@settings(derandomize=True, database=None, deadline=None, max_examples=80)
 @given(configurations())
 @example({"num_keys": 4, "topk": 16, "key_topk_cap": 4, "pre_value_dim": 3, "value_dim": 4})
 def test_a_drawn_configuration_trains_or_is_refused(chosen: dict[str, Any]) -> None:
