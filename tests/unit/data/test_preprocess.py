@@ -294,7 +294,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-    # Lengths kept in Python lists, 100 bytes each, would add 11 MiB to the chunks under way: 8 on Python 3.12, 5 on 3.11.
+    # Lengths kept in Python lists, 100 bytes each, would add 11 MiB to what is under way (8 on Python 3.12, 5 on 3.11).
     assert len(documents) * 72 > 110_000
     assert peaks[1] < peaks[0] + 10, f"{peaks} MiB"
 
