@@ -144,6 +144,6 @@ def test_what_failed_once(tmp_path: Path) -> None:
 
 
 def test_a_long_slurm_job_is_counted_without_listing_its_nodes() -> None:
-    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
     launch = discover({**slurm, "SLURM_TASKS_PER_NODE": "2(x2),4,1(x99999999999)", "SLURM_NODEID": "2"})
     assert launch.local_world_size == 4  # the list of all nodes was a MemoryError

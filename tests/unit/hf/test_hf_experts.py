@@ -34,6 +34,9 @@ def test_routing_is_megatrons_bit_for_bit(changes: dict[str, Any], dtype: torch.
     config = tiny_config(ffn_variant="moe", num_experts=16, num_experts_per_tok=5, moe_intermediate_size=8, **changes)
     torch.manual_seed(0)
     router = UMv2Router(config).to(dtype)
+    torch.nn.init.normal_(router.weight, std=0.1)
+    if router.bias is not None:
+        torch.nn.init.normal_(router.bias, std=0.1)
     x = torch.randn(200, config.hidden_size, dtype=dtype)
     if router.expert_bias is not None:
         router.expert_bias = torch.randn(16) * 0.2
