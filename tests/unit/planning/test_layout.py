@@ -65,6 +65,53 @@ def test_legal_where_the_checks_of_a_run_accept() -> None:
     assert 20 < legal < 230
 
 
+@pytest.mark.parametrize("legal, world, changes", [
+    # 20 tokens split over TP 4 and over CP 2 (two parts for each rank), but not over both
+    (True, 8, {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "seq_length": 20}),
+    (False, 8, {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "seq_length": 20,
+                "sequence_parallel": True}),
+    (True, 8, {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "seq_length": 24,
+               "sequence_parallel": True}),
+    (False, 2, {"context_parallel_size": 2, "seq_length": 18}),
+    (True, 1, {"seq_length": 17}),
+    # uneven stages
+    (False, 2, {"num_layers": 5, "pipeline_model_parallel_size": 2}),
+    (True, 2, {"num_layers": 5, "pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 2}),
+    (True, 2, {"num_layers": 5, "pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 2}),
+    # heads, query groups and FFN over TP
+    (False, 3, {"tensor_model_parallel_size": 3, "ffn_hidden_size": 48}),
+    (False, 4, {"tensor_model_parallel_size": 4, "ffn_hidden_size": 50}),
+    (False, 3, {"tensor_model_parallel_size": 3, "num_attention_heads": 6, "group_query_attention": True,
+                "num_query_groups": 2, "ffn_hidden_size": 48}),
+    (True, 4, {"tensor_model_parallel_size": 4, "group_query_attention": True, "num_query_groups": 2}),
+    (True, 2, {"tensor_model_parallel_size": 2, "group_query_attention": True, "num_query_groups": 4}),
+    # M and its rows
+    (False, 4, {"pipeline_model_parallel_size": 2, "memory_parallel_size": 4}),
+    (True, 4, {"memory_parallel_size": 4, "memory_parallel_mode": "row", "memory_num_keys": 2, "memory_topk": 2}),
+    (False, 5, {"memory_parallel_size": 5, "memory_parallel_mode": "row", "memory_num_keys": 2, "memory_topk": 2}),
+], ids=str)  # fmt: skip
+def test_limits_of_legal_layouts(legal: bool, world: int, changes: dict[str, Any]) -> None:
+    """Cases at the limits, which random ones seldom meet; planner and program agree on each."""
+    if "sequence_parallel" not in changes:
+        changes = {**changes, "sequence_parallel": False}
+    if legal:
+        run_of(changes, world)
+    else:
+        with pytest.raises(UsageError):
+            run_of(changes, world)
+    values = {**run_of({}, 1).values, **changes, "global_batch_size": None}
+    memory = dataclasses.replace(PRESETS["umv2-tiny"].memory_config(), **{
+        key.removeprefix("memory_"): value for key, value in changes.items() if key.startswith("memory_")})
+    complaint = Layout.from_values(values, world).complaint(ModelShape.from_fields(values), memory)
+    assert (complaint is None) == legal, complaint
+
+
+def test_virtual_stages_must_divide_the_blocks() -> None:
+    shape = ModelShape.from_fields({**PRESETS["umv2-tiny"].model, "num_layers": 6})
+    assert Layout(world=2, pp=2, chunks=3).complaint(shape, None) is None
+    assert Layout(world=2, pp=2, chunks=2).complaint(shape, None) == "6 blocks do not split over 4 stages"
+
+
 @pytest.mark.parametrize("recompute", [(), ("full", "uniform"), ("full", "block"), ("selective", "mlp")], ids=str)
 def test_waiting_outputs_are_legal_where_the_checks_of_a_run_accept(recompute: tuple[str, ...]) -> None:
     """UltraMem v1, whose outputs wait for a later block, under stages, uneven stages and recomputation."""
