@@ -79,7 +79,8 @@ def test_legal_where_the_checks_of_a_run_accept() -> None:
     (True, 2, {"num_layers": 5, "pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 2}),
     (True, 2, {"num_layers": 5, "pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 2}),
     # heads, query groups and FFN over TP
-    (False, 3, {"tensor_model_parallel_size": 3, "ffn_hidden_size": 48}),
+    (False, 3, {"tensor_model_parallel_size": 3, "ffn_hidden_size": 48, "group_query_attention": True,
+                "num_query_groups": 1}),
     (False, 4, {"tensor_model_parallel_size": 4, "ffn_hidden_size": 50}),
     (False, 3, {"tensor_model_parallel_size": 3, "num_attention_heads": 6, "group_query_attention": True,
                 "num_query_groups": 2, "ffn_hidden_size": 48}),
