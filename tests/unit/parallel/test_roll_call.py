@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,32 @@ def test_watched_costs_next_to_nothing(alone):
         with roll_call.watched(alone, "group", "step"):
             pass
     assert time.perf_counter() - start < 0.02
+
+
+def test_joining_again_ends_the_former_part_and_one_rank_needs_none(alone, monkeypatch):
+    told = []
+    monkeypatch.setattr(roll_call, "_roll", None)
+    roll_call.join(SimpleNamespace(world_size=1))
+    assert not roll_call.joined()
+    monkeypatch.setattr(roll_call, "_roll", SimpleNamespace(stop=lambda: told.append("stopped"), leave=told.append))
+    assert roll_call.joined()
+    roll_call.leave(3)
+    roll_call.join(SimpleNamespace(world_size=1))
+    assert told == [3, "stopped"] and not roll_call.joined()
+    roll_call.leave(4)
+    assert told == [3, "stopped"]
+
+
+def test_what_ends_a_rank_is_explained_and_told(alone, monkeypatch):
+    told = []
+    monkeypatch.setattr(roll_call, "_roll", None)
+    assert roll_call.explain(KeyError("x")) is None
+    assert roll_call.explain(roll_call.ExchangeError("what happened")) == "what happened"
+    text = roll_call.explain(RuntimeError(GLOO))
+    assert text is not None and text.startswith("the ranks did not meet") and "Connection closed by peer" in text
+    monkeypatch.setattr(roll_call, "_roll", SimpleNamespace(tell=told.append))
+    assert roll_call.explain(KeyError("x")) is None
+    assert told == ["failed: KeyError: 'x'"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
