@@ -133,6 +133,30 @@ def test_singular_vectors_are_those_of_the_present_cores(what):
     assert run_ranks(1, refreshed_by, what) == [(True, False)]
 
 
+def refreshed_when() -> list[tuple[bool, list[bool]]]:
+    """Whether u, t changed, and which layers wait for their next forward, after both kinds of refresh."""
+    from umv2_megatron.model.builder import unwrap
+    from umv2_megatron.model.ffn_with_memory import memory_layers
+    from umv2_megatron.training import step
+
+    run, state = build()
+    spoil_cores(state)
+    found = []
+    for waits in (True, False):
+        before = vectors(state)
+        step.refresh_singular_vectors(state.chunks, at_next_forward=waits)
+        changed = not any(torch.equal(a, b) for a, b in zip(before, vectors(state)))
+        due = [layer.retrieval.refresh_due for _, layer in memory_layers(unwrap(state.chunks[0]))]
+        found.append((changed, due))
+    return found
+
+
+def test_a_training_step_refreshes_at_the_next_forward():
+    """Before, with --overlap-param-gather, the new cores may not have arrived."""
+    ((waiting, at_once),) = run_ranks(1, refreshed_when)
+    assert waiting == (False, [True, True]) and at_once[0]
+
+
 def losses(changes: dict[str, Any]) -> dict[str, Any]:
     """The loss that a training step and an evaluation tell, and both computed token by token."""
     from umv2_megatron.training import step

@@ -107,6 +107,18 @@ def test_pruning_counts_only_valid_checkpoints(store, warnings):
     assert any("iter_0000002/a_0.distcp is missing" in line for line in warnings)
 
 
+def test_pruning_reads_no_bytes_of_older_checkpoints(store, warnings):
+    """Re-reading terabytes at every save would cost more than it protects: the bytes are verified at the load."""
+    for iteration in (1, 2):
+        save(store, iteration)
+    damaged = store.path(2) / "a_0.distcp"
+    damaged.write_bytes(bytes(SIZES["a_0.distcp"]))
+    save(store, 3)
+    assert store.iterations() == [2, 3] and not warnings
+    with pytest.raises(CheckpointError, match="a_0.distcp"):
+        store.resolve(2)
+
+
 def test_saving_after_a_rewind_keeps_what_was_just_saved(store, warnings):
     for iteration in (10, 20, 30):
         save(store, iteration)
