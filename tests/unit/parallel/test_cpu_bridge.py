@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,11 @@ def test_helpers_on_cpu() -> None:
     first = torch.rand(4)
     cpu_platform.set_device_rng_state(state)
     assert torch.equal(torch.rand(4), first)
+
+
+def test_milliseconds_between_two_marks():
+    begin = cpu_platform.mark()
+    time.sleep(0.02)
+    end = cpu_platform.mark()
+    assert 20 <= cpu_platform.milliseconds(begin, end) < 10_000
+    assert cpu_platform.milliseconds(1.5, 1.75) == 250.0
