@@ -107,6 +107,14 @@ def test_pruning_counts_only_valid_checkpoints(store, warnings):
     assert any("iter_0000002/a_0.distcp is missing" in line for line in warnings)
 
 
+def test_a_save_begins_without_what_a_former_one_left(store):
+    left = store.begin(1)
+    (left / "a_0.distcp").write_bytes(b"half")
+    assert store.begin(1) == left and not any(left.iterdir())
+    save(store, 1)
+    assert store.resolve() == 1
+
+
 def test_pruning_reads_no_bytes_of_older_checkpoints(store, warnings):
     """Re-reading terabytes at every save would cost more than it protects: the bytes are verified at the load."""
     for iteration in (1, 2):

@@ -44,6 +44,11 @@ def test_torchrun() -> None:
     assert discover(TORCHRUN) == Launch(3, 4, 1, 2, "10.0.0.1", 29500)
 
 
+def test_without_local_variables_a_rank_is_alone_on_its_host() -> None:
+    environ = {name: value for name, value in TORCHRUN.items() if not name.startswith("LOCAL_")}
+    assert discover(environ) == Launch(3, 4, 0, 1, "10.0.0.1", 29500)
+
+
 def test_torchrun_wins_over_slurm() -> None:
     assert discover(SLURM | TORCHRUN) == discover(TORCHRUN)
 
