@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -189,9 +190,13 @@ def losses(directory: Path | str) -> list[tuple[int, float]]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the system gives to connections, which would take it before the run listens there."""
+    for _ in range(100):
+        port = random.SystemRandom().randrange(15000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no free port among a hundred")
 
 
 def _rank(

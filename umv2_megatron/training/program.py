@@ -72,6 +72,7 @@ def _explain(error: BaseException) -> str | None:
 def _rank() -> int:
     # SLURM_PROCID comes last: it is 0 in all ranks that mpirun starts from a batch script
     for variable in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"):
-        if variable in os.environ:
-            return whole_number(os.environ[variable]) or 0  # what else it may be, launch.discover refuses
+        rank = whole_number(os.environ.get(variable, ""))
+        if rank is not None:  # what else it may be, launch.discover refuses
+            return rank
     return 0
