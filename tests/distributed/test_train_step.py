@@ -157,6 +157,30 @@ def test_a_training_step_refreshes_at_the_next_forward():
     assert waiting == (False, [True, True]) and at_once[0]
 
 
+def clipped(clip_grad: float) -> tuple[float, float, float]:
+    """Norm of the gradients before an optimizer step, as the step tells it, and after its clipping."""
+    from umv2_megatron.training import step
+
+    run, state = build(clip_grad=clip_grad)
+    gradients = [each.main_grad for each in state.chunks[0].parameters()]
+
+    def norm() -> float:
+        return torch.cat([each.flatten() for each in gradients]).double().norm().item()
+
+    step._run_schedule(run, state.chunks, batches(run), forward_only=False)
+    before = norm()
+    result = step.guarded_step(state.optimizer, loss_is_finite=True)
+    assert result.updated
+    return before, result.grad_norm, norm()
+
+
+def test_gradients_are_clipped_to_the_limit_and_left_alone_without_one():
+    for limit in (0.0, 1e-2, 1e3):
+        ((before, told, after),) = run_ranks(1, clipped, limit)
+        assert told == pytest.approx(before, rel=1e-5) and 1e-2 < before < 1e3
+        assert after == pytest.approx(1e-2 if limit == 1e-2 else before, rel=1e-3)
+
+
 def losses(changes: dict[str, Any]) -> dict[str, Any]:
     """The loss that a training step and an evaluation tell, and both computed token by token."""
     from umv2_megatron.training import step
