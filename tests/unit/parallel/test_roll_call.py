@@ -46,6 +46,19 @@ def test_failure_inside_another_error():
     assert roll_call.is_collective_failure(told.value)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_failure_that_another_error_followed(hidden):
+    """Unless whoever raised the second one hid the first: ``from None``."""
+    with pytest.raises(KeyError) as told:
+        try:
+            raise RuntimeError(GLOO)
+        except RuntimeError:
+            if hidden:
+                raise KeyError("x") from None
+            raise KeyError("x")  # noqa: B904
+    assert roll_call.is_collective_failure(told.value) is not hidden
+
+
 def test_watched_tells_group_step_and_the_backends_first_sentence(alone):
     with pytest.raises(roll_call.ExchangeError) as told, roll_call.watched(alone, "memory-parallel group", "weights"):
         raise RuntimeError(GLOO)
