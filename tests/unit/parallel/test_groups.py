@@ -22,6 +22,7 @@ from harness import run_ranks  # noqa: E402
         ({"world_size": 4, "pp": 2, "memory_parallel_size": 4}, "--memory-parallel-size 4"),
         ({"world_size": 6, "expert_model_parallel_size": 4}, "--expert-model-parallel-size 4"),
         ({"world_size": 2, "vpp": 2}, "--num-layers-per-virtual-pipeline-stage"),
+        ({"world_size": 2, "pp": 2, "vpp": 1}, "--num-layers-per-virtual-pipeline-stage"),
         ({"world_size": 4, "memory_parallel_size": 2, "expert_model_parallel_size": 2}, "at most one"),
     ],
 )
@@ -31,6 +32,12 @@ def test_sizes_that_do_not_fit(sizes: dict[str, int], names: str) -> None:
     with pytest.raises(ValueError, match=names) as error:
         check_sizes(**sizes)
     assert "\n" not in str(error.value)
+
+
+def test_two_stages_of_two_chunks_fit() -> None:
+    from umv2_megatron.parallel.groups import check_sizes
+
+    check_sizes(world_size=2, pp=2, vpp=2)
 
 
 def layout(**sizes: Any) -> tuple[int, int, list[int], list[int]]:

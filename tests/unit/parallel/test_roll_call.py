@@ -108,6 +108,11 @@ def test_what_ends_a_rank_is_explained_and_told(alone, monkeypatch):
     assert told == ["failed: KeyError: 'x'"]
 
 
+def test_a_member_is_named_by_rank_process_and_host():
+    neighbour = replace(members.myself(3), host="node7", pid=42)
+    assert str(neighbour) == "rank 3 (pid 42 on node7)" and members.member(neighbour.to_text()) == neighbour
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_condition_of_a_neighbour():
     process = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], stdout=-1)
