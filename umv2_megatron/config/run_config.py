@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import math
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -72,13 +73,7 @@ class RunConfig:
     @property
     def holds_scores(self) -> bool:
         """Whether local attention holds the scores of all pairs of tokens in training (model/fused_attention.py)."""
-        return bool(
-            self.attention_backend in ("local", "unfused")
-            or self.attention_dropout
-            or self.apply_query_key_layer_scaling
-            or self.window_size
-            or self.softmax_type != "vanilla"
-        )
+        return holds_scores(self.values)
 
     @property
     def data_parallel_size(self) -> int:
@@ -196,6 +191,18 @@ class RunConfig:
             note = "" if source == "default" else f"   ({source})"
             lines.append(f"  {key} {'.' * max(2, 46 - len(key))} {self.values[key]}{note}")
         return "\n".join(lines)
+
+
+def holds_scores(values: Mapping[str, Any]) -> bool:
+    """Of settings by key, whether local attention holds the scores of all pairs of tokens in training
+    (model/fused_attention.py); settings that are missing have mcore's defaults."""
+    return bool(
+        values.get("attention_backend") in ("local", "unfused")
+        or values.get("attention_dropout")
+        or values.get("apply_query_key_layer_scaling")
+        or values.get("window_size")
+        or values.get("softmax_type", "vanilla") != "vanilla"
+    )
 
 
 def _as_member(hint: Any, value: Any) -> Any:

@@ -58,17 +58,14 @@ def _check_learning_rates(run: RunConfig) -> None:
     """Raise ``UsageError`` for rates out of range, a warm-up or decay longer than the run, and flags that exclude each
     other. A file may hold both of such a pair: a saved config.yaml has a fraction and the value made of it."""
     training = run.training
-    if run.lr is None or run.lr <= 0 or run.min_lr > run.lr or run.min_lr < 0:
+    if run.lr is None or run.min_lr > run.lr:
         refuse("lr", run.lr, f"a number above 0 and at least --min-lr ({run.min_lr})")
     for value, fraction in (("lr_warmup_iters", "lr_warmup_fraction"), ("lr_warmup_init", "lr_warmup_init_fraction")):
         if run.sources.get(value) == run.sources.get(fraction) == "flag" and run.values[fraction] is not None:
             other = value.replace("_", "-")
             refuse(fraction.replace("_", "-"), run.values[fraction], f"it or --{other}, not both")
-    if not 0 <= training.lr_warmup_init <= run.lr:
+    if training.lr_warmup_init > run.lr:
         refuse("lr-warmup-init", training.lr_warmup_init, f"a number from 0 to --lr ({run.lr})")
-    start = training.lr_warmup_init_fraction
-    if start is not None and not 0 <= start <= 1:
-        refuse("lr-warmup-init-fraction", start, "a number from 0 to 1")
     _check_decoupled(run)
     horizon = training.lr_decay_iters or run.train_iters
     if not training.skip_train and training.lr_warmup_iters >= max(horizon, 1):
@@ -87,12 +84,8 @@ def _check_decoupled(run: RunConfig) -> None:
     """The rate of embedding and output layer, where it is one of its own."""
     rate, floor = run.decoupled_lr, run.decoupled_min_lr
     if rate is None:
-        if floor is not None:
-            refuse("decoupled-min-lr", floor, "--decoupled-lr too")
         return
-    if rate <= 0:
-        refuse("decoupled-lr", rate, "a number above 0")
-    if floor is not None and not 0 <= floor <= rate:
+    if floor is not None and floor > rate:
         refuse("decoupled-min-lr", floor, f"a number from 0 to --decoupled-lr ({rate})")
     if floor is None and run.min_lr > rate and run.training.lr_decay_style != "constant":
         # the floor is that of the other rate, towards which this one would rise

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.run_config import holds_scores
 from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.config.variants import has_memory
 from umv2_megatron.planning.model_shape import FFN_VARIANTS, ModelShape
@@ -108,7 +109,7 @@ class Layout:
             recompute_layers=values.get("recompute_num_layers") or 1,
             recompute_modules=tuple(modules) if recompute == "selective" else (),
             engine=engine,
-            holds_scores=not engine and _holds_scores(values),
+            holds_scores=not engine and holds_scores(values),
             masked=bool(values.get("create_attention_mask_in_dataloader")),
             fused_activation=bool(values.get("bias_activation_fusion")),
             backend=values.get("memory_backend") or "auto",
@@ -277,14 +278,3 @@ class Layout:
         if any(sum(owners[:end]) % memory.sharing_size for end in ends):
             return f"shared blocks of {memory.sharing_size} straddle the stages"
         return None
-
-
-def _holds_scores(values: Mapping[str, Any]) -> bool:
-    """Whether local attention is left to megatron-core's module in training."""
-    return bool(
-        values.get("attention_backend") in ("local", "unfused")
-        or values.get("attention_dropout")
-        or values.get("apply_query_key_layer_scaling")
-        or values.get("window_size")
-        or values.get("softmax_type", "vanilla") != "vanilla"
-    )
