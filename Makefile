@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
 	@echo "make compare    train umv2, MoE and dense models of equal cost, and write a report (about 10 minutes)"
 	@echo "make test       lint, types and all quick tests"
-	@echo "make test-flags  every flag of the training program on a tiny model (about 4 minutes)"
+	@echo "make test-flags  every flag of the training program on a tiny model (about a minute)"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 8 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"

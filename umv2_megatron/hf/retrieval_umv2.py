@@ -73,7 +73,7 @@ class UMv2QueriesAndKeys(nn.Module):
         if self._ramp is None or self._ramp.shape != keys.shape or self._ramp.dtype != keys.dtype:
             self._ramp = torch.linspace(1, 2, keys.numel(), dtype=keys.dtype)  # so that the order counts, too
         gain = () if self.key_norm is None else tuple(self.key_norm.tolist())
-        return self.keys.dtype, torch.dot(keys, self._ramp).item(), keys.sum().item(), gain
+        return self.keys.dtype, torch.dot(keys, self._ramp).item(), gain
 
     def _normalised_keys(self) -> Tensor:
         """The keys, normalised if they are to be, as the product with the queries wants them."""
