@@ -63,10 +63,12 @@ AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 AS_AVX512 := ATEN_CPU_CAPABILITY=avx512 UMV2_CPU_ARCH=native
 
 test-other-cpus: $(READY)
-	$(AS_BASELINE) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
-	$(AS_AVX2) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
-	if grep -q avx512f /proc/cpuinfo; then \
-		$(AS_AVX512) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"; fi
+	failed=0; \
+	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
+		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \
+		echo "with $$setting"; \
+		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" || failed=1; \
+	done; exit $$failed
 
 test-gpu: $(READY)
 	$(PY) -m pytest -q tests/gpu

@@ -147,9 +147,7 @@ def test_the_device_of_a_rank(
 
 
 @pytest.mark.parametrize(("environ", "bound"), [(SLURM, True), (TORCHRUN, False), (SLURM | TORCHRUN, False)])
-def test_only_torchrun_shows_all_devices(
-    environ: dict[str, str], bound: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_torchrun_shows_all_devices(environ: dict[str, str], bound: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, bool]] = []
     monkeypatch.setattr(os, "environ", environ)
     monkeypatch.setattr(cpu_platform, "install", lambda: None)
@@ -244,7 +242,14 @@ def test_a_rank_that_waits_ends_at_a_signal(number: int, program: str, checkpoin
     environ = _clean_environment() | {"RANK": "0", "WORLD_SIZE": "2"}
     environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with open(tmp_path / "out", "w+") as out:
-        process = subprocess.Popen([sys.executable, str(ROOT / program), *argv], env=environ, stdout=out, stderr=out)
+        # a shell's background jobs ignore SIGINT, and hand that on
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / program), *argv],
+            env=environ,
+            stdout=out,
+            stderr=out,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             deadline = time.monotonic() + 60
             while not _listens(port) and process.poll() is None:
