@@ -179,6 +179,8 @@ class UMv2Config(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         self._check()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+        self.base_model_pp_plan = self._pipeline_plan()
 
     def _check_types(self) -> None:
         for name, hint in inspect.get_annotations(UMv2Config, eval_str=True).items():
@@ -279,6 +281,40 @@ class UMv2Config(PreTrainedConfig):
             )
         if self.memory_table_chunk_rows is not None and self.memory_table_chunk_rows < 1:
             raise ValueError(f"memory_table_chunk_rows is {self.memory_table_chunk_rows}; expected 1 or more, or null")
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How transformers shards the modules of UMv2Model over ranks. Memory layers stay whole on each rank: their
+        work is small, and tables that do not fit lie in host memory (``memory_tables``)."""
+        plan = {f"layers.*.self_attn.{side}_proj": "colwise" for side in "qkv"}
+        if self.qk_norm:
+            plan |= {f"layers.*.self_attn.{side}_norm": "replicated_with_grad_allreduce" for side in "qk"}
+        plan["layers.*.self_attn.o_proj"] = "rowwise"
+        dense = "layers.*.mlp"
+        if self.ffn_variant == "moe":
+            # experts with biases stay whole: transformers has no rule that adds the second bias once
+            plan |= {} if self.mlp_bias else {
+                f"layers.*.mlp.experts.{'gate_up_proj' if self.gated_mlp else 'up_proj'}": (
+                    "packed_colwise" if self.gated_mlp else "colwise"
+                ),
+                "layers.*.mlp.experts.down_proj": "rowwise",
+                "layers.*.mlp.experts": "moe_tp_experts",
+            }
+            if not self.moe_shared_expert_intermediate_size:
+                return plan
+            dense = "layers.*.mlp.shared_expert"
+        plan |= {f"{dense}.up_proj": "colwise", f"{dense}.down_proj": "rowwise"}
+        return plan | ({f"{dense}.gate_proj": "colwise"} if self.gated_mlp else {})
+
+    def _pipeline_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
+        """What goes into and comes out of the modules of UMv2Model, for tools that put them on several devices one
+        after the other; None where blocks are not independent: they share a table, or one adds what another read."""
+        if self.ffn_variant == "umv2" and (self.memory_sharing != "none" or self.memory_read_delay):
+            return None
+        return {
+            "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+            "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+            "norm": (["hidden_states"], ["hidden_states"]),
+        }
 
     # -- what follows from the fields -------------------------------------------------------------------------------
 

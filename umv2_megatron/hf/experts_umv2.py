@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_umv2 import UMv2Config
 from .linear_umv2 import project
@@ -134,33 +135,50 @@ class UMv2Experts(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.config = config
+        # what transformers' implementations of experts ask for
+        self.has_gate, self.has_bias = config.gated_mlp, config.mlp_bias
+        self.is_transposed, self.is_concatenated = False, True
+        self.has_post_expert_norm = self._is_expert_parallel = False
 
-    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum [T, H] over each token's ``experts`` [T, k] with ``weights`` [T, k]. Experts that no token
-        goes to are not touched."""
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum [T, H] over each token's experts ``top_k_index`` [T, k], with ``top_k_weights`` [T, k].
+
+        Computed as ``experts_implementation`` says ("grouped_mm" is transformers' choice where none is given), by
+        transformers' own functions; "eager" is the loop below, which float64 uses, too: torch has no grouped product
+        for it.
+        """
+        chosen = self.config._experts_implementation
+        if self.down_proj.dtype == torch.float64 and not torch.compiler.is_compiling():
+            chosen = "eager"
+        if chosen in (None, "eager"):
+            return self._loop(hidden_states, top_k_index, top_k_weights)
+        compute = ALL_EXPERTS_FUNCTIONS.get_interface(chosen, type(self)._loop)
+        return compute(self, hidden_states, top_k_index, top_k_weights)
+
+    def _loop(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """One expert after another. Experts that no token goes to are not touched."""
         into, out = getattr(self, self.first), self.down_proj
         if torch.is_grad_enabled():  # the gradient of an index would be as large as all experts, for each of them
             into, out = into.unbind(), out.unbind()
         into_bias, out_bias = getattr(self, f"{self.first}_bias", None), getattr(self, "down_proj_bias", None)
-        flat = experts.flatten()
-        order = flat.argsort(stable=True)  # picks by expert; those of one expert in the order of the tokens
-        counts = flat.bincount(minlength=self.num_experts).tolist()
-        tokens, sorted_weights = order.div(experts.shape[1], rounding_mode="floor"), weights.flatten()[order, None]
         total = torch.zeros_like(x)
-        for expert, (own, share) in enumerate(zip(tokens.split(counts), sorted_weights.split(counts))):
-            if not len(own):
+        for expert in experts.unique():
+            if expert >= self.num_experts:  # expert parallelism: it lies on another rank
                 continue
+            own, place = (experts == expert).nonzero(as_tuple=True)
+            share = weights[own, place].unsqueeze(1)
             inner = functional.linear(x[own], into[expert], None if into_bias is None else into_bias[expert])
-            if self.first == "gate_up_proj":
-                gate, up = inner.chunk(2, dim=-1)
-                inner = self.act_fn(gate) * up
-            else:
-                inner = self.act_fn(inner)
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
             output = functional.linear((inner * share).to(inner.dtype), out[expert])
             if out_bias is not None:
                 output = output + out_bias[expert] * share
             total.index_add_(0, own, output.to(total.dtype))
         return total
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
 
 class UMv2SparseMLP(nn.Module):

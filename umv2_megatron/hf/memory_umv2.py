@@ -55,7 +55,11 @@ class UMv2Memory(nn.Module):
             self.gate_proj = nn.Linear(hidden, summed, bias=False)
         if config.memory_value_expansion != "none":
             self.value_proj = nn.Linear(summed, hidden, bias=False)
-        self.register_buffer("perm", torch.arange(cells, dtype=torch.int32 if cells <= 2**31 else torch.int64))
+        self.index = index
+        self.seed = config.memory_seed
+        self.register_buffer("perm", torch.empty(cells, dtype=torch.int32 if cells <= 2**31 else torch.int64))
+        if not self.perm.is_meta:
+            self.perm.copy_(self.shuffle())
         self.table: UMv2Table
         if owner == index:
             self.table = UMv2Table(config, self.table_rows, tables)
@@ -66,12 +70,27 @@ class UMv2Memory(nn.Module):
         # Cells are rows, without a detour, unless the window moves them or several cells share a row.
         self._plain = cells == self.window == self.table_rows and self.offset == 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to [..., H]."""
-        return self.finish(self.start(x))
+    def shuffle(self) -> Tensor:
+        """A permutation of the cells [N^2] that belongs to the layer's index: what ``perm`` is until weights are
+        loaded. (Training draws others.)"""
+        generator = torch.Generator().manual_seed(self.seed + self.index)
+        return torch.randperm(self.perm.numel(), generator=generator, device="cpu")
 
-    def start(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Pick rows for ``x`` [..., H] and tell the table about them; the FFN may be computed before ``finish``."""
+    def forward(
+        self, x: Tensor | None = None, begun: tuple[Tensor, ...] | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
+        """One half of the layer: ``x`` [..., H] to what is begun for it, or that to the output [..., H].
+
+        Between the two the FFN may be computed, or with a read delay other blocks. Both are calls of the module,
+        because what moves weights to a device for a while (accelerate's hooks) does so around such a call.
+        """
+        if begun is None:
+            assert x is not None
+            return self._start(x)
+        return self._finish(begun)
+
+    def _start(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Pick rows for ``x`` and tell the table about them."""
         flat = x.reshape(-1, x.shape[-1])
         cells, scores = self.retrieval(flat)
         rows = self.perm[cells].long()
@@ -81,9 +100,11 @@ class UMv2Memory(nn.Module):
             rows = (rows - blocks * self.window + self.offset) % self.table_rows
         return flat, x, self.table.announce(rows), blocks, scores
 
-    def finish(self, started: tuple[Tensor, ...]) -> Tensor:
-        """The output [..., H] for the input of ``start``."""
-        flat, x, rows, blocks, scores = started
+    def _finish(self, begun: tuple[Tensor, ...]) -> Tensor:
+        flat, x, rows, blocks, scores = begun
+        here = self.perm.device
+        if here.type != "meta":  # with a read delay the calling block may lie on another device; rows go to the table
+            flat, x, blocks, scores = flat.to(here), x.to(here), blocks.to(here), scores.to(here)
         projected = project(self.pre_proj, flat) if self.pre_proj is not None else flat
         if torch.is_grad_enabled() and scores.requires_grad:
             # The picked rows of a whole batch are large: they are picked again for the backward.
@@ -104,7 +125,7 @@ class UMv2Memory(nn.Module):
 
     def _sum_parts(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:
         part = max(1, _PICKED_NUMBERS // (rows.shape[1] * self.width))
-        if rows.shape[0] <= part:
+        if torch.compiler.is_exporting() or rows.shape[0] <= part:  # an exported program is one for any length
             return self._sum_some(rows, blocks, scores, projected)
         split = [tensor.split(part) for tensor in (rows, blocks, scores, projected) if tensor is not blocks]
         block_parts = blocks.split(part) if blocks.numel() else [blocks] * len(split[0])

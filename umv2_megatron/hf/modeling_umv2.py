@@ -25,7 +25,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import cached_file, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, cached_file, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -35,7 +36,7 @@ from .experts_umv2 import UMv2MLP, UMv2SparseMLP, init_experts
 from .linear_umv2 import project
 from .memory_umv2 import UMv2Memory
 from .retrieval_umv2 import UMv2QueriesAndKeys, UMv2Retrieval
-from .tables_umv2 import PLACES, UMv2Table, attach_tables, tensor_files
+from .tables_umv2 import PLACES, UMv2Rows, UMv2Table, attach_tables, tensor_files
 
 
 class UMv2DecoderLayer(GradientCheckpointingLayer):
@@ -74,10 +75,10 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self._dropped(attended)
         x = self.post_attention_layernorm(hidden_states)
         # Rows that lie outside the device are on their way while the FFN computes.
-        started = self.memory.start(x) if self.memory is not None else None
+        started = self.memory(x) if self.memory is not None else None
         added = self.mlp(x)
         if self.adds is not None:
-            added = added + self.adds.finish(begun if self.delayed else started).to(added.device)
+            added = added + self.adds(begun=begun if self.delayed else started).to(added.device)
         hidden_states = hidden_states + self._dropped(added)
         return (hidden_states, *(started or ())) if self.delayed else hidden_states
 
@@ -99,6 +100,7 @@ class UMv2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": UMv2DecoderLayer, "attentions": UMv2Attention}
 
     def __init__(self, config: UMv2Config, memory_tables: str = "device") -> None:
@@ -131,6 +133,10 @@ class UMv2PreTrainedModel(PreTrainedModel):
             model.value_tables(), tensor_files(lambda name: cached_file(pretrained_model_name_or_path, name, **options))
         )
         return result
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers would look for its decorator in this file
 
     def value_tables(self) -> dict[str, UMv2Table]:
         """The value tables by their names inside UMv2Model."""
@@ -183,8 +189,8 @@ class UMv2PreTrainedModel(PreTrainedModel):
                 init.zeros_(module.u)  # computed in the first forward
                 init.zeros_(module.t)
         elif isinstance(module, UMv2Memory):
-            init.copy_(module.perm, torch.randperm(module.perm.numel()).to(module.perm))
-        elif isinstance(module, nn.ParameterList):
+            init.copy_(module.perm, module.shuffle().to(module.perm))
+        elif isinstance(module, UMv2Rows):
             for chunk in module:
                 init.normal_(chunk, std=std)
         init_experts(module, std)
@@ -231,7 +237,7 @@ class UMv2Model(UMv2PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Hidden states [b, s, H] of ``input_ids`` [b, s], or of ``inputs_embeds`` [b, s, H].
 
@@ -252,7 +258,7 @@ class UMv2Model(UMv2PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -304,6 +310,7 @@ class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):
     """The decoder with its output layer; tied to the embeddings where the configuration says so."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: UMv2Config, memory_tables: str = "device") -> None:
         super().__init__(config, memory_tables)
@@ -311,6 +318,8 @@ class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        if config.base_model_pp_plan is not None:
+            self._pp_plan["lm_head"] = (["hidden_states"], ["logits"])
 
     @can_return_tuple
     def forward(
@@ -323,7 +332,7 @@ class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits [b, s, vocabulary]; of the last ``logits_to_keep`` positions, or of those in that index tensor.
 

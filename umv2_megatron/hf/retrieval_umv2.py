@@ -101,6 +101,7 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         self.register_buffer("t", torch.zeros(heads, rank, dtype=torch.float32))
         self._cores_seen: Tensor | None = None  # contents of the cores, a copy
         self._checked = False  # against them, since the last forward with gradients and change of mode
+        self._trained = False  # a forward with gradients has been compiled, since the last change of mode
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` [T, H] to the picked cells [T, P] (i * N + j) and their scores [T, P, C], differentiable."""
@@ -111,8 +112,7 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
     def _pick(self, key_scores: Tensor) -> tuple[Tensor, Tensor]:
         """What ``forward`` gives, from the scores of every key."""
         rank, tokens = key_scores.shape[1:3]
-        if not torch.compiler.is_compiling():
-            self._refresh_if_changed(with_gradients=torch.is_grad_enabled())
+        self._refresh_for_forward()
         with torch.no_grad():
             vectors, total = self._for_search(key_scores.dtype)
             keys = (key_scores * vectors).sum(1).topk(self.kept, dim=-1).indices
@@ -152,7 +152,7 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         left = kept_scores[0].permute(1, 2, 3, 0) @ total
         right = kept_scores[1].permute(1, 2, 0, 3)
         part = max(1, _GRID_CELLS // (self.heads * self.kept * self.kept))
-        if left.shape[0] <= part:
+        if torch.compiler.is_exporting() or left.shape[0] <= part:
             return (left @ right).flatten(2).topk(self.topk, dim=-1).indices
         parts = zip(left.split(part), right.split(part))
         return torch.cat([(one @ other).flatten(2).topk(self.topk, dim=-1).indices for one, other in parts])
@@ -173,7 +173,29 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
     def train(self, mode: bool = True) -> UMv2Retrieval:
         super().train(mode)
         self._checked = False
+        if self._trained and self._cores_are_whole():
+            self.refresh_singular_vectors()  # of the cores after the last step
+            self._trained = False
         return self
+
+    def _refresh_for_forward(self) -> None:
+        """Have u and t belong to the cores. In a compiled forward, which can not ask whether contents have changed,
+        they are computed anew while gradients are on, and the loaded ones are taken otherwise."""
+        if not torch.compiler.is_compiling():
+            self._refresh_if_changed(with_gradients=torch.is_grad_enabled())
+        elif torch.is_grad_enabled() and not torch.compiler.is_exporting() and self._cores_are_whole():
+            self._trained = True
+            self._cores_seen = None
+            self.refresh_singular_vectors()
+        elif self._trained:  # evaluation in the midst of training
+            self.refresh_singular_vectors()
+
+    def _cores_are_whole(self) -> bool:
+        """Whether the cores are here: not sharded over ranks and not offloaded."""
+        cores = self.cores
+        return not cores.is_meta and type(cores) is nn.Parameter and cores.shape[1:] == (
+            self.heads, self.rank, self.rank
+        )  # fmt: skip
 
     def _refresh_if_changed(self, with_gradients: bool = True) -> None:
         """Refresh u and t if the cores have other contents than those that they were last seen with. On a CUDA device
@@ -183,7 +205,7 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         are not here as a whole (sharded over ranks, offloaded) leave it as it is.
         """
         cores = self.cores
-        if cores.is_meta or type(cores) is not nn.Parameter or cores.shape[1:] != (self.heads, self.rank, self.rank):
+        if not self._cores_are_whole():
             return
         seen = self._cores_seen
         if seen is not None and self._checked and cores.is_cuda and not with_gradients:
@@ -196,7 +218,9 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         self._cores_seen = cores.detach().clone()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._cores_seen is not None:
+        if self._trained and self._cores_are_whole():
+            self.refresh_singular_vectors()
+        elif self._cores_seen is not None:
             self._refresh_if_changed()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -254,11 +278,17 @@ class UMv2ProductKeys(UMv2QueriesAndKeys):
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Places (m, n) in both sorted sides that can be among the K best: cells in (m+1)(n+1) places are as good."""
+        if torch.compiler.is_compiling():
+            return self._make_places(device)
         if self._candidates is None or self._candidates[0].device != device:
-            place = torch.arange(1, self.kept + 1)
-            rows, columns = (place.unsqueeze(1) * place <= self.topk).nonzero(as_tuple=True)
-            self._candidates = (rows.to(device), columns.to(device))
+            self._candidates = self._make_places(device)
         return self._candidates
+
+    def _make_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        pairs = [(m, n) for m in range(self.kept) for n in range(self.kept) if (m + 1) * (n + 1) <= self.topk]
+        rows, columns = zip(*pairs)
+        return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast would compute in a half dtype inside, where scores that are close to each other are told apart."""

@@ -25,7 +25,7 @@ import queue
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class MappedTensor:
                 "the file is damaged or no export of a model"
             )
         self.path = path
+        self._arguments = path, name, entry, start
         aligned = (start + first) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         self._shift = start + first - aligned
         self._row_bytes = shape[1] * dtype.itemsize
@@ -76,6 +77,9 @@ class MappedTensor:
             warnings.simplefilter("ignore")  # the bytes are read-only, and nothing writes them
             flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=self._shift)
         self.tensor = flat.view(shape)
+
+    def __reduce__(self) -> tuple[type[MappedTensor], tuple[Any, ...]]:
+        return MappedTensor, self._arguments
 
     def fetch(self, rows: Tensor) -> None:
         """Have the system read the pages of ``rows`` [n] int64 into its cache, all at the same time, so that who reads
@@ -138,6 +142,63 @@ def _serve(requests: queue.SimpleQueue[tuple[UMv2Table, Tensor] | None]) -> None
 _FETCHER = _Fetcher()
 
 
+def pick_rows(chunks: Sequence[Tensor], chunk_rows: int, rows: Tensor) -> Tensor:
+    """``rows`` [n] int64 of a table in ``chunks`` of ``chunk_rows`` rows (the last may have fewer): [n, D]."""
+    if len(chunks) == 1:
+        return functional.embedding(rows, chunks[0])
+    if torch.compiler.is_compiling():  # how many rows lie in a chunk is not known then: each chunk gives all, or zeros
+        parts = []
+        for index, chunk in enumerate(chunks):
+            own = rows - index * chunk_rows
+            inside = (own >= 0) & (own < chunk.shape[0])
+            part = functional.embedding(own.clamp(0, chunk.shape[0] - 1), chunk)
+            parts.append(part.masked_fill(~inside.unsqueeze(1), 0))
+        return torch.stack(parts).sum(0)
+    picked = chunks[0].new_empty(rows.shape[0], chunks[0].shape[1])
+    for index, own, place in by_chunk(len(chunks), chunk_rows, rows):
+        picked.index_copy_(0, place, functional.embedding(own, chunks[index]))
+    return picked
+
+
+def by_chunk(chunks: int, chunk_rows: int, rows: Tensor) -> Iterable[tuple[int, Tensor, Tensor]]:
+    """For each chunk that is asked for: its index, the rows in it, and their places in ``rows`` [n]."""
+    chunk_of = rows.div(chunk_rows, rounding_mode="floor")
+    for index in range(chunks):
+        (place,) = (chunk_of == index).nonzero(as_tuple=True)
+        if place.numel():
+            yield index, rows[place] - index * chunk_rows, place
+
+
+class UMv2Rows(nn.Module):
+    """Parameters ``0``, ``1``, ...: the chunks of the values or of the pre-values of a table on the device.
+
+    Rows are picked by this module's forward, because what brings parameters to a device for a while (accelerate's
+    offload, sharding) does so around the forward of the module that they belong to.
+
+    Args:
+        shapes: rows and columns of each chunk; all but the last have the same number of rows.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.chunk_rows = shapes[0][0]
+        for index, shape in enumerate(shapes):
+            self.register_parameter(str(index), nn.Parameter(torch.empty(*shape)))
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):  # also what ends an iteration
+            raise IndexError(f"chunk {index} of {len(self)}")
+        return getattr(self, str(index))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """``rows`` [n] int64, on any device: [n, D]."""
+        chunks = list(self)
+        return pick_rows(chunks, self.chunk_rows, rows.to(chunks[0].device))
+
+
 class UMv2Table(nn.Module):
     """A value table: ``values.C`` and ``pre_values.C`` for chunks C = 0, 1, ..., each [rows of the chunk, Dv or Dp].
 
@@ -158,9 +219,7 @@ class UMv2Table(nn.Module):
         self._mapped: dict[str, list[MappedTensor]] = {}
         self._announcements_left, self._faults = _ANNOUNCED, 0
         for kind in self.widths:
-            shapes = self.chunk_shapes(kind) if place == "device" else []
-            chunks = [nn.Parameter(torch.empty(*shape)) for shape in shapes]
-            setattr(self, kind, nn.ParameterList(chunks) if place == "device" else chunks)
+            setattr(self, kind, UMv2Rows(self.chunk_shapes(kind)) if place == "device" else [])
 
     def chunk_shapes(self, kind: str) -> list[tuple[int, int]]:
         """Rows and columns of each chunk of ``kind``."""
@@ -184,11 +243,11 @@ class UMv2Table(nn.Module):
         return {chunk.path for chunks in self._mapped.values() for chunk in chunks}
 
     def announce(self, rows: Tensor) -> Tensor:
-        """``rows`` (any shape) will be picked soon; gives them on the device of the table, for ``pick``."""
+        """``rows`` (any shape) will be picked soon; gives them in host memory if the table is there, for ``pick``."""
         if self.place == "device":
-            return rows.to(self.values[0].device)
+            return rows
         rows = rows.cpu()
-        if self.place == "mmap":
+        if self.place == "mmap" and not torch.compiler.is_compiling():
             self._fetch(rows.flatten())
         return rows
 
@@ -204,7 +263,7 @@ class UMv2Table(nn.Module):
 
     def _fetch_now(self, rows: Tensor) -> None:
         for chunks in self._mapped.values():
-            for index, own, _ in self._by_chunk(rows) if len(chunks) > 1 else [(0, rows, None)]:
+            for index, own, _ in by_chunk(len(chunks), self.chunk_rows, rows):
                 chunks[index].fetch(own)
 
     def pick(self, kind: str, rows: Tensor, device: torch.device) -> Tensor:
@@ -215,25 +274,21 @@ class UMv2Table(nn.Module):
                 f"memory_tables is {self.place!r}, but this model was not made by from_pretrained, which attaches the "
                 "tables of the files; use it, or memory_tables='device'"
             )
-        if len(chunks) == 1:
-            picked = functional.embedding(rows, chunks[0])
-        else:
-            picked = chunks[0].new_empty(rows.shape[0], self.widths[kind])
-            for index, own, place in self._by_chunk(rows):
-                picked.index_copy_(0, place, functional.embedding(own, chunks[index]))
         if self.place == "device":
-            return picked.to(device)
+            return chunks(rows).to(device)
+        picked = pick_rows(chunks, self.chunk_rows, rows)
         if device.type == "cuda":
             picked = picked.pin_memory()
         return picked.to(device=device, dtype=self.dtype, non_blocking=True)
 
-    def _by_chunk(self, rows: Tensor) -> Iterable[tuple[int, Tensor, Tensor]]:
-        """For each chunk that is asked for: its index, the rows in it, and their places in ``rows`` [n]."""
-        chunk_of = rows.div(self.chunk_rows, rounding_mode="floor")
-        for index in range(-(-self.rows // self.chunk_rows)):
-            (place,) = (chunk_of == index).nonzero(as_tuple=True)
-            if place.numel():
-                yield index, rows[place] - index * self.chunk_rows, place
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapped table is copied and pickled as the places in its files, which the copy maps again.
+        return {**self.__dict__, **dict.fromkeys(self._mapped, [])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for kind, chunks in self._mapped.items():
+            self.attach(kind, chunks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UMv2Table:
         # Tables off the device stay where they are; picked rows follow the model's dtype.
