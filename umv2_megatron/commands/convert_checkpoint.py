@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -42,8 +43,17 @@ def to_hf(arguments: argparse.Namespace) -> None:
     from umv2_megatron.conversion.to_hf import ExportOptions, export_checkpoint
 
     store, iteration = locate(arguments.load, arguments.ckpt_step)
+    if arguments.license is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", arguments.license):
+        raise ValueError(
+            f"--license is {arguments.license!r}; expected an identifier such as apache-2.0 or cc-by-4.0, as the Hub "
+            "and SPDX have them"
+        )
     options = ExportOptions(
-        _dtype(arguments.dtype), parse_size(arguments.max_shard_size), arguments.tokenizer_model, arguments.tokenizer
+        _dtype(arguments.dtype),
+        parse_size(arguments.max_shard_size),
+        arguments.tokenizer_model,
+        arguments.tokenizer,
+        arguments.license,
     )
     export_checkpoint(store, iteration, Path(arguments.save), options)
     print(f"exported iteration {iteration} of {store.root} to {arguments.save}")
@@ -151,6 +161,7 @@ def parser() -> argparse.ArgumentParser:
             "--tokenizer-model", help="the tokenizer's file, where it is no longer where training had it"
         )
     out.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer out")
+    out.add_argument("--license", metavar="ID", help="licence of the weights, for the model card (default: not stated)")
     for command in (out, back, check):
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
     choices = {out: ["auto", "float32", "bfloat16", "float16"], back: ["auto", "float32", "bfloat16"]}

@@ -23,6 +23,7 @@ from umv2_megatron.checkpoint.torch_dist_io import is_extra_state, is_optimizer_
 from umv2_megatron.conversion.checkpoint_tensors import CheckpointTensors, damaged_tensors
 from umv2_megatron.conversion.export_files import INDEX, copy_model_code, shard_names, write_config, write_manifest
 from umv2_megatron.conversion.journal import Journal, check_space, digest_of, sole_user, write_json
+from umv2_megatron.conversion.model_card import CARD, training_of, write_card
 from umv2_megatron.conversion.plan import Copy, assemble, check_source, copies_to_hf, group_by_size
 from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import ConversionError, SafetensorsWriter
@@ -42,13 +43,14 @@ class ExportOptions:
 
     dtype: of the weights, None keeps the checkpoint's; max_shard_bytes: largest file of tensors; tokenizer_model: the
     tokenizer's file where it is no longer where training found it; with_tokenizer: False leaves the tokenizer out, but
-    its end-of-document token is still looked up.
+    its end-of-document token is still looked up; licence: what the model card states, None that there is none yet.
     """
 
     dtype: torch.dtype | None = None
     max_shard_bytes: int = 4 * 10**9
     tokenizer_model: str | None = None
     with_tokenizer: bool = True
+    licence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,11 @@ def export_checkpoint(
             write_config(work, hf_config(source.config, source.dtype, source.chunk_rows, eod))
             copy_model_code(work)
             write_manifest(work, hashed, {"checkpoint": identity, "umv2_megatron": __version__})
+            # after the manifest: people edit it
+            dtype = str(source.dtype).removeprefix("torch.")
+            training = training_of(store.path(iteration), iteration)
+            write_card(work, source.config, training, options.licence, dtype)
+            fsync_path(work / CARD)
             os.rename(work, target)
     finally:
         source.tensors.close()
