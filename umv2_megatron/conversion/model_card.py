@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from umv2_megatron import __version__
-from umv2_megatron.checkpoint.torch_dist_io import SafeCommonLoad
 from umv2_megatron.conversion.settings import context_of, memory_config
 from umv2_megatron.planning import count_parameters
 from umv2_megatron.training.metrics import read_metrics
 
 CARD = "README.md"
 PAPER = "arXiv:2508.18756"
+_NUMBERS = {
+    "consumed-samples": "samples",
+    "lm loss": "training loss",
+    "lm loss validation": "validation loss",
+}
+"""What the card takes from the metrics, and what it calls it."""
 _KINDS = {
     "umv2": f"UltraMemV2 ({PAPER}): blocks that add a memory layer to the FFN",
     "ultramem": "UltraMem (arXiv:2411.12364): memory layers that several blocks share",
@@ -34,32 +39,24 @@ _KINDS = {
 class Training:
     """How a checkpoint came about.
 
-    ``samples``: sequences trained on, None where the checkpoint does not say; ``loss`` and ``validation``: the latest
-    up to it, each with its iteration, in nats per token, None where no metrics are left.
+    ``numbers``: by their names in ``metrics.jsonl``, the latest up to the checkpoint, each with its iteration.
     """
 
     iteration: int
-    samples: int | None
-    loss: tuple[int, float] | None
-    validation: tuple[int, float] | None
+    numbers: dict[str, tuple[int, float]]
 
 
 def training_of(directory: Path, iteration: int) -> Training:
-    """What the checkpoint ``iter_*`` in ``directory`` and the run's metrics beside it say."""
-    common = SafeCommonLoad().load_common(directory)
-    progress = common.get("extra_state") or {}
-    samples = progress.get("consumed_samples")
+    """What the metrics of the run that saved the checkpoint ``directory`` say, if they are still beside it."""
+    numbers = {}
     try:
-        records = [record for record in read_metrics(directory.parent) if record["iteration"] <= iteration]
-    except (OSError, KeyError, TypeError):
-        records = []
-    found = {}
-    for name in ("lm loss", "lm loss validation"):
-        told = [(record["iteration"], record[name]) for record in records if record.get(name) is not None]
-        found[name] = told[-1] if told else None
-    return Training(
-        iteration, samples if isinstance(samples, int) else None, found["lm loss"], found["lm loss validation"]
-    )
+        for record in read_metrics(directory.parent):
+            if record["iteration"] <= iteration:
+                told = {name: record[name] for name in _NUMBERS if record.get(name) is not None}
+                numbers |= {name: (record["iteration"], value) for name, value in told.items()}
+    except (OSError, KeyError, TypeError):  # none, or of another program
+        numbers = {}
+    return Training(iteration, numbers)
 
 
 def write_card(directory: Path, config: dict[str, Any], training: Training, licence: str | None, dtype: str) -> None:
@@ -123,12 +120,13 @@ def _sizes(config: dict[str, Any], dtype: str) -> str:
 def _data(values: dict[str, Any], training: Training) -> str:
     rows = [("corpus", _corpus(values)), ("tokenizer", str(values["tokenizer_type"]))]
     rows.append(("iterations", f"{training.iteration:,}"))
-    if training.samples is not None:
-        seen = training.samples * values["seq_length"]
-        rows.append(("tokens seen", f"{seen:,} ({training.samples:,} sequences of {values['seq_length']:,})"))
-    for name, told in (("training loss", training.loss), ("validation loss", training.validation)):
-        if told is not None:
-            rows.append((name, f"{told[1]:.4f} nats per token, at iteration {told[0]:,}"))
+    numbers = dict(training.numbers)
+    if "consumed-samples" in numbers:
+        at, samples = numbers.pop("consumed-samples")
+        seen = f"{samples * values['seq_length']:,} ({samples:,} sequences of {values['seq_length']:,})"
+        rows.append(("tokens seen", seen + (f", at iteration {at:,}" if at != training.iteration else "")))
+    for name, (at, loss) in numbers.items():
+        rows.append((_NUMBERS[name], f"{loss:.4f} nats per token, at iteration {at:,}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"## Training\n\n| | |\n|---|---|\n{table}"
 
