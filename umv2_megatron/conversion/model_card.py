@@ -48,7 +48,7 @@ class Training:
 
 def training_of(directory: Path, iteration: int) -> Training:
     """What the metrics of the run that saved the checkpoint ``directory`` say, if they are still beside it."""
-    numbers = {}
+    numbers: dict[str, tuple[int, float]] = {}
     try:
         for record in read_metrics(directory.parent):
             if record["iteration"] <= iteration:
