@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from umv2_megatron.checkpoint.store import METADATA_FILE
 from umv2_megatron.training.tool_entry import read_text, run_tool
@@ -67,39 +67,22 @@ def load_checkpoint(arguments: argparse.Namespace) -> Loaded:
 
 def load_export(arguments: argparse.Namespace) -> Loaded:
     """From a directory in Hugging Face form; models other than ours work, too, if transformers knows them."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    import umv2_megatron.hf  # noqa: F401  (registers our classes)
     from umv2_megatron.evaluation.generation import CachedTransformersModel
-    from umv2_megatron.evaluation.huggingface_scoring import holds_tokenizer, load_whole_model
+    from umv2_megatron.evaluation.local_export import open_export
     from umv2_megatron.parallel import cpu_platform
 
     for name in ("ckpt_step", "tokenizer_model"):
         if getattr(arguments, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is {getattr(arguments, name)} and {arguments.load} is an export: leave it out")
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(arguments.load, **where)
-    tables = {}
-    if arguments.memory_tables is not None:
-        if config.model_type != "umv2":
-            raise ValueError(f"--memory-tables is {arguments.memory_tables} and the model is a {config.model_type}")
-        tables["memory_tables"] = arguments.memory_tables
-    unreadable = f"--load is {arguments.load!r}; it holds no tokenizer that transformers can read: "
-    if not holds_tokenizer(arguments.load):
-        raise ValueError(unreadable + "export it without --no-tokenizer, or bring the tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.load, **where)
-    except Exception as error:  # the libraries of tokenizers raise plain Exception for faults in their files
-        raise ValueError(unreadable + str(error).partition("\n")[0]) from error
-    model = load_whole_model(arguments.load, "--load", dtype="auto", **tables, **where).eval()
-    model = model.to(cpu_platform.device())  # without the tables that have another place
+    export = open_export(arguments.load, "--load", memory_tables=arguments.memory_tables, device=cpu_platform.device())
+    tokenizer = export.tokenizer
     return Loaded(
-        CachedTransformersModel(model),
-        getattr(config, "max_position_embeddings", None) or 1024,
+        CachedTransformersModel(export.model),
+        export.context,
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False),
-        min(config.vocab_size, max(tokenizer.get_vocab().values()) + 1),
+        export.vocab_size,
         tokenizer.eos_token_id,
     )
 

@@ -108,7 +108,7 @@ class CachedModel:
         if not 0 < known < len(wanted) or wanted[:known] != self._seen:
             known = 0
             self.forget()
-        logits = self.forward(tokens[:, known:].to(cpu_platform.device()), known)
+        logits = self.forward(tokens[:, known:], known)
         self._seen = wanted if self.has_cache else []
         return logits
 
@@ -140,6 +140,7 @@ class CachedMegatronModel(CachedModel):
         self._cache.reset()
 
     def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
+        tokens = tokens.to(cpu_platform.device())
         # mcore's own attention takes either a whole prompt or a single token after it
         parts = tokens.split(1, dim=1) if known else [tokens]
         for part in parts:
@@ -163,6 +164,7 @@ class CachedTransformersModel(CachedModel):
         self._cache = None  # the model makes a new one
 
     def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
+        tokens = tokens.to(self._model.device)
         output = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = getattr(output, "past_key_values", None)
         self.has_cache = self._cache is not None  # Mamba and its like keep a state of another kind

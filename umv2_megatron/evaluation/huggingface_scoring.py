@@ -144,11 +144,6 @@ def load_whole_model(directory: str, flag: str, **options: Any) -> Any:
     return model
 
 
-def holds_tokenizer(directory: str | Path) -> bool:
-    """Whether there is a file to read a tokenizer from; without one transformers may make up an empty tokenizer."""
-    return any(any(Path(directory).glob(name)) for name in ("tokenizer*", "vocab*", "*.model"))
-
-
 def _tokenizer(path: Path, kind: str | None, model: str | None, vocab_size: int | None) -> Tokenizer:
     if kind is not None:
         return build_tokenizer(kind, model, vocab_size)
