@@ -4,6 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
+SERVE_READY := $(VENV)/.serve-ready
 
 .PHONY: demo compare flags-page test test-flags test-slow test-other-cpus test-gpu layouts bench lint clean help
 
@@ -32,6 +33,11 @@ $(TRITON_READY): requirements-triton.txt $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-triton.txt \
 		&& touch $(TRITON_READY) || echo "triton could not be installed: the tests of its kernels will be skipped"
 
+# Only the tests of the server need it; without it they are skipped.
+$(SERVE_READY): requirements-serve.txt $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt \
+		&& touch $(SERVE_READY) || echo "the server's packages could not be installed: its tests will be skipped"
+
 demo: $(READY)
 	$(PY) tools/demo.py
 
@@ -47,7 +53,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
-test: $(READY) $(TRITON_READY) lint
+test: $(READY) $(TRITON_READY) $(SERVE_READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 # Not with a file for each worker: it is one file.

@@ -1,4 +1,4 @@
-"""Serve an export over HTTP with the API of OpenAI, by transformers' own server.
+"""Serve an export over HTTP with the API of OpenAI.
 
 The program is `umv2_megatron/commands/serve.py`; this file starts it in a checkout.
 """

@@ -1,4 +1,4 @@
-"""Servers for tests: tools/serve.py as a process of its own, started from the fork server in a second, on a free port."""
+"""Servers for tests: tools/serve.py on a free port, in a process of its own that the fork server starts in a second."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Text, a server and lm-eval from the same model: tools/generate.py from checkpoint and export, tools/serve.py, and
-lm-eval's score against our own evaluator's. The last two are skipped where their packages are not installed."""
+"""Text and lm-eval from the same model: tools/generate.py from checkpoint and export, and lm-eval's score against our
+own evaluator's, which is skipped where lm-eval is not installed. The server's tests are in test_serve.py."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,12 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "functional"))
 
 from conversions import edit_json, forked, saved, to_hf  # noqa: E402
-
-SERVING = ("accelerate", "fastapi", "openai", "uvicorn")
-
-
-def installed(*names: str) -> bool:
-    return all(importlib.util.find_spec(name) for name in names)
 
 
 @pytest.fixture(scope="module")
@@ -155,89 +145,8 @@ def test_a_model_that_names_no_longest_context_generates(tmp_path):
     assert forked(of_another_class, str(tmp_path)).startswith("abc")
 
 
-def test_serve_refuses_in_one_line(tmp_path):
-    for argv, word in ((["model", "--memory-tables", "ram"], "--memory-tables"), ([str(tmp_path)], "serve.py: error")):
-        done = subprocess.run([sys.executable, "tools/serve.py", *argv], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def refusals_to_serve(run: str, export: str, folder: str) -> list[str]:
-    """The messages of models that must be refused before the server's own packages are needed."""
-    from umv2_megatron.commands import serve
-
-    serve.NEEDED = ()
-    other, mute = (shutil.copytree(export, Path(folder, name)) for name in ("other", "mute"))
-    edit_json(other / "config.json", lambda config: config.update(model_type="llama"))
-    for path in mute.glob("tokenizer*"):
-        path.unlink()
-    found = []
-    for model, tables in ((f"{run}/iter_0000002", None), (other, "mmap"), (mute, None)):
-        try:
-            serve.check([str(model)], tables)
-        except ValueError as error:
-            found.append(str(error))
-    serve.check([export], "mmap")
-    return found
-
-
-def test_serve_refuses_what_it_cannot_serve(run, export, tmp_path):
-    messages = forked(refusals_to_serve, str(run), str(export), str(tmp_path))
-    for message, word in zip(messages, ("is no export", "--memory-tables is mmap", "no tokenizer"), strict=True):
-        assert word in message and "\n" not in message
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not installed(*SERVING), reason="the packages of transformers[serving] are not installed")
-def test_the_server_does_not_start_with_a_part_of_a_model(export, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    lacking = shutil.copytree(export, tmp_path / "lacking") / "model.safetensors"
-    save_file({key: value for key, value in load_file(lacking).items() if key != MISSING}, lacking, {"format": "pt"})
-    command = [sys.executable, "tools/serve.py", str(lacking.parent), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("serve.py: error: ") and MISSING in last
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not installed(*SERVING), reason="the packages of transformers[serving] are not installed")
-def test_the_server_completes_and_streams_what_the_model_generates(export, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "tools/serve.py", str(export), "--memory-tables", "mmap", "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, stdout=log, stderr=log, env=environment)
-    try:
-        base = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 300
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{base}/health", timeout=5):
-                break
-            time.sleep(0.5)
-
-        def ask(**options: Any) -> str:
-            body = {"model": str(export), "prompt": "def x", "max_tokens": 8, "temperature": 0, **options}
-            request = urllib.request.Request(
-                f"{base}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=200) as answer:
-                return answer.read().decode()
-
-        whole = json.loads(ask())["choices"][0]["text"]
-        lines = [line for line in ask(stream=True).splitlines() if line.startswith("data: {")]
-        parts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines]
-        assert whole and "".join(parts) == whole and len(lines) >= 2
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not installed("lm_eval"), reason="lm-eval is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_lm_eval_and_our_evaluator_give_the_same_score(run, export, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1",
                    "HF_HOME": str(tmp_path / "cache")}  # fmt: skip

@@ -93,12 +93,16 @@ class CachedModel:
     When a call's tokens begin with those of the call before, only the further ones are computed; otherwise (another
     prompt, or a full context out of which old tokens drop) everything is, from the start. So it is at every call of a
     model without a cache (``has_cache`` False).
+
+    Args:
+        device: of the model; None: the one that ranks of this machine use.
     """
 
     has_cache = True
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self._seen: list[int] = []
+        self._device = cpu_platform.device() if device is None else device
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -108,7 +112,7 @@ class CachedModel:
         if not 0 < known < len(wanted) or wanted[:known] != self._seen:
             known = 0
             self.forget()
-        logits = self.forward(tokens[:, known:], known)
+        logits = self.forward(tokens[:, known:].to(self._device), known)
         self._seen = wanted if self.has_cache else []
         return logits
 
@@ -140,7 +144,6 @@ class CachedMegatronModel(CachedModel):
         self._cache.reset()
 
     def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
-        tokens = tokens.to(cpu_platform.device())
         # mcore's own attention takes either a whole prompt or a single token after it
         parts = tokens.split(1, dim=1) if known else [tokens]
         for part in parts:
@@ -153,10 +156,10 @@ class CachedMegatronModel(CachedModel):
 
 
 class CachedTransformersModel(CachedModel):
-    """A causal language model of transformers in evaluation mode."""
+    """A causal language model of transformers in evaluation mode, on ``device``."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
+    def __init__(self, model: Any, device: torch.device | None = None) -> None:
+        super().__init__(device)
         self._model = model
         self._cache: Any = None
 
@@ -164,7 +167,6 @@ class CachedTransformersModel(CachedModel):
         self._cache = None  # the model makes a new one
 
     def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
-        tokens = tokens.to(self._model.device)
         output = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = getattr(output, "past_key_values", None)
         self.has_cache = self._cache is not None  # Mamba and its like keep a state of another kind

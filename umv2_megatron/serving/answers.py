@@ -104,8 +104,9 @@ def _completion_logprobs(tokens: Iterable[TokenLogprob], count: int) -> dict[str
         if token.logprob is None:
             tops.append(None)
             continue
-        top = {text: logprob for text, _, logprob in reversed(token.top)}  # of two with one text, the likelier
-        top = dict(reversed(top.items()))
+        top: dict[str, float] = {}
+        for text, _, logprob in token.top:
+            top.setdefault(text, logprob)  # of two with one text, the likelier
         tops.append({**top, token.text: token.logprob})  # documented: the token itself is always in it
     return {
         "tokens": [token.text for token in tokens],

@@ -234,7 +234,7 @@ def _answered(work: Handler) -> Handler:
         except ApiError as error:
             return _refused(error)
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it; the log of requests shows it
+            return Response(status_code=499)  # nobody reads it
         except Exception:
             log.exception("a request failed")
             return _refused(failed())

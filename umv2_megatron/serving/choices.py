@@ -73,7 +73,7 @@ def generate_choice(export: LocalExport, choice: Choice) -> Iterator[Piece]:
         offset = len(choice.echo)
         scored = () if choice.logprobs is None else tuple(_of_prompt(export, choice, detokenize))
         yield Piece(choice.index, choice.echo, scored, 0, None if choice.max_tokens else "length")
-    model = CachedTransformersModel(export.model)
+    model = CachedTransformersModel(export.model, export.model.device)
     generator = torch.Generator().manual_seed(choice.seed)
     text = ReleasedText(detokenize, choice.prompt, choice.stops, offset)
     tokens = list(choice.prompt)

@@ -196,7 +196,7 @@ def _prompts(prompt: Any, export: LocalExport) -> list[tuple[str | None, list[in
     found: list[tuple[str | None, list[int]]] = []
     for one in several:
         if isinstance(one, str) and one:
-            # verbose: it would warn of long ones; training puts nothing before a text; other models have a token that begins one
+            # training puts nothing before a text; other models may have a token that begins one
             special = export.kind != "umv2"
             ids = export.tokenizer.encode(fields.text("prompt", one), add_special_tokens=special, verbose=False)
             if not ids:

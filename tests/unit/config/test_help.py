@@ -37,9 +37,8 @@ def call(name: str, *arguments: str, **environ: str) -> subprocess.CompletedProc
 def test_help_and_an_unknown_flag_load_nothing_heavy(name: str) -> None:
     done = call(name, "--help")
     assert done.returncode == 0 and "--" in done.stdout and "loaded:\n" in done.stderr, done.stderr
-    if name != "serve":  # it takes the flags of transformers' server
-        done = call(name, "--no-such-flag")
-        assert done.returncode == 2 and "loaded:\n" in done.stderr, done.stderr
+    done = call(name, "--no-such-flag")
+    assert done.returncode == 2 and "loaded:\n" in done.stderr, done.stderr
 
 
 USAGE_ERRORS = [
@@ -50,6 +49,8 @@ USAGE_ERRORS = [
     ("pretrain", ["--model-preset", "umv2-tiny", "--train-iters", "3", "--tokenizer-type", "ByteLevelTokenizer",
                   "--data-path", "nowhere"]),
     ("plan", ["--model-preset", "umv2-tiny", "--tensor-model-parallel-size", "3"]),
+    ("serve", ["nowhere"]),
+    ("serve", ["nowhere", "--max-concurrent", "0"]),
     ("match", ["--model-preset", "umv2-tiny", "--to", "moe", "--hidden-dropout", "2"]),
 ]  # fmt: skip
 
