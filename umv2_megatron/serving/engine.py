@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 from umv2_megatron.serving.choices import Piece
@@ -52,7 +51,7 @@ class Job:
         return False
 
     def end(self, last: ApiError | None) -> None:
-        """Tell the client that nothing follows, and free the cache."""
+        """Tell the client that nothing follows, and free the cache. Whoever reads ends with the first call."""
         self._pieces = iter(())
         try:
             self._deliver(last)
@@ -70,20 +69,20 @@ class Engine:
     def __init__(self, max_concurrent: int) -> None:
         self._max_concurrent = max_concurrent
         self._turns: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._inside = 0
+        self._jobs: set[Job] = set()
         self._lock = threading.Lock()
-        self._deadline: float | None = None
+        self._stopping = False
         threading.Thread(target=self._run, name="umv2 generate", daemon=True).start()
 
     def check(self) -> None:
         """Raise what ``submit`` would raise now, before work is spent on a request."""
         self.check_running()
-        if self._inside >= self._max_concurrent:
+        if len(self._jobs) >= self._max_concurrent:
             raise overloaded(self._max_concurrent)
 
     def check_running(self) -> None:
         """Raise ``ApiError`` from ``stop`` on."""
-        if self._deadline is not None:
+        if self._stopping:
             raise stopping()
 
     def submit(self, pieces: Iterator[Piece], deliver: Deliver) -> Job:
@@ -91,22 +90,30 @@ class Engine:
         job = Job(pieces, deliver)
         with self._lock:
             self.check()
-            self._inside += 1
+            self._jobs.add(job)
         self._turns.put(job)
         return job
 
     def stop(self, grace: float) -> None:
-        """Take no jobs from now on, and end those that still run after ``grace`` seconds. Safe in a signal handler."""
-        if self._deadline is None:
-            self._deadline = time.monotonic() + grace
+        """Take no jobs from now on, and end those that still run after ``grace`` seconds."""
+        self._stopping = True
+        timer = threading.Timer(grace, self._break_off)
+        timer.daemon = True
+        timer.start()
+
+    def _break_off(self) -> None:
+        """In a thread of its own, because that of the engine may be inside a long pass of the model."""
+        with self._lock:
+            jobs = list(self._jobs)
+        for job in jobs:
+            job.cancel()
+            job.end(stopping())
 
     def _run(self) -> None:
         while True:
             job = self._turns.get()
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                job.end(stopping())
-            elif job.step():
+            if job.step():
                 self._turns.put(job)
                 continue
             with self._lock:
-                self._inside -= 1
+                self._jobs.discard(job)

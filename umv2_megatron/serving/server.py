@@ -24,7 +24,7 @@ from uvicorn.config import LOGGING_CONFIG
 from umv2_megatron.serving.engine import Engine
 
 GRACE = 2.0
-LATEST = 4.5
+LATEST = 4.0
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -68,7 +68,7 @@ def serve(app: ASGIApp, engine: Engine, listening: socket.socket, log_level: str
         lifespan="off",
         log_level=log_level,
         server_header=False,
-        timeout_graceful_shutdown=int(LATEST - 0.5),
+        timeout_graceful_shutdown=int(LATEST - 1),
     )
     server = _Server(config, engine, ready)
     # uvicorn raises the signals again that it got; these handlers let them pass
@@ -101,10 +101,11 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The handler of signals."""
         self.exit_code = 130 if sig == signal.SIGINT else 0
-        self._engine.stop(GRACE)
-        if not self.should_exit:
-            # a pass of the model over a long prompt cannot be ended otherwise
-            timer = threading.Timer(LATEST, leave, [self.exit_code])
-            timer.daemon = True
-            timer.start()
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.stop(GRACE)
+        timer = threading.Timer(LATEST, leave, [self.exit_code])  # whatever hangs
+        timer.daemon = True
+        timer.start()
+        await super().shutdown(sockets)

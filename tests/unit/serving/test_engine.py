@@ -73,7 +73,7 @@ def test_places_are_given_back_by_ends_faults_and_cancelled_jobs() -> None:
     assert isinstance(fault, ApiError) and fault.status == 500 and "memory" not in fault.message
     job.cancel()
     assert came.get(timeout=20) == "ended"
-    wait_until(lambda: engine._inside == 0)
+    wait_until(lambda: not engine._jobs)
     taken(engine, 2)
 
 
@@ -101,3 +101,12 @@ def test_stop_lets_short_jobs_end_and_breaks_off_long_ones() -> None:
     while not isinstance(last := long.get(timeout=20), ApiError):
         assert time.monotonic() < deadline
     assert last.status == 503
+
+
+def test_stop_breaks_off_what_waits_for_a_pass_that_does_not_end() -> None:
+    engine, gate, stuck, waiting = Engine(3), threading.Event(), queue.Queue(), queue.Queue()
+    engine.submit(pieces(1, gate), stuck.put)
+    engine.submit(pieces(1), waiting.put)
+    engine.stop(grace=0.1)
+    assert stuck.get(timeout=20).status == 503 and waiting.get(timeout=20).status == 503
+    gate.set()
