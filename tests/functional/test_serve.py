@@ -31,6 +31,7 @@ TEMPLATE = (
     "<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
 )
 END = 256  # the byte-level tokenizer's end-of-document token
+ON = {str(END): -100}  # a text that goes on
 
 
 def made(folder: Path, **changes: Any) -> Path:
@@ -76,12 +77,15 @@ def greedy(export: str, prompt: str, count: int) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(export)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    made = AutoModelForCausalLM.from_pretrained(export).generate(ids, max_new_tokens=count, do_sample=False)
-    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    model = AutoModelForCausalLM.from_pretrained(export)
+    ids = model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def complete(server: Server, **options: Any) -> Any:
-    return server.client().completions.create(**{"model": "model", "prompt": "def x", "max_tokens": 8, **options})
+    """An answer that no end-of-document token ends, unless ``options`` has another ``logit_bias``."""
+    body = {"model": "model", "prompt": "def x", "max_tokens": 8, "logit_bias": ON, **options}
+    return server.client().completions.create(**body)
 
 
 def text(server: Server, **options: Any) -> str:
@@ -108,7 +112,7 @@ class Raw:
 
 @served_only
 def test_temperature_and_seed_decide(server, export):
-    assert text(server, temperature=0, max_tokens=24) == forked(greedy, str(export), "def x", 24)
+    assert text(server, temperature=0, max_tokens=24, logit_bias=None) == forked(greedy, str(export), "def x", 24)
     hot = [text(server, temperature=2, seed=seed) for seed in range(4)]
     assert len(set(hot)) == 4
     assert text(server, temperature=2, seed=3) == hot[3] and text(server, temperature=2) != text(server, temperature=2)
@@ -116,7 +120,6 @@ def test_temperature_and_seed_decide(server, export):
     several = complete(server, prompt=["def x", "class"], n=2, seed=1, temperature=2)
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert [choice.text for choice in several.choices[:2]] == hot[1:3]
-    several = complete(server, prompt=["def x", "class"], n=2, logit_bias={END: -100})
     assert (several.usage.prompt_tokens, several.usage.completion_tokens) == (10, 32)
 
 
@@ -180,7 +183,7 @@ def test_chat(server):
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
     ]
-    options: dict[str, Any] = {"model": "model", "messages": messages, "temperature": 0}
+    options: dict[str, Any] = {"model": "model", "messages": messages, "temperature": 0, "logit_bias": ON}
     whole = create(**options, max_completion_tokens=12)
     assert whole.choices[0].message.role == "assistant" and whole.choices[0].finish_reason == "length"
     assert whole.choices[0].message.content == text(
@@ -201,7 +204,8 @@ def test_fifty_requests_at_once(server):
     client = server.client()
 
     def ask(number: int) -> str:
-        options = {"model": "model", "prompt": f"{number}", "temperature": 2, "seed": number, "max_tokens": 12}
+        options = {"model": "model", "prompt": f"{number}", "temperature": 2, "seed": number, "max_tokens": 12,
+                   "logit_bias": ON}  # fmt: skip
         if number % 2:
             return client.completions.create(**options).choices[0].text
         return "".join(chunk.choices[0].text for chunk in client.completions.create(**options, stream=True))
@@ -231,11 +235,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": 10**6}, "n"),
     ({"seed": 2**64}, "seed"),
-    ({"stop": ["a"] * 5}, "stop"),
-    ({"stop": ""}, "stop"),
-    ({"stop": 3}, "stop"),
-    ({"logprobs": 6}, "logprobs"),
-    ({"logprobs": True}, "logprobs"),
+    *(({"stop": value}, "stop") for value in (["a"] * 5, "", 3)),
+    *(({"logprobs": value}, "logprobs") for value in (6, True)),
     ({"echo": "yes"}, "echo"),
     ({"stream": 1}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -288,7 +289,7 @@ def test_what_is_wrong_is_refused_and_the_connection_stays(server):
     for large in (b'{"prompt": "' + b"x" * 20_000 + b'"}', b"x" * 3_000_000):
         status, answer = raw.send(large)
         assert status == 413 and answer["error"]["code"] == "request_too_large"
-    neutral = {"suffix": "", "best_of": 1, "user": "me", "stop": None, "logit_bias": None, "n": 1}
+    neutral = {"suffix": "", "best_of": 1, "user": "me", "stop": None, "top_p": None, "n": 1, "logit_bias": ON}
     status, answer = raw.send({"model": "model", "prompt": "x", "max_tokens": 2, **neutral})
     assert status == 200 and answer["usage"]["total_tokens"] == 3
 

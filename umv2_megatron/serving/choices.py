@@ -7,7 +7,6 @@ biases.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -112,15 +111,13 @@ def texts_of(export: LocalExport) -> Callable[[Iterable[int]], str]:
 
 def _shaped(logits: torch.Tensor, choice: Choice, tokens: list[int]) -> torch.Tensor:
     """Logits [vocabulary] with the penalties for what was generated and the biases; OpenAI gives the formula."""
-    penalised = choice.frequency or choice.presence
-    if not penalised and not choice.bias:
-        return logits
-    shaped = logits.clone()
-    if penalised:
-        for token, count in Counter(tokens[len(choice.prompt) :]).items():
-            shaped[token] -= count * choice.frequency + choice.presence
-    for token, added in choice.bias.items():
-        shaped[token] += added
+    shaped = logits
+    if choice.frequency or choice.presence:
+        counts = torch.bincount(torch.tensor(tokens[len(choice.prompt) :], dtype=torch.int64), minlength=len(logits))
+        shaped = shaped - counts * choice.frequency - (counts > 0) * choice.presence
+    if choice.bias:
+        added = torch.tensor(list(choice.bias.values()))
+        shaped = shaped.index_add(0, torch.tensor(list(choice.bias)), added)
     return shaped
 
 
