@@ -68,7 +68,7 @@ AS_BASELINE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_I
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 UMV2_CPU_ARCH=x86-64-v3
 AS_AVX512 := ATEN_CPU_CAPABILITY=avx512 UMV2_CPU_ARCH=native
 
-test-other-cpus: $(READY)
+test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY)
 	failed=0; \
 	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
 		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \
