@@ -107,7 +107,7 @@ def train(options: argparse.Namespace, name: str, threads: int, parent: Connecti
     dataset = build_datasets(run.data, tokenizer, run.model.seq_length, 1, (samples, 0, 0))[0]
     iterator = batch_iterator(dataset, 0, options.micro_batch_size, 0)
     updates: list[float] = []
-    outcomes: list[step.TrainStep] = []
+    outcomes: list[step.StepResult] = []
 
     def one_step() -> None:
         outcomes.append(step.train_step(run, state.chunks, state.optimizer, state.scheduler, iterator))
@@ -117,7 +117,7 @@ def train(options: argparse.Namespace, name: str, threads: int, parent: Connecti
     parent.send(sum(parameter.numel() for chunk in state.chunks for parameter in chunk.parameters()))
     while parent.recv():
         seconds = timed(one_step, options.clock, device)
-        assert outcomes[-1].result.updated, f"{name}: a step was not finite"
+        assert outcomes[-1].updated, f"{name}: a step was not finite"
         peak = cpu_platform.max_memory_allocated() - before
         parent.send({"seconds": seconds, "update": updates[-1], "loss": outcomes[-1].loss, "peak_bytes": peak})
     torch.distributed.destroy_process_group()

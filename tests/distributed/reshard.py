@@ -117,7 +117,7 @@ def train(run: Any, state: TrainingState, steps: range) -> list[tuple[float, flo
     for step in steps:
         data = batch_iterator(Samples(), step * BATCH, run.training.micro_batch_size, 0, run.virtual_pipeline_size)
         done = train_step(run, state.chunks, state.optimizer, state.scheduler, data)
-        told.append((done.loss, done.result.grad_norm))
+        told.append((done.loss, done.grad_norm))
     return told
 
 

@@ -84,16 +84,16 @@ def rates_and_weights(poisoned: int) -> list[tuple[bool, float, int, bool]]:
     guarded, found = step.guarded_step, []
     for number in range(1, 4):
 
-        def poison(optimizer: Any, loss_is_finite: bool, number: int = number) -> Any:
+        def poison(optimizer: Any, *arguments: Any, number: int = number) -> Any:
             if number == poisoned:
                 optimizer.param_groups[0]["params"][0].main_grad.view(-1)[0] = float("nan")
-            return guarded(optimizer, loss_is_finite)
+            return guarded(optimizer, *arguments)
 
         step.guarded_step = poison
         before = [each.detach().clone() for each in state.chunks[0].parameters()]
         told = step.train_step(run, state.chunks, state.optimizer, state.scheduler, batches(run, number))
         changed = any(not torch.equal(a, b) for a, b in zip(before, state.chunks[0].parameters()))
-        found.append((told.result.updated, state.scheduler.dense_lr, state.scheduler.num_steps, changed))
+        found.append((told.updated, state.scheduler.dense_lr, state.scheduler.num_steps, changed))
     return found
 
 
@@ -117,7 +117,7 @@ def refreshed_by(what: str) -> tuple[bool, bool]:
         step.evaluate(run, state.chunks, batches(run), 1)
         after = vectors(state)
     else:
-        step.guarded_step = lambda optimizer, loss_is_finite: step.StepResult(False, 0.0, None)
+        step.guarded_step = lambda *_: step.StepResult(False, 0.0, 0.0, None, False)
         step.train_step(run, state.chunks, state.optimizer, state.scheduler, batches(run))
         after = vectors(state)
     step.refresh_singular_vectors(state.chunks)
@@ -169,7 +169,7 @@ def clipped(clip_grad: float) -> tuple[float, float, float]:
 
     step._run_schedule(run, state.chunks, batches(run), forward_only=False)
     before = norm()
-    result = step.guarded_step(state.optimizer, loss_is_finite=True)
+    result = step.guarded_step(state.optimizer, torch.zeros(()))
     assert result.updated
     return before, result.grad_norm, norm()
 

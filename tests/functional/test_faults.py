@@ -61,7 +61,7 @@ def prepare(victim: int, kind: str, exchange: str = "", wait: float = 0, hosts: 
     train_step, take = loop.train_step, Pending.wait
     steps = 0
 
-    def counted_step(*arguments):
+    def counted_step(*arguments, **named):
         nonlocal steps
         steps += 1
         if steps == 2:
@@ -69,7 +69,7 @@ def prepare(victim: int, kind: str, exchange: str = "", wait: float = 0, hosts: 
                 distributed_c10d._set_pg_timeout(timedelta(seconds=LIMIT), group)
         if steps == 3 and not exchange and torch.distributed.get_rank() == victim:
             harm(kind)
-        return train_step(*arguments)
+        return train_step(*arguments, **named)
 
     def counted_wait(pending):
         if steps == 3 and pending._step == exchange and torch.distributed.get_rank() == victim:

@@ -103,12 +103,12 @@ def poison(iterations: tuple[int, ...]) -> None:
 
     original, count = step.guarded_step, [0]
 
-    def guarded(optimizer, loss_is_finite):
+    def guarded(optimizer, *arguments):
         count[0] += 1
         if count[0] in iterations:
             table = next(p for group in optimizer.param_groups if "value_lr_mult" in group for p in group["params"])
             table.main_grad[3] = float("nan")
-        return original(optimizer, loss_is_finite)
+        return original(optimizer, *arguments)
 
     step.guarded_step = guarded
 

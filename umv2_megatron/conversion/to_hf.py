@@ -31,6 +31,7 @@ from umv2_megatron.conversion.settings import chunk_rows_below, hf_config, refus
 from umv2_megatron.conversion.tokenizer_files import end_of_documents, export_tokenizer
 from umv2_megatron.durable_files import fsync_path, remove_path
 from umv2_megatron.hf.name_table import Pairing, pairings
+from umv2_megatron.memory.singular_pair import leading_pair
 
 _JOURNAL = "journal.json"
 _SAME_VECTOR = 1e-6
@@ -220,8 +221,7 @@ def singular_vector(tensors: CheckpointTensors, key: str, dtype: torch.dtype) ->
             f"{prefix}.cores holds numbers that are not finite in {str(dtype).removeprefix('torch.')}; choose another "
             "--dtype or an earlier --ckpt-step"
         )
-    left, _, right = torch.linalg.svd(total)
-    fresh, stored = torch.stack([left[:, :, 0], right[:, 0, :]]), torch.stack([u, t])
+    fresh, stored = torch.stack(leading_pair(total)), torch.stack([u, t])
     flipped = (fresh + stored).abs().sum((0, -1)) < (fresh - stored).abs().sum((0, -1))
     fresh = torch.where(flipped[None, :, None], -fresh, fresh)
     if (fresh - stored).abs().max() < _SAME_VECTOR:

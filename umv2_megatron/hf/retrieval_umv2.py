@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from .configuration_umv2 import UMv2Config
 from .linear_umv2 import project
+from .singular_pair_umv2 import leading_pair
 
 # Cells of second-stage grids that are held at once: 64 MB in float32.
 _GRID_CELLS = 1 << 24
@@ -161,14 +162,12 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
     def refresh_singular_vectors(self) -> None:
         """Set u and t to the leading singular pair of the summed cores, with the common sign that keeps them nearer to
         what they were."""
-        total = self.cores.detach().sum(0, dtype=torch.float32).cpu()
-        left, _, right = torch.linalg.svd(total)
-        new = torch.stack([left[:, :, 0], right[:, 0, :]])
-        old = torch.stack([self.u, self.t]).float().cpu()
-        flip = (new + old).abs().sum((0, -1)) < (new - old).abs().sum((0, -1))
-        new = torch.where(flip[None, :, None], -new, new)
-        self.u.copy_(new[0])
-        self.t.copy_(new[1])
+        u, t = leading_pair(self.cores.detach().sum(0, dtype=torch.float32))
+        kept = (u - self.u).abs().sum(-1) + (t - self.t).abs().sum(-1)
+        flipped = (u + self.u).abs().sum(-1) + (t + self.t).abs().sum(-1)
+        sign = torch.where(flipped < kept, -1.0, 1.0).unsqueeze(-1)
+        self.u.copy_(u * sign)
+        self.t.copy_(t * sign)
 
     def train(self, mode: bool = True) -> UMv2Retrieval:
         super().train(mode)

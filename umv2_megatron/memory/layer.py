@@ -193,10 +193,10 @@ class MemoryLayer(nn.Module):
             state.update(self.table.sharded_state_dict(f"{prefix}table.", sharded_offsets, metadata))
         return state
 
-    def refresh_singular_vectors(self) -> Tensor:
+    def refresh_singular_vectors(self) -> None:
         """See ``Retrieval.refresh_singular_vectors``: once per optimizer step, at build and after load. Additive scores
         have none."""
-        return self.retrieval.refresh_singular_vectors()
+        self.retrieval.refresh_singular_vectors()
 
     def collect_statistics(self, enabled: bool) -> None:
         """Start counting afresh with the next training forward, or stop; off costs nothing."""

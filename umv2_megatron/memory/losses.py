@@ -14,6 +14,8 @@ import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from torch import Tensor
 
+from umv2_megatron.memory.singular_pair import singular_values
+
 
 def balance_loss(key_scores: Tensor, chosen: Tensor) -> Tensor:
     """N * sum_n pbar_n f_n of one side.
@@ -28,7 +30,10 @@ def balance_loss(key_scores: Tensor, chosen: Tensor) -> Tensor:
     """
     num_keys = key_scores.shape[-1]
     probability = key_scores.softmax(-1).flatten(0, 1).mean(0)
-    counts = torch.bincount(chosen.flatten(), minlength=num_keys).to(key_scores.dtype)
+    picked = chosen.flatten()
+    # not bincount, for which the host would wait on a CUDA device
+    counts = torch.zeros(num_keys, dtype=torch.int64, device=picked.device)
+    counts = counts.index_add_(0, picked, torch.ones_like(picked)).to(key_scores.dtype)
     return num_keys * (probability * (counts / chosen.numel())).sum()
 
 
@@ -43,7 +48,7 @@ def tucker_penalty(cores: Tensor, margin: float) -> Tensor:
     total = total.float() if total.dtype in (torch.bfloat16, torch.float16) else total
     if rank == 1:
         return total.sum() * 0.0
-    excess = (torch.linalg.svdvals(total)[:, 1:] - margin).clamp(min=0)
+    excess = (singular_values(total)[:, 1:] - margin).clamp(min=0)
     return excess.square().sum() / (rank - 1)
 
 

@@ -15,6 +15,8 @@ softmax in float32 or better.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -69,10 +71,9 @@ class ProductKeys(QueriesAndKeys):
         return at_least_float32(scores).transpose(1, 2).contiguous().unsqueeze(1)
 
     @torch.no_grad()
-    def refresh_singular_vectors(self) -> Tensor:
-        """There are none: an empty tensor [h, 0]."""
+    def refresh_singular_vectors(self) -> None:
+        """There are none."""
         self.refresh_due = False
-        return torch.zeros(self.config.num_heads, 0)
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:
@@ -80,8 +81,12 @@ class ProductKeys(QueriesAndKeys):
         return torch.zeros(self.config.num_heads, 0)
 
 
+@functools.cache
 def _candidates(topk: int, kept: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Places (m, n) of both sorted sides, int64 each, that can be among the ``topk`` best: (m+1)(n+1) <= K."""
-    places = torch.arange(kept)
-    rows, columns = ((places.unsqueeze(1) + 1) * (places + 1) <= topk).nonzero(as_tuple=True)
-    return rows.to(device), columns.to(device)
+    """Places (m, n) of both sorted sides, int64 each, that can be among the ``topk`` best: (m+1)(n+1) <= K.
+
+    Made once: a copy to the device makes the host wait.
+    """
+    places = [(m, n) for m in range(kept) for n in range(min(kept, topk // (m + 1)))]
+    rows, columns = zip(*places)
+    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)

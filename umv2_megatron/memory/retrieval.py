@@ -27,6 +27,7 @@ from torch.nn import functional
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.key_scores import key_scores
 from umv2_megatron.memory.losses import balance_loss
+from umv2_megatron.memory.singular_pair import leading_pair, singular_values
 from umv2_megatron.ops import get_backend
 from umv2_megatron.ops.interface import Search
 from umv2_megatron.ops.search import first_stage_scores
@@ -154,30 +155,26 @@ class Retrieval(QueriesAndKeys):
         return at_least_float32(scores).view(2, rank, tokens, config.num_heads, self.num_keys)
 
     @torch.no_grad()
-    def refresh_singular_vectors(self) -> Tensor:
+    def refresh_singular_vectors(self) -> None:
         """Set u and t to the leading singular pair of the summed cores; call once per optimizer step, and after load.
 
         Both are written in place: no forward may hand the buffers to autograd (see ``_sides``).
         The pair's common sign is chosen so that it stays near the previous pair (smaller L1 distance; a tie keeps
-        the sign that the SVD returned). Runs on the CPU in float32, so that every rank and device gets the same bits.
-        Returns all singular values, [h, R], float32 on the CPU, in descending order.
+        that of ``leading_pair``). Every rank computes it from equal cores by the same operations, without waiting for
+        the device.
         """
         self.refresh_due = False
-        total = self.cores.detach().sum(0, dtype=torch.float32).cpu()
-        left, sigma, right = torch.linalg.svd(total)
-        u, t = left[:, :, 0], right[:, 0, :]
-        old_u, old_t = self.u.float().cpu(), self.t.float().cpu()
-        kept = (u - old_u).abs().sum(-1) + (t - old_t).abs().sum(-1)
-        flipped = (u + old_u).abs().sum(-1) + (t + old_t).abs().sum(-1)
+        u, t = leading_pair(self.cores.detach().sum(0, dtype=torch.float32))
+        kept = (u - self.u).abs().sum(-1) + (t - self.t).abs().sum(-1)
+        flipped = (u + self.u).abs().sum(-1) + (t + self.t).abs().sum(-1)
         sign = torch.where(flipped < kept, -1.0, 1.0).unsqueeze(-1)
         self.u.copy_(u * sign)
         self.t.copy_(t * sign)
-        return sigma
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:
-        """Singular values of the summed cores, [h, R], float32 on the CPU, in descending order; changes nothing."""
-        return torch.linalg.svdvals(self.cores.detach().sum(0, dtype=torch.float32).cpu())
+        """Singular values of the summed cores, [h, R], float32, in descending order; changes nothing."""
+        return singular_values(self.cores.detach().sum(0, dtype=torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Retrieval:
         # mcore turns whole models to bfloat16 by module.bfloat16(); u and t must not lose bits by that.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Places in UsageStatistics.sums.
-OUTPUT_SUM, OUTPUT_SQUARES, OUTPUT_ELEMENTS, TOP1_SUM, TOP1_ELEMENTS, TOPK_SUM, TOPK_ELEMENTS = range(7)
+OUTPUT_SUM, OUTPUT_SQUARES, TOP1_SUM, TOPK_SUM, OUTPUT_ELEMENTS, TOP1_ELEMENTS, TOPK_ELEMENTS = range(7)
 
 
 class UsageStatistics:
@@ -25,7 +25,8 @@ class UsageStatistics:
         self.counts = torch.zeros(window, dtype=torch.int64, device=device)
         """[V]: how often each row of the window was picked."""
         self.sums = torch.zeros(7, dtype=torch.float64, device=device)
-        """Sums and element counts, see the names above."""
+        """Sums and element counts, see the names above; those of the last forwards come with ``tensors``."""
+        self._sizes = [0, 0, 0]
         self.served_picks = 0
         """Picks of any rank that fell on this rank's rows, where a table is sharded by row."""
 
@@ -35,22 +36,21 @@ class UsageStatistics:
         flat = window_rows.flatten()
         self.counts.index_add_(0, flat, torch.ones_like(flat))
         summed = scores.sum(-1).view(scores.shape[0], self.num_heads, -1)
-        exact = output.float()
-        parts = [exact.sum(), exact.square().sum(), summed[:, :, 0].sum(), summed.sum()]
-        sizes = [output.numel(), summed[:, :, 0].numel(), summed.numel()]
-        places = [OUTPUT_SUM, OUTPUT_SQUARES, TOP1_SUM, TOPK_SUM, OUTPUT_ELEMENTS, TOP1_ELEMENTS, TOPK_ELEMENTS]
-        index = torch.tensor(places, device=self.sums.device)
-        values = torch.cat([torch.stack(parts).double(), torch.tensor(sizes, device=self.sums.device).double()])
-        self.sums.index_add_(0, index, values)
+        exact, best = output.float(), summed[:, :, 0]
+        self.sums[:4] += torch.stack([exact.sum(), exact.square().sum(), best.sum(), summed.sum()])
+        # The host knows sizes: a copy of them to the device would make it wait in every forward.
+        self._sizes = [known + new.numel() for known, new in zip(self._sizes, (output, best, summed))]
 
     def tensors(self) -> list[Tensor]:
         """The tensors to be summed, in place, over data-parallel ranks before ``summary``."""
+        self.sums[4:] += torch.tensor(self._sizes, device=self.sums.device)
+        self._sizes = [0, 0, 0]
         return [self.counts, self.sums]
 
     def summary(self, singular_values: Tensor) -> dict[str, float]:
         """The layer's numbers under the names of the log (``memory/<name>/layer_000``).
 
-        ``singular_values`` is what ``refresh_singular_vectors`` returned, [h, R]; its mean over heads is reported.
+        ``singular_values`` is what ``Retrieval.singular_values`` returned, [h, R]; its mean over heads is reported.
         Without cores it is [h, 0], and the sigmas are left out.
         ``value_coverage`` is the share of rows picked at least once, ``value_kl_uniform`` the Kullback-Leibler
         divergence of row usage from even usage, in nats. Without a recorded forward all but sigmas are nan.
@@ -61,7 +61,7 @@ class UsageStatistics:
             numbers = {"tucker_sigma1": sigma[0], "tucker_sigma2": sigma[1]}
         picked = int((self.counts > 0).sum())
         total = int(self.counts.sum())
-        sums = self.sums.tolist()
+        sums = self.tensors()[1].tolist()
         if total == 0:
             names = ("value_coverage", "value_kl_uniform", "dead_rows", "output_std", "score_top1_mean",
                      "score_topk_mean")

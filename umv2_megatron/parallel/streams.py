@@ -37,7 +37,7 @@ always. In the recompute, the inner backward ends with the gradient of x, that i
 
 **CUDA graphs.** Waiting is an event recorded on one stream and awaited on the other, which a capture follows into
 the side stream and, by the join, back; forward and backward leave no work behind on it. Nothing here waits on
-the host (``Retrieval.refresh_singular_vectors`` does, and must not be due during a capture).
+the host.
 
 **Process groups.** An exchange of a sharded table is started and awaited on the side stream, forward and backward,
 because both ends of it are nodes of that stream. Collectives of one group run in the order in which the host starts

@@ -19,10 +19,11 @@ from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import health
 from umv2_megatron.training.initialize import TrainingState, device_memory_gib
+from umv2_megatron.training.optimizer import StepResult
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
 from umv2_megatron.training.signals import StopRequests
-from umv2_megatron.training.step import TrainStep, evaluate, non_finite_parameters, refresh_singular_vectors, train_step
+from umv2_megatron.training.step import evaluate, non_finite_parameters, refresh_singular_vectors, train_step
 
 
 class Trainer:
@@ -79,8 +80,15 @@ class Trainer:
             while progress.iteration < self.last_iteration:
                 state = self.state
                 step = train_step(
-                    run, state.chunks, state.optimizer, state.scheduler, self.train_iterator, profiler.ranges
+                    run,
+                    state.chunks,
+                    state.optimizer,
+                    state.scheduler,
+                    self.train_iterator,
+                    profiler.ranges,
+                    wants_to_stop=lambda: self.stop_requests.wanted,
                 )
+                self.stop_requests.settle(step.stopping)
                 self._count(step)
                 profiler.step(progress.iteration)
                 if progress.iteration % run.training.log_interval == 0 or progress.iteration == self.last_iteration:
@@ -103,10 +111,10 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _count(self, step: TrainStep) -> None:
+    def _count(self, step: StepResult) -> None:
         """Advance the progress, or apply the NaN policy to a step that was not applied."""
         progress = self.state.progress
-        if not step.result.updated:
+        if not step.updated:
             self._handle_skipped(step)
         else:
             progress.skipped_in_a_row = 0
@@ -115,13 +123,13 @@ class Trainer:
         progress.iteration += 1
         progress.consumed_samples += self.run.global_batch_size
 
-    def _handle_skipped(self, step: TrainStep) -> None:
+    def _handle_skipped(self, step: StepResult) -> None:
         progress, training = self.state.progress, self.run.training
         found = non_finite_parameters(self.state.chunks)
         rank = torch.distributed.get_rank()
         where = f"; rank {rank}: {', '.join(found[:4])}" + (f" and {len(found) - 4} more" if len(found) > 4 else "")
         message = (
-            f"iteration {progress.iteration + 1}: loss {step.loss}, gradient norm {step.result.grad_norm} is not "
+            f"iteration {progress.iteration + 1}: loss {step.loss}, gradient norm {step.grad_norm} is not "
             f"finite{where if found else ''}"
         )
         if found:
@@ -140,7 +148,7 @@ class Trainer:
                 "steps in a row were skipped"
             )
 
-    def _report(self, step: TrainStep, steps: int, seconds: float) -> None:
+    def _report(self, step: StepResult, steps: int, seconds: float) -> None:
         """The console line and the numbers of an interval of ``steps`` steps; its losses are averaged."""
         run, progress, scheduler = self.run, self.state.progress, self.state.scheduler
         loss = progress.interval_loss_sum / progress.interval_steps if progress.interval_steps else None
@@ -164,8 +172,8 @@ class Trainer:
                     "batch_size": run.global_batch_size,
                     "loss": loss,
                     "loss_scale": loss_scale,
-                    "grad_norm": step.result.grad_norm,
-                    "num_zeros": step.result.num_zeros,
+                    "grad_norm": step.grad_norm,
+                    "num_zeros": step.num_zeros,
                     "params_norm": norm,
                     "skipped": progress.skipped_iterations - self._told_skipped,
                     "nan": progress.nan_iterations - self._told_nan,
@@ -185,12 +193,12 @@ class Trainer:
                 "learning-rate": scheduler.dense_lr,
                 "value-learning-rate": scheduler.value_lr,
                 "batch-size": run.global_batch_size,
-                "grad-norm": step.result.grad_norm,
+                "grad-norm": step.grad_norm,
                 "params-norm": norm,
                 "throughput": tflops,
                 "iteration-time": seconds,
                 "consumed-samples": progress.consumed_samples,
-                "num-zeros": step.result.num_zeros,
+                "num-zeros": step.num_zeros,
                 "memory-gib": device_memory_gib() if run.training.log_memory_to_tensorboard else None,
             },
         )
@@ -209,7 +217,7 @@ class Trainer:
         """Evaluate, save, and say whether to leave the loop."""
         training, iteration = self.run.training, self.state.progress.iteration
         last = iteration >= self.last_iteration
-        stopping = self.stop_requests.agreed()
+        stopping = self.stop_requests.stopping
         leaving = last or stopping or bool(training.exit_interval and iteration % training.exit_interval == 0)
         due = bool(training.eval_interval and iteration % training.eval_interval == 0)
         # a stop that was asked for leaves little time: the checkpoint matters, the evaluation can be made from it

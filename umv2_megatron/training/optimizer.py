@@ -14,6 +14,7 @@ Steps are counted in samples, as mcore's scheduler does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +158,7 @@ def fuse_updates(optimizer: MegatronOptimizer) -> None:
         if not isinstance(inner, torch.optim.Adam):
             continue
         for group in inner.param_groups:
-            if all(each.device.type in ("cpu", "cuda") and each.is_contiguous() for each in group["params"]):
+            if all(not each.is_meta and each.is_contiguous() for each in group["params"]):
                 group["fused"] = True
 
 
@@ -193,28 +194,41 @@ def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamSchedu
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did."""
+    """What an optimizer step did.
+
+    ``loss``: what it was told, on the host; ``grad_norm``: of all gradients, before clipping; ``stopping``: whether any
+    rank wants the run to stop.
+    """
 
     updated: bool
+    loss: float
     grad_norm: float
     num_zeros: int | None
+    stopping: bool
 
 
 @torch.no_grad()
-def guarded_step(optimizer: MegatronOptimizer, loss_is_finite: bool) -> StepResult:
+def guarded_step(
+    optimizer: MegatronOptimizer, loss: torch.Tensor, wants_to_stop: Callable[[], bool] = lambda: False
+) -> StepResult:
     """One optimizer step that looks before it leaps: nothing is updated when a loss or gradient is not finite.
 
     Does what mcore's ``ChainedOptimizer.step`` does (unscale, global norm, clip, update), with the check between the
-    norm and the update. All ranks come to the same decision.
+    norm and the update. All ranks come to the same decision. The host waits for the device once, in ``tolist``.
+
+    Args:
+        loss: scalar on the device, the same on all ranks.
+        wants_to_stop: says whether this rank asks the run to stop; the ranks agree on it by the same exchange.
     """
-    found_inf = optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    finite = loss_is_finite and not found_inf and math.isfinite(grad_norm)
-    # as a number on the optimizer's device, for nccl too
-    agreed = optimizer.get_loss_scale().new_full((1,), float(finite))
+    overflow = optimizer.prepare_grads()
+    norms = _squared_norms(optimizer)
+    finite = torch.isfinite(torch.stack([loss.to(norms), norms.sum()])).all() & (not overflow)
+    agreed = torch.stack([finite, torch.full_like(finite, not wants_to_stop())]).to(norms)  # as numbers, for nccl
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
-    if not agreed.item():
-        return StepResult(False, grad_norm, None)
+    loss_here, may_update, goes_on, *squares = torch.cat([loss.to(norms).view(1), agreed, norms]).tolist()
+    grad_norm = math.sqrt(sum(squares))
+    if not may_update:
+        return StepResult(False, loss_here, grad_norm, None, not goes_on)
     for part in optimizer.chained_optimizers:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:
@@ -224,5 +238,27 @@ def guarded_step(optimizer: MegatronOptimizer, loss_is_finite: bool) -> StepResu
                 total_norm=grad_norm,
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
-    num_zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
-    return StepResult(optimizer.step_with_ready_grads(), grad_norm, None if num_zeros is None else int(num_zeros))
+    num_zeros = int(optimizer.count_zeros()) if optimizer.config.log_num_zeros_in_grad else None
+    return StepResult(optimizer.step_with_ready_grads(), loss_here, grad_norm, num_zeros, not goes_on)
+
+
+def _squared_norms(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Squared L2 norms of the gradients of all ranks, on the device, to be added up: [1], or one for each of mcore's
+    optimizers where experts or tables are spread over other ranks than the rest.
+
+    mcore's own (``get_grad_norm``) makes the host wait for each of them, and without Transformer Engine and Apex for
+    every gradient.
+    """
+    parts = optimizer.chained_optimizers
+    if len(parts) > 1 and optimizer.grads_states_parallel_group_is_shared():
+        groups = [([grad for part in parts for grad in part.get_main_grads_for_grad_norm()], parts[0])]
+    else:
+        groups = [(part.get_main_grads_for_grad_norm(), part) for part in parts]
+    found = []
+    for gradients, part in groups:
+        square = optimizer.get_loss_scale().new_zeros(1, dtype=torch.float32)
+        if gradients:
+            square += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).square()
+        torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
+        found.append(square)
+    return torch.cat(found)

@@ -18,7 +18,8 @@ class StopRequests:
     Signals are collected inside a ``with`` block only. After it they do what they did before, also one that came when
     the ranks had agreed not to stop; where they have agreed to stop, or an exception leaves the block, all further ones
     are ignored.
-    ``agreed`` is a collective: every rank learns whether any rank was asked, at the same step.
+    ``agreed`` is a collective: every rank learns whether any rank was asked, at the same step. A training step asks all
+    ranks anyway whether its gradients are finite, and settles this with the same question: ``wanted``, ``settle``.
 
     Args:
         handle_signals: whether to collect signals at all (--exit-signal-handler).
@@ -51,10 +52,24 @@ class StopRequests:
     def _ask(self, number: int, _: object) -> None:
         self._asked = number
 
+    @property
+    def wanted(self) -> bool:
+        """Whether this rank wants to stop."""
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return self._asked is not None or late
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the ranks have agreed to stop."""
+        return self._stopping
+
+    def settle(self, stopping: bool) -> None:
+        """What all ranks have come to know from their ``wanted``."""
+        self._stopping = stopping
+
     def agreed(self) -> bool:
         """Whether any rank wants to stop."""
-        late = self._deadline is not None and time.monotonic() >= self._deadline
-        asked = torch.tensor([float(self._asked is not None or late)], device=cpu_platform.device())
+        asked = torch.tensor([float(self.wanted)], device=cpu_platform.device())
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        self._stopping = bool(asked.item())
+        self.settle(bool(asked.item()))
         return self._stopping

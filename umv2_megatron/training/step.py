@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -86,14 +84,6 @@ def refresh_singular_vectors(chunks: list[torch.nn.Module], *, at_next_forward: 
                 layer.refresh_singular_vectors()
 
 
-@dataclass(frozen=True)
-class TrainStep:
-    """Outcome of a training step. ``loss``: nats per token, mean over the global batch, the same on every rank."""
-
-    loss: float
-    result: StepResult
-
-
 def train_step(
     run: RunConfig,
     chunks: list[torch.nn.Module],
@@ -101,19 +91,23 @@ def train_step(
     scheduler: ParamScheduler,
     iterator: Any,
     ranges: NoRanges = NO_RANGES,
-) -> TrainStep:
-    """Gradients of one global batch, the check, and the update; ``ranges`` is told what begins and ends."""
+    wants_to_stop: Callable[[], bool] = lambda: False,
+) -> StepResult:
+    """Gradients of one global batch, the check, and the update; ``ranges`` is told what begins and ends.
+
+    The result's loss is in nats per token, the mean over the global batch, the same on every rank. ``wants_to_stop``:
+    as in ``guarded_step``.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     refresh_singular_vectors(chunks, at_next_forward=True)
-    reports = _run_schedule(run, chunks, iterator, forward_only=False, ranges=ranges)
-    loss = _mean_loss(reports)
+    loss = _mean_loss(_run_schedule(run, chunks, iterator, forward_only=False, ranges=ranges))
     with ranges("optimizer"):
-        result = guarded_step(optimizer, loss_is_finite=math.isfinite(loss))
+        result = guarded_step(optimizer, loss, wants_to_stop)
     if result.updated:
         scheduler.step(increment=run.global_batch_size)
-    return TrainStep(loss, result)
+    return result
 
 
 def _run_schedule(
@@ -137,8 +131,9 @@ def _run_schedule(
     )
 
 
-def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
-    """Mean loss per token over all micro-batches and data-parallel ranks; told to every pipeline stage."""
+def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Mean loss per token over all micro-batches and data-parallel ranks, a scalar on the device; told to every
+    pipeline stage."""
     total = torch.zeros(2, device=cpu_platform.device())
     if reports:
         total = torch.stack([report[LOSS] for report in reports]).sum(0)
@@ -149,7 +144,7 @@ def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> float:
             parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return (total[0] / total[1]).item()
+    return total[0] / total[1]
 
 
 def evaluate(run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, batches: int) -> float:
@@ -159,7 +154,7 @@ def evaluate(run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, batch
     with evaluation_mode(chunks):
         for _ in range(batches):
             reports += _run_schedule(run, chunks, iterator, forward_only=True)
-    return _mean_loss(reports)
+    return _mean_loss(reports).item()
 
 
 def non_finite_parameters(chunks: list[torch.nn.Module]) -> list[str]:
