@@ -20,8 +20,6 @@ def check_memory_layout(run: RunConfig) -> None:
                 run.values[key],
                 "0 with --calculate-per-token-loss, which would divide it by the number of tokens",
             )
-    if memory.stream and run.overlap_param_gather:
-        refuse("memory-stream", "on", "off with --overlap-param-gather, which waits for parameters on one stream only")
     if memory.value_lr is not None:
         for key in ("memory_value_lr_mult", "memory_value_lr_decay_iters"):
             if run.values[key] != option_table()[key].default:

@@ -9,13 +9,16 @@ made at that moment: only then is it known whether this block has one, which row
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -114,6 +117,8 @@ class FFNWithMemory(MegatronModule):
         )
         self.memory: MemoryLayer | None = None
         self.layer_number: int | None = None
+        self.before_fork: Callable[[], None] | None = None
+        """Called before a second stream begins to use parameters (``gather_before_forks``)."""
 
     def set_layer_number(self, layer_number: int) -> None:
         """Build the memory layer of block ``layer_number`` (1-based over the whole model), if it has one."""
@@ -174,6 +179,8 @@ class FFNWithMemory(MegatronModule):
             # activation recompute and of evaluation) gives what refreshing once per step would.
             self.memory.retrieval.refresh_due = True
         branch = streams.branch_for(hidden_states.device, self.memory_config.stream)
+        if self.before_fork is not None:
+            self.before_fork()
         seen = branch.fork(hidden_states, self.memory.table.tables())
         with branch.beside():
             # The exchanges of sharded tables run while the FFN computes.
@@ -252,6 +259,26 @@ def _ffn_config(config: TransformerConfig, memory_config: MemoryConfig) -> Trans
     ffn_config.init_method = init_method_normal(base)
     ffn_config.output_layer_init_method = init_method_normal(base / math.sqrt(2.0 * config.num_layers))
     return ffn_config
+
+
+def gather_before_forks(chunk: DistributedDataParallel, align_param_gather: bool) -> None:
+    """Have blocks with a memory layer wait for all their parameters before they fork (--memory-stream).
+
+    With --overlap-param-gather mcore waits for a gathered bucket once, on the stream of the first module that asks. If
+    that is the memory layer's stream, the FFN's would read weights that have not arrived, or the other way round.
+    """
+
+    def gather(parameters: list[torch.nn.Parameter]) -> None:
+        if not chunk.remove_forward_pre_hook_handles:  # an evaluation has gathered all of them
+            return
+        for group in dict.fromkeys(chunk.param_to_bucket_group[parameter] for parameter in parameters):
+            group.finish_param_sync(skip_next_bucket_dispatch=align_param_gather)
+
+    for module in chunk.modules():
+        if isinstance(module, FFNWithMemory) and module.memory is not None:
+            used = [*module.parameters(), *module.memory.table.tables()]  # a shared table belongs to another block
+            held = [each for each in used if each in chunk.param_to_bucket_group]
+            module.before_fork = functools.partial(gather, held)
 
 
 def memory_layers(model: torch.nn.Module) -> list[tuple[int, MemoryLayer]]:

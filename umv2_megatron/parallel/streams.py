@@ -45,8 +45,9 @@ them, whatever the stream, and that order is the same on all ranks. The exchange
 (tensor-parallel ranks that share tokens) are hooks of accumulators, on the main stream, with a gradient the engine has
 waited for.
 
-**--overlap-param-gather** is refused: mcore waits for a gathered bucket once, on the stream of the first module that
-asks, and a bucket of dense parameters serves both streams.
+**--overlap-param-gather**: mcore waits for a gathered bucket once, on the stream of the first module that asks, and a
+bucket of dense parameters serves both streams. So a block waits for all its buckets on the main stream before it forks
+(``model/ffn_with_memory.gather_before_forks``).
 """
 
 from __future__ import annotations

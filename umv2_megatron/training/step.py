@@ -16,7 +16,7 @@ from megatron.core.utils import get_model_config
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.data.batches import next_batch
 from umv2_megatron.model.builder import evaluation_mode, unwrap
-from umv2_megatron.model.ffn_with_memory import memory_layers
+from umv2_megatron.model.ffn_with_memory import gather_before_forks, memory_layers
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training.optimizer import ParamScheduler, StepResult, guarded_step
 from umv2_megatron.training.ranges import NO_RANGES, NoRanges
@@ -64,6 +64,9 @@ def connect(run: RunConfig, chunks: list[torch.nn.Module], optimizer: MegatronOp
         config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         starts = [chunk.start_grad_sync for chunk in chunks]
         config.grad_sync_func = starts if len(starts) > 1 else starts[0]
+    if run.overlap_param_gather and run.memory.stream:
+        for chunk in chunks:
+            gather_before_forks(chunk, run.align_param_gather)
     if run.overlap_param_gather and run.align_param_gather:
         gathers = [chunk.start_param_sync for chunk in chunks]
         config.param_sync_func = gathers if len(gathers) > 1 else gathers[0]

@@ -194,8 +194,6 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
         (["--memory-parallel-size", "2", "--ffn-variant", "dense"], 2, ["--memory-parallel-size is 2", "no tables"]),
         (["--tensor-model-parallel-size", "2", "--seq-length", "127"], 2, ["--seq-length is 127", "(2)"]),
         (["--memory-parallel-mode", "row"], 1, ["--memory-parallel-mode is row"]),
-        (["--memory-stream", "--overlap-param-gather", "--use-distributed-optimizer", "--overlap-grad-reduce"], 1,
-         ["--memory-stream is on", "off with --overlap-param-gather"]),
         (["--memory-backward", "atomic"], 1, ["--memory-backward is atomic", "only triton"]),
         (["--memory-balance-loss-coeff", "0.1", "--calculate-per-token-loss"], 1,
          ["--memory-balance-loss-coeff is 0.1"]),
