@@ -181,6 +181,21 @@ class UMv2Experts(nn.Module):
         return self.act_fn(gate) * up
 
 
+class UMv2Gate(nn.Module):
+    """The number [..., 1] that a shared expert's output is multiplied with, before the sigmoid. ``weight`` [1, H].
+
+    No ``nn.Linear``, as the router is none: there is nothing to gain in one row, and bitsandbytes' 4-bit product on a
+    CPU takes 32 rows at a time and no fewer.
+    """
+
+    def __init__(self, config: UMv2Config) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+
 class UMv2SparseMLP(nn.Module):
     """Router and experts; a shared expert, if any, takes every token, behind a sigmoid gate where there is one."""
 
@@ -191,7 +206,7 @@ class UMv2SparseMLP(nn.Module):
         shared = config.moe_shared_expert_intermediate_size
         self.shared_expert = UMv2MLP(config, shared) if shared else None
         gate = shared and config.moe_shared_expert_gate
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if gate else None
+        self.shared_expert_gate = UMv2Gate(config) if gate else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[b, s, H] to [b, s, H]."""
@@ -211,6 +226,8 @@ def init_experts(module: nn.Module, std: float) -> None:
     if isinstance(module, UMv2Experts):
         for parameter in module.parameters(recurse=False):
             init.normal_(parameter, std=std)
+    elif isinstance(module, UMv2Gate):
+        init.normal_(module.weight, std=std)
     elif isinstance(module, UMv2Router):
         init.normal_(module.weight, std=std)
         for bias in (module.bias, module.expert_bias):
@@ -218,4 +235,4 @@ def init_experts(module: nn.Module, std: float) -> None:
                 init.zeros_(bias)
 
 
-__all__ = ["UMv2Experts", "UMv2MLP", "UMv2Router", "UMv2SparseMLP", "init_experts"]
+__all__ = ["UMv2Experts", "UMv2Gate", "UMv2MLP", "UMv2Router", "UMv2SparseMLP", "init_experts"]

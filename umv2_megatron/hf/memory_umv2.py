@@ -9,6 +9,8 @@ E virtual blocks with a projection of their own, Dv and Dp dimensions of values 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,22 +25,37 @@ from .tables_umv2 import UMv2Table
 _PICKED_NUMBERS = 1 << 26
 
 
+class UMv2Elsewhere:
+    """A block that another one looks into, past nn.Module's registration: it has its name elsewhere.
+
+    Looked into is what stands there at that time. peft puts a copy to be trained in a module's place
+    (``modules_to_save``), and sharding a wrapper: who keeps the module itself would go on with the old one.
+    """
+
+    def __init__(self, block: Any = None) -> None:
+        self.block = block
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UMv2Elsewhere:
+        # The block is copied where it has its name: before this one, or not at all.
+        return UMv2Elsewhere(memo.get(id(self.block), self.block))
+
+
 class UMv2Memory(nn.Module):
     """One memory layer. Its input [..., H] is the FFN's normalised input, its output is added to the FFN's.
 
     ``retrieval``; ``pre_proj.weight`` [Dp, H]; ``gate_proj.weight`` [E Dv, H]; ``value_proj.weight`` [H, E Dv];
-    ``perm`` [N^2], the shuffle; ``table`` in the layer that owns it, to which the layers that share it refer.
+    ``perm`` [N^2], the shuffle; ``table`` in the layer that owns it, in which the layers that share it look it up.
 
     Args:
         config: of the model.
         index: 0-based among the memory layers.
-        table: of the layer that owns it, when another one does.
+        blocks: those of the memory layers before it.
         tables: see ``UMv2Table``.
     """
 
     perm: Tensor
 
-    def __init__(self, config: UMv2Config, index: int, table: UMv2Table | None, tables: str) -> None:
+    def __init__(self, config: UMv2Config, index: int, blocks: list[UMv2Elsewhere], tables: str) -> None:
         super().__init__()
         self.cores, self.num_blocks = config.memory_num_cores, config.memory_num_blocks
         self.width = max(config.memory_value_dim, config.memory_pre_value_dim)
@@ -60,15 +77,15 @@ class UMv2Memory(nn.Module):
         self.register_buffer("perm", torch.empty(cells, dtype=torch.int32 if cells <= 2**31 else torch.int64))
         if not self.perm.is_meta:
             self.perm.copy_(self.shuffle())
-        self.table: UMv2Table
-        if owner == index:
+        self.owner = None if owner == index else blocks[owner]
+        if self.owner is None:
             self.table = UMv2Table(config, self.table_rows, tables)
-        else:
-            assert table is not None and table.rows == self.table_rows, (index, owner)
-            # Past nn.Module's registration, so that the table has one name.
-            object.__setattr__(self, "table", table)
         # Cells are rows, without a detour, unless the window moves them or several cells share a row.
         self._plain = cells == self.window == self.table_rows and self.offset == 0
+
+    def find_table(self) -> UMv2Table:
+        """The table: its own, or that of the layer that owns it."""
+        return self.table if self.owner is None else self.owner.block.memory.table
 
     def shuffle(self) -> Tensor:
         """A permutation of the cells [N^2] that belongs to the layer's index: what ``perm`` is until weights are
@@ -98,7 +115,7 @@ class UMv2Memory(nn.Module):
         if not self._plain:
             blocks = rows.div(self.window, rounding_mode="floor")
             rows = (rows - blocks * self.window + self.offset) % self.table_rows
-        return flat, x, self.table.announce(rows), blocks, scores
+        return flat, x, self.find_table().announce(rows), blocks, scores
 
     def _finish(self, begun: tuple[Tensor, ...]) -> Tensor:
         flat, x, rows, blocks, scores = begun
@@ -133,15 +150,15 @@ class UMv2Memory(nn.Module):
 
     def _sum_some(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:
         """out[t, e, slice c] = sum over picks of block e of score[c] * rho * row[slice c]; rho from the pre-value."""
-        (tokens, picks), flat = rows.shape, rows.flatten()
+        (tokens, picks), flat, table = rows.shape, rows.flatten(), self.find_table()
         weights = scores
         if self.has_pre_values:
-            pre_values = self.table.pick("pre_values", flat, scores.device).view(tokens, picks, -1)
+            pre_values = table.pick("pre_values", flat, scores.device).view(tokens, picks, -1)
             # A row vector times a matrix, which is nine times as fast on a CPU as a matrix times a column.
             rho = projected.to(pre_values.dtype).unsqueeze(1) @ pre_values.transpose(1, 2)
             rho = rho.transpose(1, 2).to(scores.dtype)
             weights = scores * (functional.gelu(rho) if self.gelu else rho)
-        values = self.table.pick("values", flat, scores.device)
+        values = table.pick("values", flat, scores.device)
         dtype = values.dtype
         # [T, C, P, Dv/C], and for each block the weights of its picks and zeros, [T, C, E, P].
         values = values.to(scores.dtype).view(tokens, picks, self.cores, -1).transpose(1, 2)

@@ -34,7 +34,7 @@ from .attention_umv2 import UMv2Attention, UMv2Norm, UMv2RotaryEmbedding
 from .configuration_umv2 import UMv2Config
 from .experts_umv2 import UMv2MLP, UMv2SparseMLP, init_experts
 from .linear_umv2 import project
-from .memory_umv2 import UMv2Memory
+from .memory_umv2 import UMv2Elsewhere, UMv2Memory
 from .retrieval_umv2 import UMv2QueriesAndKeys, UMv2Retrieval
 from .tables_umv2 import PLACES, UMv2Rows, UMv2Table, attach_tables, tensor_files
 
@@ -43,19 +43,28 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
     """One block: attention, then FFN and memory.
 
     ``memory`` is the memory layer that reads in this block, ``adds`` the one whose output is added in it: the same, or
-    with ``memory_read_delay`` that of an earlier block.
+    with ``memory_read_delay`` that of the earlier block ``reader``, if there is one.
     """
 
-    def __init__(self, config: UMv2Config, layer_idx: int, memory: UMv2Memory | None, adds: UMv2Memory | None) -> None:
+    def __init__(
+        self, config: UMv2Config, layer_idx: int, memory: UMv2Memory | None, reader: UMv2DecoderLayer | None
+    ) -> None:
         super().__init__()
         self.hidden_dropout = config.hidden_dropout
         self.delayed = config.memory_read_delay > 0
-        object.__setattr__(self, "adds", adds)  # past nn.Module's registration: it has its name elsewhere
+        self.reader = UMv2Elsewhere(reader)
         self.self_attn = UMv2Attention(config, layer_idx)
         self.mlp = UMv2SparseMLP(config) if config.ffn_variant == "moe" else UMv2MLP(config)
         self.memory = memory
         self.input_layernorm = UMv2Norm(config, config.hidden_size)
         self.post_attention_layernorm = UMv2Norm(config, config.hidden_size)
+
+    @property
+    def adds(self) -> nn.Module | None:
+        """The memory layer whose output is added here, as it stands in its block now."""
+        if not self.delayed:
+            return self.memory
+        return self.reader.block.memory if self.reader.block is not None else None
 
     def forward(
         self,
@@ -77,8 +86,9 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         # Rows that lie outside the device are on their way while the FFN computes.
         started = self.memory(x) if self.memory is not None else None
         added = self.mlp(x)
-        if self.adds is not None:
-            added = added + self.adds(begun=begun if self.delayed else started).to(added.device)
+        adds = self.adds
+        if adds is not None:
+            added = added + adds(None, begun if self.delayed else started).to(added.device)
         hidden_states = hidden_states + self._dropped(added)
         return (hidden_states, *(started or ())) if self.delayed else hidden_states
 
@@ -218,10 +228,14 @@ class UMv2Model(UMv2PreTrainedModel):
         if config.position_embedding_type == "learned_absolute":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList()
-        memories = _memory_layers(config, memory_tables)
-        for block, memory in enumerate(memories):
-            reader = block - config.memory_read_delay
-            self.layers.append(UMv2DecoderLayer(config, block, memory, memories[reader] if reader >= 0 else None))
+        blocks: list[UMv2Elsewhere] = []  # of the memory layers
+        for index, has_memory in enumerate(config.memory_layers):
+            reader = index - config.memory_read_delay
+            memory = UMv2Memory(config, len(blocks), blocks, memory_tables) if has_memory else None
+            layer = UMv2DecoderLayer(config, index, memory, self.layers[reader] if 0 <= reader < index else None)
+            self.layers.append(layer)
+            if has_memory:
+                blocks.append(UMv2Elsewhere(layer))
         self.norm = UMv2Norm(config, config.hidden_size)
         self.rotary_emb = UMv2RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.gradient_checkpointing = False
@@ -291,19 +305,6 @@ class UMv2Model(UMv2PreTrainedModel):
             else:
                 hidden_states = output
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-
-def _memory_layers(config: UMv2Config, tables: str) -> list[UMv2Memory | None]:
-    """The memory layer of each block, None where there is none; layers that share a table share it here."""
-    owners = [window[0] for window in config.memory_windows()]
-    made: list[UMv2Memory] = []
-    layers: list[UMv2Memory | None] = []
-    for has_memory in config.memory_layers:
-        if has_memory:
-            owner = owners[len(made)]
-            made.append(UMv2Memory(config, len(made), made[owner].table if owner < len(made) else None, tables))
-        layers.append(made[-1] if has_memory else None)
-    return layers
 
 
 class UMv2ForCausalLM(UMv2PreTrainedModel, GenerationMixin):

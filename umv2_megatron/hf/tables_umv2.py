@@ -182,11 +182,12 @@ class UMv2Rows(nn.Module):
     def __init__(self, shapes: list[tuple[int, int]]) -> None:
         super().__init__()
         self.chunk_rows = shapes[0][0]
+        self.count = len(shapes)  # adapters move parameters
         for index, shape in enumerate(shapes):
             self.register_parameter(str(index), nn.Parameter(torch.empty(*shape)))
 
     def __len__(self) -> int:
-        return len(self._parameters)
+        return self.count
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < len(self):  # also what ends an iteration
@@ -269,13 +270,13 @@ class UMv2Table(nn.Module):
     def pick(self, kind: str, rows: Tensor, device: torch.device) -> Tensor:
         """``rows`` [n], as ``announce`` gave them: [n, Dv or Dp] on ``device``, in the dtype of the model."""
         chunks = getattr(self, kind)
+        if self.place == "device":  # called, and nothing else: adapters put modules of their own there
+            return chunks(rows).to(device)
         if not len(chunks):
             raise ValueError(
                 f"memory_tables is {self.place!r}, but this model was not made by from_pretrained, which attaches the "
                 "tables of the files; use it, or memory_tables='device'"
             )
-        if self.place == "device":
-            return chunks(rows).to(device)
         picked = pick_rows(chunks, self.chunk_rows, rows)
         if device.type == "cuda":
             picked = picked.pin_memory()
