@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokenizer-model", help="the tokenizer's file, where it is no longer where training found it")
     made.add_argument(
         "--memory-tables",
-        choices=("device", "cpu", "mmap"),
+        choices=("device", "cpu", "mmap", "device-int8", "cpu-int8"),
         help="of an export: where value tables stay; mmap reads the picked rows from the files (default: device)",
     )
     made.add_argument("--prompt", action="append", help="text to continue; may be given several times")

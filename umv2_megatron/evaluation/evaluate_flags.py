@@ -39,7 +39,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--dtype", choices=DTYPES, help="of --hf-model (default: float32)")
     group.add_argument(
         "--memory-tables",
-        choices=("device", "cpu", "mmap"),
+        choices=("device", "cpu", "mmap", "device-int8", "cpu-int8"),
         help="of an export of ours: where value tables stay; mmap reads picked rows from the files (default: device)",
     )
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="for --hf-model without tokenizer files")

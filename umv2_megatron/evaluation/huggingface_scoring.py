@@ -78,7 +78,7 @@ def load_hugging_face(
     """Load a local model directory and its tokenizer; nothing is downloaded.
 
     ``tokenizer_type`` (with ``tokenizer_model``, ``vocab_size``) replaces the tokenizer found in the directory.
-    ``memory_tables`` is where the value tables of an export of ours stay: "device", "cpu" or "mmap".
+    ``memory_tables`` is where the value tables of an export of ours stay, one of ``PLACES``.
     Exports of ours are loaded by the classes of this package, never by the copy of their code that they bring.
     Raises ``ValueError`` naming the flag for a directory without a model, for another model that brings code of its
     own without ``trust_remote_code``, and where no tokenizer is found.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MEMORY_TABLES = ("device", "cpu", "mmap")
+MEMORY_TABLES = ("device", "cpu", "mmap", "device-int8", "cpu-int8")
 
 
 @dataclass(frozen=True)

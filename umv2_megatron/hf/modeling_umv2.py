@@ -124,9 +124,11 @@ class UMv2PreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, memory_tables: str = "device", **kwargs: Any
     ) -> Any:
-        """As transformers' own, with the place of the value tables: "device", "cpu" or "mmap" (``tables_umv2``).
+        """As transformers' own, with the place of the value tables: "device", "cpu" or "mmap", or in int8 "device-int8"
+        or "cpu-int8" (``tables_umv2``).
 
-        Tables off the device take no part in training, and stay where they are when the model is moved.
+        Tables off the device stay where they are when the model is moved. They, and those in int8, take no part in
+        training.
         """
         if memory_tables not in PLACES:
             raise ValueError(f"memory_tables is {memory_tables!r}; expected one of {', '.join(PLACES)}")
@@ -139,10 +141,23 @@ class UMv2PreTrainedModel(PreTrainedModel):
         options = {name: kwargs[name] for name in source if name in kwargs}
         options |= {"_raise_exceptions_for_missing_entries": False}
         model = result[0] if isinstance(result, tuple) else result
-        attach_tables(
-            model.value_tables(), tensor_files(lambda name: cached_file(pretrained_model_name_or_path, name, **options))
-        )
+        tables = model.value_tables()
+        attach_tables(tables, tensor_files(lambda name: cached_file(pretrained_model_name_or_path, name, **options)))
+        if memory_tables == "device-int8":
+            model._move_tables(tables)
         return result
+
+    def _move_tables(self, tables: dict[str, UMv2Table]) -> None:
+        """Have ``tables`` lie where the rest of their memory layers does."""
+        for name, table in tables.items():
+            place = name.rpartition(".")[0]
+            device = self.base_model.get_submodule(place).perm.device
+            if device.type == "meta":
+                raise ValueError(
+                    f"memory_tables is 'device-int8' and device_map offloads {place}; expected layers that stay on "
+                    "their device: give memory_tables='cpu-int8', or another device_map"
+                )
+            table.to(device)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -161,7 +176,8 @@ class UMv2PreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """As transformers' own; tables off the device are written too, in the model's dtype, but not over the files
-        that are mapped."""
+        that are mapped. Refused is what would be written rounded, or wrong."""
+        self._check_saved_as_loaded()
         if self.memory_tables != "device":
             prefix = "model." if isinstance(self, UMv2ForCausalLM) else ""
             state_dict = dict(self.state_dict() if state_dict is None else state_dict)
@@ -179,6 +195,21 @@ class UMv2PreTrainedModel(PreTrainedModel):
                         for index, chunk in chunks
                     }
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def _check_saved_as_loaded(self) -> None:
+        if self.memory_tables.endswith("-int8"):
+            raise ValueError(
+                f"memory_tables is {self.memory_tables!r}, whose rows are rounded; expected exact ones to save: load "
+                "with 'device', 'cpu' or 'mmap'"
+            )
+        for name, module in self.named_modules():
+            # bitsandbytes rearranges 4-bit weights in their first forward on some CPUs, and does not restore the scales
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"{name} is quantized to 4 bits and has computed on this CPU, after which bitsandbytes saves other "
+                    "scales; expected a model as it was loaded: load it again and save it before its first forward"
+                )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,8 +6,9 @@ A token reads a few rows of a table that may be larger than the machine's memory
     cpu       host memory, pinned where there is CUDA; only picked rows go to the device
     mmap      the safetensors files of the model, mapped into the address space; only picked rows are ever read
 
-The same operations work on the same numbers in all three, so that results are equal to the bit. A table is held in
-chunks of ``config.memory_table_chunk_rows`` rows, because files have a largest size.
+The same operations work on the same numbers in all three, so that results are equal to the bit. "device-int8" and
+"cpu-int8" hold rows of int8 there, made while the model is loaded (``int8_rows_umv2``). A table is held in chunks of
+``config.memory_table_chunk_rows`` rows, because files have a largest size.
 
 A safetensors file is 8 bytes (length of the header, little-endian), a header in JSON (name -> dtype, shape, range of
 bytes after the header), and the tensors' bytes. Nothing in it is executed.
@@ -33,8 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_umv2 import UMv2Config
+from .int8_rows_umv2 import exact_rows, int8_rows
 
-PLACES = ("device", "cpu", "mmap")
+PLACES = ("device", "cpu", "mmap", "device-int8", "cpu-int8")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # A header is at most 100 MB in every implementation of the format.
 _LARGEST_HEADER = 100_000_000
@@ -153,7 +155,7 @@ def pick_rows(chunks: Sequence[Tensor], chunk_rows: int, rows: Tensor) -> Tensor
             inside = (own >= 0) & (own < chunk.shape[0])
             part = functional.embedding(own.clamp(0, chunk.shape[0] - 1), chunk)
             parts.append(part.masked_fill(~inside.unsqueeze(1), 0))
-        return torch.stack(parts).sum(0)
+        return torch.stack(parts).sum(0, dtype=chunks[0].dtype)
     picked = chunks[0].new_empty(rows.shape[0], chunks[0].shape[1])
     for index, own, place in by_chunk(len(chunks), chunk_rows, rows):
         picked.index_copy_(0, place, functional.embedding(own, chunks[index]))
@@ -200,19 +202,34 @@ class UMv2Rows(nn.Module):
         return pick_rows(chunks, self.chunk_rows, rows.to(chunks[0].device))
 
 
+class UMv2Int8Rows(UMv2Rows):
+    """Rows of int8 on the device: buffers ``0``, ``1``, ... that are moved with the model and not saved.
+
+    Args:
+        chunks: as ``int8_rows`` gives them.
+    """
+
+    def __init__(self, chunks: list[Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.chunk_rows, self.count = chunks[0].shape[0], len(chunks)
+        for index, chunk in enumerate(chunks):
+            self.register_buffer(str(index), chunk, persistent=False)
+
+
 class UMv2Table(nn.Module):
     """A value table: ``values.C`` and ``pre_values.C`` for chunks C = 0, 1, ..., each [rows of the chunk, Dv or Dp].
 
     Args:
         config: of the model.
         rows: A, of the whole table.
-        place: one of ``PLACES``. Off the device there are no parameters; the chunks come by ``attach``.
+        place: one of ``PLACES``. Off the device and in int8 there are no parameters; the chunks come by ``attach``.
     """
 
     def __init__(self, config: UMv2Config, rows: int, place: str) -> None:
         super().__init__()
         self.rows = rows
-        self.place = place
+        self.place, _, rounded = place.partition("-")
+        self.rounded = bool(rounded)
         self.chunk_rows = min(config.memory_table_chunk_rows or rows, rows)
         widths = {"values": config.memory_value_dim, "pre_values": config.memory_pre_value_dim}
         self.widths = {kind: width for kind, width in widths.items() if width}
@@ -220,7 +237,7 @@ class UMv2Table(nn.Module):
         self._mapped: dict[str, list[MappedTensor]] = {}
         self._announcements_left, self._faults = _ANNOUNCED, 0
         for kind in self.widths:
-            setattr(self, kind, UMv2Rows(self.chunk_shapes(kind)) if place == "device" else [])
+            setattr(self, kind, UMv2Rows(self.chunk_shapes(kind)) if place == PLACES[0] else [])
 
     def chunk_shapes(self, kind: str) -> list[tuple[int, int]]:
         """Rows and columns of each chunk of ``kind``."""
@@ -228,12 +245,16 @@ class UMv2Table(nn.Module):
         return [(min(self.chunk_rows, self.rows - start), self.widths[kind]) for start in starts]
 
     def attach(self, kind: str, chunks: list[MappedTensor]) -> None:
-        """Take the chunks of ``kind`` from mapped files: as they are ("mmap"), or read into memory ("cpu")."""
+        """Take the chunks of ``kind`` from mapped files: as they are ("mmap"), or read into memory."""
         if self.place == "mmap":
             self._mapped[kind] = chunks
             setattr(self, kind, [chunk.tensor for chunk in chunks])
             return
-        pin = torch.cuda.is_available()
+        pin = self.place == "cpu" and torch.cuda.is_available()
+        if self.rounded:
+            rounded = [int8_rows(chunk.tensor, pin) for chunk in chunks]
+            setattr(self, kind, UMv2Int8Rows(rounded) if self.place == "device" else rounded)
+            return
         copies = [torch.empty(chunk.tensor.shape, dtype=self.dtype, pin_memory=pin) for chunk in chunks]
         for copy, chunk in zip(copies, chunks):
             copy.copy_(chunk.tensor)
@@ -270,16 +291,19 @@ class UMv2Table(nn.Module):
     def pick(self, kind: str, rows: Tensor, device: torch.device) -> Tensor:
         """``rows`` [n], as ``announce`` gave them: [n, Dv or Dp] on ``device``, in the dtype of the model."""
         chunks = getattr(self, kind)
-        if self.place == "device":  # called, and nothing else: adapters put modules of their own there
-            return chunks(rows).to(device)
+        if self.place == "device" and not self.rounded:
+            return chunks(rows).to(device)  # called, and nothing else: adapters put modules of their own there
         if not len(chunks):
+            given = f"{self.place}-int8" if self.rounded else self.place
             raise ValueError(
-                f"memory_tables is {self.place!r}, but this model was not made by from_pretrained, which attaches the "
+                f"memory_tables is {given!r}, but this model was not made by from_pretrained, which attaches the "
                 "tables of the files; use it, or memory_tables='device'"
             )
-        picked = pick_rows(chunks, self.chunk_rows, rows)
-        if device.type == "cuda":
+        picked = chunks(rows) if self.place == "device" else pick_rows(chunks, self.chunk_rows, rows)
+        if device.type == "cuda" and self.place != "device":
             picked = picked.pin_memory()
+        if self.rounded:
+            return exact_rows(picked.to(device, non_blocking=True), self.dtype)
         return picked.to(device=device, dtype=self.dtype, non_blocking=True)
 
     def __getstate__(self) -> dict[str, Any]:
