@@ -5,6 +5,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
 SERVE_READY := $(VENV)/.serve-ready
+HF_TOOLS_READY := $(VENV)/.hf-tools-ready
 
 .PHONY: demo compare flags-page test test-flags test-slow test-other-cpus test-gpu layouts bench lint clean help
 
@@ -38,6 +39,11 @@ $(SERVE_READY): requirements-serve.txt $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt \
 		&& touch $(SERVE_READY) || echo "the server's packages could not be installed: its tests will be skipped"
 
+# Only the tests of quantizers and adapters need them. --no-deps, or pip would look for another torch.
+$(HF_TOOLS_READY): requirements-hf-tools.txt $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-hf-tools.txt \
+		&& touch $(HF_TOOLS_READY) || echo "peft, bitsandbytes or torchao could not be installed: their tests will be skipped"
+
 demo: $(READY)
 	$(PY) tools/demo.py
 
@@ -53,14 +59,14 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
-test: $(READY) $(TRITON_READY) $(SERVE_READY) lint
+test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 # Not with a file for each worker: it is one file.
 test-flags: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/functional/test_every_flag.py
 
-test-slow: $(READY)
+test-slow: $(READY) $(HF_TOOLS_READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow" --timeout 1800
 
 # ATen, oneDNN and MKL choose their kernels by the CPU; these settings make them choose those of another.
@@ -68,7 +74,7 @@ AS_BASELINE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_I
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 UMV2_CPU_ARCH=x86-64-v3
 AS_AVX512 := ATEN_CPU_CAPABILITY=avx512 UMV2_CPU_ARCH=native
 
-test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY)
+test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY)
 	failed=0; \
 	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
 		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \
