@@ -1,5 +1,5 @@
-"""The Hugging Face model on a CUDA device, with its value tables beside it, in pinned host memory, or in their files:
-the logits of all three are those of the CPU.
+"""The Hugging Face model on a CUDA device, with its value tables beside it, in pinned host memory, or in their files,
+and in int8: the logits are those of the CPU.
 
 Run by `make test-gpu`; skipped where there is no CUDA device. tests/unit/hf/test_hf_tables.py compares bits on a CPU.
 """
@@ -37,9 +37,10 @@ def test_logits_are_those_of_the_cpu(variant, place, tmp_path):
     chunks = [
         chunk for table in model.value_tables().values() for kind in table.widths for chunk in getattr(table, kind)
     ]
-    assert {chunk.device.type for chunk in chunks} == {"cuda" if place == "device" else "cpu"}
-    assert all(chunk.is_pinned() == (place == "cpu") for chunk in chunks)
+    assert {chunk.device.type for chunk in chunks} == {"cuda" if place.startswith("device") else "cpu"}
+    assert all(chunk.is_pinned() == place.startswith("cpu") for chunk in chunks)
     with torch.inference_mode():
-        expected = logits_of(UMv2ForCausalLM.from_pretrained(tmp_path).eval(), "cpu")
+        held = place if place.endswith("int8") else "device"
+        expected = logits_of(UMv2ForCausalLM.from_pretrained(tmp_path, memory_tables=held).eval(), "cpu")
         found = logits_of(model, "cuda")
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

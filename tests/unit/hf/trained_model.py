@@ -38,7 +38,7 @@ def text(rows: int, length: int, seed: int) -> Tensor:
     return made
 
 
-def trained(name: str, steps: int = 60, rate: float = 5e-3) -> UMv2ForCausalLM:
+def trained(name: str, steps: int = 90, rate: float = 5e-3) -> UMv2ForCausalLM:
     """The model, in eval mode."""
     model = tiny_model(**sizes(name)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
