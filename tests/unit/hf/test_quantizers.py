@@ -314,7 +314,8 @@ def test_tables_in_int8_beside_offloaded_layers(tmp_path: Path) -> None:
     places |= {f"model.layers.{block}": "disk" if block == 2 else "cpu" for block in range(4)}
     options: dict[str, Any] = {"device_map": places, "offload_folder": tmp_path / "offload"}
     options["memory_tables"] = "device-int8"
-    assert loss(UMv2ForCausalLM.from_pretrained(tmp_path, **options).eval()) == whole
+    # not to the bit: layers with hooks do not take the faster product (``linear_umv2.project``)
+    assert loss(UMv2ForCausalLM.from_pretrained(tmp_path, **options).eval()) == pytest.approx(whole, rel=1e-6)
     with pytest.raises(ValueError, match="device_map offloads layers.2.memory; expected layers that stay"):
         UMv2ForCausalLM.from_pretrained(tmp_path, offload_buffers=True, **options)
 
