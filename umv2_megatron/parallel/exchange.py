@@ -19,6 +19,10 @@ from torch import Tensor, distributed
 
 from umv2_megatron.parallel.roll_call import watched
 
+# torch 2.13 renamed them and warns of the old names at every call; older torch has only those.
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
 
 class Pending:
     """A collective that has been started; keeps its input alive until ``wait``, and its result no longer."""
@@ -70,7 +74,7 @@ class Exchange:
         output = source.new_empty((self.size * source.shape[0], *source.shape[1:]))
         self._count(step, (self.size - 1) * _bytes(source))
         with self.watched(step):
-            work = distributed.all_gather_single(output, source, group=self.group, async_op=True)
+            work = _all_gather(output, source, group=self.group, async_op=True)
         return Pending(self, step, output, source, work)
 
     def reduce_scatter(self, step: str, tensor: Tensor) -> Pending:
@@ -79,7 +83,7 @@ class Exchange:
         output = source.new_empty((source.shape[0] // self.size, *source.shape[1:]))
         self._count(step, (self.size - 1) * _bytes(output))
         with self.watched(step):
-            work = distributed.reduce_scatter_single(output, source, group=self.group, async_op=True)
+            work = _reduce_scatter(output, source, group=self.group, async_op=True)
         return Pending(self, step, output, source, work)
 
     def all_to_all(self, step: str, tensor: Tensor) -> Pending:
