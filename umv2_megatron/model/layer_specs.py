@@ -37,6 +37,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.memory.layer import MemoryLayer
+from umv2_megatron.model.bf16_attention import Bf16Attention
 from umv2_megatron.model.context_parallel_attention import ContextParallelAttention
 from umv2_megatron.model.delayed_outputs import DelayedOutputs
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
@@ -88,6 +89,8 @@ def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
             qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm
         )
         norm = backend.layer_norm()
+        if config.fp8:
+            spec.submodules.self_attention.module = Bf16Attention
     else:
         from megatron.core.models.backends import LocalSpecProvider
 
@@ -207,9 +210,7 @@ class LayerFromEnvironment(TransformerLayer):
         # the table of another layer, would leave holes. Megatron-LM has no flag for this field.
         config.hetereogenous_dist_checkpoint = True
         spec = _base_spec(config, use_engine)
-        spec.submodules.mlp.params.update(
-            memory_config=memory_config, tables=tables, delayed=delayed, standalone=True
-        )
+        spec.submodules.mlp.params.update(memory_config=memory_config, tables=tables, delayed=delayed, standalone=True)
         super().__init__(config, spec.submodules, **others)
 
 
