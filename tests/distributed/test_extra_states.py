@@ -62,6 +62,35 @@ def test_extra_states_never_stop_a_load(tmp_path):
     assert run_ranks(1, exchange_extra_states, str(tmp_path))[0] == [2.0, 1.0]
 
 
+class Quantized(torch.Tensor):
+    """Stands for the engine's weights in FP8: what they hold is not what they mean."""
+
+    def dequantize(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).detach() * 2
+
+
+def save_weights_in_fp8(root: str) -> tuple[bool, bool]:
+    from megatron.core import fp8_utils
+
+    fp8_utils.HAVE_TE_FP8_TENSOR_CLASS, fp8_utils.FP8_TENSOR_CLASS = True, Quantized
+    fp8_utils.is_te_min_version = lambda *_: True
+    run = make(Layout())
+    linear = run[0][0].module.decoder.layers[1].mlp.linear_fc1
+    plain = linear.weight
+    linear.weight = torch.nn.Parameter(plain.detach().clone().as_subclass(Quantized))
+    store, expected = CheckpointStore(root), plain.detach() * 2
+    save_checkpoint(store, 3, run[0])
+    kept = type(linear.weight) is Quantized
+    linear.weight = plain
+    load_checkpoint(store, run[0])
+    return kept, torch.equal(linear.weight, expected)
+
+
+def test_weights_in_fp8_are_saved_as_what_they_mean(tmp_path):
+    """In FP8 they would be objects of the engine, which no load of ours unpickles, nor an export reads."""
+    assert run_ranks(1, save_weights_in_fp8, str(tmp_path))[0] == (True, True)
+
+
 class Payload:
     def __init__(self, canary: str) -> None:
         self.canary = canary

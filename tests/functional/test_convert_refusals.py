@@ -143,6 +143,17 @@ def test_a_flipped_bit_in_a_checkpoint_is_named_with_its_tensor(plain, tmp_path)
     assert not (tmp_path / "export").exists()
 
 
+def test_the_weights_of_a_run_in_fp8_are_exported(plain, tmp_path):
+    """FP8 is how training computed; the weights are what they are without it."""
+    save = Path(shutil.copytree(plain[0], tmp_path / "run"))
+    store, iteration = locate(save)
+    fp8 = {"fp8": "hybrid", "fp8_recipe": "delayed", "tp_only_amax_red": True, "fp8_param_gather": True}
+    edit_json(store.path(iteration) / "config.json", lambda config: config["values"].update(fp8))
+    republish(save)
+    to_hf(save, tmp_path / "export")
+    assert different_weights(plain[0], tmp_path / "export") == ()
+
+
 def test_a_negative_capacity_of_experts_is_none(plain):
     config = json.loads((locate(plain[0])[0].path(locate(plain[0])[1]) / "config.json").read_text())
     refuse_unsupported({"values": {**config["values"], "moe_expert_capacity_factor": -1.0}})

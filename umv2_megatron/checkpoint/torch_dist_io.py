@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -177,7 +178,12 @@ class InProcessSave(SaveShardedStrategy):
         return True
 
     def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        """Write this rank's main replicas of all tensors and objects. Collective over all ranks."""
+        """Write this rank's main replicas of all tensors and objects. Collective over all ranks.
+
+        Weights that the engine keeps in FP8 (--fp8-param-gather) are written in bfloat16, as mcore loads them: a
+        checkpoint holds plain tensors only.
+        """
+        force_all_tensors_to_non_fp8(sharded_state_dict)
         for item in nested_values(sharded_state_dict):
             if isinstance(item, ShardedObject) and is_extra_state(item.unique_key):
                 item.data = to_plain(item.unique_key, item.data)

@@ -18,6 +18,7 @@ _ENGINE = "transformer_impl=transformer_engine"
 _MOE = "ffn_variant=moe"
 _STAGES = "pipeline_model_parallel_size>1"
 _INTERLEAVED = "num_layers_per_virtual_pipeline_stage"
+_DELAYED = ("fp8", "fp8_recipe=delayed")
 
 
 @dataclass
@@ -255,19 +256,14 @@ class TransformerSettings:
         choices=("tensorwise", "delayed", "mxfp8", "blockwise"),
         needs=("fp8",),
     )
-    fp8_margin: int = option(0, "powers of two kept free above the largest number", needs=("fp8", "fp8_recipe=delayed"))
-    fp8_amax_history_len: int = option(
-        1, "steps whose largest numbers decide the scale", at_least=1, needs=("fp8", "fp8_recipe=delayed")
-    )
+    fp8_margin: int = option(0, "powers of two kept free above the largest number", needs=_DELAYED)
+    fp8_amax_history_len: int = option(1, "steps whose largest numbers decide the scale", at_least=1, needs=_DELAYED)
     fp8_amax_compute_algo: str = option(
-        "most_recent",
-        "which of them decides",
-        choices=("most_recent", "max"),
-        needs=("fp8", "fp8_recipe=delayed"),
+        "most_recent", "which of them decides", choices=("most_recent", "max"), needs=_DELAYED
     )
-    fp8_wgrad: bool = option(True, "gradients of weights in FP8, too", flags=("disable-fp8-wgrad",), needs=("fp8",))
+    fp8_wgrad: bool = option(True, "gradients of weights in FP8, too", flags=("disable-fp8-wgrad",), needs=_DELAYED)
     tp_only_amax_red: bool = option(
-        False, "largest numbers are reduced over tensor-parallel ranks only", needs=("fp8", "fp8_recipe=delayed")
+        False, "largest numbers are reduced over tensor-parallel ranks only", needs=_DELAYED
     )
     first_last_layers_bf16: bool = option(False, "first and last blocks stay in bfloat16", needs=("fp8",))
     num_layers_at_start_in_bf16: int = option(

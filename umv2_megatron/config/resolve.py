@@ -109,6 +109,8 @@ def _is_layout(key: str) -> bool:
         "overlap",
         "comm",
         "fp8",
+        "amax",
+        "transpose_cache",
         "bf16",
         "backend",
         "memory_backward",

@@ -75,7 +75,6 @@ _FIXED = {
     "softmax_scale": None,
     "softmax_type": "vanilla",
     "window_size": None,
-    "fp8": None,
     # of experts: what one token gets would depend on the others in its batch, or on chance
     "moe_expert_capacity_factor": None,
     "moe_input_jitter_eps": None,

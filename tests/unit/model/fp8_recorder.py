@@ -26,7 +26,7 @@ from umv2_megatron.model.builder import build_model  # noqa: E402
 from umv2_megatron.model.ffn_with_memory import memory_layers  # noqa: E402
 from umv2_megatron.training import initialize  # noqa: E402
 
-LENGTH = 16
+LENGTH = 32
 TINY = [
     "--model-preset", "umv2-tiny", "--seq-length", str(LENGTH), "--transformer-impl", "transformer_engine", "--bf16",
     "--use-cpu-initialization", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255",
