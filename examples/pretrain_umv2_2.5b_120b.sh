@@ -33,6 +33,7 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 if [[ -d .venv ]]; then export PATH="$PWD/.venv/bin:$PATH"; fi
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # tensor parallelism wants it; see docs/gpu.md
 
 : "${DATA:?set DATA to the token files, without extension}" "${TOKENIZER:?set TOKENIZER to the SentencePiece model}"
 RUN=${RUN:-runs/120b}

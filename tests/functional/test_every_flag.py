@@ -120,6 +120,8 @@ REFUSED = {
     "optimizer": "expected one of adam",
     "perform_initialization": "expected --load too",
     "ckpt_format": "expected one of torch_dist",
+    "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
+    "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda",
 }
 if importlib.util.find_spec("einops") is None:
     REFUSED["num_distributed_optimizer_instances"] = "einops"

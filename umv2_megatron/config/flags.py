@@ -128,7 +128,7 @@ def _add_to_parser(group: Any, made: Option) -> None:
             dest=made.key,
             action="store_const",
             const=False,
-            help=argparse.SUPPRESS if made.default is not True else f"turn --{made.key.replace('_', '-')} off",
+            help=argparse.SUPPRESS if made.default is False else f"turn --{made.key.replace('_', '-')} off",
         )
         return
     metavar = (

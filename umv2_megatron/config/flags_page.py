@@ -36,7 +36,7 @@ def tables() -> str:
 
 def _default(made: Option) -> str:
     if made.switches:
-        return "on" if made.default else "off"
+        return "auto" if made.default is None else "on" if made.default else "off"
     return "none" if made.default is None else str(made.default)
 
 

@@ -108,31 +108,6 @@ class TransformerSettings:
     attention_softmax_in_fp32: bool = option(
         True, "attention's softmax in float32 where scores are held in memory", needs=("bf16",)
     )
-    bias_activation_fusion: bool = option(
-        False, "fuse bias and activation of the FFN", flags=("no-bias-swiglu-fusion", "no-bias-gelu-fusion")
-    )
-    bias_dropout_fusion: bool = option(
-        False,
-        "fuse bias, dropout and residual addition",
-        read_by="transformer/transformer_layer.py: which function adds a block's output",
-    )
-    apply_rope_fusion: bool = option(False, "fused rotary embedding", flags=("no-rope-fusion",), needs=(_ENGINE,))
-    fused_single_qkv_rope: bool = option(
-        False, "rotate queries and keys inside the joint projection", needs=("apply_rope_fusion",)
-    )
-    gradient_accumulation_fusion: bool = option(
-        False,
-        "add gradients of weights inside the matrix product (Apex's extension)",
-        flags=("no-gradient-accumulation-fusion",),
-        needs=(_ENGINE,),
-    )
-    cross_entropy_loss_fusion: bool = option(False, "fused cross-entropy over the split vocabulary")
-    cross_entropy_fusion_impl: str = option(
-        "native",
-        "whose fused cross-entropy: mcore's or Transformer Engine's",
-        choices=("native", "te"),
-        needs=("cross_entropy_loss_fusion",),
-    )
     attention_backend: str = option(
         "auto",
         "how attention computes; local layers: auto never holds the scores, unfused and local do",
@@ -201,12 +176,6 @@ class TransformerSettings:
         flags=("overlap-p2p-communication-warmup-flush",),
         needs=(_INTERLEAVED,),
         read_by="pipeline_parallel/schedules.py: when messages are waited for",
-    )
-    deallocate_pipeline_outputs: bool = option(
-        False,
-        "free a stage's output once it is sent",
-        needs=(_STAGES,),
-        read_by="pipeline_parallel/schedules.py: memory of outputs that were sent",
     )
 
     recompute_granularity: Optional[str] = option(

@@ -23,7 +23,8 @@ def check_partners(run: RunConfig) -> None:
     """No setting that would be without effect: what its option needs is so, or it has its default."""
     for key, made in option_table().items():
         bundled = key.removeprefix("memory_") in SWITCHES and run.sources.get(key) != "flag"
-        if run.values[key] == made.default or bundled:
+        off = made.switches and made.default is None and not run.values[key]  # needs nothing, as it does nothing
+        if run.values[key] == made.default or bundled or off:
             continue  # a variant sets all its switches, whichever of them another setting leaves without effect
         shown = ("on" if run.values[key] else "off") if made.switches else run.values[key]
         of_memory = key.startswith("memory_") and key != "memory_parallel_size"  # whose own check says more

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from umv2_megatron.config.data_config import DataConfig
+from umv2_megatron.config.fusion_settings import FusionSettings
 from umv2_megatron.config.mcore_settings import DataParallelSettings, OptimizerSettings, TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.option import Option
@@ -26,6 +27,7 @@ from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
 SECTIONS: dict[type, str] = {
     ModelConfig: "model",
     TransformerSettings: "transformer (megatron-core)",
+    FusionSettings: "fused kernels (megatron-core)",
     MemoryConfig: "memory layers",
     TrainingConfig: "training, checkpoints, logging",
     DataConfig: "data",

@@ -19,6 +19,7 @@ import yaml
 
 from umv2_megatron.config.checks import check
 from umv2_megatron.config.flags import parse_flags, read_mapping
+from umv2_megatron.config.fusions import resolve_fusions
 from umv2_megatron.config.mcore_settings import TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.option_table import SECTIONS, option_table
@@ -146,6 +147,7 @@ def from_layers(
     _fill_derived_defaults(run)
     check(run, for_training=for_training)
     before_mcore(run)
+    resolve_fusions(run, for_training=for_training)
     run.transformer_config()
     run.optimizer_config()
     return run

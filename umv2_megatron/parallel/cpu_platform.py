@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import resource
 import sys
@@ -35,10 +36,12 @@ from typing import Any
 import psutil
 import torch
 
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.parallel import mcore_repairs
 from umv2_megatron.parallel.huge_pages import use_huge_pages
 
 _CPU = torch.device("cpu")
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +129,26 @@ def set_device(local_rank: int, may_be_bound: bool = False) -> None:
             f"local rank {local_rank} has no CUDA device: this host has {count}; start at most {count} ranks per host."
         )
     torch.cuda.set_device(local_rank)
+
+
+def start_kernels_in_order() -> None:
+    """Have the device start kernels in the order in which they are given to it; nothing to do on CPU.
+
+    mcore overlaps exchanges of tensor and context parallelism with products by the order in which it launches them,
+    which holds with one connection between host and device. Blackwell (compute capability 10) does without. The CUDA
+    driver reads the variable when this process first uses the device, so call it before.
+
+    Raises:
+        UsageError: CUDA_DEVICE_MAX_CONNECTIONS has another value.
+    """
+    if not torch.cuda.is_available():
+        return
+    connections = os.environ.setdefault(_CONNECTIONS, "1")
+    if connections != "1" and torch.cuda.get_device_capability() < (10, 0):
+        raise UsageError(
+            f"{_CONNECTIONS} is {connections!r}; expected 1 with --tensor-model-parallel-size or "
+            "--context-parallel-size above 1 on this GPU; unset the variable"
+        )
 
 
 def synchronize() -> None:

@@ -46,7 +46,12 @@ class TrainingState:
 
 
 def start_processes(run: RunConfig) -> launch.Launch:
-    """Join the process group, make mcore's groups and seed all generators."""
+    """Join the process group, make mcore's groups and seed all generators.
+
+    Raises ``UsageError`` before anything is joined where the environment does not suit the run.
+    """
+    if run.tensor_model_parallel_size > 1 or run.context_parallel_size > 1:
+        cpu_platform.start_kernels_in_order()
     if run.deterministic_mode:  # cuBLAS and Transformer Engine read these at their first call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")

@@ -13,11 +13,13 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.config.flags import refused
+from umv2_megatron.config.fusion_settings import AUTOMATIC, FusionSettings
 from umv2_megatron.config.mcore_settings import DataParallelSettings, OptimizerSettings, TransformerSettings
 from umv2_megatron.config.option_table import names
 
 PAIRS = [
     (TransformerSettings, TransformerConfig),
+    (FusionSettings, TransformerConfig),
     (OptimizerSettings, OptimizerConfig),
     (DataParallelSettings, DistributedDataParallelConfig),
 ]
@@ -25,7 +27,7 @@ PAIRS = [
 OTHER_DEFAULTS = {
     "num_layers", "hidden_size", "num_attention_heads", "hidden_dropout", "attention_dropout", "normalization",
     "add_bias_linear", "transformer_impl", "lr", "weight_decay", "adam_beta2", "grad_reduce_in_fp32",
-    "moe_token_dispatcher_type", "init_method_std",
+    "moe_token_dispatcher_type", "init_method_std", *AUTOMATIC,
 }  # fmt: skip
 MEGATRON_LM = (Path(__file__).parent / "megatron_lm_flags.txt").read_text(encoding="utf-8").split()
 
