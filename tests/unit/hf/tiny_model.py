@@ -22,10 +22,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
                     "memory_query_mode": "per_head", "memory_score_normalization": "softmax", "memory_gate": "silu",
                     "memory_pre_value_dim": 0, "memory_qk_norm": "query", "memory_value_dim": 64},
     "delayed": {"memory_read_delay": 1, "memory_layer_freq": "[1,1,0,0]"},
+    "block": {"memory_sharing": "block", "memory_sharing_size": 2},
+    "ultramem": {"memory_key_expansion": 2, "memory_value_expansion": "per-block", "memory_query_mode": "shared",
+                 "memory_layer_freq": "[1,0]*2", "memory_read_delay": 1, "memory_pre_value_dim": 0,
+                 "memory_num_heads": 2},
     "dense": {"ffn_variant": "dense"},
     "moe": {"ffn_variant": "moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
             "moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True},
 }  # fmt: skip
+
+# What each promise of transformers is checked on. "plain" has grouped queries and tied embeddings, "untied" neither.
+CONTRACT: dict[str, dict[str, Any]] = {
+    **{name: changes for name, changes in VARIANTS.items() if name not in ("chunks", "v1")},
+    "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+}
 
 
 def tiny_config(**changes: Any) -> UMv2Config:
