@@ -227,8 +227,11 @@ class UMv2PreTrainedModel(PreTrainedModel):
                     init.constant_(gain, self.config.memory_key_dim**-0.25)
             if isinstance(module, UMv2Retrieval):
                 init.normal_(module.cores, std=1.0)
-                init.zeros_(module.u)  # computed in the first forward
-                init.zeros_(module.t)
+                # A compiled forward takes them as they are. Zeros (cores that are not here as a whole) are replaced by
+                # the first forward that is not compiled.
+                pair = module.leading_pair() if module.cores_are_whole() else torch.zeros(2, *module.u.shape)
+                init.copy_(module.u, pair[0])
+                init.copy_(module.t, pair[1])
         elif isinstance(module, UMv2Memory):
             init.copy_(module.perm, module.shuffle().to(module.perm))
         elif isinstance(module, UMv2Rows):

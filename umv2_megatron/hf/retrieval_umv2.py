@@ -158,11 +158,15 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         parts = zip(left.split(part), right.split(part))
         return torch.cat([(one @ other).flatten(2).topk(self.topk, dim=-1).indices for one, other in parts])
 
+    def leading_pair(self) -> tuple[Tensor, Tensor]:
+        """The leading left and right singular vectors of the summed cores, both [h, R], float32."""
+        return leading_pair(self.cores.detach().sum(0, dtype=torch.float32))
+
     @torch.no_grad()
     def refresh_singular_vectors(self) -> None:
         """Set u and t to the leading singular pair of the summed cores, with the common sign that keeps them nearer to
         what they were."""
-        u, t = leading_pair(self.cores.detach().sum(0, dtype=torch.float32))
+        u, t = self.leading_pair()
         kept = (u - self.u).abs().sum(-1) + (t - self.t).abs().sum(-1)
         flipped = (u + self.u).abs().sum(-1) + (t + self.t).abs().sum(-1)
         sign = torch.where(flipped < kept, -1.0, 1.0).unsqueeze(-1)
@@ -172,7 +176,7 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
     def train(self, mode: bool = True) -> UMv2Retrieval:
         super().train(mode)
         self._checked = False
-        if self._trained and self._cores_are_whole():
+        if self._trained and self.cores_are_whole():
             self.refresh_singular_vectors()  # of the cores after the last step
             self._trained = False
         return self
@@ -182,14 +186,14 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         they are computed anew while gradients are on, and the loaded ones are taken otherwise."""
         if not torch.compiler.is_compiling():
             self._refresh_if_changed(with_gradients=torch.is_grad_enabled())
-        elif torch.is_grad_enabled() and not torch.compiler.is_exporting() and self._cores_are_whole():
+        elif torch.is_grad_enabled() and not torch.compiler.is_exporting() and self.cores_are_whole():
             self._trained = True
             self._cores_seen = None
             self.refresh_singular_vectors()
         elif self._trained:  # evaluation in the midst of training
             self.refresh_singular_vectors()
 
-    def _cores_are_whole(self) -> bool:
+    def cores_are_whole(self) -> bool:
         """Whether the cores are here: not sharded over ranks and not offloaded."""
         cores = self.cores
         return not cores.is_meta and type(cores) is nn.Parameter and cores.shape[1:] == (
@@ -204,7 +208,7 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         are not here as a whole (sharded over ranks, offloaded) leave it as it is.
         """
         cores = self.cores
-        if not self._cores_are_whole():
+        if not self.cores_are_whole():
             return
         seen = self._cores_seen
         if seen is not None and self._checked and cores.is_cuda and not with_gradients:
@@ -217,7 +221,7 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
         self._cores_seen = cores.detach().clone()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._trained and self._cores_are_whole():
+        if self._trained and self.cores_are_whole():
             self.refresh_singular_vectors()
         elif self._cores_seen is not None:
             self._refresh_if_changed()

@@ -147,6 +147,19 @@ def test_what_is_masked_is_not_seen(variant: str, side: str) -> None:
 
 
 @every_variant
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_texts_do_not_see_each_other(variant: str, attention: str) -> None:
+    """Several texts in one row, told apart by positions that begin anew."""
+    model = exact(variant, attn_implementation=attention)
+    texts = [tokens(1, length, seed=length) for length in (3, 7, 5)]
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts]).unsqueeze(0)
+    with torch.no_grad():
+        packed = model(torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
+        alone = torch.cat([model(text).logits for text in texts], dim=1)
+    torch.testing.assert_close(packed, alone, **CLOSE)
+
+
+@every_variant
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_implementations_agree(variant: str, padded: bool) -> None:
     model, batch = exact(variant, attn_implementation="eager"), tokens(3, 9)
@@ -166,6 +179,22 @@ def test_attention_implementations_agree(variant: str, padded: bool) -> None:
         torch.testing.assert_close(found["sdpa"][1][name], grad, rtol=1e-5, atol=1e-9, msg=name)
     with pytest.raises(ValueError, match="no_such_attention"):
         model.set_attn_implementation("no_such_attention")
+
+
+@pytest.mark.slow
+@every_variant
+def test_flex_attention_agrees(variant: str) -> None:
+    """transformers compiles it, which takes a while; it has no float64 and on a CPU no backward."""
+    model, batch = tiny_model(**CONTRACT[variant], attn_implementation="eager", head_dim=16), tokens(3, 40)
+    mask = torch.ones_like(batch)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(batch, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+        model.set_attn_implementation("flex_attention")
+        found = model(batch, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+    # of the first block: later ones may pick other rows where two scores tie in float32
+    close = ((found - expected)[mask.bool()].abs().amax(-1) < 1e-4).float().mean()
+    assert close > 0.95
 
 
 @every_variant
