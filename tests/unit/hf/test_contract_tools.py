@@ -122,7 +122,10 @@ def check_compiled_training(variant: str, backend: str, folder: Path) -> None:
     with torch.no_grad():
         again = UMv2ForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         in_memory = model.eval()(batch).logits
-        assert torch.equal(again(batch).logits, in_memory)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+        # bits of a product may depend on where in memory the matrix is
+        torch.testing.assert_close(again(batch).logits, in_memory, rtol=0, atol=1e-12)
         torch.testing.assert_close(compiled(batch).logits, in_memory, rtol=0, atol=1e-6)
 
 
@@ -132,7 +135,7 @@ def test_compiled_training_is_training(variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", CONTRACT)
+@pytest.mark.parametrize("variant", ["plain", "delayed", "memory-plus", "moe"])
 def test_inductor(variant: str, tmp_path: Path) -> None:
     check_compiled_training(variant, "inductor", tmp_path)
     model, batch = exact(variant), tokens(2, 9)
@@ -146,9 +149,12 @@ def test_inductor(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", CONTRACT)
 def test_compiled_generation(variant: str) -> None:
     """``generate`` compiles the step of a static cache by itself on devices; on a CPU it is told to."""
+    inductor = variant in ("plain", "moe")  # which takes long
     model, prompt = exact(variant), tokens(2, 5)
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
-    config = CompileConfig(fullgraph=True, backend="inductor", mode="default")
+    config = CompileConfig(
+        fullgraph=True, backend="inductor" if inductor else "aot_eager", mode="default" if inductor else None
+    )
     config._compile_all_devices = True
     expected = model.generate(prompt, **options)
     counted = torch._dynamo.utils.counters["stats"]
