@@ -119,7 +119,8 @@ def test_compiled_by_the_trainer(variant: str, tmp_path: Path) -> None:
     models = []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
-        options = {"torch_compile": compiled, "max_steps": 2, "optim": "sgd"}
+        options = {"torch_compile": compiled, "torch_compile_backend": "aot_eager" if compiled else None,
+                   "max_steps": 2, "optim": "sgd"}  # fmt: skip
         models.append(trained(folder, tiny_model(**CONTRACT[variant]).double(), **options))
         again = UMv2ForCausalLM.from_pretrained(folder / "last", dtype=torch.float64)
         assert evaluated(again) == evaluated(models[-1])
