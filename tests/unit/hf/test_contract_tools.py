@@ -61,7 +61,7 @@ class Graphs:
         return graph.forward
 
 
-@variants("moe", "ultramem")
+@variants("moe")
 def test_a_forward_is_compiled_whole_and_for_any_shape(variant: str) -> None:
     """Also as the first forward of a model with random weights."""
     model, backend = exact(variant), Graphs()
@@ -74,7 +74,7 @@ def test_a_forward_is_compiled_whole_and_for_any_shape(variant: str) -> None:
     assert backend.count == 1
 
 
-@variants("memory-plus", "delayed")
+@variants("memory-plus")
 def test_decoding_is_compiled_whole(variant: str) -> None:
     """One graph for all steps, with keys and values in a cache of a fixed size."""
     model, batch, backend = exact(variant), tokens(2, 8), Graphs()
@@ -132,7 +132,7 @@ def check_compiled_training(variant: str, backend: str, folder: Path) -> None:
         torch.testing.assert_close(compiled(batch).logits, in_memory, rtol=0, atol=close)
 
 
-@variants("plain")
+@variants("delayed")
 def test_compiled_training_is_training(variant: str, tmp_path: Path) -> None:
     check_compiled_training(variant, "aot_eager", tmp_path)
 

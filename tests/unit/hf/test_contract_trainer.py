@@ -20,7 +20,11 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None,
     reason="accelerate is not installed (requirements-serve.txt): transformers' Trainer needs it",
 )
+QUICK = ("plain", "delayed", "moe")
 every_variant = pytest.mark.parametrize("variant", CONTRACT)
+some_variants = pytest.mark.parametrize(
+    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONTRACT]
+)
 
 
 def texts(count: int = 16, length: int = 20) -> list[dict[str, torch.Tensor]]:
@@ -91,7 +95,7 @@ def check_same_parameters(models: list[UMv2ForCausalLM], variant: str) -> None:
         torch.testing.assert_close(models[1].get_parameter(name), parameter, rtol=0, atol=1e-5 * moved + 1e-9, msg=name)
 
 
-@every_variant
+@some_variants
 def test_accumulated_steps_weigh_every_label_alike(variant: str, tmp_path: Path) -> None:
     """Four batches of one row, with different numbers of labels, are one batch of four."""
     models = []
@@ -102,7 +106,7 @@ def test_accumulated_steps_weigh_every_label_alike(variant: str, tmp_path: Path)
     check_same_parameters(models, variant)
 
 
-@every_variant
+@some_variants
 def test_checkpointing_of_activations(variant: str, tmp_path: Path) -> None:
     models = []
     for checkpointing in (False, True):
