@@ -222,7 +222,7 @@ def test_copies_compute_the_same_and_are_their_own(how: str, variant: str, place
         assert not torch.equal(other(batch).logits, expected) and torch.equal(model(batch).logits, expected)
         tables, originals = other.value_tables(), model.value_tables()
         assert tables.keys() == originals.keys()
-        readers = [layer.memory.table for layer in other.model.layers if layer.memory is not None]
+        readers = [layer.memory.find_table() for layer in other.model.layers if layer.memory is not None]
         assert {id(table) for table in readers} == {id(table) for table in tables.values()}
         assert not {id(table) for table in readers} & {id(table) for table in originals.values()}
     if place == "mmap":  # what is pickled is where the rows are, not the rows
