@@ -225,8 +225,8 @@ class Memory(Side):
         return [Announcements(table, self.touched, size) for table in self._tables()]
 
     def _tables(self) -> list[Any]:
-        memories = [layer.memory for layer in self.model.model.layers if layer.memory is not None]
-        return list({id(memory.table): memory.table for memory in memories}.values())
+        tables = [layer.memory.find_table() for layer in self.model.model.layers if layer.memory is not None]
+        return list({id(table): table for table in tables}.values())
 
 
 class Announcements:

@@ -200,3 +200,11 @@ def test_wrong_flags_are_refused_before_anything_runs(
     with pytest.raises(SystemExit) as stop:
         preprocess.main(flags)
     assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_compiled_decode(tmp_path: Path) -> None:
+    done = run("compiled_decode", tmp_path)
+    (found,) = done.results
+    assert found["batch"] == 1 and found["difference"] < 1e-5
+    assert len(found["as it is"]) == len(found["compiled"]) == 2 and min(found["as it is"] + found["compiled"]) > 0
+    assert "as it is / compiled" in done.page
