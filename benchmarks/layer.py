@@ -57,6 +57,7 @@ from benchmarks.measure import (  # noqa: E402
 from umv2_megatron.config.presets import PRESETS  # noqa: E402
 from umv2_megatron.config.run_config import RunConfig  # noqa: E402
 from umv2_megatron.model.layer_specs import umv2_layer_spec  # noqa: E402
+from umv2_megatron.ops import BACKENDS  # noqa: E402
 from umv2_megatron.training.initialize import start_processes  # noqa: E402
 
 MEMORY, FFN, BOTH = "memory layer", "dense FFN", "FFN + memory"
@@ -86,8 +87,12 @@ class Bench:
     Each round has another input: a layer must not find the last round's rows in the cache.
     """
 
-    def __init__(self, preset: str, tokens: int, inputs: int, dtype: torch.dtype = torch.float32) -> None:
-        fields, memory = variants.preset_fields(preset, seq_length=tokens, max_position_embeddings=tokens)
+    def __init__(
+        self, preset: str, tokens: int, inputs: int, dtype: torch.dtype = torch.float32, backend: str = "auto"
+    ) -> None:
+        fields, memory = variants.preset_fields(
+            preset, seq_length=tokens, max_position_embeddings=tokens, memory_backend=backend
+        )
         expert_fields = variants.expert_fields(fields, memory)
         precision = {"bf16": dtype == torch.bfloat16}
         ours = variants.configured(fields, memory, **precision)
@@ -237,6 +242,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="umv2-227m-1.2b")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and tokens")
+    parser.add_argument("--memory-backend", choices=("auto", *BACKENDS), default="auto", help="as for a training run")
     add_options(parser, rounds=15)
     options = parser.parse_args(argv)
     if options.quick:
@@ -244,7 +250,8 @@ def main(argv: list[str]) -> int:
     at_least_one(parser, options, "tokens")
     prepare(parser, options, "layer.py")
     machine = describe_machine(cpu_platform.device().type, options.quick)
-    bench = Bench(options.preset, options.tokens, options.rounds + 1, getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    bench = Bench(options.preset, options.tokens, options.rounds + 1, dtype, options.memory_backend)
     result = measure(bench, options.rounds, options.clock)
     publish("layer.py", options, machine, describe(bench, result), result)
     torch.distributed.destroy_process_group()

@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.text_table import Table
 from umv2_megatron.parallel.huge_pages import use_huge_pages
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler is to be silent about its starts
@@ -220,27 +221,6 @@ def _processor() -> str:
 
 
 # -- output ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Table:
-    """Rows of text under a sentence; the first column is a name, the others are numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-    def text(self) -> str:
-        """For a terminal."""
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-        return "\n".join([self.title, *("  ".join(cells) for cells in padded)])
-
-    def markdown(self) -> str:
-        """For a document."""
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return "\n".join([self.title, "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def publish(

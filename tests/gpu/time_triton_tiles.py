@@ -15,13 +15,13 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu_kit.figures import copy_bandwidth, milliseconds  # noqa: E402
 
 SIZES = {  # tokens, picks, rows, Dp, Dv
     "227m": (8192, 32, 130_000, 192, 192),
@@ -36,29 +36,6 @@ CANDIDATES: list[dict[str, int]] = [
     *({"PICKS_PER_ROW": picks} for picks in (1, 2, 8)),
     *({"PIECE": picks} for picks in (32, 512)),
 ]
-
-
-def milliseconds(work: Callable[[], Any], rounds: int) -> list[float]:
-    """Times of ``rounds`` calls, after three that warm up; the L2 cache is cleared before each."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    times = []
-    for number in range(rounds + 3):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        if number >= 3:
-            times.append(start.elapsed_time(end))
-    return times
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a copy of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (statistics.median(milliseconds(lambda: target.copy_(source), 20)) / 1e3)
 
 
 def main() -> int:
