@@ -57,8 +57,8 @@ from benchmarks.gpu_kit.report import (  # noqa: E402
 
 LEAST = 3.0
 """Seconds below which no further step is begun."""
-GRACE = 3.0
-"""Seconds from SIGTERM to SIGKILL for a step that is over its limit."""
+GRACE = 5.0
+"""Seconds from SIGINT, at which pytest still reports, to SIGKILL for a step that is over its limit."""
 DRY_LIMIT = 240.0
 """Seconds for a step with --dry: a machine that runs tests may be slow."""
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "numpy")
@@ -183,7 +183,7 @@ class Check:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(limit)
             if code is None:
-                _signal_group(process.pid, signal.SIGTERM)
+                _signal_group(process.pid, signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(GRACE)
         finally:
@@ -314,7 +314,7 @@ def main(argv: list[str]) -> int:
         if options.dry:
             machine.device, machine.driver = "none", "none"
         elif not machine.device:
-            raise ValueError("gpu_check.py found no GPU by nvidia-smi; expected one: use --dry to rehearse on a CPU")
+            raise ValueError("nvidia-smi names no GPU; expected one. Use --dry to rehearse on a CPU")
         left = options.seconds - (time.monotonic() - begin)
         check = Check(options.out, left, options.dry, site, engine_site, machine.device)
         for step in options.steps:

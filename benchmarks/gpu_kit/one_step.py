@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,7 @@ def function_of(name: str, device: str | None) -> Callable[[Record, bool], Any]:
 
 def main(argv: list[str]) -> int:
     """Run the step; a failure is an exception, for the log."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the whole program runs in the background
     name, path, *rest = argv
     device = rest[rest.index("--device") + 1] if "--device" in rest else None
     function_of(name, device)(Record(Path(path)), "--dry" in rest)

@@ -98,7 +98,8 @@ class Machine:
 def overview(outcomes: Sequence[Outcome]) -> Table:
     """One row for each step."""
     rows = [(each.name, each.text, f"{each.seconds:.0f}", each.key) for each in outcomes]
-    return Table("Steps, in their order.", ("step", "result", "seconds", "key figure"), rows)
+    title = "In their order; seconds are those of the whole process."
+    return Table(title, ("step", "result", "seconds", "key figure"), rows)
 
 
 def page(machine: Machine, outcomes: Sequence[Outcome], dry: bool) -> str:

@@ -51,7 +51,8 @@ def run_program(command: Sequence[str], told: Callable[[str], None] = lambda lin
         lines.append(line)
         told(line)
     if process.wait() != 0:
-        raise RuntimeError(f"{command[0]} ended with code {process.returncode}")
+        end = [line.strip() for line in lines if line.strip()][-1:]
+        raise RuntimeError(f"{command[0]} ended with code {process.returncode}: {''.join(end)}")
     return "".join(lines)
 
 
@@ -72,7 +73,10 @@ def other_tests(record: Record, dry: bool) -> None:
 
 
 def run_tests(record: Record, groups: Sequence[Sequence[str]]) -> None:
-    """pytest once for each list of arguments, at the same time; ``RuntimeError`` when a test fails or none is found."""
+    """pytest once for each list of arguments, at the same time; ``RuntimeError`` when a test fails or none is found.
+
+    A KeyboardInterrupt ends the tests; those that have run are counted.
+    """
     with tempfile.TemporaryDirectory() as folder:
         reports = [Path(folder) / f"{number}.xml" for number in range(len(groups))]
         processes = [
@@ -82,7 +86,10 @@ def run_tests(record: Record, groups: Sequence[Sequence[str]]) -> None:
             )
             for report, arguments in zip(reports, groups)
         ]
-        codes = [process.wait() for process in processes]
+        try:
+            codes = [process.wait() for process in processes]
+        except KeyboardInterrupt:  # over the limit; pytest got the signal, too, and reports what it has
+            codes = [process.wait() for process in processes]
         counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
         bad: list[tuple[str, str]] = []
         for report in reports:
@@ -230,10 +237,10 @@ def checkpoint(record: Record, dry: bool) -> None:
     """A run of four steps against one that goes on from its checkpoint of step 2: the same weights, bit by bit."""
     folder = Path(tempfile.mkdtemp())
     model = {} if dry else {"model_preset": "umv2-8m", "memory_backend": "triton"}
-    changes = {**model, "deterministic_mode": True, "use_distributed_optimizer": True, "load": str(folder)}
+    changes = {**model, "deterministic_mode": True, "use_distributed_optimizer": True}
     try:
         first = run_program(["pretrain_umv2.py", *flags_of(dry, 4, **changes, save=str(folder), save_interval=2)])
-        again = run_program(["pretrain_umv2.py", *flags_of(dry, 4, **changes, ckpt_step=2)])
+        again = run_program(["pretrain_umv2.py", *flags_of(dry, 4, **changes, load=str(folder), ckpt_step=2)])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     hashes = [found.group(1) for output in (first, again) for found in WEIGHTS.finditer(output)]

@@ -122,7 +122,7 @@ def waits(record: Record, dry: bool) -> None:
     figures = {"waits": found, "memory_layers": layers, "micro_batches": micro_batches}
     where = "on a fake device" if dry else "a step"
     table = Table(title, ("kind", "place"), found)
-    record.keep(f"{len(found)} {where}", figures, [table])
+    record.keep(f"{len(found)} {where}, 1 expected", figures, [table])
 
 
 def _on_the_fake_device() -> Waits:
