@@ -24,6 +24,8 @@ RANKS = {
     "pretrain_227m_slurm.sh": 16,
     "pretrain_umv2_2.5b_120b.sh": 1024,
 }
+BENCHES = {"bench_8gpu.sh"}
+"""Scripts that make several short runs: tests/functional/test_bench_8gpu.py."""
 PROGRAMS = ("umv2_megatron/commands", "umv2_megatron/evaluation", "tools", "benchmarks")
 TOOLS = sorted(path for folder in PROGRAMS for path in (ROOT / folder).glob("*.py"))
 # Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, zstd, Megatron-LM, transformers, systemd-run,
@@ -76,7 +78,7 @@ def resolved(script: str, files: dict[str, str], folder: Path) -> RunConfig:
 
 
 def test_every_script_is_tested():
-    assert {path.name for path in (ROOT / "examples").glob("*.sh")} == RANKS.keys()
+    assert {path.name for path in (ROOT / "examples").glob("*.sh")} == RANKS.keys() | BENCHES
 
 
 @pytest.mark.parametrize("script", RANKS)
