@@ -66,7 +66,8 @@ def roofline(record: Record, dry: bool) -> None:
     device, rounds = place(), 3 if dry else 20
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     figures: dict[str, Any] = {"device": name, "copy_gb_per_s": copy_bandwidth(device, 1 << (20 if dry else 30)) / 1e9}
-    peak, rows = peak_tflops(name), []
+    peak = peak_tflops(name)
+    rows: list[tuple[str, ...]] = []
     for kind in ("bfloat16", "float32", "float8_e4m3fn"):
         if kind.startswith("float8") and (device == "cpu" or torch.cuda.get_device_capability() < (8, 9)):
             continue
@@ -76,11 +77,11 @@ def roofline(record: Record, dry: bool) -> None:
             figures[f"gemm_{kind}_{side}_tflops"] = rate
             share = f"{rate / peak:.0%}" if peak and kind == "bfloat16" else ""
             rows.append((f"{kind}, {side} x {side}", f"{ms:.3f}", f"{rate:.1f}", share))
-    best = max(value for key, value in figures.items() if key.startswith("gemm_bfloat16"))
-    columns = ("matrix product", "ms", "TFLOP/s", "of stated peak")
-    title = f"Copy of {'1 MiB' if dry else '1 GiB'}: {figures['copy_gb_per_s']:.0f} GB/s read and written."
-    key = f"copy {figures['copy_gb_per_s']:.0f} GB/s, bf16 {best:.1f} TFLOP/s"
-    record.keep(key, figures, [Table(title, columns, rows)])
+        best = max(value for key, value in figures.items() if key.startswith("gemm_bfloat16"))
+        columns = ("matrix product", "ms", "TFLOP/s", "of stated peak")
+        title = f"Copy of {'1 MiB' if dry else '1 GiB'}: {figures['copy_gb_per_s']:.0f} GB/s read and written."
+        key = f"copy {figures['copy_gb_per_s']:.0f} GB/s, bf16 {best:.1f} TFLOP/s"
+        record.keep(key, figures, [Table(title, columns, rows)])
 
 
 def _product(kind: str, side: int, device: str) -> Callable[[], Tensor]:

@@ -27,6 +27,8 @@ SLICES = (  # of the tests of the kernels, of about equal length: nearly all of 
     "lookup_equals and (odd or wide)",
     "not lookup_equals",
 )
+OTHERS = (("test_on_a_gpu", "test_waits_on_a_gpu"), ("test_streams_on_a_gpu",), ("test_hf_tables_on_a_gpu",))
+"""Further files of tests/gpu, in three processes."""
 PRESET = "umv2-227m-1.2b"
 STEPS = {False: 14, True: 3}
 """Iterations of a run whose speed is measured, by ``dry``; the first third is not counted."""
@@ -68,8 +70,11 @@ def kernels(record: Record, dry: bool) -> None:
 
 
 def other_tests(record: Record, dry: bool) -> None:
-    """All other tests of tests/gpu; on a CPU they are collected and skipped."""
-    run_tests(record, [["tests/gpu", "--ignore", "tests/gpu/test_triton_on_a_gpu.py"]])
+    """The other tests of tests/gpu, but for those that steps of their own repeat; on a CPU all are skipped."""
+    if dry:
+        run_tests(record, [["tests/gpu"]])
+    else:
+        run_tests(record, [[f"tests/gpu/{name}.py" for name in names] for names in OTHERS])
 
 
 def run_tests(record: Record, groups: Sequence[Sequence[str]]) -> None:
