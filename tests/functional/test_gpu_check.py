@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import tarfile
 import time
@@ -171,6 +172,21 @@ def test_steps_beyond_the_time_are_not_run(tmp_path: Path) -> None:
     assert (second.result, second.reason) == (NOT_RUN, "the time of --seconds was over")
 
 
+def test_who_ends_the_program_ends_its_step(tmp_path: Path) -> None:
+    command = [str(ROOT / "tools" / "gpu_check.sh"), "--dry", "--steps", "other-tests", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "steps" / "other-tests.log").exists() or not psutil.Process(process.pid).children():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(60) == 143
+    while any(running(each.pid) for each in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_the_exit_code_tells_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for code, expected in ((0, 0), (1, 1)):
         monkeypatch.setattr(gpu_check, "STEPS", (planted("planted", f"raise SystemExit({code})"),))
@@ -190,8 +206,10 @@ def test_tests_that_fail_are_named(tmp_path: Path) -> None:
         runs.run_tests(record, [[str(tmp_path / "test_x.py")]])
     ((name, why),) = record.figures["bad"]
     assert name.endswith("::test_bad") and "1 == 2" in why
-    with pytest.raises(RuntimeError, match="0 passed"):
-        runs.run_tests(record, [[str(tmp_path / "test_x.py"), "-k", "nothing"]])
+    (tmp_path / "test_x.py").write_text("import pytest\n@pytest.mark.skip\ndef test_skipped(): pass\n")
+    with pytest.raises(RuntimeError, match="0 passed, 0 failed, 1 skipped"):
+        runs.run_tests(record, [[str(tmp_path / "test_x.py")]])
+    runs.run_tests(record, [[str(tmp_path / "test_x.py")]], all_skipped=True)
 
 
 def test_every_file_of_tests_has_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +220,10 @@ def test_every_file_of_tests_has_a_step(monkeypatch: pytest.MonkeyPatch) -> None
     runs.other_tests(Record(None), False)
     files = {word for word in named if word.endswith(".py")}
     steps = {f"tests/gpu/test_{name}_on_a_gpu.py" for name in ("fp8", "checkpoint")}
+    source = (ROOT / "tests" / "gpu" / "test_triton_on_a_gpu.py").read_text()
+    sizes = re.findall(r'^    "(.*?)":', source.split("SIZES = {")[1].split("\n}")[0], re.M)
+    for size in sizes:
+        assert sum(bool(re.search(rf"[( ]{size.split()[0]}[) ]", part)) for part in runs.SLICES) == 1, size
     assert files | steps == {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
 
 
