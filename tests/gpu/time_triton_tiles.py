@@ -33,7 +33,8 @@ CANDIDATES: list[dict[str, int]] = [
     *({"ELEMENTS_PER_WARP": elements} for elements in (512, 2048)),
     {"TILE_ELEMENTS": 2048, "ELEMENTS_PER_WARP": 512},
     {"TILE_ELEMENTS": 8192, "ELEMENTS_PER_WARP": 2048},
-    *({"PICKS_PER_ROW": picks} for picks in (1, 2, 8)),
+    *({"SEGMENTS": rows} for rows in (2, 4, 16)),
+    {"SEGMENTS": 16, "ELEMENTS_PER_WARP": 2048},
     *({"PIECE": picks} for picks in (32, 512)),
 ]
 

@@ -1,23 +1,26 @@
 """Triton kernels of the table lookup: a tile of picked rows, all columns of a row in one program.
 
-One kernel does a whole forward over a [T, P] grid of picks:
+Two kernels do a whole lookup over a [T, P] grid of picks, but for the gradients of the tables:
 
     fused_forward    gather pre-value rows, dot with the projected input, activation, weighted sum of value rows
+    row_dots         dot product of each picked row with an upstream -> [n, C]; for grids it goes on to the gradients
+                     of scores and rho, and then to that of the projected input
 
-and the others do a part each, for grids as well as for ragged lists (what shards of a table need):
+and the parts, for grids as well as for ragged lists (what shards of a table need), are ``row_dots`` and
 
     row_sums         sum over a token's picks of weight * row          -> [T * E, D]
-    row_dots         dot product of each picked row with an upstream   -> [n, C]; for grids it goes on to the gradients
-                     of scores and rho
-    add_to_rows      row[a] += sum over the picks of a, in a fixed order: the picks come sorted by row, a program owns
-                     one row; ``add_long_rows`` finishes rows that are picked more than PIECE times
-    atomic_add_to_rows   the same without sorting, in any order
+    atomic_add_to_rows   row[a] += sum over the picks of a, in any order
+
+``triton_segments.py`` has the additions in a fixed order.
 
 Letters: T tokens, P picks of a token, n picks in all, C cores, E virtual blocks, D columns of a table, DC = D / C. A
 tile of rows is [picks, C, DC], so that core c scales its own slice without any gather of weights. Tile edges (PICKS,
-CORES, COLUMNS, PRE_COLUMNS) are powers of two; what lies outside C, DC or DP is masked. Sums are kept in the dtype of
-the weights: float32, or float64 in a float64 model. Offsets are 64-bit. Sizes that a model fixes are constexpr, so
-that the compiler knows the alignment of rows; the number of tokens and picks is not, and nothing is specialised on it.
+CORES, COLUMNS, REST) are powers of two; what lies outside C and DC is masked. A slice is cut in two, COLUMNS and REST
+(96 = 64 + 32), where one power of two would leave lanes idle; REST is 0 where it would not.
+Row ids of the next tile are requested before the present tile is used: its gathers need not wait for them.
+Sums are kept in the dtype of the weights: float32, or float64 in a float64 model. Offsets are 64-bit. Sizes that a
+model fixes are constexpr, so that the compiler knows the alignment of rows; the number of tokens and picks is not, and
+nothing is specialised on it.
 """
 
 from __future__ import annotations
@@ -58,48 +61,112 @@ def core_offsets(pick, C: tl.constexpr, CORES: tl.constexpr):
     return pick[:, None] * C + core, core < C
 
 
+@triton.jit
+def load_rows(table, row, mine, first, C: tl.constexpr, DC: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns ``first`` up to ``first`` + COLUMNS of the slices of each ``row``: [rows, CORES, COLUMNS]."""
+    columns, exist = column_offsets(first, C, DC, CORES, COLUMNS)
+    return tl.load(table + row[:, None, None] * (C * DC) + columns, mask=mine[:, None, None] & exist, other=0.0)
+
+
+@triton.jit
+def store_sum(out, place, total, first, C: tl.constexpr, DC: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row ``place`` of ``out``: the sum over the picks of ``total`` [picks, CORES, COLUMNS]."""
+    columns, exist = column_offsets(first, C, DC, CORES, COLUMNS)
+    summed = tl.sum(total, axis=0)[None, :, :]
+    tl.store(out + place * (C * DC) + columns, summed.to(out.dtype.element_ty), mask=exist)
+
+
+@triton.jit
+def load_ids(rows, blocks, pick, mine, block, E: tl.constexpr):
+    """(row of each pick, which picks there are in ``block``)."""
+    row = tl.load(rows + pick, mask=mine, other=0).to(tl.int64)
+    if E > 1:
+        mine = mine & (tl.load(blocks + pick, mask=mine, other=-1) == block)
+    return row, mine
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def fused_forward(
     rows, blocks, scores, projected, pre_values, values, out, rho_out, tokens,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DP: tl.constexpr, DC: tl.constexpr, GELU: tl.constexpr,
-    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, PRE_COLUMNS: tl.constexpr,
+    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr,
+    PRE_COLUMNS: tl.constexpr, PRE_REST: tl.constexpr,
 ):  # fmt: skip
     """One program per token and block: out [T, E, C * DC] and rho before its activation, [T, P]."""
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    columns, exist = column_offsets(0, C, DC, CORES, COLUMNS)
-    pre_column = tl.arange(0, PRE_COLUMNS)
-    pre_exist = pre_column < DP
     dtype: tl.constexpr = scores.dtype.element_ty
-    query = tl.load(projected + token * DP + pre_column, mask=pre_exist, other=0.0).to(dtype)
+    place = tl.arange(0, PICKS)
+    row, mine = load_ids(rows, blocks, token * P + place, place < P, block, E)
+    one = tl.zeros([1], dtype=tl.int64)
+    query = load_rows(projected, token + one, one == 0, 0, 1, DP, 1, PRE_COLUMNS).to(dtype)
     total = tl.zeros([PICKS, CORES, COLUMNS], dtype=dtype)
+    if PRE_REST > 0:
+        query_rest = load_rows(projected, token + one, one == 0, PRE_COLUMNS, 1, DP, 1, PRE_REST).to(dtype)
+    if REST > 0:
+        total_rest = tl.zeros([PICKS, CORES, REST], dtype=dtype)
     for start in range(0, P, PICKS):
-        place = start + tl.arange(0, PICKS)
-        mine = place < P
-        pick = token * P + place
-        if E > 1:
-            mine = mine & (tl.load(blocks + pick, mask=mine, other=-1) == block)
-        row = tl.load(rows + pick, mask=mine, other=0).to(tl.int64)
-        # Both gathers are issued before either is used.
-        pre = tl.load(
-            pre_values + row[:, None] * DP + pre_column[None, :], mask=mine[:, None] & pre_exist[None, :], other=0.0
-        )
-        value = tl.load(values + row[:, None, None] * (C * DC) + columns, mask=mine[:, None, None] & exist, other=0.0)
+        pick = token * P + start + place
+        # All gathers are issued before any of them is used.
+        pre = load_rows(pre_values, row, mine, 0, 1, DP, 1, PRE_COLUMNS)
+        if PRE_REST > 0:
+            pre_rest = load_rows(pre_values, row, mine, PRE_COLUMNS, 1, DP, 1, PRE_REST)
+        value = load_rows(values, row, mine, 0, C, DC, CORES, COLUMNS)
+        if REST > 0:
+            value_rest = load_rows(values, row, mine, COLUMNS, C, DC, CORES, REST)
         offsets, within = core_offsets(pick, C, CORES)
         score = tl.load(scores + offsets, mask=mine[:, None] & within, other=0.0)
-        rho = tl.sum(pre.to(dtype) * query[None, :], axis=1)
+        next_row, next_mine = load_ids(rows, blocks, pick + PICKS, start + PICKS + place < P, block, E)
+        rho = tl.sum(tl.sum(pre.to(dtype) * query, axis=2), axis=1)
+        if PRE_REST > 0:
+            rho += tl.sum(tl.sum(pre_rest.to(dtype) * query_rest, axis=2), axis=1)
         tl.store(rho_out + pick, rho, mask=mine)
-        weight = score * activation_of(rho, GELU)[:, None]
-        total += weight[:, :, None] * value.to(dtype)
-    summed = tl.sum(total, axis=0)[None, :, :]
-    tl.store(out + (token * E + block) * (C * DC) + columns, summed.to(out.dtype.element_ty), mask=exist)
+        weight = (score * activation_of(rho, GELU)[:, None])[:, :, None]
+        total += weight * value.to(dtype)
+        if REST > 0:
+            total_rest += weight * value_rest.to(dtype)
+        row, mine = next_row, next_mine
+    store_sum(out, token * E + block, total, 0, C, DC, CORES, COLUMNS)
+    if REST > 0:
+        store_sum(out, token * E + block, total_rest, COLUMNS, C, DC, CORES, REST)
+
+
+@triton.jit
+def sum_of_rows(
+    rows, blocks, weights, table, out, first, count, place_out, block, column,
+    C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr,
+    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Row ``place_out`` of ``out``, from ``column`` of every slice: the sum of weight * row over ``count`` picks from
+    ``first`` on that are in ``block``."""
+    dtype: tl.constexpr = weights.dtype.element_ty
+    place = tl.arange(0, PICKS)
+    row, mine = load_ids(rows, blocks, first + place, place < count, block, E)
+    total = tl.zeros([PICKS, CORES, COLUMNS], dtype=dtype)
+    if REST > 0:
+        total_rest = tl.zeros([PICKS, CORES, REST], dtype=dtype)
+    for start in range(0, count, PICKS):
+        pick = first + start + place
+        value = load_rows(table, row, mine, column, C, DC, CORES, COLUMNS)
+        if REST > 0:
+            value_rest = load_rows(table, row, mine, column + COLUMNS, C, DC, CORES, REST)
+        offsets, within = core_offsets(pick, C, CORES)
+        weight = tl.load(weights + offsets, mask=mine[:, None] & within, other=0.0)[:, :, None]
+        next_row, next_mine = load_ids(rows, blocks, pick + PICKS, start + PICKS + place < count, block, E)
+        total += weight * value.to(dtype)
+        if REST > 0:
+            total_rest += weight * value_rest.to(dtype)
+        row, mine = next_row, next_mine
+    store_sum(out, place_out, total, column, C, DC, CORES, COLUMNS)
+    if REST > 0:
+        store_sum(out, place_out, total_rest, column + COLUMNS, C, DC, CORES, REST)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def row_sums(
     rows, blocks, starts, weights, table, out, tokens,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr,
-    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr,
+    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """One program per token, block and stretch of columns: out [T, E, C * DC].
 
@@ -107,50 +174,57 @@ def row_sums(
     """
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    columns, exist = column_offsets(tl.program_id(2) * COLUMNS, C, DC, CORES, COLUMNS)
-    dtype: tl.constexpr = weights.dtype.element_ty
     if P > 0:
         first = token * P
         count = P
     else:
         first = tl.load(starts + token).to(tl.int64)
         count = (tl.load(starts + token + 1).to(tl.int64) - first).to(tl.int32)
-    total = tl.zeros([PICKS, CORES, COLUMNS], dtype=dtype)
-    for start in range(0, count, PICKS):
-        place = start + tl.arange(0, PICKS)
-        mine = place < count
-        pick = first + place
-        if E > 1:
-            mine = mine & (tl.load(blocks + pick, mask=mine, other=-1) == block)
-        row = tl.load(rows + pick, mask=mine, other=0).to(tl.int64)
-        value = tl.load(table + row[:, None, None] * (C * DC) + columns, mask=mine[:, None, None] & exist, other=0.0)
-        offsets, within = core_offsets(pick, C, CORES)
-        weight = tl.load(weights + offsets, mask=mine[:, None] & within, other=0.0)
-        total += weight[:, :, None] * value.to(dtype)
-    summed = tl.sum(total, axis=0)[None, :, :]
-    tl.store(out + (token * E + block) * (C * DC) + columns, summed.to(out.dtype.element_ty), mask=exist)
+    column = tl.program_id(2) * (COLUMNS + REST)
+    sum_of_rows(
+        rows, blocks, weights, table, out, first, count, token * E + block, block, column,
+        C, E, DC, PICKS, CORES, COLUMNS, REST,
+    )  # fmt: skip
+
+
+@triton.jit
+def slice_dots(
+    table, upstream, row, from_row, mine, program, column, SHARED: tl.constexpr,
+    C: tl.constexpr, DC: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """[picks, CORES]: what columns ``column`` on of each slice add to the dot products. SHARED: all picks have the same
+    row of ``upstream``, number ``program``."""
+    value = load_rows(table, row, mine, column, C, DC, CORES, COLUMNS)
+    if SHARED:
+        columns, exist = column_offsets(column, C, DC, CORES, COLUMNS)
+        other = tl.load(upstream + program * (C * DC) + columns, mask=exist, other=0.0)
+    else:
+        other = load_rows(upstream, from_row, mine, column, C, DC, CORES, COLUMNS)
+    return tl.sum(value.to(dtype) * other.to(dtype), axis=2)
 
 
 @triton.jit(do_not_specialize=["picks"])
 def row_dots(
-    rows, blocks, owners, upstream, table, dots, scores, rho_in, weights_out, rho_grad, picks,
+    rows, blocks, owners, upstream, table, dots, scores, rho_in, weights_out, rho_grad, pre_values, projected_grad,
+    picks,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr, SCALED: tl.constexpr, GELU: tl.constexpr,
-    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr,
+    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr,
+    DP: tl.constexpr, PRE_PICKS: tl.constexpr, PRE_COLUMNS: tl.constexpr, PRE_REST: tl.constexpr,
 ):  # fmt: skip
     """dots[n, c] = <table[rows[n], slice c], upstream[token, block, slice c]>, which is the gradient of the weights.
 
     One program per token of a grid of P picks each, or, with P = 0, per PICKS picks of a list with ``owners`` [n].
     SCALED (grids only): the weights are score * activation(rho), so ``dots`` becomes the gradient of ``scores``
-    [n, C], and the weights [n, C] and the gradient of rho [n] are written as well.
+    [n, C], and the weights [n, C] and the gradient of rho [n] are written as well. With DP > 0 the program goes on to
+    the gradient of the projected input, [T, DP], the sum of the gradients of rho times rows of ``pre_values``.
     """
     program = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = dots.dtype.element_ty
     SPAN: tl.constexpr = P if P > 0 else PICKS
+    place = tl.arange(0, PICKS)
+    row, mine = load_ids(rows, blocks, program * SPAN + place, (place < SPAN) & (program * SPAN + place < picks), 0, 1)
     for start in range(0, SPAN, PICKS):
-        place = start + tl.arange(0, PICKS)
-        pick = program * SPAN + place
-        mine = (place < SPAN) & (pick < picks)
-        row = tl.load(rows + pick, mask=mine, other=0).to(tl.int64)
+        pick = program * SPAN + start + place
         if P == 0:
             from_row = tl.load(owners + pick, mask=mine, other=0).to(tl.int64) * E
         else:
@@ -158,17 +232,19 @@ def row_dots(
         if E > 1:
             from_row += tl.load(blocks + pick, mask=mine, other=0)
         dot = tl.zeros([PICKS, CORES], dtype=dtype)
-        for column in range(0, DC, COLUMNS):
-            columns, exist = column_offsets(column, C, DC, CORES, COLUMNS)
-            mask = mine[:, None, None] & exist
-            value = tl.load(table + row[:, None, None] * (C * DC) + columns, mask=mask, other=0.0)
-            if P > 0 and E == 1:
-                other = tl.load(upstream + program * (C * DC) + columns, mask=exist, other=0.0)
-            else:
-                other = tl.load(upstream + from_row[:, None, None] * (C * DC) + columns, mask=mask, other=0.0)
-            dot += tl.sum(value.to(dtype) * other.to(dtype), axis=2)
+        for column in range(0, DC, COLUMNS + REST):
+            dot += slice_dots(
+                table, upstream, row, from_row, mine, program, column, P > 0 and E == 1, C, DC, CORES, COLUMNS, dtype
+            )
+            if REST > 0:
+                dot += slice_dots(
+                    table, upstream, row, from_row, mine, program, column + COLUMNS, P > 0 and E == 1,
+                    C, DC, CORES, REST, dtype,
+                )  # fmt: skip
         offsets, within = core_offsets(pick, C, CORES)
         within = mine[:, None] & within
+        later = start + PICKS + place
+        next_row, next_mine = load_ids(rows, blocks, pick + PICKS, (later < SPAN) & (pick + PICKS < picks), 0, 1)
         if SCALED:
             score = tl.load(scores + offsets, mask=within, other=0.0)
             rho = tl.load(rho_in + pick, mask=mine, other=0.0)
@@ -177,6 +253,15 @@ def row_dots(
             tl.store(rho_grad + pick, tl.sum(dot * score, axis=1) * activation_slope(rho, GELU), mask=mine)
             dot *= active
         tl.store(dots + offsets, dot, mask=within)
+        row, mine = next_row, next_mine
+    if DP > 0:
+        # By way of memory, and not in the loop above, where both sums would share a layout of registers and spill.
+        tl.debug_barrier()
+        for column in range(0, DP, PRE_COLUMNS + PRE_REST):
+            sum_of_rows(
+                rows, blocks, rho_grad, pre_values, projected_grad, program * P, P, program, 0, column,
+                1, 1, DP, PRE_PICKS, 1, PRE_COLUMNS, PRE_REST,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -189,83 +274,6 @@ def upstream_places(pick, owners, blocks, mine, P: tl.constexpr, E: tl.constexpr
     if E > 1:
         place += tl.load(blocks + pick, mask=mine, other=0)
     return place
-
-
-@triton.jit(do_not_specialize=["picks"])
-def add_to_rows(
-    sorted_rows, order, blocks, owners, weights, upstream, table_sum, pieces, picks,
-    P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr, PIECE: tl.constexpr,
-    PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """table_sum[row, slice c] += sum of weights[n, c] * upstream[place of n, slice c] over the picks n of the row.
-
-    One program per position of the sorted list. It works if a row starts there, on at most PIECE positions: up to the
-    next multiple of PIECE. The rest of a longer row is summed by the programs at these multiples into ``pieces``
-    [multiples, C * DC], and added by ``add_long_rows``. So no program walks further than PIECE picks, and the order of
-    every sum is fixed.
-    """
-    position = tl.program_id(0).to(tl.int64)
-    row = tl.load(sorted_rows + position).to(tl.int64)
-    before = tl.load(sorted_rows + position - 1, mask=position > 0, other=-1).to(tl.int64)
-    starts = row != before
-    live = starts | (position % PIECE == 0)
-    columns, exist = column_offsets(tl.program_id(1) * COLUMNS, C, DC, CORES, COLUMNS)
-    dtype: tl.constexpr = weights.dtype.element_ty
-    if live:
-        target = table_sum + row * (C * DC) + columns
-        # Read early: the sums below take a chain of loads.
-        old = tl.load(target, mask=exist & starts, other=0.0).to(dtype)
-        # How many picks: sorted, so all that match lie at the front.
-        ahead = position + tl.arange(0, PIECE)
-        end = tl.minimum((position // PIECE + 1) * PIECE, picks)
-        count = tl.sum((tl.load(sorted_rows + ahead, mask=ahead < end, other=-1) == row).to(tl.int32), axis=0)
-        total = tl.zeros([PICKS, CORES, COLUMNS], dtype=dtype)
-        for start in range(0, count, PICKS):
-            place = start + tl.arange(0, PICKS)
-            mine = place < count
-            pick = tl.load(order + position + place, mask=mine, other=0).to(tl.int64)
-            offsets, within = core_offsets(pick, C, CORES)
-            weight = tl.load(weights + offsets, mask=mine[:, None] & within, other=0.0)
-            from_row = upstream_places(pick, owners, blocks, mine, P, E)
-            part = tl.load(
-                upstream + from_row[:, None, None] * (C * DC) + columns, mask=mine[:, None, None] & exist, other=0.0
-            )
-            total += weight[:, :, None] * part.to(dtype)
-        summed = tl.sum(total, axis=0)[None, :, :]
-        tl.store(target, (old + summed).to(table_sum.dtype.element_ty), mask=exist & starts)
-        tl.store(pieces + position // PIECE * (C * DC) + columns, summed, mask=exist & (starts == 0))
-
-
-@triton.jit(do_not_specialize=["picks"])
-def add_long_rows(
-    sorted_rows, table_sum, pieces, picks,
-    D: tl.constexpr, PIECE: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Adds to ``table_sum`` the ``pieces`` of rows that run on over a multiple of PIECE (see ``add_to_rows``).
-
-    One program per multiple; the one at the first multiple inside a row adds all pieces of that row, in order. It
-    finds the last one by bisection: 2 to the power of STEPS is more than there are multiples.
-    """
-    first = tl.program_id(0).to(tl.int64)
-    position = first * PIECE
-    row = tl.load(sorted_rows + position).to(tl.int64)
-    goes_on = tl.load(sorted_rows + position - 1, mask=position > 0, other=-1).to(tl.int64) == row
-    went_on = tl.load(sorted_rows + position - PIECE - 1, mask=position > PIECE, other=-1).to(tl.int64) == row
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exist = column < D
-    if goes_on & (went_on == 0):
-        last = first
-        beyond = (picks + PIECE - 1) // PIECE + first * 0
-        for _ in range(0, STEPS):
-            middle = (last + beyond) // 2
-            same = tl.load(sorted_rows + middle * PIECE).to(tl.int64) == row
-            last = tl.where(same, middle, last)
-            beyond = tl.where(same, beyond, middle)
-        target = table_sum + row * D + column
-        total = tl.load(target, mask=exist, other=0.0).to(pieces.dtype.element_ty)
-        for piece in range(first, last + 1):
-            total += tl.load(pieces + piece * D + column, mask=exist, other=0.0)
-        tl.store(target, total.to(table_sum.dtype.element_ty), mask=exist)
 
 
 @triton.jit(do_not_specialize=["picks"])

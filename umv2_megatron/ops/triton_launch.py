@@ -7,12 +7,13 @@ Tile sizes come from arithmetic, not from timing at run time: tuning in the firs
 and so the last bits of a run, depend on noise. A thread should have about 32 elements of the tile in flight: enough
 outstanding loads of 16 bytes (4 in bfloat16) to hide memory, few enough registers for 16 or more warps per
 multiprocessor with an accumulator of the same size beside it. So a tile has up to TILE_ELEMENTS elements and a warp per
-32 * 32 of them. docs/kernels.md works this out and lists the candidates to time on a GPU.
+32 * 32 of them, or of less, as both are powers of two. docs/kernels.md works this out and lists the candidates to time
+on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -21,15 +22,20 @@ import triton
 from torch import Tensor
 
 from umv2_megatron.ops import triton_kernels as kernels
+from umv2_megatron.ops import triton_segments as segment_kernels
 
 TILE_ELEMENTS = 4096
 WIDEST_ROW = 2048
 """Columns (padded) that one program holds; wider rows are cut up, and the fused kernels are left out."""
 ELEMENTS_PER_WARP = 1024
-PICKS_PER_ROW = 4
-"""Picks that a program of ``add_to_rows`` loads at once: few rows are picked more often in a micro-batch."""
+SEGMENTS = 8
+"""Rows of a sum that a program of ``add_to_rows`` reads and writes, unless they are so narrow that more fit a warp."""
+SEGMENT_ELEMENTS = 4096
+"""And at most this many elements of them: each is a register for the sum."""
 PIECE = 128
-"""Picks of one row that a single program sums (see ``triton_kernels.add_to_rows``)."""
+"""Picks of one row that a single program sums (see ``triton_segments.py``)."""
+SEARCH_SPAN = 1024
+"""Sorted picks among which one program of ``find_segments`` looks for the beginnings of rows."""
 LONG_ROW_STEPS = 24
 """Bisections of ``add_long_rows``: enough for 2^24 * PIECE picks, the most that 32-bit counts can hold."""
 
@@ -74,34 +80,58 @@ class PickList:
 
 @dataclass(frozen=True)
 class Tile:
-    """Edges of a tile [PICKS, CORES, COLUMNS] of rows, and the warps that share it."""
+    """Edges of a tile [picks, cores, columns + rest] of rows, and the warps that share it."""
 
     picks: int
     cores: int
     columns: int
+    rest: int
     warps: int
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"PICKS": self.picks, "CORES": self.cores, "COLUMNS": self.columns}
+        return {"PICKS": self.picks, "CORES": self.cores, "COLUMNS": self.columns, "REST": self.rest}
+
+    def stretches(self, slice_columns: int) -> int:
+        """Programs that share the columns of a slice."""
+        return triton.cdiv(slice_columns, self.columns + self.rest)
 
 
-def tile_for(cores: int, slice_columns: int, most_picks: int, other_columns: int = 0) -> Tile:
+def cut(columns: int) -> tuple[int, int]:
+    """Two powers of two, the second one may be 0, that hold ``columns`` with few idle lanes: 96 = 64 + 32."""
+    padded = triton.next_power_of_2(columns)
+    rest = triton.next_power_of_2(max(1, columns - padded // 2))
+    # A rest of few columns would have more lanes than elements.
+    return (padded // 2, rest) if 8 <= rest < padded // 2 else (padded, 0)
+
+
+def tile_for(cores: int, slice_columns: int, most_picks: int, other_columns: int = 0, in_two: bool = True) -> Tile:
     """The tile for rows of ``cores`` slices of ``slice_columns``, at most ``most_picks`` at once.
 
-    ``other_columns``: of rows of a second table that the same program holds.
+    ``other_columns``: of rows of a second table that the same program holds. ``in_two``: whether the kernel can take
+    slices that are ``cut``.
     """
     padded_cores = triton.next_power_of_2(cores)
-    columns = min(triton.next_power_of_2(slice_columns), max(1, WIDEST_ROW // padded_cores))
-    width = max(padded_cores * columns, triton.next_power_of_2(max(1, other_columns)))
-    picks = max(1, min(TILE_ELEMENTS // width, triton.next_power_of_2(max(1, most_picks))))
-    return Tile(picks, padded_cores, columns, max(1, min(8, picks * width // ELEMENTS_PER_WARP)))
+    columns, rest = cut(slice_columns) if in_two else (triton.next_power_of_2(slice_columns), 0)
+    if padded_cores * (columns + rest) > WIDEST_ROW:
+        columns, rest = max(1, WIDEST_ROW // padded_cores), 0
+    width = max(padded_cores * (columns + rest), sum(cut(max(1, other_columns))))
+    picks = max(1, min(_power_below(TILE_ELEMENTS // width), triton.next_power_of_2(max(1, most_picks))))
+    return Tile(picks, padded_cores, columns, rest, _warps(picks * width))
+
+
+def _power_below(number: int) -> int:
+    """The largest power of two that is at most ``number``; 0 for 0."""
+    return 1 << (number.bit_length() - 1) if number > 0 else 0
+
+
+def _warps(elements: int) -> int:
+    return max(1, min(8, triton.next_power_of_2(triton.cdiv(elements, ELEMENTS_PER_WARP))))
 
 
 def can_fuse(pre_columns: int, cores: int, slice_columns: int) -> bool:
     """Whether one program can hold whole rows of both tables."""
-    widest = max(pre_columns, triton.next_power_of_2(cores) * triton.next_power_of_2(slice_columns))
-    return triton.next_power_of_2(widest) <= WIDEST_ROW
+    return max(sum(cut(pre_columns)), triton.next_power_of_2(cores) * sum(cut(slice_columns))) <= WIDEST_ROW
 
 
 def exact_dtype(*tensors: Tensor) -> torch.dtype:
@@ -128,7 +158,7 @@ def fused_forward(
         }
         constants = {
             **{"P": per_token, "C": cores, "E": picks.num_blocks, "DP": pre_columns, "DC": slice_columns},
-            **{"GELU": gelu, "PRE_COLUMNS": triton.next_power_of_2(pre_columns), **tile.constants},
+            **{"GELU": gelu, "PRE_COLUMNS": cut(pre_columns)[0], "PRE_REST": cut(pre_columns)[1], **tile.constants},
         }
         launch(kernels.fused_forward, (tokens, picks.num_blocks), {**tensors, "tokens": tokens}, constants, tile.warps)
     return out, rho
@@ -144,7 +174,7 @@ def row_sums(picks: PickList, weights: Tensor, table: Tensor) -> Tensor:
     if picks.num_tokens == 0:
         return out
     tile = tile_for(cores, slice_columns, picks.per_token or 16)
-    grid = (picks.num_tokens, picks.num_blocks, triton.cdiv(slice_columns, tile.columns))
+    grid = (picks.num_tokens, picks.num_blocks, tile.stretches(slice_columns))
     tensors = {
         **{"rows": picks.rows, "blocks": picks.blocks, "starts": picks.starts, "weights": weights},
         **{"table": table.detach(), "out": out, "tokens": picks.num_tokens},
@@ -162,14 +192,20 @@ def row_dots(picks: PickList, upstream: Tensor, table: Tensor, cores: int, dtype
 
 
 def score_gradients(
-    picks: PickList, scores: Tensor, rho: Tensor, upstream: Tensor, values: Tensor, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(weights = scores * activation(rho) [T, P, C], gradient of scores [T, P, C], gradient of rho [T, P]) of a grid,
-    from the gradient of the output, ``upstream`` [T * E, Dv]."""
+    picks: PickList, scores: Tensor, rho: Tensor, upstream: Tensor, values: Tensor, gelu: bool,
+    pre_values: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:  # fmt: skip
+    """(weights = scores * activation(rho) [T, P, C], gradient of scores [T, P, C], gradient of rho [T, P], gradient of
+    the projected input [T, Dp], if ``pre_values`` are given) of a grid, from the gradient of the output, ``upstream``
+    [T * E, Dv]."""
     weights, score_grad, rho_grad = torch.empty_like(scores), torch.empty_like(scores), torch.empty_like(rho)
     extra = {"scores": scores, "rho_in": rho, "weights_out": weights, "rho_grad": rho_grad}
+    projected_grad = None
+    if pre_values is not None:
+        projected_grad = pre_values.new_empty(picks.num_tokens, pre_values.shape[1])
+        extra |= {"pre_values": pre_values.detach(), "projected_grad": projected_grad}
     _row_dots(picks, upstream, values, score_grad.flatten(0, 1), {"SCALED": True, "GELU": gelu}, **extra)
-    return weights, score_grad, rho_grad
+    return weights, score_grad, rho_grad, projected_grad
 
 
 def _row_dots(
@@ -181,67 +217,149 @@ def _row_dots(
     slice_columns = table.shape[1] // cores
     tile = tile_for(cores, slice_columns, picks.per_token or 16)
     programs = picks.num_tokens if picks.per_token else triton.cdiv(count, tile.picks)
-    tensors: dict[str, Any] = dict.fromkeys(("scores", "rho_in", "weights_out", "rho_grad"))
+    names = ("scores", "rho_in", "weights_out", "rho_grad", "pre_values", "projected_grad")
+    tensors: dict[str, Any] = dict.fromkeys(names)
     tensors |= {**picks.places, "upstream": upstream, "table": table.detach(), "dots": dots, "picks": count, **extra}
     constants = {"P": picks.per_token, "C": cores, "E": picks.num_blocks, "DC": slice_columns, **tile.constants}
-    launch(kernels.row_dots, (programs,), tensors, {**constants, **epilogue}, tile.warps)
+    pre_columns = extra["pre_values"].shape[1] if "pre_values" in extra else 0
+    pre_tile = tile_for(1, max(1, pre_columns), picks.per_token or 16)
+    constants |= {"DP": pre_columns, "PRE_PICKS": pre_tile.picks}
+    constants |= {"PRE_COLUMNS": pre_tile.columns, "PRE_REST": pre_tile.rest}
+    launch(kernels.row_dots, (programs,), tensors, {**constants, **epilogue}, max(tile.warps, pre_tile.warps))
 
 
-SortedPicks = tuple[Tensor, Tensor]
-"""(rows in ascending order [n], which pick each of them was [n] int64)."""
+@dataclass
+class Segments:
+    """The picks in order of their rows, cut into pieces with one owner each (``triton_segments.py``)."""
+
+    sorted_rows: Tensor
+    """[n] integers, ascending."""
+    order: Tensor
+    """[n] int64: which pick each of them was; picks of a row keep their order."""
+    counter: Tensor
+    """[1] int32: how many segments there are."""
+    starts: Tensor
+    """[at most so many] int32, like ``ends``: places in the sorted list."""
+    ends: Tensor
+    targets: Tensor
+    """In the dtype of ``sorted_rows``: the row, or -1 - (number of the piece)."""
 
 
-def sort_picks(picks: PickList, num_rows: int) -> SortedPicks:
-    """The picks in order of their rows of a table of ``num_rows``; picks of a row keep their order."""
+def sort_picks(picks: PickList, num_rows: int) -> Segments:
+    """The picks sorted by their rows of a table of ``num_rows``; one sort serves both tables."""
+    count, device = picks.rows.shape[0], picks.rows.device
+    assert count < 2**31, f"{count} picks; 32-bit places end at 2^31"
     # A radix sort takes half the passes over 4-byte keys.
     keys = picks.rows.to(torch.int32) if num_rows <= 2**31 else picks.rows
-    ordered = keys.sort(stable=True)
-    return ordered.values, ordered.indices
+    sorted_rows, order = keys.sort(stable=True)
+    most = min(count, num_rows) + triton.cdiv(count, PIECE)
+    starts, ends = (torch.empty(most, dtype=torch.int32, device=device) for _ in range(2))
+    counter = torch.zeros(1, dtype=torch.int32, device=device)
+    found = Segments(sorted_rows, order, counter, starts, ends, sorted_rows.new_empty(most))
+    if count > 0:
+        span = max(SEARCH_SPAN, PIECE)
+        tensors = {
+            **{"sorted_rows": sorted_rows, "counter": counter, "starts": starts, "ends": ends},
+            **{"targets": found.targets, "picks": count},
+        }
+        constants = {"SPAN": span, "PIECE": PIECE}
+        launch(segment_kernels.find_segments, (triton.cdiv(count, span),), tensors, constants, 4)
+    return found
 
 
-def add_to_rows(
-    picks: PickList, weights: Tensor, upstream: Tensor, table_sum: Tensor, in_order: Optional[SortedPicks]
-) -> None:
-    """Add weights[n, c] * upstream[place of n, slice c] to the row of each pick n in ``table_sum`` [A, D].
+@dataclass
+class Addition:
+    """weights[n, c] * upstream[place of n, slice c] is to be added to the row of each pick n in ``table_sum``."""
 
-    ``upstream`` is [T * E, D], ``weights`` [n, C]. With the sorted picks ``in_order`` the sums have a fixed order;
-    with None they are atomic, in any order.
+    weights: Tensor
+    """[n, C]"""
+    upstream: Tensor
+    """[T * E, D]"""
+    table_sum: Tensor
+    """[A, D], contiguous."""
+    num_blocks: int = 1
+    """E; 1 for pre-values, which know no blocks."""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """C, and the columns of a slice."""
+        cores = self.weights.shape[1]
+        return cores, self.table_sum.shape[1] // cores
+
+
+def add_to_rows(picks: PickList, additions: Sequence[Addition], in_order: Optional[Segments]) -> None:
+    """Do one or two ``additions`` of the same picks.
+
+    With the sorted picks ``in_order`` the sums have a fixed order; with None they are atomic, in any order.
     """
-    count, cores = weights.shape
-    if count == 0:
+    count = picks.rows.shape[0]
+    if count == 0 or not additions:
         return
-    assert table_sum.is_contiguous()
+    assert all(each.table_sum.is_contiguous() for each in additions)
     if in_order is None:
-        _add_atomically(picks, weights, upstream, table_sum)
+        for each in additions:
+            _add_atomically(picks, each)
         return
-    columns = table_sum.shape[1]
-    tile = tile_for(cores, columns // cores, PICKS_PER_ROW)
-    constants = {"P": picks.per_token, "C": cores, "E": picks.num_blocks, "DC": columns // cores, **tile.constants}
-    sorted_rows, order = in_order
-    pieces = torch.empty(triton.cdiv(count, PIECE), columns, dtype=weights.dtype, device=weights.device)
-    tensors = {
-        **{"sorted_rows": sorted_rows, "order": order, "blocks": picks.blocks, "owners": picks.owners},
-        **{"weights": weights, "upstream": upstream, "table_sum": table_sum, "pieces": pieces, "picks": count},
+    tiles = [tile_for(*each.sizes, 1) for each in additions]
+    width = max(tile.cores * (tile.columns + tile.rest) for tile in tiles)
+    segments = max(1, min(_power_below(SEGMENT_ELEMENTS // width), max(SEGMENTS, ELEMENTS_PER_WARP // width)))
+    segments = _power_below(segments)
+    tensors: dict[str, Any] = {
+        **{"starts": in_order.starts, "ends": in_order.ends, "targets": in_order.targets},
+        **{"counter": in_order.counter, "order": in_order.order},
+        **{"blocks": picks.blocks, "owners": picks.owners},
     }
-    grid = (count, triton.cdiv(columns // cores, tile.columns))
-    launch(kernels.add_to_rows, grid, tensors, {**constants, "PIECE": PIECE}, tile.warps)
+    constants: dict[str, int] = {"P": picks.per_token, "SEGMENTS": segments}
+    long_rows: dict[str, Any] = {"sorted_rows": in_order.sorted_rows, "picks": count}
+    columns = []
+    for number, suffix in enumerate(("", "_2")):
+        made = _table_arguments(additions[number], tiles[number]) if number < len(additions) else NO_TABLE
+        tensors |= {f"{name}{suffix}": each for name, each in made[0].items()}
+        constants |= {f"{name}{suffix}": each for name, each in made[1].items()}
+        long_rows |= {f"{name}{suffix}": made[0][name] for name in ("table_sum", "pieces")}
+        columns.append(made[1]["C"] * made[1]["DC"])
+    grid = (triton.cdiv(in_order.starts.shape[0], segments), constants["STRETCHES"] + constants["STRETCHES_2"])
+    launch(segment_kernels.add_to_rows, grid, tensors, constants, _warps(segments * width))
     if count > PIECE:
-        width = min(triton.next_power_of_2(columns), 512)
-        tensors = {"sorted_rows": sorted_rows, "table_sum": table_sum, "pieces": pieces, "picks": count}
-        grid = (pieces.shape[0], triton.cdiv(columns, width))
-        constants = {"D": columns, "PIECE": PIECE, "STEPS": LONG_ROW_STEPS, "COLUMNS": width}
-        launch(kernels.add_long_rows, grid, tensors, constants, 2)
+        stretch = min(triton.next_power_of_2(max(columns)), 512)
+        stretches = [triton.cdiv(each, stretch) for each in columns]
+        constants = {"D": columns[0], "D_2": columns[1], "STRETCHES": stretches[0]}
+        constants |= {"PIECE": PIECE, "STEPS": LONG_ROW_STEPS, "COLUMNS": stretch}
+        grid = (triton.cdiv(count, PIECE), sum(stretches))
+        launch(segment_kernels.add_long_rows, grid, long_rows, constants, 2)
 
 
-def _add_atomically(picks: PickList, weights: Tensor, upstream: Tensor, table_sum: Tensor) -> None:
-    count, cores = weights.shape
-    columns = table_sum.shape[1]
+NO_TABLE: tuple[dict[str, Any], dict[str, int]] = (
+    dict.fromkeys(("weights", "upstream", "table_sum", "pieces")),
+    dict.fromkeys(("C", "E", "DC", "CORES", "COLUMNS", "REST", "STRETCHES"), 0),
+)
+
+
+def _table_arguments(addition: Addition, tile: Tile) -> tuple[dict[str, Any], dict[str, int]]:
+    """Tensors and constants of ``add_to_rows`` for one table."""
+    weights, table_sum = addition.weights, addition.table_sum
+    cores, slice_columns = addition.sizes
+    pieces = weights.new_empty(triton.cdiv(weights.shape[0], PIECE), table_sum.shape[1])
+    tensors = {"weights": weights, "upstream": addition.upstream, "table_sum": table_sum, "pieces": pieces}
+    constants = {"C": cores, "E": addition.num_blocks, "DC": slice_columns, **tile.constants}
+    constants["STRETCHES"] = tile.stretches(slice_columns)
+    del constants["PICKS"]
+    return tensors, constants
+
+
+def _add_atomically(picks: PickList, addition: Addition) -> None:
+    weights, table_sum = addition.weights, addition.table_sum
+    cores, slice_columns = addition.sizes
     # Half-precision atomics would round at every pick: only a model without main_grad comes here.
     target = table_sum if table_sum.dtype == weights.dtype else torch.zeros_like(table_sum, dtype=weights.dtype)
-    tile = tile_for(cores, columns // cores, 16)
-    tensors = {**picks.places, "weights": weights, "upstream": upstream, "table_sum": target, "picks": count}
-    constants = {"P": picks.per_token, "C": cores, "E": picks.num_blocks, "DC": columns // cores, **tile.constants}
-    grid = (triton.cdiv(count, tile.picks), triton.cdiv(columns // cores, tile.columns))
+    tile = tile_for(cores, slice_columns, 16, in_two=False)
+    tensors = {
+        **{**picks.places, "weights": weights, "upstream": addition.upstream, "table_sum": target},
+        **{"picks": weights.shape[0]},
+    }
+    constants = {"P": picks.per_token, "C": cores, "E": addition.num_blocks, "DC": slice_columns, **tile.constants}
+    del constants["REST"]
+    grid = (triton.cdiv(weights.shape[0], tile.picks), tile.stretches(slice_columns))
     launch(kernels.atomic_add_to_rows, grid, tensors, constants, tile.warps)
     if target is not table_sum:
         table_sum.add_(target)

@@ -1,10 +1,10 @@
 """The lookup on NVIDIA GPUs: Triton kernels, one pass forward, gradients of the tables straight into ``main_grad``.
 
-Forward is one kernel that reads every picked row of both tables once. Backward reads them once more, values for the
-gradients of scores and rho and pre-values for that of the projected input, and adds up the gradient of each table. By
-default picks are sorted by row first, and one program owns a row: results are repeatable bit by bit. With
-``deterministic=False`` (``atomic_lookup``) the tables' gradients are added by atomic operations and nothing is sorted;
-torch.use_deterministic_algorithms, which --deterministic-mode sets, overrides that.
+Forward is one kernel that reads every picked row of both tables once. Backward reads them once more in one kernel,
+values for the gradients of scores and rho and pre-values for that of the projected input, and adds up the gradients of
+both tables in another. By default picks are sorted by row first, and one program owns a row: results are repeatable bit
+by bit. With ``deterministic=False`` (``atomic_lookup``) the tables' gradients are added by atomic operations and
+nothing is sorted; torch.use_deterministic_algorithms, which --deterministic-mode sets, overrides that.
 
 The forward of rows too wide for one program (``triton_launch.WIDEST_ROW``) goes through the parts that sharded tables
 use. Unlike ``scatter`` and ``reference``, rho and all sums are kept in float32 (float64 in a
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from umv2_megatron.ops import triton_launch as launches
 from umv2_megatron.ops.interface import activate
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
-from umv2_megatron.ops.triton_launch import PickList
+from umv2_megatron.ops.triton_launch import Addition, PickList
 
 
 def require_device() -> None:
@@ -101,26 +101,24 @@ class _Lookup(torch.autograd.Function):
             weights = exact
             score_grad = launches.row_dots(picks, upstream, values, cores, exact.dtype).view_as(exact)
         else:
-            gelu = activation == "gelu"
-            weights, score_grad, rho_grad = launches.score_gradients(picks, exact, rho, upstream, values, gelu)
-            if needs[3]:
-                sums = launches.row_sums(_one_block(picks), rho_grad.view(-1, 1), pre_values)
-                projected_grad = sums.to(projected.dtype)
+            weights, score_grad, rho_grad, projected_grad = launches.score_gradients(
+                picks, exact, rho, upstream, values, activation == "gelu", pre_values if needs[3] else None
+            )
 
         value_sum = gradient_sum(values) if needs[5] else None
         pre_value_sum = gradient_sum(pre_values) if pre_values is not None and needs[4] else None
-        in_order = _sorted(picks, values.shape[0], ctx.deterministic, needs[5] or needs[4])
+        additions = []
         if value_sum is not None:
-            launches.add_to_rows(picks, weights.flatten(0, 1), upstream, value_sum, in_order)
+            additions.append(Addition(weights.flatten(0, 1), upstream, value_sum, ctx.num_blocks))
         if pre_value_sum is not None and rho_grad is not None:
-            launches.add_to_rows(
-                _one_block(picks), rho_grad.view(-1, 1), projected.contiguous(), pre_value_sum, in_order
-            )
+            additions.append(Addition(rho_grad.view(-1, 1), projected.contiguous(), pre_value_sum))
+        if additions:
+            launches.add_to_rows(picks, additions, _sorted(picks, values.shape[0], ctx.deterministic))
         return (
             None,
             None,
             score_grad.to(scores.dtype) if needs[2] else None,
-            projected_grad,
+            projected_grad.to(projected.dtype) if projected_grad is not None else None,
             hand_over(pre_values, pre_value_sum),
             hand_over(values, value_sum),
             None,
@@ -129,16 +127,9 @@ class _Lookup(torch.autograd.Function):
         )
 
 
-def _one_block(picks: PickList) -> PickList:
-    """The same picks for the pre-value side, which knows no blocks."""
-    return PickList(picks.rows, None, picks.num_tokens, 1, picks.per_token, picks.owners, picks.starts)
-
-
-def _sorted(
-    picks: PickList, num_rows: int, deterministic: bool, wanted: bool = True
-) -> Optional[launches.SortedPicks]:
+def _sorted(picks: PickList, num_rows: int, deterministic: bool) -> Optional[launches.Segments]:
     """The picks sorted by row, or None for atomic sums."""
-    if not wanted or not (deterministic or torch.are_deterministic_algorithms_enabled()):
+    if not (deterministic or torch.are_deterministic_algorithms_enabled()):
         return None
     return launches.sort_picks(picks, num_rows)
 
@@ -205,8 +196,8 @@ def _pre_scores_backward(
 ) -> Tensor:
     weights = rho_grad.to(launches.exact_dtype(rho_grad, pre_values)).reshape(-1, 1).contiguous()
     if pre_value_sum is not None:
-        in_order = _sorted(picks, pre_values.shape[0], deterministic)
-        launches.add_to_rows(picks, weights, projected.contiguous(), pre_value_sum, in_order)
+        addition = Addition(weights, projected.contiguous(), pre_value_sum)
+        launches.add_to_rows(picks, [addition], _sorted(picks, pre_values.shape[0], deterministic))
     return launches.row_sums(picks, weights, pre_values).to(projected.dtype)
 
 
@@ -221,5 +212,6 @@ def _weighted_sum_backward(
     exact = weights.to(launches.exact_dtype(weights, values)).contiguous()
     upstream = grad_out.reshape(-1, values.shape[1]).contiguous()
     if value_sum is not None:
-        launches.add_to_rows(picks, exact, upstream, value_sum, _sorted(picks, values.shape[0], deterministic))
+        addition = Addition(exact, upstream, value_sum, picks.num_blocks)
+        launches.add_to_rows(picks, [addition], _sorted(picks, values.shape[0], deterministic))
     return launches.row_dots(picks, upstream, values, weights.shape[1], exact.dtype).to(weights.dtype)

@@ -1,5 +1,5 @@
-"""The Triton backend without a GPU: kernels equal the reference under the interpreter, compile for sm_80 and sm_90
-within limits on registers and without spills, and are launched without waiting for the device."""
+"""The Triton backend without a GPU: kernels equal the reference under the interpreter, compile for sm_80, sm_90
+and sm_100 within limits on registers and without spills, and are launched without waiting for the device."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from umv2_megatron.ops.interface import ListedPicks  # noqa: E402
 ROOT = Path(__file__).resolve().parents[3]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 REGISTERS = {  # at most, for bfloat16 tables; 128 leave room for 16 warps on a multiprocessor
-    "fused_forward": 104, "row_dots": 88, "row_sums": 72, "add_to_rows": 80, "add_long_rows": 40,
+    "fused_forward": 120, "row_dots": 96, "row_sums": 80, "find_segments": 80, "add_to_rows": 104, "add_long_rows": 40,
     "atomic_add_to_rows": 88, "best_keys_kernel": 56, "best_cells_kernel": 128,
 }  # fmt: skip
+CAPABILITIES = (80, 90, 100)
 Launched = tuple[Any, tuple[int, ...], dict[str, Any], dict[str, Any], int]
 
 
@@ -101,7 +102,7 @@ def check_compiled(calls: list[Launched], capability: int, folder: Path, limits:
     return names
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_lookup_compiles_ahead_of_time(
     capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,17 +110,20 @@ def test_lookup_compiles_ahead_of_time(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     run_lookup(8, 32, 9, 192, 192, torch.bfloat16)
     run_lookup(2, 32, 9, 192, 192, torch.bfloat16, deterministic=False)
-    expected = {"fused_forward", "row_dots", "row_sums", "add_to_rows", "add_long_rows", "atomic_add_to_rows"}
+    triton_lookup.weighted_sum(torch.zeros(8, 32, dtype=torch.int64), None, torch.zeros(8, 32, 2),
+                               torch.zeros(9, 192, dtype=torch.bfloat16), 1)  # fmt: skip
+    expected = set(REGISTERS) - {"best_keys_kernel", "best_cells_kernel"}
     assert check_compiled(distinct(launched), capability, tmp_path, REGISTERS) == expected
     launched.clear()
     run_lookup(1, 128, 9, 384, 768, torch.bfloat16)
     check_compiled(distinct(launched), capability, tmp_path, REGISTERS)
     launched.clear()
     run_lookup(1, 32, 9, 192, 192, torch.float32)  # twice the registers for rows in flight
-    check_compiled(distinct(launched)[:2], capability, tmp_path, {"fused_forward": 128, "row_dots": 104})
+    limits = {**REGISTERS, "fused_forward": 136, "row_dots": 104, "add_to_rows": 144}
+    check_compiled(distinct(launched), capability, tmp_path, limits)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_top_k_compiles_ahead_of_time(
     capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,22 +156,38 @@ def test_nothing_waits_for_the_device(deterministic: bool, columns: int, launche
         triton_ragged.pre_scores_backward(picks, rho, projected, table, table, deterministic)
         key_scores, ones = torch.zeros(2, 2, 3, 1, 360), torch.ones(1, 2)
         triton_topk.best_cells(key_scores, triton_topk.best_keys(key_scores, ones, ones, 32), torch.ones(1, 2, 2), 32)
-    assert len(launched) >= 11 and all(isinstance(size, int) for call in launched for size in call[1])
+    assert len(launched) >= 12 and all(isinstance(size, int) for call in launched for size in call[1])
 
 
 def test_tiles_follow_the_arithmetic() -> None:
     """4,096 elements, a warp for every 1,024, no more picks than there are, rows whole up to 2,048 columns."""
     tile = triton_launch.tile_for(2, 96, 32, 192)
-    assert (tile.picks, tile.cores, tile.columns, tile.warps) == (16, 2, 128, 4)
+    assert (tile.picks, tile.cores, tile.columns, tile.rest, tile.warps) == (16, 2, 64, 32, 4)
     tile = triton_launch.tile_for(2, 12, 32)  # a shard of few columns
-    assert (tile.picks, tile.cores, tile.columns, tile.warps) == (32, 2, 16, 1)
+    assert (tile.picks, tile.cores, tile.columns, tile.rest, tile.warps) == (32, 2, 16, 0, 1)
     tile = triton_launch.tile_for(3, 5000, 8)
-    assert (tile.picks, tile.cores, tile.columns, tile.warps) == (2, 4, 512, 4)
+    assert (tile.picks, tile.cores, tile.columns, tile.rest, tile.warps) == (2, 4, 512, 0, 4)
     assert triton_launch.can_fuse(2048, 2, 1024) and not triton_launch.can_fuse(192, 2, 1025)
     for cores in (1, 2, 3, 7):
         for columns in (1, 3, 96, 1000):
             tile = triton_launch.tile_for(cores, columns, 47)
-            assert tile.picks * tile.cores * tile.columns <= triton_launch.TILE_ELEMENTS and tile.cores >= cores
+            assert tile.picks * tile.cores * (tile.columns + tile.rest) <= triton_launch.TILE_ELEMENTS
+            assert tile.cores >= cores
+
+
+def test_slices_are_cut_where_lanes_would_be_idle() -> None:
+    assert [triton_launch.cut(columns) for columns in (96, 192, 384, 768)] == [
+        (64, 32),
+        (128, 64),
+        (256, 128),
+        (512, 256),
+    ]
+    assert [triton_launch.cut(columns) for columns in (1, 3, 8, 12, 64, 100, 120)] == [
+        (1, 0), (4, 0), (8, 0), (16, 0), (64, 0), (128, 0), (128, 0)
+    ]  # fmt: skip
+    for columns in range(1, 3000):
+        first, rest = triton_launch.cut(columns)
+        assert first + rest >= columns > first * (rest > 0)
 
 
 def test_a_machine_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,8 @@ def test_many_small_tiles(blocks: int, widest: int, monkeypatch: pytest.MonkeyPa
     with more picks than a piece."""
     monkeypatch.setattr(triton_launch, "TILE_ELEMENTS", 32)
     monkeypatch.setattr(triton_launch, "WIDEST_ROW", widest)
-    monkeypatch.setattr(triton_launch, "PICKS_PER_ROW", 2)
+    monkeypatch.setattr(triton_launch, "SEGMENTS", 2)
+    monkeypatch.setattr(triton_launch, "SEARCH_SPAN", 8)
     monkeypatch.setattr(triton_launch, "PIECE", 4)
     check_equal_to_reference("gelu", tokens=2, picks=7, rows=3, columns=12, blocks=blocks)
 
@@ -262,9 +263,9 @@ def test_which_sums_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         lookup(**make(), activation="none").sum().backward()
         return set(names)
 
-    in_order = {"fused_forward", "row_dots", "row_sums", "add_to_rows"}
+    in_order = {"fused_forward", "row_dots", "find_segments", "add_to_rows"}
     assert kernels_of(triton_lookup.lookup) == in_order
-    assert kernels_of(triton_lookup.atomic_lookup) == {*in_order - {"add_to_rows"}, "atomic_add_to_rows"}
+    assert kernels_of(triton_lookup.atomic_lookup) == {"fused_forward", "row_dots", "atomic_add_to_rows"}
     torch.use_deterministic_algorithms(True)
     try:
         assert kernels_of(triton_lookup.atomic_lookup) == in_order

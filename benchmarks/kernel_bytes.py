@@ -1,0 +1,322 @@
+"""Counts what the Triton lookup moves and launches, without a GPU: Triton's interpreter, with its loads and stores watched.
+
+    python benchmarks/kernel_bytes.py                   bytes of a lookup at all sizes below, ops of a block (a minute)
+    python benchmarks/kernel_bytes.py --size 227m --json bytes.json
+    python benchmarks/kernel_bytes.py --only ops        non-view operations and kernels of one block
+
+Bytes: forward and backward of one lookup with main_grad, bfloat16. For every kernel the programs, and the bytes of
+
+    rows        picked rows of both tables, loaded
+    sums        main_grad, loaded and stored
+    tokens      rows of the tokens' own tensors (projected input, gradient of the output), loaded again for every pick;
+                they are few, so that a GPU finds them in its cache
+    others      everything else: row ids, scores, weights, lists of the sort
+
+Lanes that are masked off do not count, and neither does a second lane of the same load with the same address. "idle"
+is the share of lanes masked off in loads of rows and sums. The least: every pick's rows once in the forward and once in
+the backward, and the sums of every distinct row read and written once. torch's sort is not a kernel of ours: its passes
+are not counted. Bytes are facts of the program; time is not measured.
+
+Ops: non-view ATen operations and kernels of one block, forward and backward: the difference between a model of three
+blocks and one of one block. On a GPU such an operation is one launch as a rule, a sort is several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+warnings.filterwarnings("ignore")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from triton.runtime.interpreter import interpreter_builder as builder  # noqa: E402
+
+from umv2_megatron.ops import triton_launch, triton_lookup  # noqa: E402
+
+SIZES = {  # tokens, picks, rows, Dp, Dv, cores; rows per pick as with 8,192 tokens of the model
+    "small": (6, 8, 40, 24, 48, 2),
+    "227m": (32, 32, 506, 192, 192, 2),
+    "1b": (8, 128, 272, 384, 768, 2),
+    "shard": (32, 32, 506, 24, 24, 2),
+}
+KINDS = {
+    **dict.fromkeys(("table", "values", "pre_values"), "rows"),
+    "table_sum": "sums",
+    **dict.fromkeys(("upstream", "projected"), "tokens"),
+}
+VIEWS = (
+    *("view", "t.default", "transpose", "permute", "expand", "slice", "select", "detach", "alias", "unsqueeze"),
+    *("squeeze", "as_strided", "unbind", "split", "_unsafe_view", "empty", "new_empty", "is_", "sym_", "lift_fresh"),
+    *("_reshape_alias", "chunk", "unfold", "diagonal"),
+)
+
+
+@dataclass
+class Counted:
+    """What the launches of one kernel moved, in bytes by kind of tensor."""
+
+    launches: int = 0
+    programs: int = 0
+    loaded: collections.Counter = None  # type: ignore[assignment]
+    stored: collections.Counter = None  # type: ignore[assignment]
+    lanes: int = 0
+    idle: int = 0
+
+    def __post_init__(self) -> None:
+        self.loaded, self.stored = collections.Counter(), collections.Counter()
+
+    def result(self) -> dict[str, Any]:
+        return {
+            **{"launches": self.launches, "programs": self.programs},
+            **{"loaded": dict(self.loaded), "stored": dict(self.stored)},
+            "idle": self.idle / max(1, self.lanes),
+        }
+
+
+class Watch:
+    """Counts launches, and the loads, stores and atomic additions of every program."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, Counted] = collections.defaultdict(Counted)
+        self.ranges: list[tuple[int, int, str]] = []
+        self.now: Optional[Counted] = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        launch, names = triton_launch.launch, ("create_masked_load", "create_masked_store", "create_atomic_rmw")
+        load, store, add = (getattr(builder, name) for name in names)
+
+        def counted_launch(kernel: Any, grid: tuple, tensors: dict, constants: dict, warps: int) -> None:
+            self.now = self.kernels[kernel.fn.__name__]
+            self.now.launches += 1
+            self.now.programs += int(np.prod(grid))
+            self.ranges = [
+                (each.data_ptr(), each.data_ptr() + each.numel() * each.element_size(), name)
+                for name, each in tensors.items() if isinstance(each, torch.Tensor) and each.numel() > 0
+            ]  # fmt: skip
+            launch(kernel, grid, tensors, constants, warps)
+
+        def counted_load(ptrs: Any, mask: Any, *rest: Any) -> Any:
+            self.note(ptrs, mask, self.now.loaded)
+            return load(ptrs, mask, *rest)
+
+        def counted_store(ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.note(ptrs, mask, self.now.stored)
+            return store(ptrs, value, mask, *rest)
+
+        def counted_add(operation: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            self.note(ptrs, mask, self.now.stored)
+            return add(operation, ptrs, value, mask, *rest)
+
+        triton_launch.launch = counted_launch
+        for name, each in zip(names, (counted_load, counted_store, counted_add)):
+            setattr(builder, name, each)
+        try:
+            yield
+        finally:
+            triton_launch.launch = launch
+            for name in names:
+                delattr(builder, name)
+
+    def note(self, ptrs: Any, mask: Any, moved: collections.Counter) -> None:
+        active = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)]
+        kind = "others"
+        if active.size:
+            first = int(active.flat[0])
+            name = next(name for begin, end, name in self.ranges if begin <= first < end)
+            kind = KINDS.get(name.removesuffix("_2"), "others")
+            moved[kind] += len(np.unique(active)) * ptrs.get_element_ty().primitive_bitwidth // 8
+        if kind in ("rows", "sums"):
+            self.now.lanes += ptrs.data.size
+            self.now.idle += ptrs.data.size - active.size
+
+
+def make(size: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Arguments of a lookup, with main_grad."""
+    tokens, picks, rows, pre_columns, columns, cores = SIZES[size]
+    g = torch.Generator().manual_seed(1)
+    tables = [torch.nn.Parameter(torch.randn(rows, each, generator=g).to(dtype)) for each in (pre_columns, columns)]
+    for table in tables:
+        table.main_grad = torch.zeros(table.shape)  # type: ignore[attr-defined]
+    return {
+        "rows": torch.randint(0, rows, (tokens, picks), generator=g),
+        "blocks": None,
+        "scores": torch.randn(tokens, picks, cores, generator=g).requires_grad_(),
+        "projected": torch.randn(tokens, pre_columns, generator=g).to(dtype).requires_grad_(),
+        "pre_values": tables[0], "values": tables[1], "num_blocks": 1, "activation": "none",
+    }  # fmt: skip
+
+
+def bytes_of(size: str, deterministic: bool = True) -> dict[str, Any]:
+    """Kernels by name, split into those of the forward and of the backward, and the least."""
+    arguments = make(size)
+    tokens, picks, _, pre_columns, columns, _ = SIZES[size]
+    distinct = arguments["rows"].unique().numel()
+    rows = tokens * picks * (pre_columns + columns) * 2
+    sums = distinct * (pre_columns + columns) * 4
+    result: dict[str, Any] = {"size": size, "picks": tokens * picks, "distinct": distinct}
+    watch = Watch()
+    with watch.watching():
+        out = triton_lookup.lookup(**arguments, deterministic=deterministic)
+        result["forward"] = {name: each.result() for name, each in watch.kernels.items()}
+        watch.kernels.clear()
+        out.backward(torch.ones_like(out))
+        result["backward"] = {name: each.result() for name, each in watch.kernels.items()}
+    result["least"] = {"forward": {"rows": rows}, "backward": {"rows": rows, "sums": 2 * sums}}
+    return result
+
+
+def total(kernels: dict[str, Any], kind: Optional[str] = None) -> int:
+    """Bytes that ``kernels`` move, of one kind or of all."""
+    return sum(
+        count
+        for each in kernels.values()
+        for moved in (each["loaded"], each["stored"])
+        for name, count in moved.items()
+        if kind in (None, name)
+    )
+
+
+def print_bytes(result: dict[str, Any]) -> None:
+    """A table of one size."""
+    picks = result["picks"]
+    print(f"\n{result['size']}: {picks} picks of {result['distinct']} distinct rows; bytes per pick")
+    print("| kernel | programs | rows | sums | tokens | others | idle lanes |\n|---|---|---|---|---|---|---|")
+    for part in ("forward", "backward"):
+        for name, each in result[part].items():
+            cells = [f"{total({name: each}, kind) / picks:.1f}" for kind in ("rows", "sums", "tokens", "others")]
+            print(f"| `{name}` ({each['launches']}) | {each['programs']} | {' | '.join(cells)} | {each['idle']:.0%} |")
+        least = sum(result["least"][part].values())
+        memory = total(result[part]) - total(result[part], "tokens")
+        print(f"{part}: least {least / picks:.1f}, rows + sums + others {memory / picks:.1f} ({memory / least:.2f}), "
+              f"with tokens {total(result[part]) / picks:.1f}")  # fmt: skip
+
+
+class CountOps(TorchDispatchMode):
+    """Non-view ATen operations, and kernels by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter = collections.Counter()
+
+    @contextmanager
+    def with_kernels(self) -> Iterator[None]:
+        """Count our kernels as one each, without running them: the interpreter takes minutes for a search."""
+        launch = triton_launch.launch
+
+        def counted(kernel: Any, grid: tuple, tensors: dict, constants: dict, warps: int) -> None:
+            name = kernel.fn.__name__
+            self.counts[f"kernel {name}"] += 1
+            for found in {"best_keys_kernel": ("keys",), "best_cells_kernel": ("rows", "columns")}.get(name, ()):
+                np.asarray(tensors[found])[...] = 0  # valid places; numpy, which is not counted
+
+        triton_launch.launch = counted
+        try:
+            with self:
+                yield
+        finally:
+            triton_launch.launch = launch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        if not name.startswith(VIEWS):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def ops_of(backend: str, layers: int) -> dict[str, collections.Counter]:
+    """Operations of a micro-batch of a model with ``layers`` blocks; "dense" is a backend without memory layers.
+
+    "refresh" are those of u and t, once per layer and optimizer step.
+    """
+    from umv2_megatron.config.resolve import resolve
+    from umv2_megatron.memory import layer
+    from umv2_megatron.ops import scatter
+    from umv2_megatron.training import initialize, step
+
+    layer.initialize_layer = lambda *_, **__: None  # it searches and looks up, and no number matters here
+    scatter.CHUNK_ELEMENTS["cpu"] = scatter.CHUNK_ELEMENTS["cuda"]  # as on a GPU
+    flags = {
+        **{"model-preset": "umv2-227m-1.2b", "num-layers": layers, "tokenizer-type": "NullTokenizer"},
+        **{"vocab-size": 1000, "train-iters": 2, "micro-batch-size": 1, "global-batch-size": 1, "seq-length": 8},
+        **{"max-position-embeddings": 8, "transformer-impl": "local", "hidden-size": 96},
+        **{"num-attention-heads": 4, "num-query-groups": 4, "kv-channels": 24},
+        **({"ffn-variant": "dense"} if backend == "dense" else {"memory-backend": backend, "memory-num-keys": 40}),
+    }
+    argv = ["--bf16", "--mock-data", "--use-distributed-optimizer"]
+    argv += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    run = resolve(argv, 1, description="", checkpoint_values=None)
+    if not torch.distributed.is_initialized():
+        initialize.start_processes(run)
+    state = initialize.build_training_state(run, 1000)
+    step.connect(run, state.chunks, state.optimizer)
+    batch = {name: torch.zeros(1, 8, dtype=torch.long) for name in ("tokens", "labels")}
+    batch |= {"position_ids": torch.arange(8).unsqueeze(0), "loss_mask": torch.ones(1, 8)}
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            yield dict(batch)
+
+    counted = {"unused": CountOps(), "block": CountOps(), "refresh": CountOps()}
+    with counted["unused"].with_kernels():  # what is made once
+        step._run_schedule(run, state.chunks, batches(), forward_only=False)
+    with counted["block"].with_kernels():
+        step._run_schedule(run, state.chunks, batches(), forward_only=False)
+    with counted["refresh"].with_kernels():
+        step.refresh_singular_vectors(state.chunks)
+    return {name: each.counts for name, each in counted.items() if name != "unused"}
+
+
+def ops_per_block(backend: str) -> dict[str, dict[str, float]]:
+    """The counts of one block, and of one refresh."""
+    few, many = ops_of(backend, 1), ops_of(backend, 3)
+    return {
+        part: {name: (many[part][name] - few[part][name]) / 2 for name in many[part]
+               if many[part][name] != few[part][name]}
+        for part in many
+    }  # fmt: skip
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, action="append", help="sizes of the lookup; all without it")
+    parser.add_argument("--only", choices=("bytes", "ops"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    if options.only != "ops":
+        results["bytes"] = [bytes_of(size) for size in options.size or SIZES]
+        for each in results["bytes"]:
+            print_bytes(each)
+    if options.only != "bytes":
+        from umv2_megatron.parallel import cpu_platform
+
+        cpu_platform.install()
+        results["ops"] = {}
+        print("\n| block with | operations and kernels, forward + backward | refresh of u and t, once per step |")
+        print("|---|---|---|")
+        for backend in ("dense", "scatter", "triton"):
+            found = ops_per_block(backend)
+            results["ops"][backend] = found
+            print(f"| {backend} | {sum(found['block'].values()):.0f} | {sum(found['refresh'].values()):.0f} |")
+    if options.json:
+        options.json.write_text(json.dumps({"results": results}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Bytes and launches of the Triton lookup, counted by benchmarks/kernel_bytes.py, against the least by arithmetic."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -r requirements-triton.txt")
+
+ROOT = Path(__file__).resolve().parents[3]
+SIZES = ("small", "227m")
+LOADED, STORED = "loaded", "stored"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("bytes") / "bytes.json"
+    command = [sys.executable, "benchmarks/kernel_bytes.py", "--json", str(path), "--size", "small", "--size", "227m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(path.read_text())["results"]
+
+
+@pytest.fixture(params=SIZES)
+def counted(request: pytest.FixtureRequest, results: dict[str, Any]) -> dict[str, Any]:
+    return next(each for each in results["bytes"] if each["size"] == request.param)
+
+
+def moved(kernels: dict[str, Any], kind: str, ways: tuple[str, ...] = (LOADED, STORED)) -> int:
+    return sum(each[way].get(kind, 0) for each in kernels.values() for way in ways)
+
+
+def test_rows_are_read_once_in_each_direction(counted: dict[str, Any]) -> None:
+    """A pick that a tile holds twice counts once, so that it may be a little less."""
+    for part in ("forward", "backward"):
+        found, least = moved(counted[part], "rows"), counted["least"][part]["rows"]
+        assert 0.9 * least < found <= least, part
+
+
+def test_sums_are_read_and_written_once(counted: dict[str, Any]) -> None:
+    """But for rows that run on over a multiple of PIECE."""
+    adding = {"add_to_rows": counted["backward"]["add_to_rows"]}
+    for way in (LOADED, STORED):
+        found, least = moved(adding, "sums", (way,)), counted["least"]["backward"]["sums"] / 2
+        assert found == least
+    assert moved(counted["backward"], "sums") <= 1.02 * counted["least"]["backward"]["sums"]
+
+
+def test_what_else_is_moved_is_small(counted: dict[str, Any]) -> None:
+    """Per pick: row id, scores, rho; in the backward their gradients, the weights, and the lists of the sort."""
+    assert moved(counted["forward"], "others") / counted["picks"] < 36
+    assert moved(counted["backward"], "others") / counted["picks"] < 170
+    assert moved(counted["forward"], "tokens") < 0.05 * counted["least"]["forward"]["rows"]
+    # Projected input and gradient of the output, once for each pick and table; 3 MB in all that stay in the cache.
+    assert moved(counted["backward"], "tokens") <= 1.1 * counted["least"]["backward"]["rows"]
+
+
+def test_launches_and_programs(counted: dict[str, Any]) -> None:
+    names = {name: each["launches"] for part in ("forward", "backward") for name, each in counted[part].items()}
+    long_rows = {"add_long_rows": 1} if counted["picks"] > 128 else {}
+    assert names == {"fused_forward": 1, "row_dots": 1, "find_segments": 1, "add_to_rows": 1, **long_rows}
+    assert counted["backward"]["add_to_rows"]["programs"] <= counted["picks"] / 2
+    if counted["size"] == "227m":
+        both = {**counted["forward"], **counted["backward"]}
+        assert all(both[name]["idle"] < 0.05 for name in ("fused_forward", "row_dots", "add_to_rows"))
+
+
+def test_operations_of_a_block(results: dict[str, Any]) -> None:
+    """No more than when this was written."""
+    ops = {name: sum(found["block"].values()) for name, found in results["ops"].items()}
+    assert ops["dense"] <= 172
+    assert ops["triton"] <= 310 and ops["scatter"] <= 350
+    assert all(sum(found["refresh"].values()) <= 50 for found in results["ops"].values())
