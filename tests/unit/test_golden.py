@@ -181,7 +181,8 @@ def capture(layer: MemoryLayer, seen: dict) -> None:
 
 def selection(layer: MemoryLayer, seen: dict) -> dict[str, torch.Tensor]:
     started, grid = seen["started"], seen["picks"].grid
-    return {"grid": grid, "virtual": layer.perm[grid].long(), "block": started.blocks, "phys": started.rows,
+    block = started.blocks if started.blocks is not None else torch.zeros_like(started.rows)  # one virtual block
+    return {"grid": grid, "virtual": layer.perm[grid].long(), "block": block, "phys": started.rows,
             "indices": started.rows}
 
 

@@ -69,7 +69,7 @@ class DimShardedLookup:
         ranks = [TableShard(shard.mode, shard.size, rank) for rank in range(shard.size)]
         self._cores = torch.tensor([each.cores(config.value_dim, config.num_cores) for each in ranks], device="cpu")
 
-    def start(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Optional[Tensor]) -> Started:
+    def start(self, rows: Tensor, blocks: Optional[Tensor], scores: Tensor, projected: Optional[Tensor]) -> Started:
         """Send picks and projected inputs off; arguments as in ``ops.interface.TableLookup``."""
         config = self.config
         self._cores = self._cores.to(rows.device)  # moved once

@@ -226,7 +226,7 @@ def _measure(layer: Initialized) -> tuple[float, float, Optional[float]]:
     virtual = layer.perm[picks.grid].long()
     rows, block = layer.window.locate(virtual)
     # Picks of one row and one projection add up before they are squared.
-    place = rows * layer.config.num_blocks + (block if layer.config.num_blocks > 1 else 0)
+    place = rows * layer.config.num_blocks + (block if layer.config.num_blocks > 1 and block is not None else 0)
     power = torch.zeros(layer.config.num_cores, dtype=torch.float64)
     for token in range(0, SIMULATED_TOKENS, 64):
         part = slice(token, token + 64)

@@ -140,7 +140,7 @@ class MemoryLayer(nn.Module):
         flat = x.reshape(-1, self.hidden_size)
         picks: Picks = self.retrieval(flat)
         virtual = self.perm[picks.grid].long()
-        rows, block = self.window.locate(virtual)
+        rows, block = self.window.locate(virtual, self.config.key_expansion**2)
         projected = None
         if self.config.has_pre_values:
             projected = self.pre_proj(flat) if self.pre_proj is not None else flat

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 
-def encode(rows: Tensor, blocks: Tensor, num_blocks: int, largest: int) -> Tensor:
+def encode(rows: Tensor, blocks: Optional[Tensor], num_blocks: int, largest: int) -> Tensor:
     """Cells of ``rows`` and ``blocks`` (any shape, int64); ``largest``: rows are below this number."""
-    cells = rows * num_blocks + blocks if num_blocks > 1 else rows
+    cells = rows
+    if num_blocks > 1:
+        assert blocks is not None, "several blocks need the block of each pick"
+        cells = torch.add(blocks, rows, alpha=num_blocks)
     return cells.to(torch.int32 if largest * num_blocks <= 2**31 else torch.int64)
 
 

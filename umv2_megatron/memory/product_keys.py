@@ -38,7 +38,7 @@ class ProductKeys(QueriesAndKeys):
         every = self.key_scores(x)
         one = torch.ones(config.num_heads, 1, dtype=torch.float32, device=x.device)
         keys = self.search(x.device).best_keys(every, one, one, config.key_topk)
-        row_scores, column_scores = (gather_keys(scores, kept)[0] for scores, kept in zip(every, keys))
+        row_scores, column_scores = gather_keys(every, keys)[:, 0].unbind(0)
         rows, columns = _candidates(config.topk, config.key_topk, x.device)
         sums = row_scores.index_select(-1, rows) + column_scores.index_select(-1, columns)
         with torch.no_grad():
@@ -49,7 +49,7 @@ class ProductKeys(QueriesAndKeys):
         if config.score_normalization == "softmax":
             scores = scores.softmax(-1)
         return Picks(
-            grid=(row_keys * self.num_keys + column_keys).flatten(1),
+            grid=torch.add(column_keys, row_keys, alpha=self.num_keys).flatten(1),
             scores=scores.flatten(1).unsqueeze(-1),
             balance=self.balance((every[side, 0] for side in (0, 1)), keys),
         )

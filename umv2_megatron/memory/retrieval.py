@@ -133,7 +133,7 @@ class Retrieval(QueriesAndKeys):
         total = self.cores.detach().sum(0, dtype=scores.dtype)
         rows, columns = search.best_cells(scores, keys, total, self.config.topk)
         return Picks(
-            grid=(rows * self.num_keys + columns).flatten(1),
+            grid=torch.add(columns, rows, alpha=self.num_keys).flatten(1),
             scores=search.cell_scores(scores, rows, columns, self.cores).flatten(1, 2),
             balance=self.balance(self._sides(scores), keys),
         )

@@ -80,7 +80,7 @@ class RowShardedLookup:
         self._starts = torch.tensor([start for start, _ in ranges], device="cpu")
         self._largest = max(stop - start for start, stop in ranges)
 
-    def start(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Optional[Tensor]) -> Started:
+    def start(self, rows: Tensor, blocks: Optional[Tensor], scores: Tensor, projected: Optional[Tensor]) -> Started:
         """Send every pick to its owner; arguments as in ``ops.interface.TableLookup``."""
         config, exchange, tokens = self.config, self.exchange, rows.shape[0]
         self._starts = self._starts.to(rows.device)  # moved once

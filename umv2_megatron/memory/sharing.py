@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Optional
 
 from torch import Tensor
 
@@ -43,8 +44,17 @@ class TableWindow:
         """sqrt(V)."""
         return math.isqrt(self.window)
 
-    def locate(self, virtual: Tensor) -> tuple[Tensor, Tensor]:
-        """Virtual cells (any shape, int64) to (rows of the table in [0, A), virtual block = cell // V)."""
+    def locate(self, virtual: Tensor, blocks: int = 0) -> tuple[Tensor, Optional[Tensor]]:
+        """Virtual cells (any shape, int64) to (rows of the table in [0, A), virtual block = cell // V).
+
+        ``blocks``: how many virtual blocks there are, 0 for any number. With one, cells are below V, and None stands
+        for its number.
+        """
+        if blocks == 1:
+            if self.offset == 0:
+                return virtual, None
+            rows = virtual + self.offset
+            return (rows % self.rows if self.offset + self.window > self.rows else rows), None
         block = virtual // self.window
         return (virtual - block * self.window + self.offset) % self.rows, block
 

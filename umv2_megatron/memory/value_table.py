@@ -34,7 +34,7 @@ class WholeLookup:
     """A lookup in a whole table that has been started: its arguments, as in ``ops.interface.TableLookup``."""
 
     rows: Tensor
-    blocks: Tensor
+    blocks: Optional[Tensor]
     scores: Tensor
     projected: Optional[Tensor]
 
@@ -90,8 +90,11 @@ class ValueTable(nn.Module):
         left, right = self.shard.columns(columns)
         return torch.empty(bottom - top, right - left, dtype=dtype, device=device)
 
-    def start(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Optional[Tensor]) -> StartedLookup:
-        """Begin a lookup; arguments as in ``ops.interface.TableLookup``, rows are those of the whole table.
+    def start(
+        self, rows: Tensor, blocks: Optional[Tensor], scores: Tensor, projected: Optional[Tensor]
+    ) -> StartedLookup:
+        """Begin a lookup; arguments as in ``ops.interface.TableLookup``, rows are those of the whole table. ``blocks``
+        may be any numbers where E is 1.
 
         The exchanges of a sharded table are under way on return; the table itself is not touched yet. Every rank of the
         memory-parallel group must call this with the same number of tokens.

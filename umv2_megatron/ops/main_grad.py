@@ -34,5 +34,9 @@ def hand_over(table: Optional[Tensor], total: Optional[Tensor]) -> Optional[Tens
         return total
     table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     if table.grad is None:
-        table.grad = torch.zeros((), dtype=table.dtype, device=table.device).expand(table.shape)
+        zero = getattr(table, "zero_gradient", None)
+        if zero is None or zero.device != table.device or zero.dtype != table.dtype:
+            # Kept with the table: to fill it is a launch.
+            zero = table.zero_gradient = torch.zeros((), dtype=table.dtype, device=table.device)  # type: ignore[attr-defined]
+        table.grad = zero.expand(table.shape)
     return None

@@ -50,7 +50,8 @@ def best_cells(key_scores: Tensor, keys: Tensor, cores: Tensor, topk: int) -> tu
 
 def cell_scores(key_scores: Tensor, rows: Tensor, columns: Tensor, cores: Tensor) -> Tensor:
     """See ``interface.Search``."""
-    left, right = gather_keys(key_scores[0], rows), gather_keys(key_scores[1], columns)
+    # Both sides at once: the backward of a part would fill the rest of the largest tensor of the layer with zeros.
+    left, right = gather_keys(key_scores, torch.stack([rows, columns])).unbind(0)
     return torch.einsum("rthk,chrs,sthk->thkc", left, cores.to(key_scores.dtype), right)
 
 
@@ -60,7 +61,7 @@ def first_stage_scores(key_scores: Tensor, u: Tensor, t: Tensor, side: int) -> T
 
 
 def gather_keys(key_scores: Tensor, index: Tensor) -> Tensor:
-    """Scores [R, T, h, K] of the keys ``index`` [T, h, K] among ``key_scores`` [R, T, h, N].
+    """Scores [..., R, T, h, K] of the keys ``index`` [..., T, h, K] among ``key_scores`` [..., R, T, h, N].
 
     Keeps the index alone for the backward: torch's own ``gather`` would keep the scores of all keys, the largest tensor
     of the layer.
@@ -73,7 +74,7 @@ class _GatherKeys(torch.autograd.Function):
     def forward(ctx: Any, key_scores: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index.int())  # at most N: half the bytes
         ctx.num_keys = key_scores.shape[-1]
-        return key_scores.gather(-1, index.expand(key_scores.shape[0], -1, -1, -1))
+        return key_scores.gather(-1, _of_every_rank(index, key_scores))
 
     @staticmethod
     @once_differentiable
@@ -81,4 +82,9 @@ class _GatherKeys(torch.autograd.Function):
         index = ctx.saved_tensors[0].long()
         every = grads[0].new_zeros(*grads[0].shape[:-1], ctx.num_keys)
         # A key that is part of several cells gets the sum of theirs.
-        return every.scatter_add_(-1, index.expand(every.shape[0], -1, -1, -1), grads[0]), None
+        return every.scatter_add_(-1, _of_every_rank(index, every), grads[0]), None
+
+
+def _of_every_rank(index: Tensor, key_scores: Tensor) -> Tensor:
+    """``index`` [..., T, h, K] for each of the R ranks of ``key_scores``."""
+    return index.unsqueeze(-4).expand(*key_scores.shape[:-1], index.shape[-1])

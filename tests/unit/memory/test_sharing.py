@@ -61,6 +61,14 @@ def test_located_rows_and_blocks() -> None:
     assert block.tolist() == [[0, 0, 1], [3, 0, 0]]
 
 
+def test_rows_of_one_block_need_no_division() -> None:
+    cells = torch.arange(25)
+    for rows, offset in ((25, 0), (32, 0), (32, 3), (32, 16)):
+        window = TableWindow(owner=0, rows=rows, offset=offset, window=25)
+        found, block = window.locate(cells, 1)
+        assert block is None and torch.equal(found, window.locate(cells)[0])
+
+
 def test_config_and_windows_agree_on_the_scored_keys() -> None:
     for sharing, g in (("none", 1), ("block", 3), ("ring", 2), ("noring", 5)):
         config = MemoryConfig(num_keys=7, sharing=sharing, sharing_size=g, key_expansion=2, topk=2)
