@@ -82,8 +82,10 @@ test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY)
 		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" || failed=1; \
 	done; exit $$failed
 
+# Records on success that --memory-backend auto may take the Triton kernels on such a device.
 test-gpu: $(READY)
 	$(PY) -m pytest -q tests/gpu
+	$(PY) -m umv2_megatron.ops.proven
 
 layouts: $(READY)
 	OMP_NUM_THREADS=1 $(PY) tests/functional/layout_matrix.py

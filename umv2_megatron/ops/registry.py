@@ -1,5 +1,8 @@
 """Which backends there are, and which one a device gets: ``--memory-backend``.
 
+``auto`` is cpu on CPUs, where it can be compiled, and on CUDA devices triton, once its GPU tests have passed on such a
+device (``proven.py``); otherwise scatter.
+
     reference  plain PyTorch, the oracle of the tests; no sharded tables
     scatter    embedding_bag and index_add_, wherever PyTorch runs
     cpu        compiled C++, built at first use
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 
+from umv2_megatron.ops import proven
 from umv2_megatron.ops.interface import Backend
 
 logger = logging.getLogger(__name__)
@@ -80,9 +84,28 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 }
 """By name. Each raises ImportError with a reason where it cannot run on this machine."""
 
-PREFERRED = {"cpu": "cpu"}
-"""What ``auto`` takes on a kind of device, where it can run; scatter elsewhere. On CUDA triton belongs here as soon as
-``make test-gpu`` has passed on a GPU: so far its kernels have run in Triton's interpreter only."""
+def _preferred(device: str) -> str:
+    """What ``auto`` takes on a kind of device. Raises ImportError with the reason where that is not the fastest there
+    might be."""
+    if device == "cpu":
+        _cpu()
+        return "cpu"
+    if device == "cuda":
+        doubt = proven.doubt()
+        if doubt is not None:
+            raise ImportError(doubt)
+        _triton()
+        return "triton"
+    return "scatter"
+
+
+@cache
+def choice(device: str) -> tuple[str, str]:
+    """(what ``auto`` takes on a kind of device, "cpu" or "cuda", and why it is not a faster one, or "")."""
+    try:
+        return _preferred(device), ""
+    except ImportError as problem:
+        return "scatter", str(problem)
 
 
 def get_backend(name: str, device: torch.device | str, backward: str = "ordered") -> Backend:
@@ -102,13 +125,10 @@ def get_backend(name: str, device: torch.device | str, backward: str = "ordered"
 @cache
 def _get_backend(name: str, device: str) -> Backend:
     if name == "auto":
-        preferred = PREFERRED.get(device, "scatter")
-        try:
-            return BACKENDS[preferred]()
-        except ImportError as problem:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
-                logger.warning("--memory-backend auto is scatter here, because %s cannot run: %s", preferred, problem)
-            return BACKENDS["scatter"]()
+        name, reason = choice(device)
+        if reason and os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+            logger.warning("--memory-backend auto is %s here: %s", name, reason)
+        return BACKENDS[name]()
     if name not in BACKENDS:
         raise ValueError(f"--memory-backend is {name}; expected one of auto, {', '.join(BACKENDS)}")
     if name == "cpu" and device != "cpu":

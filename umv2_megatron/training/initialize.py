@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.model.builder import build_model_chunks
-from umv2_megatron.ops import get_backend
+from umv2_megatron.ops import get_backend, registry
 from umv2_megatron.parallel import cpu_platform, groups, launch
 from umv2_megatron.training.optimizer import ParamScheduler, build_optimizer, build_scheduler
 
@@ -105,6 +105,16 @@ def build_training_state(run: RunConfig, vocab_size: int) -> TrainingState:
     chunks = build_model_chunks(run, vocab_size)
     optimizer = build_optimizer(run, chunks)
     return TrainingState(chunks, optimizer, build_scheduler(run, optimizer))
+
+
+def told_backend(run: RunConfig) -> str:
+    """Which lookup this run uses, and why ``auto`` does not take a faster one, for the log."""
+    if not run.has_memory:
+        return "memory backend: none"
+    device = cpu_platform.device()
+    reason = registry.choice(torch.device(device).type)[1] if run.memory.backend == "auto" else ""
+    name = get_backend(run.memory.backend, device).name
+    return f"memory backend: {name}{f' ({reason})' if reason else ''}"
 
 
 def print_rank_0(text: str) -> None:

@@ -35,6 +35,7 @@ from umv2_megatron.training.initialize import (
     is_last_rank,
     print_rank_0,
     start_processes,
+    told_backend,
 )
 from umv2_megatron.training.loop import Trainer
 from umv2_megatron.training.reporting import Reporter
@@ -52,6 +53,7 @@ def pretrain(run: RunConfig) -> int:
         store = _own_save_directory(run, stack)
         tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
         state = build_training_state(run, tokenizer.vocab_size)
+        print_rank_0(told_backend(run))
         connect(run, state.chunks, state.optimizer)
         _describe_model(run, tokenizer.vocab_size, state)
         identity = data_identity(run.data, tokenizer, run.model.seq_length, run.training.seed)

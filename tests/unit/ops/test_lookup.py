@@ -212,6 +212,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     monkeypatch.setenv("LOCAL_RANK", "0")
     cpu_build.library.cache_clear()
     registry._get_backend.cache_clear()
+    registry.choice.cache_clear()
     try:
         assert [get_backend("auto", "cpu").name for _ in range(3)] == ["scatter"] * 3
         assert len(caplog.messages) == 1
@@ -221,3 +222,4 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     finally:
         cpu_build.library.cache_clear()
         registry._get_backend.cache_clear()
+        registry.choice.cache_clear()
