@@ -247,7 +247,7 @@ def _one_norm(x: torch.Tensor, shape: Any, weight: Any = None, eps: Optional[flo
 def ops_of(backend: str, layers: int) -> dict[str, collections.Counter]:
     """Operations of a micro-batch of a model with ``layers`` blocks; "dense" is a backend without memory layers.
 
-    "refresh" are those of u and t, once per layer and optimizer step.
+    "refresh" are those of u and t, once per optimizer step.
     """
     from umv2_megatron.config.resolve import resolve
     from umv2_megatron.memory import layer
@@ -315,7 +315,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
         cpu_platform.install()
         results["ops"] = {}
-        print("\n| block with | operations and kernels, forward + backward | refresh of u and t, once per step |")
+        print("\n| block with | operations and kernels, forward + backward | added to the refresh of u and t |")
         print("|---|---|---|")
         for backend in ("dense", "scatter", "triton"):
             found = ops_per_block(backend)

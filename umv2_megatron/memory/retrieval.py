@@ -16,7 +16,7 @@ are close and bfloat16 would tie them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -154,7 +154,6 @@ class Retrieval(QueriesAndKeys):
         scores = key_scores(query, self.keys, self.query_norm, self.key_norm, config.norm_epsilon)
         return at_least_float32(scores).view(2, rank, tokens, config.num_heads, self.num_keys)
 
-    @torch.no_grad()
     def refresh_singular_vectors(self) -> None:
         """Set u and t to the leading singular pair of the summed cores; call once per optimizer step, and after load.
 
@@ -163,13 +162,7 @@ class Retrieval(QueriesAndKeys):
         that of ``leading_pair``). Every rank computes it from equal cores by the same operations, without waiting for
         the device.
         """
-        self.refresh_due = False
-        u, t = leading_pair(self.cores.detach().sum(0, dtype=torch.float32))
-        kept = (u - self.u).abs().sum(-1) + (t - self.t).abs().sum(-1)
-        flipped = (u + self.u).abs().sum(-1) + (t + self.t).abs().sum(-1)
-        sign = torch.where(flipped < kept, -1.0, 1.0).unsqueeze(-1)
-        self.u.copy_(u * sign)
-        self.t.copy_(t * sign)
+        refresh_together([self])
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:
@@ -185,6 +178,25 @@ class Retrieval(QueriesAndKeys):
             if converted.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, vector.to(converted.device))
         return self
+
+
+@torch.no_grad()
+def refresh_together(layers: Sequence[QueriesAndKeys]) -> None:
+    """``refresh_singular_vectors`` of all ``layers``, which are alike, in as many small operations as one takes."""
+    for each in layers:
+        each.refresh_due = False
+    tucker = [each for each in layers if isinstance(each, Retrieval)]
+    if not tucker:
+        return
+    heads = tucker[0].u.shape[0]
+    cores = torch.stack([each.cores.detach() for each in tucker])
+    u, t = leading_pair(cores.sum(1, dtype=torch.float32).flatten(0, 1))
+    pair = torch.stack([u, t])
+    before = torch.stack([torch.cat([each.u for each in tucker]), torch.cat([each.t for each in tucker])])
+    kept, flipped = (distance.abs().sum((0, -1)) for distance in (pair - before, pair + before))
+    pair = pair * torch.where(flipped < kept, -1.0, 1.0).unsqueeze(-1)
+    buffers = [vector for each in tucker for vector in (each.u, each.t)]
+    torch._foreach_copy_(buffers, [part for each in pair.split(heads, dim=1) for part in each])
 
 
 def at_least_float32(x: Tensor) -> Tensor:

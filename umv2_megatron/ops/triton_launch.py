@@ -102,7 +102,7 @@ def cut(columns: int) -> tuple[int, int]:
     padded = triton.next_power_of_2(columns)
     rest = triton.next_power_of_2(max(1, columns - padded // 2))
     # A rest of few columns would have more lanes than elements.
-    return (padded // 2, rest) if 8 <= rest < padded // 2 else (padded, 0)
+    return (padded // 2, rest) if 16 <= rest < padded // 2 else (padded, 0)
 
 
 def tile_for(cores: int, slice_columns: int, most_picks: int, other_columns: int = 0, in_two: bool = True) -> Tile:
@@ -248,7 +248,7 @@ class Segments:
 def sort_picks(picks: PickList, num_rows: int) -> Segments:
     """The picks sorted by their rows of a table of ``num_rows``; one sort serves both tables."""
     count, device = picks.rows.shape[0], picks.rows.device
-    assert count < 2**31, f"{count} picks; 32-bit places end at 2^31"
+    assert count < 2**31 - 2**12, f"{count} picks; 32-bit places end at 2^31"
     # A radix sort takes half the passes over 4-byte keys.
     keys = picks.rows.to(torch.int32) if num_rows <= 2**31 else picks.rows
     sorted_rows, order = keys.sort(stable=True)

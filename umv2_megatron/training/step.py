@@ -15,6 +15,7 @@ from megatron.core.utils import get_model_config
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.data.batches import next_batch
+from umv2_megatron.memory.retrieval import refresh_together
 from umv2_megatron.model.builder import evaluation_mode, unwrap
 from umv2_megatron.model.ffn_with_memory import gather_before_forks, memory_layers
 from umv2_megatron.parallel import cpu_platform
@@ -80,11 +81,12 @@ def refresh_singular_vectors(chunks: list[torch.nn.Module], *, at_next_forward: 
     ``at_next_forward`` waits for the layer's first forward, where --overlap-param-gather has its cores ready.
     """
     for chunk in chunks:
-        for _, layer in memory_layers(unwrap(chunk)):
-            if at_next_forward:
-                layer.retrieval.refresh_due = True
-            else:
-                layer.refresh_singular_vectors()
+        retrievals = [layer.retrieval for _, layer in memory_layers(unwrap(chunk))]
+        if at_next_forward:
+            for retrieval in retrievals:
+                retrieval.refresh_due = True
+        else:
+            refresh_together(retrievals)
 
 
 def train_step(
@@ -104,7 +106,11 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    refresh_singular_vectors(chunks, at_next_forward=True)
+    if run.overlap_param_gather:
+        refresh_singular_vectors(chunks, at_next_forward=True)
+    else:
+        with ranges("u, t refresh"):
+            refresh_singular_vectors(chunks)
     loss = _mean_loss(_run_schedule(run, chunks, iterator, forward_only=False, ranges=ranges))
     with ranges("optimizer"):
         result = guarded_step(optimizer, loss, wants_to_stop)

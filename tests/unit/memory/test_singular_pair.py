@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.hf import singular_pair_umv2
+from umv2_megatron.memory.retrieval import Retrieval, refresh_together
 from umv2_megatron.memory.singular_pair import leading_pair, singular_values
 
 
@@ -77,3 +79,23 @@ def test_the_export_s_copy_gives_the_same_bits():
         for ours, theirs in zip(leading_pair(random_matrices(rank)),
                                 singular_pair_umv2.leading_pair(random_matrices(rank))):  # fmt: skip
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_layers_refreshed_together_are_as_refreshed_alone(rank):
+    def build() -> list[Retrieval]:
+        config = MemoryConfig(num_keys=6, key_dim=4, topk=2, tucker_rank=rank, num_heads=2)
+        layers = [Retrieval(config, 8, 6) for _ in range(4)]
+        generator = torch.Generator().manual_seed(rank)
+        for layer in layers:
+            for tensor in (layer.cores.data, layer.u, layer.t):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            layer.refresh_due = True
+        return layers
+
+    alone, together = build(), build()
+    for layer in alone:
+        layer.refresh_singular_vectors()
+    refresh_together(together)
+    for one, other in zip(alone, together):
+        assert torch.equal(one.u, other.u) and torch.equal(one.t, other.t) and not other.refresh_due

@@ -77,4 +77,5 @@ def test_operations_of_a_block(results: dict[str, Any]) -> None:
     ops = {name: sum(found["block"].values()) for name, found in results["ops"].items()}
     assert ops["dense"] <= 80
     assert ops["triton"] <= ops["dense"] + 63 and ops["scatter"] <= ops["dense"] + 101
-    assert all(sum(found["refresh"].values()) <= 50 for found in results["ops"].values())
+    # A further layer adds none to the refresh of u and t.
+    assert all(sum(found["refresh"].values()) == 0 for found in results["ops"].values())

@@ -82,8 +82,10 @@ def compiled_for(call: Launched, capability: int) -> tuple[str, Any]:
     return kernel.__name__, compiled
 
 
-def check_compiled(calls: list[Launched], capability: int, folder: Path, limits: dict[str, int]) -> set[str]:
-    """Registers within ``limits`` and no spills; the names of the kernels."""
+def check_compiled(
+    calls: list[Launched], capability: int, folder: Path, limits: dict[str, int], vectors: bool = True
+) -> set[str]:
+    """Registers within ``limits``, no spills, with ``vectors`` rows loaded 16 bytes at a time; the kernels' names."""
     names = set()
     for call in calls:
         name, compiled = compiled_for(call, capability)
@@ -96,7 +98,7 @@ def check_compiled(calls: list[Launched], capability: int, folder: Path, limits:
         registers, stack, local = (int(each) for each in found.groups())
         assert stack == 0 and local == 0, f"{name} spills for sm_{capability}: {found.group()}"
         assert registers <= limits[name], f"{name} takes {registers} registers for sm_{capability}"
-        if name in ("fused_forward", "row_dots", "row_sums", "add_to_rows"):
+        if vectors and name in ("fused_forward", "row_dots", "row_sums", "add_to_rows"):
             assert "ld.global.v4.b32" in compiled.asm["ptx"], f"{name} does not load rows 16 bytes at a time"
         names.add(name)
     return names
@@ -106,7 +108,8 @@ def check_compiled(calls: list[Launched], capability: int, folder: Path, limits:
 def test_lookup_compiles_ahead_of_time(
     capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels of umv2-227m (Dp = Dv = 192, K = 32) in bfloat16 and of the 1B/7B size (384, 768, K = 128)."""
+    """The kernels of umv2-227m (Dp = Dv = 192, K = 32) in bfloat16, of the 1B/7B size (384, 768, K = 128)
+    and of the 500M size (72, 216)."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     run_lookup(8, 32, 9, 192, 192, torch.bfloat16)
     run_lookup(2, 32, 9, 192, 192, torch.bfloat16, deterministic=False)
@@ -117,6 +120,10 @@ def test_lookup_compiles_ahead_of_time(
     launched.clear()
     run_lookup(1, 128, 9, 384, 768, torch.bfloat16)
     check_compiled(distinct(launched), capability, tmp_path, REGISTERS)
+    launched.clear()
+    run_lookup(8, 32, 9, 72, 216, torch.bfloat16)  # the 500M size: rows of 216 bytes a core, loaded 8 bytes at a time
+    limits = {**REGISTERS, "fused_forward": 128, "row_dots": 128, "add_to_rows": 168}
+    check_compiled(distinct(launched), capability, tmp_path, limits, vectors=False)
     launched.clear()
     run_lookup(1, 32, 9, 192, 192, torch.float32)  # twice the registers for rows in flight
     limits = {**REGISTERS, "fused_forward": 136, "row_dots": 104, "add_to_rows": 144}
