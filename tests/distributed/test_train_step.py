@@ -267,6 +267,7 @@ def connected(chunks: int, **changes: Any) -> dict[str, Any]:
                 setattr(self, name, f"{name} {number}")
 
     run = SimpleNamespace(overlap_grad_reduce=False, overlap_param_gather=False, align_param_gather=False)
+    run.memory = SimpleNamespace(stream=False)
     made = [Chunk(number) for number in range(chunks)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "get_model_config", lambda chunk: chunk.config)
