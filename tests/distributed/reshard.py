@@ -29,6 +29,7 @@ from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.data.batches import batch_iterator
+from umv2_megatron.memory.row_adam import ROW_MOMENT
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.parallel import groups
@@ -179,13 +180,19 @@ def wrong_tables(state: TrainingState, whole: dict[str, torch.Tensor]) -> list[s
                 if not torch.equal(part, whole[key][top:bottom, left:right].to(part.dtype)):
                     wrong.append(key)
     for part in optimizer_state.optimizer_parts(state.optimizer):
-        for parameter, inner, start in optimizer_state._inner_parameters(part):
+        for parameter, inner, start in optimizer_state.inner_parameters(part):
             if id(parameter) not in parts:
                 continue
             key, rows, columns = parts[id(parameter)]
-            for name in ("exp_avg", "exp_avg_sq"):
+            state = part.optimizer.state[inner]
+            if ROW_MOMENT in state:
+                held = part.optimizer.ranges[inner]
+                by_row = whole[f"optimizer.state.{ROW_MOMENT}.{key}"][rows][held.first : held.first + held.rows]
+                if not torch.equal(state[ROW_MOMENT], by_row):
+                    wrong.append(f"{ROW_MOMENT} of {key}")
+            for name in {"exp_avg", "exp_avg_sq"} & state.keys():
                 moment = whole[f"optimizer.state.{name}.{key}"][rows, columns].reshape(-1)
-                if not torch.equal(part.optimizer.state[inner][name].view(-1), moment[start : start + inner.numel()]):
+                if not torch.equal(state[name].view(-1), moment[start : start + inner.numel()]):
                     wrong.append(f"{name} of {key}")
     return wrong
 

@@ -142,11 +142,21 @@ STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (4, {**SHARDED, **ROW2, "bf16": True, "overlap_grad_reduce": True, "bucket_size": 2000}),
     (2, {**SHARDED, **ROW2, "ffn_variant": "memory-plus", "memory_layer_freq": "2"}),
 ]
+# Second moments by row; three tables, and shares of the state that end inside rows.
+BY_ROW = {"memory_value_second_moment": "row", "memory_value_dim": 28, "memory_pre_value_dim": 20,
+          "memory_layer_freq": "[1,1,1,0]", "memory_num_keys": 5}
+STATE_CASES += [
+    (2, {**SHARDED, **DIM2, **BY_ROW, "bf16": True}),
+    (3, {**SHARDED, **BY_ROW, "global_batch_size": 3}),
+    (4, {**SHARDED, **ROW2, **BY_ROW, "overlap_grad_reduce": True, "bucket_size": 2000}),
+]
 RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (1, {"ffn_variant": "peer", **PEER}),
     (1, {"ffn_variant": "pkm", "memory_qk_norm": "query", "memory_num_heads": 3}),
     (1, {"ffn_variant": "ultramem", "bf16": True}),
+    (1, BY_ROW),
+    (4, {**SHARDED, **DIM2, **BY_ROW, "pipeline_model_parallel_size": 2, "bf16": True}),
     (2, {**SHARDED, "bf16": True}),
     (2, {**ROW2, "tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),
     (2, {"bf16": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,

@@ -123,6 +123,10 @@ REFUSED = {
     "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
     "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda",
 }
+if importlib.util.find_spec("transformer_engine") is None:
+    for _key in ("use_precision_aware_optimizer", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype",
+                 "exp_avg_sq_dtype"):  # fmt: skip
+        REFUSED[_key] = "Transformer Engine (requirements-gpu.txt), whose FusedAdam it is"
 if importlib.util.find_spec("einops") is None:
     REFUSED["num_distributed_optimizer_instances"] = "einops"
 

@@ -111,3 +111,25 @@ def pieces(
                 )
             )
     return found
+
+
+def row_pieces(item: ShardedTensor, state: torch.Tensor, first: int, inside: bool, name: str) -> list[ShardedTensor]:
+    """Pieces of the global vector ``name.KEY`` [rows of the whole table] that hold ``state``; they share its memory.
+
+    item: the entry of a table [rows, columns] in the model's sharded state dict. state: one number for each row of this
+    rank's part of the table from row ``first`` on. inside: that row begins in the range of another rank, which stores
+    its number. Of ranks that hold columns of the same rows, the first one stores them.
+    """
+    offset, width = item.global_offset[0] + first, item.global_offset[1]
+    pipeline, tensor, data = item.replica_id
+    alone = (pipeline, tensor + width, data)  # any other number than 0 says that another rank stores it
+
+    def piece(start: int, stop: int, replica_id: tuple[int, int, int]) -> ShardedTensor:
+        size = (stop - start,)
+        return ShardedTensor(
+            f"{name}.{item.key}", state[start:stop], state.dtype, size, item.global_shape[:1], (offset + start,), None,
+            replica_id,
+        )  # fmt: skip
+
+    found = [piece(0, 1, (pipeline, tensor + width + 1, data))] if inside else []
+    return found + ([piece(int(inside), len(state), alone)] if len(state) > inside else [])

@@ -3,6 +3,8 @@
 A checkpoint holds, under the parameter's own key and with its global shape,
 
     optimizer.state.exp_avg.KEY, optimizer.state.exp_avg_sq.KEY    moments
+    optimizer.state.exp_avg_sq_row.KEY                             instead of exp_avg_sq: a number for each row of a
+                                                                   table (--memory-value-second-moment row)
     optimizer.state.fp32_param.KEY                                 the fp32 main parameter, where the weight is 16-bit
 
 and beside the tensors ("optimizer_groups" of the common state) each parameter group's settings with its step count. A
@@ -20,8 +22,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
 
-from umv2_megatron.checkpoint.optimizer_shards import pieces
+from umv2_megatron.checkpoint.optimizer_shards import pieces, row_pieces
 from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.memory.row_adam import ROW_MOMENT, RowAdam, TableRange
 from umv2_megatron.memory.value_table import VALUE_GROUP
 
 PREFIX = "optimizer.state"
@@ -50,6 +53,21 @@ def optimizer_parts(optimizer: Any) -> list[Any]:
     """mcore's optimizers inside a chain (or the one that is none), without the stubs of ranks that train nothing."""
     parts = [] if optimizer is None else list(getattr(optimizer, "chained_optimizers", [optimizer]))
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def check_second_moments(keys: Sequence[str], optimizer: Any, path: object) -> None:
+    """Raise CheckpointError where the checkpoint with these keys, at ``path``, has another kind of second moments of
+    value tables than ``optimizer`` has."""
+    parts = optimizer_parts(optimizer)
+    if not any(VALUE_GROUP in group for part in parts for group in part.optimizer.param_groups):
+        return
+    kinds = {True: "row", False: "full"}
+    saved = kinds[any(key.startswith(f"{PREFIX}.{ROW_MOMENT}.") for key in keys)]
+    here = kinds[any(isinstance(part.optimizer, RowAdam) for part in parts)]
+    if saved != here:
+        raise CheckpointError(
+            f"--memory-value-second-moment is {here}; expected {saved}, with which {path} was saved, or --no-load-optim"
+        )
 
 
 def has_step_tensors(part: Any) -> bool:
@@ -82,12 +100,15 @@ def allocate_moments(part: Any) -> None:
 
 @dataclass
 class _Owned:
-    """What this rank holds of one parameter's state: flat tensors for its local elements from ``start`` on."""
+    """What this rank holds of one parameter's state: flat tensors for its local elements from ``start`` on, and of a
+    value table the second moments of the rows of ``range``, where they are kept by row."""
 
     part: Any
     parameter: torch.nn.Parameter
     start: int
     tensors: dict[str, torch.Tensor]
+    range: TableRange | None = None
+    row_moment: torch.Tensor | None = None
 
 
 class OptimizerState:
@@ -118,6 +139,10 @@ class OptimizerState:
                 stored = main_param if name == MAIN_PARAM else name
                 if stored is not None:
                     found += pieces(item, tensor, owned.start, f"{PREFIX}.{stored}")
+            if owned.range is not None and owned.row_moment is not None:
+                assert isinstance(item, ShardedTensor), f"{item.key} is not stored as one table"
+                first, inside = owned.range.first, owned.range.begins_inside
+                found += row_pieces(item, owned.row_moment, first, inside, f"{PREFIX}.{ROW_MOMENT}")
         return {str(number): piece for number, piece in enumerate(found)}
 
     @torch.no_grad()
@@ -147,7 +172,7 @@ def _replica_of_range(owned: _Owned, replica_id: Any) -> tuple[int, int, int]:
 
 
 def _owned(part: Any) -> Iterator[_Owned]:
-    for parameter, inner, start in _inner_parameters(part):
+    for parameter, inner, start in inner_parameters(part):
         if _holds_main_params(part):
             # Transformer Engine's optimizer stores them scaled; these are copies, put back by `restore`.
             held = part._get_main_param_and_optimizer_states(parameter)
@@ -157,12 +182,15 @@ def _owned(part: Any) -> Iterator[_Owned]:
             if parameter.dtype != torch.float32:
                 held[MAIN_PARAM] = inner
         tensors = {name: kept.detach().view(-1) for name, kept in held.items() if name != "step"}
+        row_moment = tensors.pop(ROW_MOMENT, None)
         assert all(kept.numel() == inner.numel() for kept in tensors.values()), tensors.keys()
-        yield _Owned(part, parameter, start, tensors)
+        owned = part.optimizer.ranges[inner] if isinstance(part.optimizer, RowAdam) else None
+        yield _Owned(part, parameter, start, tensors, owned, row_moment)
 
 
-def _inner_parameters(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
-    """Of all that this rank owns: the model's parameter, what the optimizer updates for it, its first element."""
+def inner_parameters(part: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
+    """Of all that this rank owns of mcore's optimizer ``part``: the model's parameter, what the optimizer updates for
+    it, and the place of its first element in the parameter."""
     if isinstance(part, DistributedOptimizer):
         for parameter, (group, order) in part.model_param_group_index_map.items():
             owned = part._get_model_param_range_map(parameter)["param"]

@@ -32,6 +32,7 @@ from megatron.core.utils import get_model_config
 
 from umv2_megatron.checkpoint.optimizer_state import (
     OptimizerState,
+    check_second_moments,
     groups_of_mcore,
     is_main_param,
     local_groups,
@@ -275,9 +276,10 @@ class _SavedOptimizer:
                 f"{self._path} holds optimizer state of mcore's type {self._mcore_type!r}, whose tensors are gradient "
                 "buffers: give --no-load-optim, or save it again with --dist-ckpt-optim-fully-reshardable"
             )
+        stored = list(read_metadata_safely(self._path).state_dict_metadata)
+        check_second_moments(stored, optimizer, self._path)
         self._state = OptimizerState(optimizer, model_state)
-        stored = read_metadata_safely(self._path).state_dict_metadata
-        return {"optimizer_state": self._state.sharded(main_param_name(list(stored)))}
+        return {"optimizer_state": self._state.sharded(main_param_name(stored))}
 
     def restore(self) -> None:
         """Finish after the tensors were read and the model has its weights."""

@@ -19,6 +19,7 @@ _MOE = "ffn_variant=moe"
 _STAGES = "pipeline_model_parallel_size>1"
 _INTERLEAVED = "num_layers_per_virtual_pipeline_stage"
 _DELAYED = ("fp8", "fp8_recipe=delayed")
+_PRECISE = ("use_precision_aware_optimizer",)
 
 
 @dataclass
@@ -346,6 +347,25 @@ class OptimizerSettings:
         False,
         "replicas share the optimizer's state",
         read_by="optimizer/__init__.py: which optimizer is built",
+    )
+    use_precision_aware_optimizer: bool = option(
+        False,
+        "keep gradients, main parameters and moments in the four dtypes below (Transformer Engine's FusedAdam)",
+        needs=("use_distributed_optimizer", "bf16"),
+    )
+    main_grads_dtype: str = option(
+        "fp32",
+        "dtype in which gradients are added up, reduced and read by the optimizer; bf16 turns "
+        "--accumulate-allreduce-grads-in-fp32 off",
+        choices=("fp32", "bf16"),
+        needs=_PRECISE,
+    )
+    main_params_dtype: str = option("fp32", "dtype of main parameters", choices=("fp32", "fp16"), needs=_PRECISE)
+    exp_avg_dtype: str = option(
+        "fp32", "dtype of first moments", choices=("fp32", "fp16", "bf16", "fp8"), needs=_PRECISE
+    )
+    exp_avg_sq_dtype: str = option(
+        "fp32", "dtype of second moments", choices=("fp32", "fp16", "bf16", "fp8"), needs=_PRECISE
     )
     overlap_param_gather: bool = option(
         False,

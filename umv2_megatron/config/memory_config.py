@@ -109,6 +109,12 @@ class MemoryConfig:
         "weight decay of the value tables, multiplied by their own learning rate (default: --weight-decay; a run of a "
         "few million tokens gains from ten times as much)",
     )
+    value_second_moment: str = option(
+        "full",
+        "Adam's second moment of the value tables: a number for each element (full), or one for each row (row), the "
+        "mean of its squared gradients over the columns",
+        choices=("full", "row"),
+    )
     balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
     tucker_penalty_coeff: float = option(
         0.0, "alpha: weight of the penalty on the cores' later singular values", needs=("memory_scoring=tucker",)
@@ -263,6 +269,7 @@ class MemoryConfig:
             "value_expansion",
             "pre_value_activation",
             "sharing",
+            "value_second_moment",
             "init",
             "backend",
             "backward",

@@ -149,7 +149,8 @@ def from_layers(
     before_mcore(run)
     resolve_fusions(run, for_training=for_training)
     run.transformer_config()
-    run.optimizer_config()
+    if for_training or not run.use_precision_aware_optimizer:  # mcore makes that one with Transformer Engine only
+        run.optimizer_config()
     return run
 
 
@@ -205,6 +206,8 @@ def _fill_derived_defaults(run: RunConfig) -> None:
         changes["init_method_std"] = math.sqrt(2 / (5 * run.hidden_size)) if run.memory.init == "paper" else 0.02
     if run.min_lr is None:
         changes["min_lr"] = run.lr / 10 if run.lr is not None else None
+    if run.main_grads_dtype == "bf16" and "grad_reduce_in_fp32" not in run.sources:
+        changes["grad_reduce_in_fp32"] = False  # gradients are kept in the buffers in which they are reduced
     if run.model.max_position_embeddings is None:
         changes["max_position_embeddings"] = run.model.seq_length
     split = run.tensor_model_parallel_size * run.pipeline_model_parallel_size * run.context_parallel_size

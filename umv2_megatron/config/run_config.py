@@ -147,9 +147,15 @@ class RunConfig:
 
     def optimizer_config(self) -> OptimizerConfig:
         """The OptimizerConfig of this run."""
+        import torch
         from megatron.core.optimizer import OptimizerConfig
 
-        return _build(OptimizerConfig, {**self._fields_of(OptimizerConfig), "params_dtype": self.params_dtype})
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+        arguments = self._fields_of(OptimizerConfig)
+        for key in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            arguments[key] = dtypes[arguments[key]]
+        arguments["store_param_remainders"] = False  # checkpoints hold whole main parameters
+        return _build(OptimizerConfig, {**arguments, "params_dtype": self.params_dtype})
 
     def ddp_config(self) -> DistributedDataParallelConfig:
         """The DistributedDataParallelConfig of this run."""

@@ -61,3 +61,9 @@ class TableShard:
         slice_columns = math.gcd(stop - start, core_columns)
         return [column // core_columns for column in range(start, stop, slice_columns)]
 
+
+
+def rows_of_range(start: int, stop: int, columns: int) -> tuple[int, int]:
+    """(first row, row after the last) of a table ``columns`` wide that have some of its elements [start, stop), in
+    row-major order; an empty range has none, (0, 0)."""
+    return (start // columns, -(-stop // columns)) if start < stop else (0, 0)

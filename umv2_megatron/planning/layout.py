@@ -17,6 +17,7 @@ from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.config.variants import has_memory
 from umv2_megatron.planning.model_shape import FFN_VARIANTS, ModelShape
 
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 # Flags of megatron-core that move layers between stages in ways that are not counted here.
 UNKNOWN_SPLITS = ("pipeline_model_parallel_layout",)
 
@@ -31,7 +32,8 @@ class Layout:
     attention that writes the scores of all pairs of tokens (model/fused_attention.py says when); ``masked``: it gets
     masks from the data loader;
     ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size; ``first_stage``, ``last_stage``: blocks
-    there, None for an even split.
+    there, None for an even split; ``row_moments``: second moments of value tables by row; ``main_param_bytes``,
+    ``exp_avg_bytes``, ``exp_avg_sq_bytes``: of an element of the optimizer's state.
     """
 
     world: int = 1
@@ -62,6 +64,10 @@ class Layout:
     backend: str = "auto"
     first_stage: int | None = None
     last_stage: int | None = None
+    row_moments: bool = False
+    main_param_bytes: int = 4
+    exp_avg_bytes: int = 4
+    exp_avg_sq_bytes: int = 4
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], world_size: int) -> Layout:
@@ -115,6 +121,10 @@ class Layout:
             backend=values.get("memory_backend") or "auto",
             first_stage=values.get("num_layers_in_first_pipeline_stage"),
             last_stage=values.get("num_layers_in_last_pipeline_stage"),
+            row_moments=memory and values.get("memory_value_second_moment") == "row",
+            main_param_bytes=DTYPE_BYTES[values.get("main_params_dtype") or "fp32"],
+            exp_avg_bytes=DTYPE_BYTES[values.get("exp_avg_dtype") or "fp32"],
+            exp_avg_sq_bytes=DTYPE_BYTES[values.get("exp_avg_sq_dtype") or "fp32"],
         )
 
     # -- derived sizes -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ compares names and sizes with those of built models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.planning.layout import Layout
@@ -19,13 +19,15 @@ from umv2_megatron.planning.model_shape import ModelShape
 class Parameter:
     """``elements`` on this rank; ``kind``: embedding, attention, ffn, norms, memory or tables.
 
-    ``ends_bucket``: the embedding of a tied model with several stages, which mcore reduces in a bucket of its own.
+    ``ends_bucket``: the embedding of a tied model with several stages, which mcore reduces in a bucket of its own;
+    ``columns``: of this rank's part of a value table, 0 of anything else.
     """
 
     name: str
     elements: int
     kind: str
     ends_bucket: bool = False
+    columns: int = 0
 
     @property
     def is_table(self) -> bool:
@@ -51,7 +53,7 @@ def chunk_parameters(
             found.append(Parameter("embedding.position_embeddings.weight", positions, "embedding"))
     for place, block in enumerate(layout.stage_blocks(shape.num_layers, stage, chunk)):
         found += [
-            Parameter(f"decoder.layers.{place}.{each.name}", each.elements, each.kind)
+            replace(each, name=f"decoder.layers.{place}.{each.name}")
             for each in _block(shape, memory, layout, block, memory_rank)
         ]
     if last:
@@ -108,7 +110,8 @@ def _memory_layer(
         for name, width in (("values", m.value_dim), ("pre_values", m.pre_value_dim)):
             left, right = shard.columns(width)
             if width:
-                yield Parameter(f"{prefix}table.{name}", (bottom - top) * (right - left), "tables")
+                elements, columns = (bottom - top) * (right - left), right - left
+                yield Parameter(f"{prefix}table.{name}", elements, "tables", columns=columns)
 
 
 def owned_rows(shape: ModelShape, m: MemoryConfig, block: int) -> int:

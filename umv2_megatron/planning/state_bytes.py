@@ -3,31 +3,33 @@
 mcore's DDP keeps one gradient buffer per model chunk for dense parameters and one for the tables. With the distributed
 optimizer the weights lie in such a buffer too, and both are padded: parameters start at multiples of 64 elements, and
 buckets end at multiples of 128 and of the number of replicas, so that every replica owns an equal part of each bucket.
-The optimizer's state of a replica is that of its parts (without the padding). Adam's step count, one number per
-parameter with torch's own AdamW, is left out.
+The optimizer's state of a replica is that of its parts (without the padding). Where second moments of tables are kept
+by row, a replica has one for each row that it owns elements of. Adam's step count, one number per parameter with
+torch's own AdamW, and the scales of 8- and 16-bit state, one number per parameter and kind, are left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.table_shard import rows_of_range
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.model_shape import ModelShape
 from umv2_megatron.planning.rank_parameters import Parameter, chunk_parameters
 
 # mcore's default bucket: this many elements, or a million for each data-parallel rank.
 SMALLEST_BUCKET = 40_000_000
-ADAM_STATES = 2
 FP32 = 4
 
 
 @dataclass(frozen=True)
 class StateBytes:
     """Bytes on one rank. ``weights`` include the padding of the distributed optimizer, ``gradients`` are DDP's buffers,
-    ``optimizer`` holds float32 main weights (in bf16 runs) and both Adam moments, ``buffers`` the shuffles."""
+    ``optimizer`` holds main weights (in bf16 runs) and both Adam moments, ``buffers`` the shuffles. ``updated``:
+    elements whose state is on this rank."""
 
     parameters: int
     weights: int
@@ -37,6 +39,7 @@ class StateBytes:
     table_weights: int
     table_gradients: int
     table_optimizer: int
+    updated: int = 0
 
     @property
     def all(self) -> int:
@@ -46,11 +49,13 @@ class StateBytes:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Elements ``start`` to ``stop`` of a gradient buffer, and where in them each parameter lies."""
+    """Elements ``start`` to ``stop`` of a gradient buffer, and where in them each parameter lies; ``columns`` of each
+    parameter, as in ``Parameter``."""
 
     start: int
     stop: int
     parameters: tuple[tuple[int, int], ...]
+    columns: tuple[int, ...] = field(default=(), compare=False)
 
 
 def buckets_of(parameters: Sequence[Parameter], replicas: int, sharded: bool, limit: int | None) -> list[Bucket]:
@@ -62,13 +67,14 @@ def buckets_of(parameters: Sequence[Parameter], replicas: int, sharded: bool, li
     end = math.lcm(replicas, 128) if sharded else 1
     buckets: list[Bucket] = []
     places: list[tuple[int, int]] = []
+    columns: list[int] = []
     begin = position = 0
 
     def close() -> None:
-        nonlocal begin, position, places
+        nonlocal begin, position, places, columns
         position = -(-position // end) * end
-        buckets.append(Bucket(begin, position, tuple(places)))
-        begin, places = position, []
+        buckets.append(Bucket(begin, position, tuple(places), tuple(columns)))
+        begin, places, columns = position, [], []
 
     for parameter in reversed(parameters):
         position = -(-position // start) * start
@@ -76,6 +82,7 @@ def buckets_of(parameters: Sequence[Parameter], replicas: int, sharded: bool, li
         if alone and places:
             close()
         places.append((position, position + parameter.elements))
+        columns.append(parameter.columns)
         position += parameter.elements
         if alone or (limit is not None and position - begin >= limit):
             close()
@@ -96,6 +103,24 @@ def owned_elements(buckets: Sequence[Bucket], replicas: int, replica: int | None
     return total
 
 
+def held_rows(buckets: Sequence[Bucket], replicas: int, replica: int | None) -> int:
+    """Rows of tables that ``replica`` owns elements of, whole or in part; None: at most, whichever replica."""
+    total = 0
+    for bucket in buckets:
+        part = (bucket.stop - bucket.start) // replicas
+        places = list(zip(bucket.parameters, bucket.columns, strict=True))
+        everything = sum((stop - begin) // width for (begin, stop), width in places)
+        if replica is None:
+            # one row more at the part's start and one at its end, besides those that its elements fill
+            total += min(everything, part // min(bucket.columns) + 2)
+            continue
+        low, high = bucket.start + replica * part, bucket.start + (replica + 1) * part
+        for (begin, stop), width in places:
+            first, end = rows_of_range(max(begin, low) - begin, min(stop, high) - begin, width)
+            total += end - first
+    return total
+
+
 def state_bytes(
     shape: ModelShape,
     memory: MemoryConfig | None,
@@ -113,7 +138,7 @@ def state_bytes(
             upper bound that holds on all of them (padding counted).
     """
     memory_rank = layout.memory_size - 1 if memory_rank is None else memory_rank
-    totals = dict.fromkeys(("parameters", "weights", "gradients", "optimizer"), 0)
+    totals = dict.fromkeys(("parameters", "weights", "gradients", "optimizer", "updated"), 0)
     tables = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     for chunk in range(layout.chunks):
         parameters = chunk_parameters(shape, memory, layout, stage, chunk, memory_rank)
@@ -126,7 +151,7 @@ def state_bytes(
                                   bucket_limit(layout, stage, chunk))
             for name, count in added.items():
                 totals[name] += count
-                if is_table:
+                if is_table and name in tables:
                     tables[name] += count
     buffers = _buffer_size(shape, memory, layout, stage)
     return StateBytes(buffers=buffers, table_weights=tables["weights"], table_gradients=tables["gradients"],
@@ -149,9 +174,13 @@ def _buffer_bytes(
     buckets = buckets_of(parameters, replicas, sharded, limit)
     elements = buckets[-1].stop if buckets else 0
     owned = owned_elements(buckets, replicas, replica) if sharded else elements
-    kept = FP32 * (ADAM_STATES + (1 if layout.bf16 else 0))
-    return {"weights": elements * layout.weight_bytes, "gradients": elements * layout.grad_bytes,
-            "optimizer": owned * kept}
+    kept = owned * (layout.exp_avg_bytes + (layout.main_param_bytes if layout.bf16 else 0))
+    if layout.row_moments and parameters and parameters[0].is_table:
+        kept += FP32 * held_rows(buckets, *((replicas, replica) if sharded else (1, 0)))
+    else:
+        kept += owned * layout.exp_avg_sq_bytes
+    return {"weights": elements * layout.weight_bytes, "gradients": elements * layout.grad_bytes, "optimizer": kept,
+            "updated": owned}
 
 
 def _buffer_size(shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stage: int) -> int:

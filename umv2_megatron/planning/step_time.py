@@ -229,9 +229,8 @@ class _Stage:
     def optimizer(self) -> float:
         """Seconds that Adam and the passes over the gradient buffer (set to zero, scale) take."""
         state, layout = self.state, self.layout
-        kept = FP32 * (3 if layout.bf16 else 2)
-        elements = state.optimizer / kept
-        moved = 2 * state.optimizer + elements * (layout.grad_bytes + layout.weight_bytes) + 3 * state.gradients
+        written = state.updated * (layout.grad_bytes + layout.weight_bytes)
+        moved = 2 * state.optimizer + written + 3 * state.gradients
         return moved / (self.device.memory_bandwidth * 1e9)
 
 

@@ -13,6 +13,7 @@ Steps are counted in samples, as mcore's scheduler does.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from umv2_megatron.checkpoint.optimizer_state import optimizer_parts
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, VALUE_GROUP
+from umv2_megatron.training.table_optimizer import keep_second_moments_by_row
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,26 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_grou
     optimizer = get_megatron_optimizer(
         config, chunks, config_overrides=overrides, use_gloo_process_groups=use_gloo_groups
     )
+    if config.use_precision_aware_optimizer:
+        for part in optimizer_parts(optimizer):
+            part.init_state_fn = initialize_precise_state
+    if run.has_memory and run.memory.value_second_moment == "row":
+        keep_second_moments_by_row(optimizer, run)
     fuse_updates(optimizer)
     return optimizer
+
+
+def initialize_precise_state(fused_adam: Any, config: Any = None) -> None:
+    """Let Transformer Engine's FusedAdam make the state of before its first step, for saving and loading.
+
+    mcore's own function leaves out an argument that FusedAdam asks for since version 2.1.
+    """
+    told = {"store_param_remainders": False}
+    wanted = inspect.signature(fused_adam.initialize_state).parameters
+    for group in fused_adam.param_groups:
+        for parameter in group["params"]:
+            if not fused_adam.state[parameter]:
+                fused_adam.initialize_state(parameter, **{key: told[key] for key in told if key in wanted})
 
 
 def fuse_updates(optimizer: MegatronOptimizer) -> None:
@@ -258,7 +279,8 @@ def _squared_norms(optimizer: MegatronOptimizer) -> torch.Tensor:
     for gradients, part in groups:
         square = optimizer.get_loss_scale().new_zeros(1, dtype=torch.float32)
         if gradients:
-            square += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).square()
+            norms = torch._foreach_norm(gradients, dtype=torch.float32)
+            square += torch.linalg.vector_norm(torch.stack(norms)).square()
         torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
         found.append(square)
     return torch.cat(found)

@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,6 +30,7 @@ OTHER_DEFAULTS = {
     "add_bias_linear", "transformer_impl", "lr", "weight_decay", "adam_beta2", "grad_reduce_in_fp32",
     "moe_token_dispatcher_type", "init_method_std", *AUTOMATIC,
 }  # fmt: skip
+DTYPES: dict[typing.Any, str] = {torch.float32: "fp32"}
 MEGATRON_LM = (Path(__file__).parent / "megatron_lm_flags.txt").read_text(encoding="utf-8").split()
 
 
@@ -40,7 +42,7 @@ def test_fields_are_those_of_mcore(ours: type, theirs: type) -> None:
     for field in dataclasses.fields(ours):
         assert field.name in known, f"{theirs.__name__} has no {field.name}"
         default = known[field.name].default
-        default = default.name if isinstance(default, enum.Enum) else default
+        default = default.name if isinstance(default, enum.Enum) else DTYPES.get(default, default)
         if default is dataclasses.MISSING or default != field.default:
             others.add(field.name)
         assert _kinds(hints[field.name]) <= _kinds(wanted[field.name]), field.name
@@ -61,7 +63,7 @@ def _kinds(hint: typing.Any) -> set[typing.Any]:
     inner = typing.get_args(hint)
     if inner:
         return set().union(*map(_kinds, inner)) - {type(None)}
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if hint is torch.dtype or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
         return {str}
     return {hint}
 

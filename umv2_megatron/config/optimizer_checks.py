@@ -1,0 +1,37 @@
+"""What the settings of the optimizer's state must satisfy; called by ``checks.py``."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import refuse
+
+
+def check_optimizer(run: RunConfig, *, for_training: bool) -> None:
+    """State in other dtypes than float32 (mcore's precision-aware optimizer): where it can run, and with what."""
+    if not run.use_precision_aware_optimizer:
+        return
+    if run.has_memory and run.memory.value_second_moment == "row":
+        refuse(
+            "memory-value-second-moment",
+            "row",
+            "full with --use-precision-aware-optimizer, whose optimizer has a second moment for each element",
+        )
+    if run.fp8 and run.fp8_recipe != "delayed":
+        refuse(
+            "fp8-recipe",
+            run.fp8_recipe,
+            "delayed with --use-precision-aware-optimizer: checkpoints cannot hold the state that megatron-core makes "
+            "with others",
+        )
+    if run.grad_reduce_in_fp32 is (run.main_grads_dtype == "bf16"):
+        expected = "fp32 with" if run.grad_reduce_in_fp32 else "bf16 with --use-precision-aware-optimizer and --no-"
+        flag = " --" if run.grad_reduce_in_fp32 else ""
+        refuse("main-grads-dtype", run.main_grads_dtype, f"{expected}{flag}accumulate-allreduce-grads-in-fp32")
+    if for_training and importlib.util.find_spec("transformer_engine") is None:
+        refuse(
+            "use-precision-aware-optimizer",
+            "on",
+            "off, or a machine with Transformer Engine (requirements-gpu.txt), whose FusedAdam it is",
+        )
