@@ -257,8 +257,8 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
         (["--ffn-variant", "dense", "--memory-topk", "8"], 1, ["--memory-topk is 8", "--ffn-variant dense"]),
         (["--optimizer-cpu-offload"], 1, ["--optimizer-cpu-offload of Megatron-LM", "--use-distributed-optimizer"]),
         pytest.param(
-            ["--use-precision-aware-optimizer", "--use-distributed-optimizer"], 1,
-            ["--use-precision-aware-optimizer of Megatron-LM", "float32"],
+            ["--use-precision-aware-optimizer", "--use-distributed-optimizer", "--bf16"], 1,
+            ["--use-precision-aware-optimizer is on", "Transformer Engine"],
             marks=pytest.mark.skipif(bool(importlib.util.find_spec("transformer_engine")), reason="it is installed"),
         ),
     ],
