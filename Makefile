@@ -15,7 +15,7 @@ help:
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-flags  every flag of the training program on a tiny model (about a minute)"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 8 minutes each)"
+	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 12 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
 	@echo "make bench      benchmarks of this machine, into docs/performance.md (under 15 minutes)"

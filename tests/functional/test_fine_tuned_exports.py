@@ -58,7 +58,7 @@ def logits(folder: Path, batch: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("tune", [by_hand, by_trainer])
 def test_fine_tuned_exports_become_checkpoints(name: str, tune: Any, tmp_path: Path) -> None:
     if tune is by_trainer and importlib.util.find_spec("accelerate") is None:
-        pytest.skip("accelerate is not installed (requirements-serve.txt): transformers' Trainer needs it")
+        pytest.skip("accelerate is not installed (requirements-hf-tools.txt): transformers' Trainer needs it")
     save = saved(tmp_path, make_vocab_size_divisible_by=1, **MODELS[name])
     first = forked(to_hf, save, tmp_path / "first")
     model = UMv2ForCausalLM.from_pretrained(first)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from umv2_megatron.checkpoint.store import METADATA_FILE
+from umv2_megatron.evaluation.local_export import MEMORY_TABLES
 from umv2_megatron.training.tool_entry import read_text, run_tool
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokenizer-model", help="the tokenizer's file, where it is no longer where training found it")
     made.add_argument(
         "--memory-tables",
-        choices=("device", "cpu", "mmap", "device-int8", "cpu-int8"),
+        choices=MEMORY_TABLES,
         help="of an export: where value tables stay; mmap reads the picked rows from the files (default: device)",
     )
     made.add_argument("--prompt", action="append", help="text to continue; may be given several times")

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from umv2_megatron.config.data_config import TOKENIZER_TYPES
+from umv2_megatron.evaluation.local_export import MEMORY_TABLES
 from umv2_megatron.evaluation.tasks import fact_recall, mixture
 from umv2_megatron.evaluation.tasks.base import FORMS
 
@@ -39,7 +40,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--dtype", choices=DTYPES, help="of --hf-model (default: float32)")
     group.add_argument(
         "--memory-tables",
-        choices=("device", "cpu", "mmap", "device-int8", "cpu-int8"),
+        choices=MEMORY_TABLES,
         help="of an export of ours: where value tables stay; mmap reads picked rows from the files (default: device)",
     )
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="for --hf-model without tokenizer files")

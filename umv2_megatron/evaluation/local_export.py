@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# As the model has them (hf/tables_umv2.PLACES), which cannot be read without importing torch.
 MEMORY_TABLES = ("device", "cpu", "mmap", "device-int8", "cpu-int8")
 
 

@@ -27,7 +27,7 @@ from umv2_megatron.hf.retrieval_umv2 import UMv2Retrieval  # noqa: E402
 
 needs_accelerate = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None,
-    reason="accelerate is not installed (requirements-serve.txt): transformers needs it for this",
+    reason="accelerate is not installed (requirements-hf-tools.txt): transformers needs it for this",
 )
 WITH_TABLES = [name for name, changes in CONTRACT.items() if "ffn_variant" not in changes]
 

@@ -18,7 +18,7 @@ from umv2_megatron.hf import UMv2ForCausalLM  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None,
-    reason="accelerate is not installed (requirements-serve.txt): transformers' Trainer needs it",
+    reason="accelerate is not installed (requirements-hf-tools.txt): transformers' Trainer needs it",
 )
 QUICK = ("plain", "delayed", "moe")
 every_variant = pytest.mark.parametrize("variant", CONTRACT)

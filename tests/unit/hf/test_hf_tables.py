@@ -272,3 +272,10 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         UMv2ForCausalLM.from_pretrained(folder, memory_tables="mmap", variant="other")
     with pytest.raises(ValueError, match="from_pretrained"):
         UMv2ForCausalLM(tiny_config(), memory_tables="mmap")(tokens(1, 3))
+
+
+def test_the_tools_offer_the_places_that_the_model_has() -> None:
+    from umv2_megatron.evaluation.local_export import MEMORY_TABLES
+    from umv2_megatron.hf.tables_umv2 import PLACES
+
+    assert MEMORY_TABLES == PLACES
