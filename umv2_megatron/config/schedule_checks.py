@@ -27,11 +27,28 @@ def check_schedule(run: RunConfig) -> None:
         refuse("save-interval", training.save_interval, "--save with a directory too")
     if run.data.has_split_paths and run.data.valid_data_path is None and training.eval_iters:
         raise UsageError("--valid-data-path is missing beside --train-data-path; give it, or --eval-iters 0")
+    _check_policies(run)
     start, end = training.profile_step_start, training.profile_step_end
     if training.profile and not 1 <= start < end:
         refuse("profile-step-end", end, f"an iteration after --profile-step-start ({start}), which is 1 or more")
     if whole_numbers(training.profile_ranks) is None:
         refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
+
+
+def _check_policies(run: RunConfig) -> None:
+    """What the settings of steps that are left out need of each other."""
+    training = run.training
+    skips = training.nan_policy == "skip" or training.spike_policy in ("skip", "rewind")
+    if training.max_skipped_iterations != 10 and not skips:
+        expected = "no value without --nan-policy skip, --spike-policy skip or --spike-policy rewind"
+        refuse("max-skipped-iterations", training.max_skipped_iterations, expected)
+    if training.spike_policy == "rewind" and not training.save_interval:
+        refuse("spike-policy", "rewind", "--save and --save-interval too, for checkpoints to go back to")
+    if training.spike_policy != "off" and training.spike_loss_threshold == training.spike_grad_norm_factor == 0:
+        expected = "off, or --spike-loss-threshold or --spike-grad-norm-factor above 0"
+        refuse("spike-policy", training.spike_policy, expected)
+    if 0 < training.spike_grad_norm_factor <= 1:
+        refuse("spike-grad-norm-factor", training.spike_grad_norm_factor, "0, or a number above 1")
 
 
 def _check_interleaving(run: RunConfig) -> None:

@@ -204,14 +204,54 @@ class TrainingConfig:
         "stop",
         "what happens on a NaN or Inf in loss or gradient, before the update",
         choices=("stop", "skip"),
-        read_by="training/loop.py: a loss or gradient that is not finite",
+        read_by="training/step_policies.py: a loss or gradient that is not finite",
     )
     max_skipped_iterations: int = option(
         10,
-        "with --nan-policy skip: stop after this many skipped in a row",
+        "with --nan-policy skip, or --spike-policy skip or rewind: stop after this many skipped in a row",
         at_least=0,
-        needs=("nan_policy=skip",),
-        read_by="training/loop.py: a loss or gradient that is not finite",
+        read_by="training/step_policies.py: a step that is left out",
+    )
+    spike_policy: str = option(
+        "off",
+        "what happens on a spike of loss or gradient norm, before the update: a warning, the step is left out, or the "
+        "run goes back to its last checkpoint and leaves out the samples since",
+        choices=("off", "warn", "skip", "rewind"),
+        read_by="training/step_policies.py: a loss or gradient norm that jumps",
+    )
+    spike_window: int = option(
+        100,
+        "updates whose losses and gradient norms a step is compared with; nothing is judged before there are as many",
+        at_least=2,
+        needs=("spike_policy!=off",),
+        read_by="training/spikes.py: what is a spike",
+    )
+    spike_loss_threshold: float = option(
+        6.0,
+        "a spike is a loss above the window's median by this many standard deviations (1.4826 times the median "
+        "absolute deviation); 0: losses are not looked at",
+        at_least=0,
+        needs=("spike_policy!=off",),
+        read_by="training/spikes.py: what is a spike",
+    )
+    spike_grad_norm_factor: float = option(
+        10.0,
+        "a spike is a gradient norm above this many times the window's median; 0: norms are not looked at",
+        at_least=0,
+        needs=("spike_policy!=off",),
+        read_by="training/spikes.py: what is a spike",
+    )
+    max_rewinds: int = option(
+        3,
+        "with --spike-policy rewind: stop when the run would go back to the same checkpoint more often than this",
+        at_least=0,
+        needs=("spike_policy=rewind",),
+        read_by="training/step_policies.py: a loss or gradient norm that jumps",
+    )
+    iterations_to_skip: Optional[list[int]] = option(
+        None,
+        "iterations, as the log numbers them, whose samples are read and left out",
+        at_least=1,
     )
 
     profile: bool = option(

@@ -24,7 +24,11 @@ from umv2_megatron.training.optimizer import ParamScheduler, build_optimizer, bu
 
 @dataclass
 class Progress:
-    """How far a run is; saved with every checkpoint. Counts are totals since the run's first step."""
+    """How far a run is; saved with every checkpoint. Counts are totals since the run's first step.
+
+    Samples are numbered in the order of the training set. ``left_out``: ranges [first, end) of those that are in no
+    update of the weights. The windows hold losses and gradient norms of the last updates, with --spike-policy.
+    """
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -33,6 +37,14 @@ class Progress:
     skipped_in_a_row: int = 0
     interval_loss_sum: float = 0.0
     interval_steps: int = 0
+    spikes: int = 0
+    rewinds: int = 0
+    rewound_to: int = -1
+    rewinds_to_same: int = 0
+    undone_iterations: int = 0
+    left_out: list[list[int]] = field(default_factory=list)
+    window_losses: list[float] = field(default_factory=list)
+    window_grad_norms: list[float] = field(default_factory=list)
 
 
 @dataclass

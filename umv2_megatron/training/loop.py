@@ -10,11 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from umv2_megatron.checkpoint.save_load import gathered_parameters
+from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.config.usage import TrainingStopped
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import health
@@ -23,7 +21,8 @@ from umv2_megatron.training.optimizer import StepResult
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
 from umv2_megatron.training.signals import StopRequests
-from umv2_megatron.training.step import evaluate, non_finite_parameters, refresh_singular_vectors, train_step
+from umv2_megatron.training.step import evaluate, refresh_singular_vectors, train_step
+from umv2_megatron.training.step_policies import StepPolicies
 
 
 class Trainer:
@@ -37,6 +36,7 @@ class Trainer:
         reporter: where numbers go.
         save: publishes a checkpoint of the present state.
         vocab_size: entries of the tokenizer, for the throughput.
+        store: the checkpoints that ``save`` writes, to which --spike-policy rewind goes back.
         started_at: ``time.monotonic()`` in seconds when the program started, for --exit-duration-in-mins.
     """
 
@@ -50,6 +50,7 @@ class Trainer:
         save: Callable[[], None] | None,
         vocab_size: int,
         started_at: float,
+        store: CheckpointStore | None = None,
     ):
         self.run = run
         self.state = state
@@ -57,6 +58,7 @@ class Trainer:
         self.make_eval_iterator = make_eval_iterator
         self.reporter = reporter
         self.save = save
+        self.policies = StepPolicies(run, state, reporter, store)
         self.last_iteration = run.last_iteration(state.progress.iteration, state.progress.consumed_samples)
         self.stop_requests = StopRequests(
             run.training.exit_signal_handler, run.training.exit_duration_in_mins, started_at
@@ -70,7 +72,7 @@ class Trainer:
         and nobody has asked to stop.
 
         SIGTERM and SIGUSR1 are requests while this runs; before and after, when nothing is to save, they end the rank.
-        Raises ``TrainingStopped`` on a NaN or Inf (see --nan-policy); the failed step is neither applied nor saved.
+        Raises ``TrainingStopped`` where --nan-policy or --spike-policy end it; the step is neither applied nor saved.
         """
         run, progress = self.run, self.state.progress
         interval_start, interval_first = time.perf_counter(), progress.iteration
@@ -78,18 +80,7 @@ class Trainer:
             health.start_counting(self.state.chunks)
         with self.stop_requests, StepProfiler(run, progress.iteration, self.state.chunks) as profiler:
             while progress.iteration < self.last_iteration:
-                state = self.state
-                step = train_step(
-                    run,
-                    state.chunks,
-                    state.optimizer,
-                    state.scheduler,
-                    self.train_iterator,
-                    profiler.ranges,
-                    wants_to_stop=lambda: self.stop_requests.wanted,
-                )
-                self.stop_requests.settle(step.stopping)
-                self._count(step)
+                step = self._step(profiler)
                 profiler.step(progress.iteration)
                 if progress.iteration % run.training.log_interval == 0 or progress.iteration == self.last_iteration:
                     cpu_platform.synchronize()
@@ -111,44 +102,31 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _count(self, step: StepResult) -> None:
-        """Advance the progress, or apply the NaN policy to a step that was not applied."""
+    def _step(self, profiler: StepProfiler) -> StepResult | None:
+        """The next step, or None where it is left out by its number; the progress is advanced."""
         progress = self.state.progress
-        if not step.updated:
-            self._handle_skipped(step)
+        step = None
+        if self.policies.skips_next():
+            self.policies.skip_next(self.train_iterator)
+            self.stop_requests.agreed()
         else:
-            progress.skipped_in_a_row = 0
-            progress.interval_loss_sum += step.loss
-            progress.interval_steps += 1
+            step = train_step(
+                self.run,
+                self.state.chunks,
+                self.state.optimizer,
+                self.state.scheduler,
+                self.train_iterator,
+                profiler.ranges,
+                wants_to_stop=lambda: self.stop_requests.wanted,
+                accepts=self.policies.accepts,
+            )
+            self.stop_requests.settle(step.stopping)
+            self.policies.settle(step)
         progress.iteration += 1
         progress.consumed_samples += self.run.global_batch_size
+        return step
 
-    def _handle_skipped(self, step: StepResult) -> None:
-        progress, training = self.state.progress, self.run.training
-        found = non_finite_parameters(self.state.chunks)
-        rank = torch.distributed.get_rank()
-        where = f"; rank {rank}: {', '.join(found[:4])}" + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-        message = (
-            f"iteration {progress.iteration + 1}: loss {step.loss}, gradient norm {step.grad_norm} is not "
-            f"finite{where if found else ''}"
-        )
-        if found:
-            print(f"WARNING: {message}", flush=True)
-        progress.skipped_iterations += 1
-        progress.nan_iterations += 1
-        progress.skipped_in_a_row += 1
-        if training.nan_policy == "stop":
-            raise TrainingStopped(
-                f"{message}; stopped before the update by --nan-policy stop (the checkpoints are "
-                "from before this step); --nan-policy skip leaves such steps out"
-            )
-        if progress.skipped_in_a_row > training.max_skipped_iterations:
-            raise TrainingStopped(
-                f"{message}; more than --max-skipped-iterations {training.max_skipped_iterations} "
-                "steps in a row were skipped"
-            )
-
-    def _report(self, step: StepResult, steps: int, seconds: float) -> None:
+    def _report(self, step: StepResult | None, steps: int, seconds: float) -> None:
         """The console line and the numbers of an interval of ``steps`` steps; its losses are averaged."""
         run, progress, scheduler = self.run, self.state.progress, self.state.scheduler
         loss = progress.interval_loss_sum / progress.interval_steps if progress.interval_steps else None
@@ -172,8 +150,8 @@ class Trainer:
                     "batch_size": run.global_batch_size,
                     "loss": loss,
                     "loss_scale": loss_scale,
-                    "grad_norm": step.grad_norm,
-                    "num_zeros": step.num_zeros,
+                    "grad_norm": step.grad_norm if step else None,
+                    "num_zeros": step.num_zeros if step else None,
                     "params_norm": norm,
                     "skipped": progress.skipped_iterations - self._told_skipped,
                     "nan": progress.nan_iterations - self._told_nan,
@@ -193,12 +171,12 @@ class Trainer:
                 "learning-rate": scheduler.dense_lr,
                 "value-learning-rate": scheduler.value_lr,
                 "batch-size": run.global_batch_size,
-                "grad-norm": step.grad_norm,
+                "grad-norm": step.grad_norm if step else None,
                 "params-norm": norm,
                 "throughput": tflops,
                 "iteration-time": seconds,
                 "consumed-samples": progress.consumed_samples,
-                "num-zeros": step.num_zeros,
+                "num-zeros": step.num_zeros if step else None,
                 "memory-gib": device_memory_gib() if run.training.log_memory_to_tensorboard else None,
             },
         )

@@ -218,7 +218,7 @@ class StepResult:
     """What an optimizer step did.
 
     ``loss``: what it was told, on the host; ``grad_norm``: of all gradients, before clipping; ``stopping``: whether any
-    rank wants the run to stop.
+    rank wants the run to stop; ``finite``: whether loss and gradients of all ranks are.
     """
 
     updated: bool
@@ -226,13 +226,18 @@ class StepResult:
     grad_norm: float
     num_zeros: int | None
     stopping: bool
+    finite: bool = True
 
 
 @torch.no_grad()
 def guarded_step(
-    optimizer: MegatronOptimizer, loss: torch.Tensor, wants_to_stop: Callable[[], bool] = lambda: False
+    optimizer: MegatronOptimizer,
+    loss: torch.Tensor,
+    wants_to_stop: Callable[[], bool] = lambda: False,
+    accepts: Callable[[float, float], bool] = lambda loss, grad_norm: True,
 ) -> StepResult:
-    """One optimizer step that looks before it leaps: nothing is updated when a loss or gradient is not finite.
+    """One optimizer step that looks before it leaps: nothing is updated when a loss or gradient is not finite, or when
+    ``accepts`` says so.
 
     Does what mcore's ``ChainedOptimizer.step`` does (unscale, global norm, clip, update), with the check between the
     norm and the update. All ranks come to the same decision. The host waits for the device once, in ``tolist``.
@@ -240,15 +245,22 @@ def guarded_step(
     Args:
         loss: scalar on the device, the same on all ranks.
         wants_to_stop: says whether this rank asks the run to stop; the ranks agree on it by the same exchange.
+        accepts: of a finite loss and gradient norm, whether the update may be made. All ranks ask with the same two
+            numbers, the largest that any rank has, so that they decide alike.
     """
     overflow = optimizer.prepare_grads()
     norms = _squared_norms(optimizer)
     finite = torch.isfinite(torch.stack([loss.to(norms), norms.sum()])).all() & (not overflow)
-    agreed = torch.stack([finite, torch.full_like(finite, not wants_to_stop())]).to(norms)  # as numbers, for nccl
+    flags = torch.stack([finite, torch.full_like(finite, not wants_to_stop())]).to(norms)  # as numbers, for nccl
+    # the largest loss and norm of all ranks as smallest negative ones
+    agreed = torch.cat([flags, -loss.to(norms).view(1), -norms.sum().view(1)])
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
-    loss_here, may_update, goes_on, *squares = torch.cat([loss.to(norms).view(1), agreed, norms]).tolist()
+    found = torch.cat([loss.to(norms).view(1), agreed, norms]).tolist()
+    loss_here, all_finite, goes_on, largest_loss, largest_square, *squares = found
     grad_norm = math.sqrt(sum(squares))
-    if not may_update:
+    if not all_finite:
+        return StepResult(False, loss_here, grad_norm, None, not goes_on, finite=False)
+    if not accepts(abs(largest_loss), math.sqrt(abs(largest_square))):
         return StepResult(False, loss_here, grad_norm, None, not goes_on)
     for part in optimizer.chained_optimizers:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()

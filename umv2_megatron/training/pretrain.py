@@ -37,10 +37,11 @@ from umv2_megatron.training.initialize import (
     start_processes,
     told_backend,
 )
+from umv2_megatron.training.load_state import load_state
 from umv2_megatron.training.loop import Trainer
 from umv2_megatron.training.reporting import Reporter
 from umv2_megatron.training.resume import Source, check_same_run, check_vocabulary, find_source
-from umv2_megatron.training.step import connect, refresh_singular_vectors
+from umv2_megatron.training.step import connect
 
 
 def pretrain(run: RunConfig) -> int:
@@ -80,6 +81,7 @@ def pretrain(run: RunConfig) -> int:
             save,
             tokenizer.vocab_size,
             started_at,
+            store,
         )
         if run.training.skip_train:
             trainer.evaluate()
@@ -176,23 +178,14 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any], voca
     finetune = training.finetune and not source.continues
     _refuse_another_run(run, source, None if finetune else identity, vocab_size)
     load_optim = not training.skip_train and (source.continues or not (training.no_load_optim or finetune))
-    # what the flags say of each group: a decoupled learning rate is that of its own group
-    taken = ("max_lr", "min_lr", "betas", "eps")
-    given = [{key: group[key] for key in taken if key in group} for group in state.optimizer.param_groups]
-    loaded = save_load.load_checkpoint(
+    loaded = load_state(
+        run,
+        state,
         CheckpointStore(source.directory),
-        state.chunks,
-        state.optimizer,
-        state.scheduler,
-        ckpt_step=source.ckpt_step,
+        source.ckpt_step,
         load_optim=load_optim,
         load_rng=source.continues or not (training.no_load_rng or finetune),
     )
-    refresh_singular_vectors(state.chunks)
-    if training.override_opt_param_scheduler:
-        for group, own in zip(state.optimizer.param_groups, given):
-            group.update(own)
-        state.scheduler.step(0)
     if not finetune:
         known = {field.name for field in dataclasses.fields(Progress)}
         state.progress = Progress(**{key: value for key, value in loaded.extra_state.items() if key in known})

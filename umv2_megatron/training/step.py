@@ -97,11 +97,12 @@ def train_step(
     iterator: Any,
     ranges: NoRanges = NO_RANGES,
     wants_to_stop: Callable[[], bool] = lambda: False,
+    accepts: Callable[[float, float], bool] = lambda loss, grad_norm: True,
 ) -> StepResult:
     """Gradients of one global batch, the check, and the update; ``ranges`` is told what begins and ends.
 
-    The result's loss is in nats per token, the mean over the global batch, the same on every rank. ``wants_to_stop``:
-    as in ``guarded_step``.
+    The result's loss is in nats per token, the mean over the global batch, the same on every rank. ``wants_to_stop``,
+    ``accepts``: as in ``guarded_step``.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -113,7 +114,7 @@ def train_step(
             refresh_singular_vectors(chunks)
     loss = _mean_loss(_run_schedule(run, chunks, iterator, forward_only=False, ranges=ranges))
     with ranges("optimizer"):
-        result = guarded_step(optimizer, loss, wants_to_stop)
+        result = guarded_step(optimizer, loss, wants_to_stop, accepts)
     if result.updated:
         scheduler.step(increment=run.global_batch_size)
     return result

@@ -1,0 +1,73 @@
+"""A checkpoint into the training state: at the start of a run, and when it goes back to an earlier one."""
+
+from __future__ import annotations
+
+import torch
+
+from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.training.initialize import TrainingState
+from umv2_megatron.training.step import refresh_singular_vectors
+
+
+def load_state(
+    run: RunConfig,
+    state: TrainingState,
+    store: CheckpointStore,
+    ckpt_step: int | None,
+    *,
+    load_optim: bool = True,
+    load_rng: bool = True,
+) -> save_load.LoadedCheckpoint:
+    """Weights, optimizer, schedule and random states of a checkpoint; the progress is the caller's. A collective.
+
+    See ``save_load.load_checkpoint`` for the arguments and errors. With --override-opt-param-scheduler the groups keep
+    what the flags say of them.
+    """
+    # what the flags say of each group: a decoupled learning rate is that of its own group
+    taken = ("max_lr", "min_lr", "betas", "eps")
+    given = [{key: group[key] for key in taken if key in group} for group in state.optimizer.param_groups]
+    with save_load.gathered_parameters(state.chunks):
+        loaded = save_load.load_checkpoint(
+            store,
+            state.chunks,
+            state.optimizer,
+            state.scheduler,
+            ckpt_step=ckpt_step,
+            load_optim=load_optim,
+            load_rng=load_rng,
+        )
+        refresh_singular_vectors(state.chunks)
+    if run.training.override_opt_param_scheduler:
+        for group, own in zip(state.optimizer.param_groups, given):
+            group.update(own)
+        state.scheduler.step(0)
+    return loaded
+
+
+def checkpoint_before(store: CheckpointStore, iteration: int, save_interval: int) -> int | None:
+    """The newest valid checkpoint of at most ``iteration``, the same on all ranks; None where there is none.
+
+    One that --save-interval has written, if there is any: where a stop or an exit saved in between depends on how often
+    a run was interrupted, and an interrupted run is to do the same as another. A collective; rank 0 reads the files.
+    """
+    found: list[int | None] = [None]
+
+    def look() -> None:
+        if torch.distributed.get_rank() != 0:
+            return
+        there = [each for each in store.iterations() if each <= iteration]
+        for each in sorted(there, key=lambda each: (each % save_interval == 0, each), reverse=True):
+            try:
+                store.verify(each)
+            except CheckpointError as error:
+                store.warn(f"checkpoint {each} cannot be used: {error}")
+                continue
+            found[0] = each
+            return
+
+    save_load.attempt("finding a checkpoint to go back to", look)
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
