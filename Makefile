@@ -7,7 +7,7 @@ TRITON_READY := $(VENV)/.triton-ready
 SERVE_READY := $(VENV)/.serve-ready
 HF_TOOLS_READY := $(VENV)/.hf-tools-ready
 
-.PHONY: demo compare flags-page test test-flags test-slow test-other-cpus test-gpu layouts bench lint clean help
+.PHONY: demo compare flags-page fuzz test test-flags test-slow test-other-cpus test-gpu layouts bench lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-flags  every flag of the training program on a tiny model (about a minute)"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make fuzz       many damaged files and drawn command lines: a sentence and a non-zero exit, or success (about 20 minutes)"
 	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 12 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
@@ -68,6 +69,11 @@ test-flags: $(READY)
 
 test-slow: $(READY) $(HF_TOOLS_READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow" --timeout 1800
+
+# FUZZ_EXAMPLES inputs for each test, new ones in every run.
+FUZZ_EXAMPLES ?= 500
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --timeout 3600 tests/fuzz
 
 # ATen, oneDNN and MKL choose their kernels by the CPU; these settings make them choose those of another.
 AS_BASELINE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 UMV2_CPU_ARCH=x86-64

@@ -22,7 +22,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tiny_gpt import Layout
 
 from umv2_megatron.checkpoint import manifest, save_load, torch_dist_io
-from umv2_megatron.checkpoint.save_load import load_checkpoint, read_config, save_checkpoint, weights_digest
+from umv2_megatron.checkpoint.save_load import load_checkpoint, save_checkpoint, weights_digest
+from umv2_megatron.checkpoint.saved_config import read_config
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.parallel import groups

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint import saved_config
 from umv2_megatron.checkpoint.optimizer_state import is_main_param
 from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore, NoCheckpointError
 from umv2_megatron.checkpoint.torch_dist_io import (
@@ -132,10 +132,8 @@ def _saved_by(store: CheckpointStore, iteration: int) -> dict[str, Any]:
         common = SafeCommonLoad().load_common(store.path(iteration))
     except OSError as error:
         raise CheckpointError(f"{error.filename or store.path(iteration)} cannot be read: {error.strerror}") from error
-    config = save_load.read_config(store, iteration)
-    values = config.get("values", {})
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{store.path(iteration) / save_load.CONFIG_FILE}: values is no mapping of settings")
+    config = saved_config.read_config(store, iteration)
+    values = config["values"]
     metadata = load_content_metadata(preloaded_state_dict=common) or {}
     layout = common.get("layout", {})
     found = {"ranks" if name == "world" else f"{name} parallel": size for name, size in layout.items()}

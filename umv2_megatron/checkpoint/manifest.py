@@ -144,7 +144,9 @@ def _read_manifest(directory: Path, iteration: int) -> Manifest:
             )
         files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in content["files"].items()}
         manifest = Manifest(iteration, int(content["num_keys"]), int(content["tensor_bytes"]), files)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a checkpoint manifest: {error!r}") from error
     for name in files:
         check_relative_path(name, path)

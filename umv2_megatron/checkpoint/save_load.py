@@ -39,6 +39,7 @@ from umv2_megatron.checkpoint.optimizer_state import (
     main_param_name,
     merge_groups,
 )
+from umv2_megatron.checkpoint.saved_config import CONFIG_FILE
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import (
     InProcessSave,
@@ -55,7 +56,6 @@ from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.parallel import cpu_platform
 
-CONFIG_FILE = "config.json"
 _RNG_KEY = "rng_state"
 
 
@@ -290,15 +290,6 @@ class _SavedOptimizer:
             self._state.restore(groups_of_mcore(self._common["optimizer"]))
         else:
             raise CheckpointError(f"{self._path} holds no optimizer state: give --no-load-optim")
-
-
-def read_config(store: CheckpointStore, iteration: int) -> dict[str, Any]:
-    """config.json of a published checkpoint. Needs no process group. Raises CheckpointError when there is none."""
-    path = store.path(iteration) / CONFIG_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable configuration: {error}") from error
 
 
 # ---------------------------------------------------------------------- states

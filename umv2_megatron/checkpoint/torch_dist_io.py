@@ -28,6 +28,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from umv2_megatron.checkpoint.fp8_state import from_plain, to_plain
+from umv2_megatron.checkpoint.metadata_structure import structure_fault
 from umv2_megatron.checkpoint.store import METADATA_FILE
 from umv2_megatron.durable_files import CheckpointError, check_relative_path
 
@@ -72,8 +73,9 @@ def read_metadata_safely(directory: Path) -> Metadata:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{path} is not the metadata of a torch_dist checkpoint: {error}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} is not the metadata of a torch_dist checkpoint")
+    fault = structure_fault(metadata)
+    if fault:
+        raise CheckpointError(f"{path} is not the metadata of a torch_dist checkpoint: {fault}")
     needed: dict[str, int] = {}
     for info in metadata.storage_data.values():
         name = str(info.relative_path)
@@ -215,6 +217,11 @@ def _load_plain(source: Any, name: str) -> Any:
         match = re.search(r"GLOBAL (\S+)", str(error))
         held = f"holds {match[1]}, which is not plain data" if match else "is damaged"
         raise CheckpointError(f"{name} {held}: do not use this checkpoint") from error
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive or pickle can raise nearly anything
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(f"{name} is damaged ({text}): do not use this checkpoint") from error
 
 
 class _SafeLoadPlanner(mcore_torch.MCoreLoadPlanner):
@@ -228,7 +235,10 @@ class SafeCommonLoad(TorchCommonLoadStrategy):
 
     def load_common(self, checkpoint_dir: str | Path) -> StateDict:
         path = os.path.join(checkpoint_dir, COMMON_STATE_FNAME)
-        return _load_plain(path, path)
+        common = _load_plain(path, path)
+        if not isinstance(common, dict):
+            raise CheckpointError(f"{path} holds no mapping: do not use this checkpoint")
+        return common
 
 
 class SafeLoad(mcore_torch.TorchDistLoadShardedStrategy):

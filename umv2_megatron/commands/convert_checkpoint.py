@@ -80,7 +80,7 @@ def check_verify_flags(arguments: argparse.Namespace) -> None:
 def verify(arguments: argparse.Namespace) -> None:
     """Compare weights and logits; exit code 1 where they differ."""
     from umv2_megatron.checkpoint.contents import locate
-    from umv2_megatron.checkpoint.save_load import read_config
+    from umv2_megatron.checkpoint.saved_config import read_config
     from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
 
     store, iteration = locate(arguments.load, arguments.ckpt_step)

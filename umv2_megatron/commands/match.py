@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         given, rest = build_parser().parse_known_args(argv)
         found, left_out = _match(given, rest)
     except ValueError as error:
-        print(f"{program_name()}: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 2
     figures = {
         "source": _figures(found.source), "found": _figures(found.found),

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         figures = plan(argv)
     except ValueError as error:
-        print(f"plan.py: {error}", file=sys.stderr)
+        print(f"{program_name()}: error: {error}", file=sys.stderr)
         return 2
     if "--json" in argv:
         print(json.dumps(figures, indent=2))

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from umv2_megatron import __version__
-from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint import saved_config
 from umv2_megatron.checkpoint.save_lock import SaveLock
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import count_written
@@ -201,7 +201,7 @@ def _write_common(work: Path, values: dict[str, Any], dtype: torch.dtype, export
         "tokenizer_vocab_size": values["vocab_size"],
         "padded_vocab_size": values["vocab_size"],
     }
-    write_json(work / save_load.CONFIG_FILE, config)
+    write_json(work / saved_config.CONFIG_FILE, config)
     layout = {"world": 1, "tensor": 1, "pipeline": 1, "virtual pipeline": 1, "context": 1, "memory": 1}
     common = {
         "iteration": ITERATION,

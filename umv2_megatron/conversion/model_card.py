@@ -63,7 +63,7 @@ def write_card(directory: Path, config: dict[str, Any], training: Training, lice
     """Write ``README.md`` of the export in ``directory``, whose other files are there.
 
     Args:
-        config: the checkpoint's configuration, as ``save_load.read_config`` gives it.
+        config: the checkpoint's configuration, as ``saved_config.read_config`` gives it.
         licence: identifier of the Hub, such as "apache-2.0"; None says that none has been chosen.
         dtype: of the weights.
     """

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from umv2_megatron import __version__
-from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint import saved_config
 from umv2_megatron.checkpoint.manifest import Manifest
 from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import is_extra_state, is_optimizer_state
@@ -116,7 +116,7 @@ def open_source(
     ``dtype`` is the export's, None that of the checkpoint. ``chunk_rows`` are the rows of a chunk of a table; None
     gives those that fit into ``max_bytes``, or with 0 whole tables. Raises as ``export_checkpoint`` does.
     """
-    config = save_load.read_config(store, iteration)
+    config = saved_config.read_config(store, iteration)
     refuse_unsupported(config)
     values, directory = config["values"], store.path(iteration)
     stored = torch.bfloat16 if values["bf16"] else torch.float32

@@ -205,13 +205,23 @@ def read_tokens(prefix: str, index: Optional[Index] = None) -> np.ndarray:
 
 
 def read_meta(prefix: str) -> Optional[dict[str, Any]]:
-    """The sidecar of a corpus, or None when it has none (a corpus made by Megatron-LM) or one of other tokens."""
+    """The sidecar of a corpus, or None when it has none (a corpus made by Megatron-LM) or one of other tokens.
+
+    Raises ``ValueError`` naming the file when it is about these tokens, but its entries are not what was written.
+    """
     try:
         meta = json.loads(Path(prefix + ".meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     size = os.path.getsize(prefix + ".bin") if os.path.exists(prefix + ".bin") else -1
-    return meta if isinstance(meta, dict) and meta.get("bin_bytes") == size else None
+    if not isinstance(meta, dict) or meta.get("bin_bytes") != size:
+        return None
+    for key, kind, missing in (("tokenizer", dict, {}), ("max_token_id", int, 0)):
+        if not isinstance(meta.get(key, missing), kind):
+            raise ValueError(
+                f"{prefix}.meta.json has {key} {meta[key]!r}: it is damaged; preprocess the corpus again, or delete it"
+            )
+    return meta
 
 
 def check_corpus(prefix: str, vocab_size: int, tokenizer_sha256: Optional[str] = None) -> Index:
@@ -260,7 +270,7 @@ def _check_offsets(prefix: str, index: Index) -> None:
             f"{prefix}.bin has {size} bytes where {prefix}.idx describes {end}: preprocess the corpus again"
         )
     documents = index.documents
-    if documents[0] != 0 or documents[-1] != len(index.lengths):
+    if not len(documents) or documents[0] != 0 or documents[-1] != len(index.lengths):
         raise ValueError(f"{prefix}.idx does not cover its sequences with documents: preprocess the corpus again")
 
 

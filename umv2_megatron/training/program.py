@@ -45,11 +45,16 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) ->
     sys.exit(0)
 
 
+def told_in_one_line(error: Exception) -> bool:
+    """Whether ``error`` is a mistake of the user or a failure of the machine, whose message says all."""
+    return isinstance(error, (ValueError, OSError, CheckpointError, TrainingStopped))
+
+
 def _failed(error: Exception, argv: list[str], name: str) -> int:
     """Print what ``error`` means to the user and tell the other ranks; returns the exit code."""
     usage = isinstance(error, UsageError)
     collective = _explain(error)
-    known = collective is not None or isinstance(error, (ValueError, OSError, CheckpointError, TrainingStopped))
+    known = collective is not None or told_in_one_line(error)
     if "--debug" in argv or not known:
         traceback.print_exc()
     text = " ".join((str(error) if collective is None else collective).split())

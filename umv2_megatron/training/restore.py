@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint import save_load, saved_config
 from umv2_megatron.checkpoint.contents import locate
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE
@@ -62,7 +62,7 @@ def restore_model(
     if (store.root / METADATA_FILE).exists():  # one checkpoint's own directory
         store, ckpt_step = locate(directory, ckpt_step)
     iteration = store.resolve(ckpt_step)
-    saved = save_load.read_config(store, iteration)
+    saved = saved_config.read_config(store, iteration)
     values, layout = saved["values"], layout or {}
     known = {**model_values(values), **{key: values[key] for key in TAKEN if key in values}}
     if tokenizer_model is not None:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint import saved_config
 from umv2_megatron.checkpoint.manifest import Manifest
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
 from umv2_megatron.config.resolve import model_values
@@ -107,10 +107,10 @@ class _ConfigStore(CheckpointStore):
 
     def verify(self, iteration: int, *, hashes: bool = True) -> Manifest:
         manifest = super().verify(iteration, hashes=False)
-        path = self.path(iteration) / save_load.CONFIG_FILE
-        if hashes and save_load.CONFIG_FILE in manifest.files:
+        path = self.path(iteration) / saved_config.CONFIG_FILE
+        if hashes and saved_config.CONFIG_FILE in manifest.files:
             try:
-                actual, expected = sha256_of(path), manifest.files[save_load.CONFIG_FILE][1]
+                actual, expected = sha256_of(path), manifest.files[saved_config.CONFIG_FILE][1]
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             if actual != expected:
@@ -128,7 +128,7 @@ def checkpoint_values(training: TrainingConfig) -> tuple[str, dict[str, Any]] | 
     if source is None:
         return None
     store = _ConfigStore(source.directory)
-    return source.directory, save_load.read_config(store, store.resolve(source.ckpt_step))["values"]
+    return source.directory, saved_config.read_config(store, store.resolve(source.ckpt_step))["values"]
 
 
 def check_vocabulary(source: Source, vocab_size: int) -> None:
@@ -137,7 +137,7 @@ def check_vocabulary(source: Source, vocab_size: int) -> None:
     Rows that only pad a vocabulary may differ; the tokens' own would be lost, or be new and untrained.
     """
     store = _ConfigStore(source.directory)
-    old = save_load.read_config(store, store.resolve(source.ckpt_step)).get("tokenizer_vocab_size", vocab_size)
+    old = saved_config.read_config(store, store.resolve(source.ckpt_step)).get("tokenizer_vocab_size", vocab_size)
     if old != vocab_size:
         raise UsageError(
             f"the checkpoint in {source.directory} has a vocabulary of {old} tokens, this run's tokenizer one of "
@@ -152,7 +152,7 @@ def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]
     ``data_identity`` is that of the data that ``run`` would read (``datasets.data_identity``).
     """
     store = CheckpointStore(source.directory)
-    config = save_load.read_config(store, store.resolve(source.ckpt_step))
+    config = saved_config.read_config(store, store.resolve(source.ckpt_step))
     saved = config["values"]
     _check_schedule(run, saved, source)
     if not run.training.allow_config_change:
