@@ -5,7 +5,7 @@ A pickle sets the attributes of allowed classes to whatever it holds; a damaged 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -65,5 +65,5 @@ def _is_chunk(chunk: Any, size: torch.Size) -> bool:
     return all(start + length <= whole for start, length, whole in zip(offsets, sizes, size))
 
 
-def _is_shape(found: Any) -> bool:
+def _is_shape(found: Any) -> TypeGuard[torch.Size]:
     return isinstance(found, torch.Size) and all(type(number) is int and number >= 0 for number in found)
