@@ -103,26 +103,35 @@ def state_differences(changes: dict[str, Any]) -> list[str]:
 
 def held_bytes(state: Any) -> dict[str, int]:
     """Bytes of this rank's weights, gradients, optimizer state and buffers, each storage once."""
+    from umv2_megatron.memory.host_adam import HostAdam, HostRowAdam
     from umv2_megatron.model.builder import unwrap
 
     weights = {each.untyped_storage().data_ptr(): each for chunk in state.chunks for each in chunk.parameters()}
     buffers = [each for chunk in state.chunks for each in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     kept: dict[int, torch.Tensor] = {}
+    on_host: dict[int, torch.Tensor] = {}
     for part in state.optimizer.chained_optimizers:
         if getattr(part, "optimizer", None) is None:
             continue
         tensors = [each for group in part.optimizer.param_groups for each in group["params"]]
         for moments in part.optimizer.state.values():
             tensors += [each for each in moments.values() if torch.is_tensor(each) and each.dim() > 0]
+        offloaded = isinstance(part.optimizer, (HostAdam, HostRowAdam))
+        if offloaded:
+            assert all(each.untyped_storage().nbytes() == 4 or each.untyped_storage().data_ptr() in weights
+                       for group in part.optimizer.param_groups for each in group["params"])
+            tensors = [each for moments in part.optimizer.state.values() for each in moments.values()]
+            tensors += [table.main for table in part.optimizer.tables.values() if table.main is not None]
         for each in tensors:
             if each.untyped_storage().data_ptr() not in weights:
-                kept[id(each)] = each
+                (on_host if offloaded else kept)[id(each)] = each
     layers = [buffer for chunk in state.chunks for name, buffer in unwrap(chunk).named_buffers() if ".memory." in name]
     return {
         "parameters": sum(each.numel() for chunk in state.chunks for each in chunk.parameters()),
         "weights": sum(each.untyped_storage().nbytes() for each in weights.values()),
         "gradients": sum(each.grad_data.untyped_storage().nbytes() for each in buffers),
         "optimizer": sum(each.numel() * each.element_size() for each in kept.values()),
+        "host": sum(each.numel() * each.element_size() for each in on_host.values()),
         "buffers": sum(each.numel() * each.element_size() for each in layers),
     }
 
@@ -150,12 +159,19 @@ STATE_CASES += [
     (3, {**SHARDED, **BY_ROW, "global_batch_size": 3}),
     (4, {**SHARDED, **ROW2, **BY_ROW, "overlap_grad_reduce": True, "bucket_size": 2000}),
 ]
+ON_HOST = {"memory_value_optimizer_offload": True}
+STATE_CASES += [
+    (2, {**SHARDED, **ON_HOST, "bf16": True}),
+    (3, {**SHARDED, **ON_HOST, **BY_ROW, "global_batch_size": 3}),
+]
 RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (1, {"ffn_variant": "peer", **PEER}),
     (1, {"ffn_variant": "pkm", "memory_qk_norm": "query", "memory_num_heads": 3}),
     (1, {"ffn_variant": "ultramem", "bf16": True}),
     (1, BY_ROW),
+    (1, {**BY_ROW, **ON_HOST, "bf16": True}),
+    (2, {**ROW2, **ON_HOST}),
     (4, {**SHARDED, **DIM2, **BY_ROW, "pipeline_model_parallel_size": 2, "bf16": True}),
     (2, {**SHARDED, "bf16": True}),
     (2, {**ROW2, "tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}),

@@ -24,6 +24,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from umv2_megatron.checkpoint.optimizer_shards import pieces, row_pieces
 from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.memory.host_adam import main_weights
 from umv2_megatron.memory.row_adam import ROW_MOMENT, RowAdam, TableRange
 from umv2_megatron.memory.value_table import VALUE_GROUP
 
@@ -180,7 +181,7 @@ def _owned(part: Any) -> Iterator[_Owned]:
         else:
             held = dict(part.optimizer.state[inner])
             if parameter.dtype != torch.float32:
-                held[MAIN_PARAM] = inner
+                held[MAIN_PARAM] = main_weights(part.optimizer, inner)
         tensors = {name: kept.detach().view(-1) for name, kept in held.items() if name != "step"}
         row_moment = tensors.pop(ROW_MOMENT, None)
         assert all(kept.numel() == inner.numel() for kept in tensors.values()), tensors.keys()

@@ -57,6 +57,8 @@ DEVICE_HELP = {
     "--inter-node-bandwidth": "GB/s from a device to other nodes, as reached",
     "--gpus-per-node": "devices in a node",
     "--link-latency-us": "microseconds that a collective takes whatever its size",
+    "--host-bandwidth": "GB/s between a device and the host's memory, in each direction, as reached",
+    "--host-memory-bandwidth": "GB/s of the host's memory for each device, as reached",
 }
 
 
@@ -220,7 +222,7 @@ def _rank(rank: RankBytes, reserve: float) -> dict[str, Any]:
     kept = activations.peak - activations.working
     return {
         "stage": rank.stage, "parameters": state.parameters, "weights": state.weights, "gradients": state.gradients,
-        "optimizer": state.optimizer, "buffers": state.buffers, "activations_kept": kept,
+        "optimizer": state.optimizer, "host": state.host, "buffers": state.buffers, "activations_kept": kept,
         "activations_working": activations.working, "exchange_buffers": activations.exchange,
         "micro_batches_in_flight": activations.in_flight, "all": rank.all, "with_reserve": rank.all + reserve * GIB,
     }

@@ -115,6 +115,11 @@ class MemoryConfig:
         "mean of its squared gradients over the columns",
         choices=("full", "row"),
     )
+    value_optimizer_offload: bool = option(
+        False,
+        "keep moments and float32 main weights of the value tables in host memory and update them there; gradients "
+        "come down and new weights go up in pieces",
+    )
     balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
     tucker_penalty_coeff: float = option(
         0.0, "alpha: weight of the penalty on the cores' later singular values", needs=("memory_scoring=tucker",)

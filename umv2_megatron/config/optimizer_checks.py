@@ -9,9 +9,33 @@ from umv2_megatron.config.usage import refuse
 
 
 def check_optimizer(run: RunConfig, *, for_training: bool) -> None:
-    """State in other dtypes than float32 (mcore's precision-aware optimizer): where it can run, and with what."""
-    if not run.use_precision_aware_optimizer:
+    """State elsewhere than on the device, or in other dtypes than float32: where it can be, and with what."""
+    _check_offload(run)
+    if run.use_precision_aware_optimizer:
+        _check_precise(run, for_training=for_training)
+
+
+def _check_offload(run: RunConfig) -> None:
+    """State of the value tables in host memory."""
+    if not run.has_memory or not run.memory.value_optimizer_offload:
         return
+    if run.use_precision_aware_optimizer:
+        refuse(
+            "memory-value-optimizer-offload",
+            "on",
+            "off with --use-precision-aware-optimizer, whose state is inside Transformer Engine's FusedAdam on the GPU",
+        )
+    if run.memory.value_second_moment == "row" and not run.decoupled_weight_decay:
+        refuse(
+            "memory-value-optimizer-offload",
+            "on",
+            "off with --memory-value-second-moment row and --no-decoupled-weight-decay: the squares that are added up "
+            "on the GPU would need the main weights there",
+        )
+
+
+def _check_precise(run: RunConfig, *, for_training: bool) -> None:
+    """mcore's precision-aware optimizer: where it can run, and with what."""
     if run.has_memory and run.memory.value_second_moment == "row":
         refuse(
             "memory-value-second-moment",

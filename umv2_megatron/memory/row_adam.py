@@ -178,16 +178,32 @@ class RowAdam(torch.optim.Optimizer):
         return [sum(counts[:index]) for index in range(len(counts))]
 
     def _update(self, tensor: Tensor, gradient: Tensor, means: Tensor, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        rate, step, state = group["lr"], group["step"], self.state[tensor]
-        average, row_moment = state["exp_avg"], state[ROW_MOMENT]
-        if self._decoupled and group["weight_decay"] != 0:
-            tensor.mul_(1 - rate * group["weight_decay"])
-        average.lerp_(gradient, 1 - beta1)
-        row_moment.lerp_(means, 1 - beta2)
-        denominator = row_moment.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        flat, flat_average = tensor.view(-1), average.view(-1)
+        denominator = self.row_denominator(tensor, means, group)
+        flat, average, gradient = tensor.view(-1), self.state[tensor]["exp_avg"].view(-1), gradient.view(-1)
         for elements, rows, width in self.ranges[tensor].blocks():
-            flat[elements].view(-1, width).addcdiv_(
-                flat_average[elements].view(-1, width), denominator[rows, None], value=-rate / (1 - beta1**step)
-            )
+            weights, averages, gradients = (each[elements].view(-1, width) for each in (flat, average, gradient))
+            update_rows(weights, averages, gradients, denominator[rows], group, decay=self._decoupled)
+
+    def row_denominator(self, tensor: Tensor, means: Tensor, group: dict[str, Any]) -> Tensor:
+        """sqrt(v-hat) + eps of the rows of the range of ``tensor``, after v took in ``means`` of this step."""
+        _, beta2 = group["betas"]
+        row_moment = self.state[tensor][ROW_MOMENT].lerp_(means, 1 - beta2)
+        return row_moment.sqrt().div_(math.sqrt(1 - beta2 ** group["step"])).add_(group["eps"])
+
+
+def update_rows(
+    weights: Tensor, average: Tensor, gradient: Tensor, denominator: Tensor, group: dict[str, Any], *, decay: bool
+) -> None:
+    """m and p of some rows, in place, as at the top of this file.
+
+    Args:
+        weights, average, gradient: p, m and g, [rows, columns].
+        denominator: of each row.
+        group: lr, betas, weight_decay, and step with this one counted.
+        decay: whether the weights shrink here (AdamW).
+    """
+    (beta1, _), rate = group["betas"], group["lr"]
+    if decay and group["weight_decay"] != 0:
+        weights.mul_(1 - rate * group["weight_decay"])
+    average.lerp_(gradient, 1 - beta1)
+    weights.addcdiv_(average, denominator[:, None], value=-rate / (1 - beta1 ** group["step"]))

@@ -32,8 +32,9 @@ class Layout:
     attention that writes the scores of all pairs of tokens (model/fused_attention.py says when); ``masked``: it gets
     masks from the data loader;
     ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size; ``first_stage``, ``last_stage``: blocks
-    there, None for an even split; ``row_moments``: second moments of value tables by row; ``main_param_bytes``,
-    ``exp_avg_bytes``, ``exp_avg_sq_bytes``: of an element of the optimizer's state.
+    there, None for an even split; ``row_moments``: second moments of value tables by row; ``tables_on_host``:
+    --memory-value-optimizer-offload; ``main_param_bytes``, ``exp_avg_bytes``, ``exp_avg_sq_bytes``: of an element of
+    the optimizer's state.
     """
 
     world: int = 1
@@ -65,6 +66,7 @@ class Layout:
     first_stage: int | None = None
     last_stage: int | None = None
     row_moments: bool = False
+    tables_on_host: bool = False
     main_param_bytes: int = 4
     exp_avg_bytes: int = 4
     exp_avg_sq_bytes: int = 4
@@ -122,6 +124,7 @@ class Layout:
             first_stage=values.get("num_layers_in_first_pipeline_stage"),
             last_stage=values.get("num_layers_in_last_pipeline_stage"),
             row_moments=memory and values.get("memory_value_second_moment") == "row",
+            tables_on_host=memory and bool(values.get("memory_value_optimizer_offload")),
             main_param_bytes=DTYPE_BYTES[values.get("main_params_dtype") or "fp32"],
             exp_avg_bytes=DTYPE_BYTES[values.get("exp_avg_dtype") or "fp32"],
             exp_avg_sq_bytes=DTYPE_BYTES[values.get("exp_avg_sq_dtype") or "fp32"],

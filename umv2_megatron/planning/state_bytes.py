@@ -4,8 +4,10 @@ mcore's DDP keeps one gradient buffer per model chunk for dense parameters and o
 optimizer the weights lie in such a buffer too, and both are padded: parameters start at multiples of 64 elements, and
 buckets end at multiples of 128 and of the number of replicas, so that every replica owns an equal part of each bucket.
 The optimizer's state of a replica is that of its parts (without the padding). Where second moments of tables are kept
-by row, a replica has one for each row that it owns elements of. Adam's step count, one number per parameter with
-torch's own AdamW, and the scales of 8- and 16-bit state, one number per parameter and kind, are left out.
+by row, a replica has one for each row that it owns elements of. With --memory-value-optimizer-offload the tables' state
+is in host memory; the buffers of its copies, which do not depend on the model, are left out. So are Adam's step count,
+one number per parameter with torch's own AdamW, and the scales of 8- and 16-bit state, one number per parameter and
+kind.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ FP32 = 4
 class StateBytes:
     """Bytes on one rank. ``weights`` include the padding of the distributed optimizer, ``gradients`` are DDP's buffers,
     ``optimizer`` holds main weights (in bf16 runs) and both Adam moments, ``buffers`` the shuffles. ``updated``:
-    elements whose state is on this rank."""
+    elements whose state is on this rank; ``host``: optimizer state in host memory, which the others do not count, and
+    ``updated_on_host`` its elements."""
 
     parameters: int
     weights: int
@@ -40,10 +43,12 @@ class StateBytes:
     table_gradients: int
     table_optimizer: int
     updated: int = 0
+    host: int = 0
+    updated_on_host: int = 0
 
     @property
     def all(self) -> int:
-        """Everything that stays from step to step."""
+        """Everything that stays on the device from step to step."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
 
@@ -138,7 +143,7 @@ def state_bytes(
             upper bound that holds on all of them (padding counted).
     """
     memory_rank = layout.memory_size - 1 if memory_rank is None else memory_rank
-    totals = dict.fromkeys(("parameters", "weights", "gradients", "optimizer", "updated"), 0)
+    totals = dict.fromkeys(("parameters", "weights", "gradients", "optimizer", "updated", "host", "updated_on_host"), 0)
     tables = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     for chunk in range(layout.chunks):
         parameters = chunk_parameters(shape, memory, layout, stage, chunk, memory_rank)
@@ -179,8 +184,9 @@ def _buffer_bytes(
         kept += FP32 * held_rows(buckets, *((replicas, replica) if sharded else (1, 0)))
     else:
         kept += owned * layout.exp_avg_sq_bytes
-    return {"weights": elements * layout.weight_bytes, "gradients": elements * layout.grad_bytes, "optimizer": kept,
-            "updated": owned}
+    on_host = layout.tables_on_host and bool(parameters) and parameters[0].is_table
+    places = {"host": kept, "updated_on_host": owned} if on_host else {"optimizer": kept, "updated": owned}
+    return {"weights": elements * layout.weight_bytes, "gradients": elements * layout.grad_bytes, **places}
 
 
 def _buffer_size(shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stage: int) -> int:

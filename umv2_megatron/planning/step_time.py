@@ -48,6 +48,8 @@ class Device:
     inter_node_bandwidth: float = 40.0
     gpus_per_node: int = 8
     link_latency_us: float = 20.0
+    host_bandwidth: float = 20.0
+    host_memory_bandwidth: float = 30.0
 
     def seconds(self, sent: float, ranks: int, stride: int, *, all_to_all: bool = False) -> float:
         """Time to send ``sent`` bytes in a group of ``ranks`` whose members are ``stride`` ranks apart."""
@@ -231,7 +233,18 @@ class _Stage:
         state, layout = self.state, self.layout
         written = state.updated * (layout.grad_bytes + layout.weight_bytes)
         moved = 2 * state.optimizer + written + 3 * state.gradients
-        return moved / (self.device.memory_bandwidth * 1e9)
+        return moved / (self.device.memory_bandwidth * 1e9) + self._on_host()
+
+    def _on_host(self) -> float:
+        """Seconds of --memory-value-optimizer-offload: gradients come down, in float32 runs weights too, and weights go
+        up, beside the update on the host; the slowest of the three takes its time."""
+        layout, device, elements = self.layout, self.device, self.state.updated_on_host
+        up = elements * layout.weight_bytes
+        down = elements * FP32 + (0 if layout.bf16 else up)
+        # the host writes and reads what comes down and goes up, and its state
+        beside = 2 * self.state.host + 2 * (down + up)
+        bus = max(down, up) / device.host_bandwidth
+        return max(bus, beside / device.host_memory_bandwidth) / 1e9
 
 
 def layer_exchange(shape: ModelShape, memory: MemoryConfig, layout: Layout) -> dict[str, float]:

@@ -74,6 +74,9 @@ def layout_tables(figures: dict[str, Any]) -> str:
     lines += [f"  {'parameters held':<42}" + "".join(f"{short(each['parameters']):>12}" for each in ranks)]
     for kind in KINDS:
         lines += [f"  {LABELS[kind]:<42}" + "".join(f"{each[kind] / 2**30:>12.2f}" for each in ranks)]
+    if any(each["host"] for each in ranks):
+        label = "optimizer state in host memory, beside"
+        lines += [f"  {label:<42}" + "".join(f"{each['host'] / 2**30:>12.2f}" for each in ranks)]
     if run["gpu_memory_gib"] is not None:
         verdict = "fits" if run["fits"] else "does not fit"
         lines += [f"  {verdict} in {run['gpu_memory_gib']:g} GiB of which {run['memory_reserve_gib']:g} are kept free"]

@@ -13,6 +13,7 @@ Steps are counted in samples, as mcore's scheduler does.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -28,7 +29,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from umv2_megatron.checkpoint.optimizer_state import optimizer_parts
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, VALUE_GROUP
-from umv2_megatron.training.table_optimizer import keep_second_moments_by_row
+from umv2_megatron.training.table_optimizer import (
+    MainWeightsOnHost,
+    replace_table_optimizers,
+    start_table_updates,
+)
 
 
 @dataclass(frozen=True)
@@ -142,14 +147,16 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_grou
     config = run.optimizer_config()
     overrides = dict(get_standard_config_overrides(config))
     overrides[ParamKey(attr=TABLE_ATTRIBUTE)] = {VALUE_GROUP: run.memory.value_lr_mult}  # type: ignore[typeddict-unknown-key]
-    optimizer = get_megatron_optimizer(
-        config, chunks, config_overrides=overrides, use_gloo_process_groups=use_gloo_groups
-    )
+    offload = run.has_memory and run.memory.value_optimizer_offload
+    with MainWeightsOnHost(chunks) if offload else contextlib.nullcontext():
+        optimizer = get_megatron_optimizer(
+            config, chunks, config_overrides=overrides, use_gloo_process_groups=use_gloo_groups
+        )
     if config.use_precision_aware_optimizer:
         for part in optimizer_parts(optimizer):
             part.init_state_fn = initialize_precise_state
-    if run.has_memory and run.memory.value_second_moment == "row":
-        keep_second_moments_by_row(optimizer, run)
+    if run.has_memory:
+        replace_table_optimizers(optimizer, run)
     fuse_updates(optimizer)
     return optimizer
 
@@ -272,6 +279,7 @@ def guarded_step(
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     num_zeros = int(optimizer.count_zeros()) if optimizer.config.log_num_zeros_in_grad else None
+    start_table_updates(optimizer)
     return StepResult(optimizer.step_with_ready_grads(), loss_here, grad_norm, num_zeros, not goes_on)
 
 

@@ -1,38 +1,117 @@
-"""``RowAdam`` in the place of Adam in that one of mcore's optimizers that updates the value tables.
+"""Our own Adam in the place of mcore's choice in that one of mcore's optimizers that updates the value tables.
+
+    --memory-value-second-moment row         RowAdam
+    --memory-value-optimizer-offload         HostAdam
+    both                                     HostRowAdam
 
 mcore's optimizer around it stays: it deals out gradients and parameters, clips, and copies the results into the
 weights. What this module adds is where each table's elements are, and which rows lie in the shares of several ranks.
+
+With offload, mcore's main weights of tables (``fp32_from_float16_groups``, ``shard_fp32_from_float16_groups``) become
+placeholders without memory, whose gradients mcore sets, unscales and clips as ever. The host's Adam puts the new
+weights into the model itself, so mcore's copies between main weights and weights are taken out of that optimizer.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.overrides import TorchFunctionMode
 
 from umv2_megatron.checkpoint.optimizer_state import inner_parameters, optimizer_parts
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.memory.host_adam import HostAdam, HostRowAdam, HostTable, placeholder
 from umv2_megatron.memory.row_adam import RowAdam, TableRange
-from umv2_megatron.memory.value_table import VALUE_GROUP
+from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, VALUE_GROUP
 from umv2_megatron.parallel import groups
 
 _SETTINGS = ("lr", "betas", "eps", "weight_decay")
+_MAIN_WEIGHTS = ("fp32_from_float16_groups", "shard_fp32_from_float16_groups")  # of mcore's optimizers
 
 
-def keep_second_moments_by_row(optimizer: MegatronOptimizer, run: RunConfig) -> None:
-    """Let the value tables of ``run`` be updated by ``RowAdam``; nothing may have been updated yet."""
+def replace_table_optimizers(optimizer: MegatronOptimizer, run: RunConfig) -> None:
+    """Let the value tables of ``run`` be updated as its flags say; nothing may have been updated yet."""
+    by_row, offload = run.memory.value_second_moment == "row", run.memory.value_optimizer_offload
+    if not (by_row or offload):
+        return
     for part in optimizer_parts(optimizer):
         if any(VALUE_GROUP in group for group in part.optimizer.param_groups):
             assert all(VALUE_GROUP in group for group in part.optimizer.param_groups), "tables have their own optimizer"
-            _replace(part, run)
+            assert not part.optimizer.state, "the optimizer has made steps"
+            tables = _move_to_host(part) if offload else []
+            if by_row:
+                part.optimizer = _by_row(part, run, tables)
+            else:
+                part.optimizer = HostAdam(part.optimizer.param_groups, tables, run.decoupled_weight_decay)
+            part.init_state_fn = lambda inner, config=None: inner.allocate()
 
 
-def _replace(part: Any, run: RunConfig) -> None:
+def start_table_updates(optimizer: MegatronOptimizer) -> None:
+    """Let gradients of offloaded tables go to the host while the device updates the rest; a step has to follow."""
+    for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, (HostAdam, HostRowAdam)):
+            part.optimizer.start()
+
+
+# ---------------------------------------------------------------------- on the host
+
+
+class MainWeightsOnHost(TorchFunctionMode):
+    """Inside, the copies that mcore makes of 16-bit tables, to become float32 main weights, are made on the host.
+
+    Otherwise each would first take device memory of twice the table's size (optimizer.py:674, distrib_optimizer.py:399
+    of mcore 0.16.1).
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        parameters = [each for chunk in chunks for each in chunk.parameters() if hasattr(each, TABLE_ATTRIBUTE)]
+        self._memory = {each.untyped_storage().data_ptr() for each in parameters}
+        self.moved = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.clone and args[0].untyped_storage().data_ptr() in self._memory:
+            self.moved += 1
+            return args[0].to("cpu", copy=True)
+        return func(*args, **(kwargs or {}))
+
+
+def _move_to_host(part: Any) -> list[HostTable]:
+    """The tables of mcore's optimizer ``part``, which from now on has no main weights on the device."""
+    tables, places = [], {}
+    for parameter, held, start in inner_parameters(part):
+        weights = parameter.detach().view(-1)[start : start + held.numel()]
+        if parameter.dtype == torch.float32:
+            tables.append(HostTable(held, weights, None))
+            continue
+        places[id(held)] = stand_in = placeholder(held, parameter.device)
+        tables.append(HostTable(stand_in, weights, held.view(-1)))
+        parameter.main_param = stand_in  # type: ignore[attr-defined]  # mcore's handle to it
+    kept = [group for name in _MAIN_WEIGHTS for group in getattr(part, name, ())]
+    for group in (*kept, *(group["params"] for group in part.optimizer.param_groups)):
+        group[:] = [places.get(id(each), each) for each in group]
+
+    def reload(state_dict: Any = None) -> None:
+        assert state_dict is None, "main weights follow the model's weights"
+        for table in tables:
+            if table.main is not None:
+                table.main.copy_(table.weights)
+
+    part._copy_main_params_to_model_params = lambda: None
+    part._copy_model_params_to_main_params = reload
+    return tables
+
+
+# ---------------------------------------------------------------------- second moments by row
+
+
+def _by_row(part: Any, run: RunConfig, tables: list[HostTable]) -> RowAdam:
     adam = part.optimizer
-    assert not adam.state, "the optimizer has made steps"
     parts = run.memory.parallel_size if run.memory.parallel_mode == "dim" else 1
     owned = list(inner_parameters(part))
     ranges = [
@@ -41,12 +120,11 @@ def _replace(part: Any, run: RunConfig) -> None:
     # mcore's settings of the groups, and of Adam's those that are RowAdam's too
     dropped = set(adam.defaults) - set(_SETTINGS)
     settings = [{key: value for key, value in group.items() if key not in dropped} for group in adam.param_groups]
-    made = RowAdam(
-        settings,
-        ranges,
-        decoupled=run.decoupled_weight_decay,
-        sum_over_columns=_sum_over(groups.get_memory_parallel_group()) if parts > 1 else None,
-    )
+    over_columns = _sum_over(groups.get_memory_parallel_group()) if parts > 1 else None
+    if run.memory.value_optimizer_offload:
+        made: RowAdam = HostRowAdam(settings, ranges, tables, over_columns)
+    else:
+        made = RowAdam(settings, ranges, run.decoupled_weight_decay, over_columns)
     if isinstance(part, DistributedOptimizer):
         shared = _shared_rows(part)
         numbers = {pair: number for number, pair in enumerate(shared)}
@@ -58,8 +136,7 @@ def _replace(part: Any, run: RunConfig) -> None:
                     places.append(place + row - each.first)
             place += each.rows
         made.share_rows(len(shared), slots, places, _sum_over(part.data_parallel_group))
-    part.optimizer = made
-    part.init_state_fn = lambda inner, config=None: inner.allocate()
+    return made
 
 
 def _shared_rows(part: DistributedOptimizer) -> list[tuple[int, int]]:

@@ -93,6 +93,18 @@ REFUSED = [
         [*PRECISE, "--no-accumulate-allreduce-grads-in-fp32"],
         ["--main-grads-dtype is fp32; expected bf16 with", "--no-accumulate-allreduce-grads-in-fp32"],
     ),
+    (
+        [*PRECISE, "--memory-value-optimizer-offload"],
+        ["--memory-value-optimizer-offload is on; expected off with --use-precision-aware-optimizer"],
+    ),
+    (
+        ["--memory-value-optimizer-offload", "--memory-value-second-moment", "row", "--no-decoupled-weight-decay"],
+        ["--memory-value-optimizer-offload is on; expected off", "--no-decoupled-weight-decay"],
+    ),
+    (
+        ["--ffn-variant", "dense", "--memory-value-optimizer-offload"],
+        ["--memory-value-optimizer-offload is on", "--ffn-variant dense"],
+    ),
     (["--store-param-remainders"], ["--main-params-dtype fp16 halves them"]),
 ]
 

@@ -131,6 +131,6 @@ def test_recomputed_together_is_allowed():
 def test_settings_of_an_older_checkpoint_describe_the_same_model():
     values = dict(run().values)
     new = ("scoring", "score_normalization", "qk_norm", "gate", "pre_projection", "read_delay", "value_lr")
-    new += ("value_weight_decay", "value_second_moment")
+    new += ("value_weight_decay", "value_second_moment", "value_optimizer_offload")
     older = {key: value for key, value in values.items() if key.removeprefix("memory_") not in new}
     assert from_layers([("checkpoint", older)], 1).memory == run().memory

@@ -24,7 +24,8 @@ from umv2_megatron.hf import UMv2Config, UMv2ForCausalLM  # noqa: E402
 from umv2_megatron.model.builder import build_model  # noqa: E402
 from umv2_megatron.model.ffn_with_memory import memory_layers  # noqa: E402
 
-NOT_EXPORTED = {"backend", "backward", "stream", "parallel_size", "parallel_mode", "value_second_moment"}
+NOT_EXPORTED = {"backend", "backward", "stream", "parallel_size", "parallel_mode", "value_second_moment",
+                "value_optimizer_offload"}
 
 
 def start() -> None:
