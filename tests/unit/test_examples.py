@@ -37,7 +37,7 @@ OTHER_PROGRAMS = set(
 --nproc-per-node --nnodes --standalone --shutdown-timeout --rdzv-id --rdzv-backend --rdzv-endpoint --node-rank
 --no-build-isolation --job-name --nodes --ntasks-per-node --gpus-per-node --exclusive --time --signal --requeue
 --open-mode --output --kill-on-bad-exit --mpi --capture-range --spec --help --host --port --model --include --trust
---scope --no-python --long --ultra
+--scope --no-python --long --ultra --cpus-per-task
 """,
     )
 )
@@ -107,6 +107,15 @@ def test_the_file_has_the_sizes_of_the_preset(files, tmp_path):
     for key in ("num_query_groups", "kv_channels"):  # without grouped queries both follow from the heads
         ours.pop(key), theirs.pop(key)
     assert ours == theirs
+
+
+def test_the_job_of_preprocessing(tmp_path):
+    train = [sys.executable, "tools/train_tokenizer.py", "--input", "README.md", "--text-split", "line"]
+    train += ["--vocab-size", "400", "--output-prefix", str(tmp_path / "t")]
+    subprocess.run(train, cwd=ROOT, check=True, timeout=120)
+    given = {"INPUT": "README.md", "TOKENIZER": str(tmp_path / "t.model"), "OUTPUT": str(tmp_path / "p")}
+    told = command_of("slurm/preprocess.sh", given, "env", "--text-split", "line", SLURM_CPUS_PER_TASK="2")
+    assert " documents, " in told and (tmp_path / "p_text_document.idx").exists()
 
 
 # -- docs --------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model --append-eod --workers 2
 
-writes data/corpus_text_document.bin, .idx and .meta.json. The files do not depend on the number of workers.
+writes data/corpus_text_document.bin, .idx and .meta.json. On several hosts start it by mpirun -n N or srun -n N, with
+the output on a disk that all of them share. The files do not depend on the number of ranks and workers. Work that was
+interrupted is kept in PATH.parts, and the same command goes on with it.
 """
 
 import argparse
@@ -62,7 +64,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--output-prefix", required=True, metavar="PATH", help="files are named PATH_<key>_document.bin and .idx"
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
+    group.add_argument("--workers", type=int, default=1, metavar="N", help="processes of each rank (default: 1)")
+    group.add_argument(
+        "--part-mb",
+        type=float,
+        metavar="MB",
+        help="input that is done again when a process is killed (default: a 64th of the corpus, within 0.25 and 128)",
+    )
+    group.add_argument(
+        "--rank-timeout",
+        type=float,
+        default=300,
+        metavar="S",
+        help="seconds without a sign of another rank after which a rank gives up (default: 300)",
+    )
     group.add_argument(
         "--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines (default: 1000)"
     )
@@ -74,6 +89,8 @@ def main(arguments: argparse.Namespace) -> None:
         ("--workers", arguments.workers),
         ("--log-interval", arguments.log_interval),
         ("--max-line-mb", arguments.max_line_mb),
+        ("--part-mb", 1 if arguments.part_mb is None else arguments.part_mb),
+        ("--rank-timeout", arguments.rank_timeout),
     ):
         if not 0 < value < math.inf:
             raise ValueError(f"{flag} is {value}: expected a number above 0")
@@ -92,8 +109,13 @@ def main(arguments: argparse.Namespace) -> None:
         on_bad_line=arguments.on_bad_line,
         log_interval=arguments.log_interval,
         corpus=CorpusOptions(arguments.input_format, arguments.text_split, int(arguments.max_line_mb * (1 << 20))),
+        part_bytes=None if arguments.part_mb is None else max(1, int(arguments.part_mb * (1 << 20))),
+        rank_timeout=arguments.rank_timeout,
     )
     done = preprocess(job)
+    if done.rank:
+        print(f"rank {done.rank}: {done.parts} parts, {done.seconds:.1f} s; rank 0 joins the parts of all ranks")
+        return
     bad = f", {done.bad} bad lines in {arguments.output_prefix}_quarantine.jsonl" if done.bad else ""
     if done.files_left_out:
         bad += f", {done.files_left_out} files left out whole"

@@ -29,9 +29,9 @@ from umv2_megatron.data.corpus import (
     CorpusOptions,
     LeftOut,
     expand_inputs,
-    read_chunks,
     texts_of,
 )
+from umv2_megatron.data.records import read_chunks
 from umv2_megatron.training.tool_entry import run_tool
 
 # Longer lines are cut: a line is a unit of training, and one of megabytes would dominate it.

@@ -68,9 +68,10 @@ def without_suffix(path: str) -> str:
     return name
 
 
-def opened(file: BinaryIO, path: str) -> BinaryIO:
+def opened(file: BinaryIO, path: str, stride: int = 0) -> BinaryIO:
     """The content of ``file``, open at its start, decompressed where it is compressed.
 
+    A compressed file marks its content at every ``stride`` bytes of the file (0: nowhere): see ``Decompressed``.
     Raises ``Damaged`` or ``Unsupported``; reading the result may do so, too.
     """
     start = file.read(512)
@@ -78,7 +79,8 @@ def opened(file: BinaryIO, path: str) -> BinaryIO:
     kind = _kind(start, path)
     content: BinaryIO = file
     if kind:
-        content = io.BufferedReader(_Decompressed(file, kind), _OUTPUT_BYTES)  # type: ignore[assignment, arg-type]
+        raw = Decompressed(file, kind, stride)
+        content = io.BufferedReader(raw, _OUTPUT_BYTES)  # type: ignore[assignment, arg-type]
         start = content.peek(512)[:512]  # type: ignore[attr-defined]
     for beginning, what, advice in _OTHERS:
         if beginning.match(start):
@@ -104,10 +106,15 @@ def _kind(start: bytes, path: str) -> str:
     return ""
 
 
-class _Decompressed(io.RawIOBase):
-    """The content of a file of one or more frames (gzip members, bzip2 and xz streams) of one compression."""
+class Decompressed(io.RawIOBase):
+    """The content of a file of one or more frames (gzip members, bzip2 and xz streams) of one compression.
 
-    def __init__(self, file: BinaryIO, kind: str) -> None:
+    Attributes: ``produced`` (bytes of content decompressed so far), ``marks`` (for each multiple p of ``stride`` below
+    the file's size that has been reached, the bytes of content produced before the file was read up to p). Who reads
+    the file in parts cuts the content there: the marks are the same whoever reads, and known once they are passed.
+    """
+
+    def __init__(self, file: BinaryIO, kind: str, stride: int = 0) -> None:
         try:
             self._start, self._errors = _library(kind)
         except ImportError as error:
@@ -119,6 +126,9 @@ class _Decompressed(io.RawIOBase):
         self._frame: Any = None
         self._input = b""
         self._output = memoryview(b"")
+        self.produced = 0
+        self.marks: dict[int, int] = {}
+        self._stride = stride
 
     def readable(self) -> bool:
         return True
@@ -135,7 +145,7 @@ class _Decompressed(io.RawIOBase):
 
     def _next_frame(self) -> bool:
         """Start the next frame; False where the file has no more."""
-        while len(self._input) < _LONGEST_HEADER and (more := self._file.read(_INPUT_BYTES)):
+        while len(self._input) < _LONGEST_HEADER and (more := self._read()):
             self._input += more
             if self._kind in ("gzip", "xz"):  # which allow zeros after a frame
                 self._input = self._input.lstrip(b"\x00")
@@ -147,17 +157,27 @@ class _Decompressed(io.RawIOBase):
             raise self._fault(error) from None
         return True
 
+    def _read(self) -> bytes:
+        data = self._file.read(_INPUT_BYTES)
+        if self._stride:
+            position = self._file.tell()
+            reached = (position - len(data)) // self._stride * self._stride + self._stride
+            for mark in range(reached, position + 1, self._stride):
+                self.marks[mark] = self.produced
+        return data
+
     def _step(self) -> bytes:
         frame = self._frame
         if not self._input and getattr(frame, "needs_input", True):
             # Small reads: what one of them decompresses to may be held in memory at once.
-            self._input = self._file.read(_INPUT_BYTES)
+            self._input = self._read()
             if not self._input:
                 raise Damaged(f"{self._kind} data ends inside a frame")
         try:
             output = frame.decompress(self._input, *self._limit)
         except self._errors as error:
             raise self._fault(error) from None
+        self.produced += len(output)
         self._input = b""
         if frame.eof:
             self._input, self._frame = frame.unused_data, None

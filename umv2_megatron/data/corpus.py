@@ -1,13 +1,9 @@
-"""Raw corpora as a stream of records, with the file and line of everything that is wrong.
+"""Raw corpora: which files belong to one, what a record of a file is, and which text a record holds.
 
 A corpus is a list of files. JSONL files (``.jsonl .ndjson .json``) hold one document per line; any other file is plain
 text and holds one document, or one per line, or one per paragraph. Either may be compressed (``compression.py``).
-Files are read once, front to back, and never held whole, so memory does not grow with the corpus: the largest thing
-kept is one record, whose size is limited. Faults are records too: the caller decides whether one ends the run. A file
-that this reader cannot read at all is no fault of a record, and always ends the run.
-
-The reading (``read_chunks``) happens in one process and hands raw bytes on; making text of them (``texts_of``) is
-meant for worker processes.
+``records.py`` reads the files; this one makes text of what it read. Faults are records too: the caller decides whether
+one ends the run. A file that cannot be read at all is no fault of a record, and always ends the run.
 """
 
 from __future__ import annotations
@@ -16,21 +12,17 @@ import glob
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TextIO
 
 from umv2_megatron.data.compression import Damaged, Unsupported, opened, without_suffix
 
 FORMATS = ("auto", "jsonl", "text")
 TEXT_SPLITS = ("file", "line", "blank-line")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_BOM = b"\xef\xbb\xbf"
-# Records travel to the workers in chunks of about this size, so that passing them on costs little beside tokenising.
-_CHUNK_BYTES = 1 << 20
-_CHUNK_RECORDS = 1024
-_EXCERPT_BYTES = 200
-_DAMAGED = "the file is truncated or damaged here"
+EXCERPT_BYTES = 200
+DAMAGED = "the file is truncated or damaged here"
 
 
 class CorpusError(Exception):
@@ -47,16 +39,6 @@ class Record(NamedTuple):
     line: int
     data: bytes
     fault: str
-
-
-@dataclass
-class Chunk:
-    """Consecutive records of one file. ``position`` counts the bytes read of all files so far, as stored on disk."""
-
-    path: str
-    is_json: bool
-    records: list[Record] = field(default_factory=list)
-    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,58 +98,6 @@ def is_json_file(path: str, input_format: str = "auto") -> bool:
     return without_suffix(path).endswith(_JSON_SUFFIXES)
 
 
-def read_chunks(paths: Sequence[str], options: CorpusOptions) -> Iterator[Chunk]:
-    """All records of ``paths`` in order, in chunks of about 1 MiB that do not cross files.
-
-    Raises ``CorpusError`` for a file that is not supported, and one that the system fails to read.
-    """
-    done = 0
-    for path in paths:
-        is_json = is_json_file(path, options.input_format)
-        chunk, size = Chunk(path, is_json), 0
-        try:
-            with open(path, "rb") as file:
-                for record in read_records(file, path, options):
-                    chunk.records.append(record)
-                    size += len(record.data)
-                    if size >= _CHUNK_BYTES or len(chunk.records) >= _CHUNK_RECORDS:
-                        chunk.position = done + file.tell()
-                        yield chunk
-                        chunk, size = Chunk(path, is_json), 0
-                done += file.tell()
-        except OSError as error:
-            raise CorpusError(f"{path}: the file cannot be read: {error.strerror}") from error
-        chunk.position = done
-        if chunk.records:
-            yield chunk
-
-
-def read_records(file: BinaryIO, path: str, options: CorpusOptions) -> Iterator[Record]:
-    """Records of one open file; a stream that breaks off ends with a record that carries the fault.
-
-    Raises ``CorpusError`` where the reader, not the data, is the reason, and ``OSError`` where the system fails.
-    """
-    line = 0
-    try:
-        stream = opened(file, path)
-        lines = _limited_lines(stream, options.max_line_bytes)
-        if is_json_file(path, options.input_format) or options.text_split == "line":
-            records: Iterator[Record] = lines
-        elif options.text_split == "blank-line":
-            records = _paragraphs(lines, options.max_line_bytes)
-        else:
-            records = _whole_file(stream, options.max_line_bytes)
-        for record in records:
-            line = record.line
-            if line == 1 and record.data.startswith(_BOM):
-                record = record._replace(data=record.data[len(_BOM) :])
-            yield record
-    except Damaged as error:
-        yield Record(line + 1, b"", f"{_DAMAGED} ({error})")
-    except Unsupported as error:
-        raise CorpusError(f"{path}:{line + 1}: {error}") from None
-
-
 def texts_of(record: Record, is_json: bool, keys: Sequence[str]) -> list[str]:
     """The texts of one record: those under ``keys`` of a JSON object, or the one text of a plain record.
 
@@ -198,7 +128,7 @@ def texts_of(record: Record, is_json: bool, keys: Sequence[str]) -> list[str]:
 
 def excerpt(record: Record) -> str:
     """The beginning of a record, printable whatever its bytes are."""
-    return record.data[:_EXCERPT_BYTES].decode("utf-8", errors="backslashreplace")
+    return record.data[:EXCERPT_BYTES].decode("utf-8", errors="backslashreplace")
 
 
 def _values_of(line: str, keys: Sequence[str]) -> list[str]:
@@ -247,7 +177,7 @@ class LeftOut:
         self._bad += len(bad)
         for line, reason in bad:
             self._first = self._first or f"line {line}: {reason}"
-            if reason.startswith(_DAMAGED):
+            if reason.startswith(DAMAGED):
                 print(f"error: {path}:{line}: {reason}; the rest of the file is lost", file=self._log, flush=True)
 
     def finish(self) -> None:
@@ -257,63 +187,3 @@ class LeftOut:
             print(f"error: {self._path}: {what}", file=self._log, flush=True)
             self.files += 1
         self._path, self._kept, self._bad, self._first = "", 0, 0, ""
-
-
-# -- lines, paragraphs, files -------------------------------------------------------------------------------------
-
-
-def _limited_lines(stream: BinaryIO, limit: int) -> Iterator[Record]:
-    """Lines without their ending (LF or CRLF); of a line longer than ``limit`` bytes only the beginning is kept."""
-    number = 0
-    while data := stream.readline(limit + 2):
-        number += 1
-        ended = data.endswith(b"\n")
-        content = _without_ending(data)
-        if len(content) <= limit:
-            yield Record(number, content, "")
-            continue
-        while not ended and (rest := stream.readline(_CHUNK_BYTES)):
-            ended = rest.endswith(b"\n")
-        yield Record(number, content[:_EXCERPT_BYTES], _too_long("line", limit))
-
-
-def _without_ending(data: bytes) -> bytes:
-    if data.endswith(b"\r\n"):
-        return data[:-2]
-    return data[:-1] if data.endswith(b"\n") else data
-
-
-def _paragraphs(lines: Iterator[Record], limit: int) -> Iterator[Record]:
-    """Runs of lines between blank ones, joined by newlines; the line number is the first line's."""
-    parts: list[bytes] = []
-    first, size, fault = 0, 0, ""
-    for record in lines:
-        if record.data.strip() or record.fault:
-            if not parts:
-                first = record.line
-            if size <= limit:
-                parts.append(record.data)
-                size += len(record.data) + 1
-            fault = fault or record.fault or (_too_long("paragraph", limit) if size > limit + 1 else "")
-        elif parts:
-            yield _paragraph(first, parts, fault)
-            parts, size, fault = [], 0, ""
-    if parts:
-        yield _paragraph(first, parts, fault)
-
-
-def _paragraph(first: int, parts: list[bytes], fault: str) -> Record:
-    data = b"\n".join(parts)
-    return Record(first, data[:_EXCERPT_BYTES] if fault else data, fault)
-
-
-def _whole_file(stream: BinaryIO, limit: int) -> Iterator[Record]:
-    data = stream.read(limit + 1)
-    if len(data) > limit:
-        yield Record(1, data[:_EXCERPT_BYTES], _too_long("file", limit) + "; or cut it by --text-split")
-    elif data:
-        yield Record(1, data, "")
-
-
-def _too_long(what: str, limit: int) -> str:
-    return f"the {what} is longer than --max-line-mb {limit / (1 << 20):g}"

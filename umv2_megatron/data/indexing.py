@@ -81,6 +81,22 @@ class IndexWriter:
         self.documents += len(lengths)
         self.tokens += int(lengths.sum(dtype=np.int64))
 
+    def add_piece(self, tokens: Path, lengths: Path) -> None:
+        """Append the documents of two files: token ids of ``dtype``, and the tokens of each document, int32."""
+        before = self.tokens
+        with open(lengths, "rb") as file:
+            while data := file.read(4 * _BLOCK):
+                self._lengths.write(data)
+                self.documents += len(data) // 4
+                self.tokens += int(np.frombuffer(data, dtype=np.int32).sum(dtype=np.int64))
+        size = 0
+        with open(tokens, "rb") as file:
+            while data := file.read(4 * _BLOCK):
+                self._bin.write(data)
+                self._digest.update(data)
+                size += len(data)
+        assert size == (self.tokens - before) * self.dtype.itemsize
+
     def publish(self, meta: dict[str, Any]) -> None:
         """Make the corpus visible; ``meta`` is extended by the totals and saved beside it."""
         index_path = self.prefix + ".idx" + _TEMPORARY

@@ -1,231 +1,229 @@
-"""Raw corpus in, token files out: one reader, several tokenizing processes, one writer.
+"""Raw corpus in, token files out: the corpus in parts, several processes on one or many hosts, one file at the end.
 
-The reading process cuts the corpus into chunks of about 1 MiB, workers turn chunks into token ids, and the results are
-written in the order of the chunks, so the files do not depend on the number of workers. At most a few chunks per worker
-are under way at any time: the reader waits for the writer, and memory stays the same whatever the size of the corpus.
+The corpus is cut into parts (``parts.py``). The parts are divided among the ranks that a launcher started
+(``meeting.py``) and among the workers of each rank (``workers.py``). A worker tokenizes its parts into files of their
+own, each with a record of completion (``encoding.py``). When all parts are there, rank 0 joins them in the order of the
+corpus, so the result does not depend on ranks and workers. A call that follows an interrupted one makes only the parts
+that are missing. Processes exchange nothing but files, on a disk that all hosts share.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import fcntl
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Optional, TextIO
+from typing import Any, NamedTuple, Optional, TextIO
 
-import numpy as np
-
-from umv2_megatron.data.corpus import (
-    Chunk,
-    CorpusError,
-    CorpusOptions,
-    LeftOut,
-    excerpt,
-    expand_inputs,
-    is_json_file,
-    read_chunks,
-    texts_of,
-)
+from umv2_megatron.data.corpus import CorpusError, LeftOut, expand_inputs, is_json_file
+from umv2_megatron.data.encoding import Encoder, Job
 from umv2_megatron.data.indexing import IndexWriter, token_dtype
-from umv2_megatron.data.tokenizers import Tokenizer, build_tokenizer
+from umv2_megatron.data.meeting import Meeting
+from umv2_megatron.data.parts import PLAN_VERSION, Input, Part, PartsDirectory, cut, default_part_bytes, shares
+from umv2_megatron.data.parts import Record as PartRecord
+from umv2_megatron.data.tokenizers import Tokenizer
+from umv2_megatron.data.workers import Workers
+from umv2_megatron.parallel.launch import rank_and_size
 
-_CHUNKS_PER_WORKER = 3
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one run of tools/preprocess_data.py does; the fields are its flags."""
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    tokenizer_type: str
-    tokenizer_model: Optional[str] = None
-    vocab_size: Optional[int] = None
-    json_keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    workers: int = 1
-    on_bad_line: str = "fail"
-    log_interval: int = 1000
-    corpus: CorpusOptions = CorpusOptions()
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of this job; loaded once per process."""
-        return _load_tokenizer(self.tokenizer_type, self.tokenizer_model, self.vocab_size)
-
-
-@dataclass
-class Texts:
-    """Tokenized documents of one JSON key: ids as bytes, tokens of each document, bytes of UTF-8 text, largest id."""
-
-    tokens: bytes
-    lengths: np.ndarray
-    text_bytes: int
-    largest: int
-
-
-@dataclass
-class Encoded:
-    """One chunk after tokenizing. ``bad`` holds line, reason and excerpt of records that cannot be used."""
-
-    path: str
-    position: int
-    keys: list[Texts]
-    empty: int
-    bad: list[tuple[int, str, str]]
+__all__ = ["Job", "Summary", "preprocess"]
+_NAMED_PARTS = 5
 
 
 @dataclass
 class Summary:
-    """What a run did."""
+    """What a run did. On other ranks than 0 only ``parts`` (made by this rank) and ``seconds``."""
 
+    rank: int = 0
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     empty: int = 0
     bad: int = 0
     files_left_out: int = 0
+    parts: int = 0
+    parts_before: int = 0
     seconds: float = 0.0
     prefixes: list[str] = field(default_factory=list)
 
 
-@functools.lru_cache(maxsize=1)
-def _load_tokenizer(tokenizer_type: str, tokenizer_model: Optional[str], vocab_size: Optional[int]) -> Tokenizer:
-    return build_tokenizer(tokenizer_type, tokenizer_model, vocab_size)
+class Plan(NamedTuple):
+    """The corpus of a job, and how it is cut."""
 
+    inputs: list[Input]
+    part_bytes: int
+    options: dict[str, Any]
 
-# -- in the workers -----------------------------------------------------------------------------------------------
+    @property
+    def parts(self) -> list[Part]:
+        return cut(self.inputs, self.part_bytes)
 
+    def encoder(self, job: Job, directory: PartsDirectory) -> Encoder:
+        return Encoder(job, directory, self.part_bytes, {file.path: file.size for file in self.inputs})
 
-def encode_chunk(job: Job, chunk: Chunk) -> Encoded:
-    """Tokenize the records of one chunk. A record with a fault under any key is left out under all of them."""
-    tokenizer = job.tokenizer()
-    dtype = token_dtype(tokenizer.vocab_size)
-    documents: list[list[np.ndarray]] = [[] for _ in job.json_keys]
-    text_bytes = [0] * len(job.json_keys)
-    bad: list[tuple[int, str, str]] = []
-    empty = 0
-    for record in chunk.records:
-        try:
-            texts = texts_of(record, chunk.is_json, job.json_keys)
-            ids = [_encode(tokenizer, text, job.append_eod) for text in texts]
-        except ValueError as error:
-            bad.append((record.line, str(error), excerpt(record)))
-            continue
-        empty += sum(not document.size for document in ids)
-        for i, document in enumerate(ids):
-            if document.size:
-                documents[i].append(document)
-                text_bytes[i] += len(texts[i].encode("utf-8"))
-    keys = [_join(parts, dtype, size) for parts, size in zip(documents, text_bytes)]
-    return Encoded(chunk.path, chunk.position, keys, empty, bad)
-
-
-def _encode(tokenizer: Tokenizer, text: str, append_eod: bool) -> np.ndarray:
-    """Ids of one document; none at all for an empty text. Raises ``ValueError`` for ids outside of the vocabulary."""
-    try:
-        ids = np.array(tokenizer.tokenize(text), dtype=np.int64)
-    except OverflowError:
-        raise ValueError(f"a token id does not fit into 64 bits (the vocabulary has {tokenizer.vocab_size})") from None
-    if not ids.size:
-        return ids
-    for extreme in (int(ids.max()), int(ids.min())):
-        if not 0 <= extreme < tokenizer.vocab_size:
-            raise ValueError(f"the token id {extreme} is outside of the vocabulary of {tokenizer.vocab_size} ids")
-    return np.append(ids, tokenizer.eod) if append_eod else ids
-
-
-def _join(documents: list[np.ndarray], dtype: type[np.integer], text_bytes: int) -> Texts:
-    lengths = np.array([document.size for document in documents], dtype=np.int32)
-    if not documents:
-        return Texts(b"", lengths, 0, 0)
-    tokens = np.concatenate(documents)
-    return Texts(tokens.astype(dtype).tobytes(), lengths, text_bytes, int(tokens.max()))
-
-
-def _start_worker(parent: int) -> None:
-    """Leave signals to the parent, and end with it: a killed parent cannot tell its workers to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-# -- in the parent ------------------------------------------------------------------------------------------------
+    def as_json(self) -> dict[str, Any]:
+        inputs = [list(each) for each in self.inputs]
+        return {**self.options, "--part-mb": self.part_bytes / (1 << 20), "inputs": inputs}
 
 
 def preprocess(job: Job, log: TextIO = sys.stderr) -> Summary:
     """Tokenize the corpus of ``job`` and publish ``<output-prefix>_<key>_document`` for every JSON key.
 
-    Raises ``ValueError`` for wrong options and ``CorpusError`` (file:line) for the first bad record when
-    ``on_bad_line`` is "fail"; nothing is published then.
+    Every rank of a launcher makes this call. Raises ``ValueError`` for wrong options, and for those of an earlier call
+    that it cannot go on with; ``CorpusError`` (file:line) for a bad record when ``on_bad_line`` is "fail", and for
+    ranks that fail or do not come. Nothing is published then; finished parts are kept for the next call.
     """
     started = time.monotonic()
-    tokenizer = job.tokenizer()
-    paths = expand_inputs(job.inputs)
-    _refuse_impossible(job, paths)
-    progress = Progress(sum(os.path.getsize(path) for path in paths), job.log_interval, log)
-    pool = _start_pool(job)  # before the writers open their files, so that no worker holds their locks
-    writers: list[IndexWriter] = []
-    quarantine: Optional[Quarantine] = None
-    summary = Summary()
-    left_out = LeftOut(log)
+    rank, size = rank_and_size()
+    job.tokenizer()
+    directory = PartsDirectory(job.output_prefix, len(job.json_keys))
+    summary = Summary(rank)
     try:
-        for key in job.json_keys:
-            writers.append(IndexWriter(f"{job.output_prefix}_{key}_document", token_dtype(tokenizer.vocab_size)))
-        if job.on_bad_line == "quarantine":
-            quarantine = Quarantine(job.output_prefix + "_quarantine.jsonl")
-        text_bytes, largest = [0] * len(writers), [0] * len(writers)
-        for encoded in _encode_in_order(job, pool, read_chunks(paths, job.corpus)):
-            _deal_with_bad(encoded, quarantine)
-            kept = sum(len(texts.lengths) for texts in encoded.keys)
-            left_out.add(encoded.path, kept, [(line, reason) for line, reason, _ in encoded.bad])
-            for i, texts in enumerate(encoded.keys):
-                writers[i].add(texts.tokens, texts.lengths)
-                text_bytes[i] += texts.text_bytes
-                largest[i] = max(largest[i], texts.largest)
-            summary.empty += encoded.empty
-            summary.bad += len(encoded.bad)
-            progress.update(writers[0].documents, sum(text_bytes), encoded.position)
-        left_out.finish()
-        summary.files_left_out = left_out.files
-        for writer, key in zip(writers, job.json_keys):
-            if not writer.documents:
-                raise CorpusError(f"{paths[0]}: no usable document with the key {key!r} in {len(paths)} file(s)")
-        for i, writer in enumerate(writers):
-            writer.publish(_meta(job, tokenizer, job.json_keys[i], text_bytes[i], largest[i]))
-            summary.prefixes.append(writer.prefix)
-        if quarantine is not None:
-            quarantine.publish()
-    except BrokenProcessPool:
-        raise CorpusError("a worker process died (out of memory?): use fewer --workers or less --max-line-mb") from None
+        with Workers(job.workers) as workers:
+            if rank:
+                _take_part(job, directory, workers, Meeting(directory.path, rank, size, job.rank_timeout), log, summary)
+            else:
+                _lead(job, directory, workers, Meeting(directory.path, 0, size, job.rank_timeout), log, summary)
     except OSError as error:
-        raise CorpusError(f"{job.output_prefix}: cannot write the output: {error.strerror}") from error
-    finally:
-        for writer in writers:
-            writer.close()
-        if quarantine is not None:
-            quarantine.close()
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-    summary.documents = sum(writer.documents for writer in writers)
-    summary.tokens = sum(writer.tokens for writer in writers)
-    summary.text_bytes = sum(text_bytes)
+        where = error.filename or job.output_prefix
+        raise CorpusError(f"{where}: cannot write the output: {error.strerror}") from error
     summary.seconds = time.monotonic() - started
     return summary
+
+
+def _lead(
+    job: Job, directory: PartsDirectory, workers: Workers, meeting: Meeting, log: TextIO, summary: Summary
+) -> None:
+    """Rank 0: plans, makes its share, waits for the others, and joins all parts."""
+    with _locked(directory, job.output_prefix):
+        _lead_meeting(job, directory, workers, meeting, log, summary)
+        directory.remove()
+
+
+def _lead_meeting(
+    job: Job, directory: PartsDirectory, workers: Workers, meeting: Meeting, log: TextIO, summary: Summary
+) -> None:
+    with meeting:
+        meeting.call()
+        plan = _plan(job)
+        directory.begin(plan.as_json())
+        directory.clear_temporary()
+        parts = plan.parts
+        missing = [part for part in parts if not _is_made(directory.read(part), job)]
+        summary.parts_before = len(parts) - len(missing)
+        if summary.parts_before:
+            told = f"{directory.path} holds {summary.parts_before} of {len(parts)} parts of an earlier call"
+            print(f"{told}: going on with the others", file=log, flush=True)
+        work = shares(missing, meeting.size)
+        meeting.share([[part.number for part in share] for share in work])
+
+        def unfinished(rank: int) -> str:
+            left = [part for part in work[rank] if directory.read(part) is None]
+            named = ", ".join(map(str, left[:_NAMED_PARTS])) + (", ..." if len(left) > _NAMED_PARTS else "")
+            missing = f"{len(left)} of its {len(work[rank])} parts are missing: {named}"
+            return f"; {missing}; the same command goes on with them" if left else ""
+
+        _make(job, workers, plan.encoder(job, directory), work[0], meeting, log, unfinished)
+        summary.parts = len(missing)
+        meeting.wait(unfinished)
+        _join(job, directory, plan, log, summary)
+
+
+def _take_part(
+    job: Job, directory: PartsDirectory, workers: Workers, meeting: Meeting, log: TextIO, summary: Summary
+) -> None:
+    """Another rank: makes its share."""
+    with meeting:
+        numbers = meeting.join()
+        found = directory.read_plan()
+        inputs = [Input(*each) for each in found["inputs"]]
+        plan = Plan(inputs, int(found["--part-mb"] * (1 << 20)), _options(job))
+        if plan.as_json() != found:
+            raise ValueError(f"rank {meeting.rank} was started with other options than rank 0: start all ranks alike")
+        directory.use(found)
+        parts = plan.parts
+        _make(job, workers, plan.encoder(job, directory), [parts[i] for i in numbers], meeting, log)
+        summary.parts = len(numbers)
+
+
+def _make(
+    job: Job, workers: Workers, encoder: Encoder, parts: list[Part], meeting: Meeting, log: TextIO, describe: Any = None
+) -> None:
+    start = f"rank {meeting.rank} | " if meeting.size > 1 else ""
+    progress = Progress(sum(part.size for part in parts), job.log_interval, log, start)
+    documents = text_bytes = position = 0
+    for work in workers.make(parts, encoder):
+        if work is not None:
+            documents += work.documents
+            text_bytes += work.text_bytes
+            position += work.position
+            progress.update(documents, text_bytes, position)
+        meeting.check(describe or (lambda rank: ""))
+
+
+@contextlib.contextmanager
+def _locked(directory: PartsDirectory, output_prefix: str) -> Iterator[None]:
+    """The directory of parts, for one job at a time; removed at the end unless it holds finished parts."""
+    lock = directory.path / "lock"
+    named = f"--output-prefix {output_prefix}"
+    while True:
+        try:
+            directory.path.mkdir(exist_ok=True)
+            file = open(lock, "ab")  # noqa: SIM115  closed below
+        except OSError as error:
+            raise ValueError(f"{named} cannot be written ({error.strerror}): choose another") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise ValueError(f"{named} is being written by another process: choose another") from None
+        if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            break
+        file.close()  # of a job that has just ended and removed it
+    try:
+        yield
+    finally:
+        if directory.path.is_dir() and not directory.has_records():
+            directory.remove()
+        file.close()
+
+
+def _plan(job: Job) -> Plan:
+    paths = expand_inputs(job.inputs)
+    _refuse_impossible(job, paths)
+    inputs = []
+    for path in paths:
+        found = os.stat(path)
+        divisible = is_json_file(path, job.corpus.input_format) or job.corpus.text_split != "file"
+        inputs.append(Input(path, found.st_size, found.st_mtime_ns, divisible))
+    part_bytes = job.part_bytes or default_part_bytes(sum(file.size for file in inputs))
+    return Plan(inputs, part_bytes, _options(job))
+
+
+def _options(job: Job) -> dict[str, Any]:
+    """What decides the content of parts beside the inputs, by the names of flags."""
+    tokenizer = job.tokenizer()
+    return {
+        "version": PLAN_VERSION,
+        "--tokenizer-type": job.tokenizer_type,
+        "SHA-256 of the tokenizer": tokenizer.sha256,
+        "--vocab-size": tokenizer.vocab_size,
+        "end-of-document token": tokenizer.eod,
+        "--append-eod": job.append_eod,
+        "--json-keys": list(job.json_keys),
+        "--input-format": job.corpus.input_format,
+        "--text-split": job.corpus.text_split,
+        "--max-line-mb": job.corpus.max_line_bytes / (1 << 20),
+    }
+
+
+def _is_made(record: Optional[PartRecord], job: Job) -> bool:
+    """Whether a part needs no work. One with bad records, left out by an earlier call, does where they are to fail."""
+    return record is not None and not (record.bad and job.on_bad_line == "fail")
 
 
 def _refuse_impossible(job: Job, paths: list[str]) -> None:
@@ -243,6 +241,87 @@ def _refuse_impossible(job: Job, paths: list[str]) -> None:
                 raise ValueError(f"--json-keys has {len(job.json_keys)} keys but {path} is plain text: give one key")
 
 
+# -- joining the parts ------------------------------------------------------------------------------------------------
+
+
+def _join(job: Job, directory: PartsDirectory, plan: Plan, log: TextIO, summary: Summary) -> None:
+    """Append all parts to the token files and publish these; a part that is damaged is made again first."""
+    tokenizer = job.tokenizer()
+    encoder = plan.encoder(job, directory)
+    left_out = LeftOut(log)
+    text_bytes, largest = [0] * len(job.json_keys), [0] * len(job.json_keys)
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(contextlib.closing(IndexWriter(f"{job.output_prefix}_{key}_document", dtype)))
+            for key, dtype in ((key, token_dtype(tokenizer.vocab_size)) for key in job.json_keys)
+        ]
+        quarantine: Optional[Quarantine] = None
+        if job.on_bad_line == "quarantine":
+            quarantine = stack.enter_context(contextlib.closing(Quarantine(job.output_prefix + "_quarantine.jsonl")))
+        lines: Counter[str] = Counter()
+        for part in plan.parts:
+            record = _intact(directory, part, encoder, log)
+            for i, key in enumerate(record.keys):
+                tokens, lengths = (directory.piece(part.number, f"{i}.{end}") for end in ("bin", "lengths"))
+                writers[i].add_piece(tokens, lengths)
+                text_bytes[i] += key.text_bytes
+                largest[i] = max(largest[i], key.largest)
+            summary.empty += record.empty
+            summary.bad += record.bad
+            _tell_of_bad(directory, part, record, lines, quarantine, left_out)
+        left_out.finish()
+        summary.files_left_out = left_out.files
+        for writer, name in zip(writers, job.json_keys):
+            if not writer.documents:
+                directory.remove()
+                where = f"{plan.inputs[0].path}: no usable document with the key {name!r}"
+                raise CorpusError(f"{where} in {len(plan.inputs)} file(s)")
+        for i, writer in enumerate(writers):
+            writer.publish(_meta(job, tokenizer, job.json_keys[i], text_bytes[i], largest[i]))
+            summary.prefixes.append(writer.prefix)
+        if quarantine is not None:
+            quarantine.publish()
+        summary.documents = sum(writer.documents for writer in writers)
+        summary.tokens = sum(writer.tokens for writer in writers)
+        summary.text_bytes = sum(text_bytes)
+
+
+def _intact(directory: PartsDirectory, part: Part, encoder: Encoder, log: TextIO) -> PartRecord:
+    """The record of a part whose files are as they were written."""
+    for attempt in range(2):
+        record = directory.read(part)
+        if record is not None and directory.is_intact(part, record):
+            return record
+        if attempt == 0:
+            print(f"warning: {part} in {directory.path} is damaged: it is made again", file=log, flush=True)
+            directory.forget(part)
+            for _ in encoder.make(part):
+                pass
+            encoder.close()
+    raise CorpusError(f"{directory.path}: {part} does not read as it was just written: check the disk")
+
+
+def _tell_of_bad(
+    directory: PartsDirectory,
+    part: Part,
+    record: PartRecord,
+    lines: Counter[str],
+    quarantine: Optional[Quarantine],
+    left_out: LeftOut,
+) -> None:
+    """Bad records of a part with their lines in the file; ``lines`` counts those of each file before this part."""
+    bad: Iterator[dict[str, Any]] = directory.bad_records(part, record)
+    for segment, (kept, read, count) in zip(part.segments, record.segments):
+        left_out.add(segment.path, kept, [])
+        for _ in range(count):
+            entry = next(bad)
+            line = entry["line"] + lines[segment.path]
+            left_out.add(segment.path, 0, [(line, entry["reason"])])
+            if quarantine is not None:
+                quarantine.add(segment.path, line, entry["reason"], entry["beginning"])
+        lines[segment.path] += read
+
+
 def _meta(job: Job, tokenizer: Tokenizer, key: str, text_bytes: int, largest: int) -> dict:
     return {
         "tokenizer": {
@@ -256,38 +335,6 @@ def _meta(job: Job, tokenizer: Tokenizer, key: str, text_bytes: int, largest: in
         "text_bytes": text_bytes,
         "max_token_id": largest,
     }
-
-
-def _deal_with_bad(encoded: Encoded, quarantine: Optional[Quarantine]) -> None:
-    for line, reason, beginning in encoded.bad:
-        if quarantine is None:
-            raise CorpusError(f"{encoded.path}:{line}: {reason}")
-        quarantine.add(encoded.path, line, reason, beginning)
-
-
-def _start_pool(job: Job) -> Optional[ProcessPoolExecutor]:
-    """Worker processes, already running; None when one worker means this process."""
-    if job.workers == 1:
-        return None
-    # Forked workers start in milliseconds; torch, whose threads forking would not survive, is not loaded here.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(job.workers, context, initializer=_start_worker, initargs=(os.getpid(),))
-    pool.submit(int).result()
-    return pool
-
-
-def _encode_in_order(job: Job, pool: Optional[ProcessPoolExecutor], chunks: Iterator[Chunk]) -> Iterator[Encoded]:
-    if pool is None:
-        for chunk in chunks:
-            yield encode_chunk(job, chunk)
-        return
-    under_way: deque[Future[Encoded]] = deque()
-    for chunk in chunks:
-        under_way.append(pool.submit(encode_chunk, job, chunk))
-        if len(under_way) >= _CHUNKS_PER_WORKER * job.workers:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
 
 
 class Quarantine:
@@ -316,8 +363,9 @@ class Quarantine:
 class Progress:
     """A line on ``log`` every ``interval`` documents, at most two a second: documents/s, MB/s of text, time left."""
 
-    def __init__(self, total_bytes: int, interval: int, log: TextIO) -> None:
+    def __init__(self, total_bytes: int, interval: int, log: TextIO, start: str = "") -> None:
         self._total = total_bytes
+        self._start = start
         self._interval = interval
         self._log = log
         self._started = self._last_time = time.monotonic()
@@ -332,7 +380,8 @@ class Progress:
         seconds = now - self._started
         left = seconds / max(position, 1) * (self._total - position)
         print(
-            f"documents: {documents} | {documents / seconds:.1f} documents/s | {text_bytes / 1e6 / seconds:.2f} MB/s | "
+            f"{self._start}documents: {documents} | {documents / seconds:.1f} documents/s | "
+            f"{text_bytes / 1e6 / seconds:.2f} MB/s | "
             f"{100 * position / max(self._total, 1):.1f}% | ETA {left:.0f} s",
             file=self._log,
             flush=True,

@@ -30,8 +30,9 @@ from itertools import islice
 import numpy as np
 import torch
 
-from umv2_megatron.data.corpus import CorpusError, CorpusOptions, is_json_file, read_chunks, texts_of
+from umv2_megatron.data.corpus import CorpusError, CorpusOptions, is_json_file, texts_of
 from umv2_megatron.data.indexing import check_corpus, read_tokens
+from umv2_megatron.data.records import read_chunks
 from umv2_megatron.data.tokenizers import ByteLevelTokenizer, NullTokenizer, Tokenizer
 from umv2_megatron.evaluation.evaluate_flags import DATA_FORMS
 from umv2_megatron.evaluation.scoring_model import ScoringModel

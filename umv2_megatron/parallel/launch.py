@@ -76,6 +76,25 @@ def discover(environ: Mapping[str, str] | None = None) -> Launch:
     return Launch(0, 1, 0, 1, "127.0.0.1", _port(environ, _free_port()))
 
 
+def rank_and_size(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Rank and number of the processes that a launcher started together, from ``environ`` alone; (0, 1) without one.
+
+    For programs whose ranks meet at files: neither MPI nor a network is needed, and it is no collective call.
+
+    Raises:
+        ValueError: a variable of the launcher is missing, not a number, or contradicts another one.
+    """
+    environ = os.environ if environ is None else environ
+    names = ("RANK", "WORLD_SIZE") if _by_torchrun(environ) else None
+    names = names or next((pair for pair in _MPI_VARIABLES if pair[0] in environ), None)
+    if names is None and _by_srun(environ):
+        names = "SLURM_PROCID", _slurm_tasks_name(environ)
+    if names is None:
+        return 0, 1
+    rank, size = (_integer(environ, name) for name in names)
+    return _checked(Launch(rank, size, 0, 1, "", 0), *names)[:2]
+
+
 def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
     """Install the platform, choose this rank's device and join the process group of the whole run.
 

@@ -1,5 +1,6 @@
 """Small corpora and command lines that several data tests share."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +18,11 @@ def run_tool(name, *arguments, timeout=120):
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd="/")
+
+
+def hashes(prefix):
+    """SHA-256 of tokens, index and sidecar."""
+    return [hashlib.sha256(Path(f"{prefix}{end}").read_bytes()).hexdigest() for end in (".bin", ".idx", ".meta.json")]
 
 
 def sources(count=40):

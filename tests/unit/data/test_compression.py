@@ -13,7 +13,8 @@ import zstandard
 from data_helpers import run_tool
 
 from umv2_megatron.data import compression
-from umv2_megatron.data.corpus import CorpusError, CorpusOptions, expand_inputs, read_chunks
+from umv2_megatron.data.corpus import CorpusError, CorpusOptions, expand_inputs
+from umv2_megatron.data.records import read_chunks
 
 GOOD = b'{"text": "good"}\n'
 COMPRESS = {
@@ -122,7 +123,7 @@ def test_a_second_frame_that_is_not_supported(tmp_path):
 
 
 def test_memory_that_is_missing_is_no_damage():
-    stream = compression._Decompressed(io.BytesIO(), "zstd")
+    stream = compression.Decompressed(io.BytesIO(), "zstd")
     assert isinstance(stream._fault(ValueError("Allocation error : not enough memory")), compression.Unsupported)
     assert isinstance(stream._fault(ValueError("Data corruption detected")), compression.Damaged)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import ROOT, run_tool, sources, write_corpus, write_jsonl
+from data_helpers import ROOT, hashes, run_tool, sources, write_corpus, write_jsonl
 
 from umv2_megatron.data import indexing
 from umv2_megatron.data.corpus import CorpusError, CorpusOptions
@@ -20,10 +20,6 @@ from umv2_megatron.data.indexing import IndexWriter, check_corpus, read_index, r
 from umv2_megatron.data.preprocessing import Job, preprocess
 
 BYTES = ("--tokenizer-type", "ByteLevelTokenizer", "--append-eod")
-
-
-def hashes(prefix):
-    return [hashlib.sha256(Path(f"{prefix}{end}").read_bytes()).hexdigest() for end in (".bin", ".idx", ".meta.json")]
 
 
 def read_jsonl(path):
@@ -216,21 +212,18 @@ def test_killed_and_started_again(tmp_path, sent):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", sources(40) * 12)
     process = start(corpus, tmp_path / "p", 2)
     deadline = time.monotonic() + 60
-    partial = tmp_path / "p_text_document.bin.incomplete"
-    while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+    while not list((tmp_path / "p.parts").glob("0*[0-9].json")) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(sent)
     code = process.wait(60)
     assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
     assert not (tmp_path / "p_text_document.idx").exists()
-    if sent != signal.SIGKILL:
-        assert names(tmp_path) == ["corpus.jsonl"]
-    time.sleep(1.5)  # workers notice that their parent is gone
+    assert names(tmp_path) == ["corpus.jsonl", "p.parts"]
     for prefix, workers in ((tmp_path / "p", 1), (tmp_path / "whole", 2)):
         assert start(corpus, prefix, workers).wait(120) == 0
     assert hashes(tmp_path / "p_text_document") == hashes(tmp_path / "whole_text_document")
-    assert not [name for name in names(tmp_path) if "incomplete" in name]
+    assert not [name for name in names(tmp_path) if "incomplete" in name or "parts" in name]
 
 
 def test_publication_shows_the_old_corpus_or_the_new_or_none(tmp_path, monkeypatch):

@@ -1,0 +1,177 @@
+"""Text to token ids: what one worker does with a part of the corpus."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import numpy as np
+
+from umv2_megatron.data.corpus import CorpusError, CorpusOptions, excerpt, texts_of
+from umv2_megatron.data.indexing import token_dtype
+from umv2_megatron.data.parts import Part, PartsDirectory, PartWriter
+from umv2_megatron.data.records import Chunk, FileReader
+from umv2_megatron.data.tokenizers import Tokenizer, build_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run of tools/preprocess_data.py does; the fields are its flags."""
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    tokenizer_type: str
+    tokenizer_model: Optional[str] = None
+    vocab_size: Optional[int] = None
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    workers: int = 1
+    on_bad_line: str = "fail"
+    log_interval: int = 1000
+    corpus: CorpusOptions = CorpusOptions()
+    part_bytes: Optional[int] = None
+    rank_timeout: float = 300.0
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of this job; loaded once per process."""
+        return _load_tokenizer(self.tokenizer_type, self.tokenizer_model, self.vocab_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tokenizer(tokenizer_type: str, tokenizer_model: Optional[str], vocab_size: Optional[int]) -> Tokenizer:
+    return build_tokenizer(tokenizer_type, tokenizer_model, vocab_size)
+
+
+class Work(NamedTuple):
+    """What came to be done since the last report: documents, bytes of text, and bytes of input as stored."""
+
+    documents: int
+    text_bytes: int
+    position: int
+
+
+class Encoder:
+    """Makes parts. ``stride``: bytes of a range of a file."""
+
+    def __init__(self, job: Job, directory: PartsDirectory, stride: int, sizes: dict[str, int]) -> None:
+        self._job = job
+        self._directory = directory
+        self._stride = stride
+        self._sizes = sizes
+        self._reader: Optional[FileReader] = None
+
+    def make(self, part: Part) -> Iterator[Work]:
+        """Tokenize a part and publish it in the directory; yields what was done since the last time.
+
+        Raises ``CorpusError`` (file:line) for a bad record when ``on_bad_line`` is "fail"; nothing is published then.
+        """
+        reached = 0  # bytes of the part in the segments before
+        try:
+            with PartWriter(self._directory, part) as writer:
+                for number, segment in enumerate(part.segments):
+                    reader = self._reader_of(segment.path)
+                    kept = bad = before = 0
+                    for chunk in reader.chunks(segment):
+                        encoded = encode_chunk(self._job, chunk)
+                        if encoded.bad and self._job.on_bad_line == "fail":
+                            line, reason, _ = encoded.bad[0]
+                            raise CorpusError(f"{segment.path}:{reader.lines_before() + line}: {reason}")
+                        for line, reason, beginning in encoded.bad:
+                            writer.add_bad(number, line, reason, beginning)
+                        for i, texts in enumerate(encoded.keys):
+                            writer.add(i, texts.tokens, texts.lengths, texts.text_bytes, texts.largest)
+                        kept += sum(len(texts.lengths) for texts in encoded.keys)
+                        bad += len(encoded.bad)
+                        writer.record.empty += encoded.empty
+                        position = min(chunk.position, part.size - reached)
+                        text_bytes = sum(texts.text_bytes for texts in encoded.keys)
+                        yield Work(len(encoded.keys[0].lengths), text_bytes, position - before)
+                        before = position
+                    if reader.size != self._sizes[segment.path]:
+                        raise CorpusError(
+                            f"{segment.path}: the file had {self._sizes[segment.path]} bytes at the start and has "
+                            f"{reader.size} now: leave it as it is while it is read"
+                        )
+                    writer.record.segments.append((kept, reader.lines_read(), bad))
+                    reached += before
+                writer.finish()
+                yield Work(0, 0, part.size - reached)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    def _reader_of(self, path: str) -> FileReader:
+        if self._reader is None or self._reader.path != path:
+            self.close()
+            self._reader = FileReader(path, self._job.corpus, self._stride)
+        return self._reader
+
+
+class Texts(NamedTuple):
+    """Tokenized documents of one JSON key: ids as bytes, tokens of each document, bytes of UTF-8 text, largest id."""
+
+    tokens: bytes
+    lengths: np.ndarray
+    text_bytes: int
+    largest: int
+
+
+class Encoded(NamedTuple):
+    """One chunk after tokenizing. ``bad`` holds line, reason and excerpt of records that cannot be used."""
+
+    keys: list[Texts]
+    empty: int
+    bad: list[tuple[int, str, str]]
+
+
+def encode_chunk(job: Job, chunk: Chunk) -> Encoded:
+    """Tokenize the records of one chunk. A record with a fault under any key is left out under all of them."""
+    tokenizer = job.tokenizer()
+    dtype = token_dtype(tokenizer.vocab_size)
+    documents: list[list[np.ndarray]] = [[] for _ in job.json_keys]
+    text_bytes = [0] * len(job.json_keys)
+    bad: list[tuple[int, str, str]] = []
+    empty = 0
+    for record in chunk.records:
+        try:
+            texts = texts_of(record, chunk.is_json, job.json_keys)
+            ids = [_encode(tokenizer, text, job.append_eod) for text in texts]
+        except ValueError as error:
+            bad.append((record.line, str(error), excerpt(record)))
+            continue
+        empty += sum(not document.size for document in ids)
+        for i, document in enumerate(ids):
+            if document.size:
+                documents[i].append(document)
+                text_bytes[i] += len(texts[i].encode("utf-8"))
+    keys = [_join(parts, dtype, size) for parts, size in zip(documents, text_bytes)]
+    return Encoded(keys, empty, bad)
+
+
+def _encode(tokenizer: Tokenizer, text: str, append_eod: bool) -> np.ndarray:
+    """Ids of one document; none at all for an empty text. Raises ``ValueError`` for ids outside of the vocabulary."""
+    try:
+        ids = np.array(tokenizer.tokenize(text), dtype=np.int64)
+    except OverflowError:
+        raise ValueError(f"a token id does not fit into 64 bits (the vocabulary has {tokenizer.vocab_size})") from None
+    if not ids.size:
+        return ids
+    for extreme in (int(ids.max()), int(ids.min())):
+        if not 0 <= extreme < tokenizer.vocab_size:
+            raise ValueError(f"the token id {extreme} is outside of the vocabulary of {tokenizer.vocab_size} ids")
+    return np.append(ids, tokenizer.eod) if append_eod else ids
+
+
+def _join(documents: list[np.ndarray], dtype: type[np.integer], text_bytes: int) -> Texts:
+    lengths = np.array([document.size for document in documents], dtype=np.int32)
+    if not documents:
+        return Texts(b"", lengths, 0, 0)
+    tokens = np.concatenate(documents)
+    return Texts(tokens.astype(dtype).tobytes(), lengths, text_bytes, int(tokens.max()))
