@@ -136,6 +136,12 @@ def join(launch: Any) -> None:
         _roll = _RollCall(distributed_c10d._get_default_store(), launch)
 
 
+def at_sudden_end(tell: Callable[[str], object]) -> None:
+    """``tell`` is given why, before a monitoring thread ends this process whose main thread hangs."""
+    if _roll is not None:
+        _roll.last_words = tell
+
+
 def leave(code: int) -> None:
     """This rank is about to end with exit code ``code``; waits where others still need this rank's store."""
     if _roll is not None:
@@ -163,6 +169,7 @@ class _RollCall:
         self._here: dict[int, Member] = {}
         self._over = threading.Event()
         self._lost = False
+        self.last_words: Callable[[str], object] = lambda text: None
         self._hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         """Whether rank 0 hosts the store; torchrun's agent does otherwise."""
         self._store.set(f"member/{self.rank}", self._me.to_text())
@@ -336,7 +343,9 @@ class _RollCall:
         # the main thread's own failure tells more
         if not self._over.wait(PATIENCE):
             because = ", ".join(culprits) or "a collective failed on another rank"
-            print(f"error: rank {self.rank} ends, from {doing}, because {because}", file=sys.stderr, flush=True)
+            text = f"rank {self.rank} ends, from {doing}, because {because}"
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            self.last_words(text)
             self.leave(1)
             os._exit(1)
 

@@ -13,6 +13,7 @@ from typing import Any
 from umv2_megatron.checkpoint.save_load import gathered_parameters
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.observation.events import EventLog
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import health
@@ -34,6 +35,7 @@ class Trainer:
         train_iterator: this rank's micro-batches from ``progress.consumed_samples`` on.
         make_eval_iterator: makes a fresh iterator over the first validation batches, None without validation data.
         reporter: where numbers go.
+        events: where the history goes.
         save: publishes a checkpoint of the present state.
         vocab_size: entries of the tokenizer, for the throughput.
         store: the checkpoints that ``save`` writes, to which --spike-policy rewind goes back.
@@ -47,6 +49,7 @@ class Trainer:
         train_iterator: Any,
         make_eval_iterator: Callable[[], Any] | None,
         reporter: Reporter,
+        events: EventLog,
         save: Callable[[], None] | None,
         vocab_size: int,
         started_at: float,
@@ -57,8 +60,9 @@ class Trainer:
         self.train_iterator = train_iterator
         self.make_eval_iterator = make_eval_iterator
         self.reporter = reporter
+        self.events = events
         self.save = save
-        self.policies = StepPolicies(run, state, reporter, store)
+        self.policies = StepPolicies(run, state, reporter, store, events)
         self.last_iteration = run.last_iteration(state.progress.iteration, state.progress.consumed_samples)
         self.stop_requests = StopRequests(
             run.training.exit_signal_handler, run.training.exit_duration_in_mins, started_at
@@ -211,6 +215,7 @@ class Trainer:
 
     def _tell_stop(self) -> None:
         iteration = self.state.progress.iteration
+        self.events.tell("stop", reason=self.stop_requests.reason())
         self.reporter.line(f" stopping after iteration {iteration} as asked by a signal or --exit-duration-in-mins")
 
     def save_now(self) -> None:
@@ -218,7 +223,9 @@ class Trainer:
         self.refresh()
         if self.save is not None and self._last_saved != self.state.progress.iteration:
             self.reporter.flush()
+            begun = time.perf_counter()
             self.save()
+            self.events.tell("checkpoint", seconds=round(time.perf_counter() - begun, 3))
             self._last_saved = self.state.progress.iteration
 
     def refresh(self) -> None:

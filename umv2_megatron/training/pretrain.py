@@ -27,6 +27,9 @@ from umv2_megatron.data.datasets import build_datasets, data_identity
 from umv2_megatron.data.tokenizers import build_tokenizer
 from umv2_megatron.durable_files import write_synced
 from umv2_megatron.model.builder import unwrap
+from umv2_megatron.observation.device import device_name
+from umv2_megatron.observation.events import EventLog
+from umv2_megatron.parallel import roll_call
 from umv2_megatron.planning.parameters import count_parameters
 from umv2_megatron.training.initialize import (
     Progress,
@@ -62,6 +65,7 @@ def pretrain(run: RunConfig) -> int:
             # mcore shuffles as many epochs as it needs, so another number of samples is another order
             identity["training_samples"] = run.train_iters * run.global_batch_size
         _resume(run, state, identity, tokenizer.vocab_size)
+        events = stack.enter_context(_history(run, store, state))
         if store is not None and torch.distributed.get_rank() == 0 and not run.training.skip_train:
             write_synced(store.root / ".config.yaml.tmp", run.to_yaml().encode())
             os.replace(store.root / ".config.yaml.tmp", store.root / "config.yaml")
@@ -78,6 +82,7 @@ def pretrain(run: RunConfig) -> int:
             _iterator(run, train_set, state.progress.consumed_samples),
             _eval_iterator(run, valid_set),
             reporter,
+            events,
             save,
             tokenizer.vocab_size,
             started_at,
@@ -90,6 +95,7 @@ def pretrain(run: RunConfig) -> int:
             trainer.evaluate("test")
         trainer.refresh()
         print_rank_0(f"weights of rank 0: sha256 {save_load.weights_digest(state.chunks)}")
+        events.end(finished=state.progress.iteration >= trainer.last_iteration)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
@@ -218,6 +224,17 @@ def _refuse_another_run(run: RunConfig, source: Source, identity: dict[str, Any]
     torch.distributed.broadcast_object_list(refusal, src=0)
     if refusal[0] is not None:
         raise UsageError(refusal[0])
+
+
+def _history(run: RunConfig, store: CheckpointStore | None, state: TrainingState) -> EventLog:
+    """The run's events, of which this start is one; an evaluation (--skip-train) is none."""
+    kept = store is not None and not run.training.skip_train
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    events = EventLog(store.root if store and kept else None, rank, ranks, lambda: state.progress.iteration)
+    last = run.last_iteration(state.progress.iteration, state.progress.consumed_samples)
+    events.start(yaml.safe_load(run.to_yaml()), __version__, device_name(), last)
+    roll_call.at_sudden_end(lambda text: events.fault(text, 1, own=False))
+    return events
 
 
 # -- description -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) ->
         code = main(argv)
     except KeyboardInterrupt as error:
         _explain(error)
+        _record("interrupted (Ctrl-C)", 130)
         code = 130
     except SystemExit as error:
         roll_call = _roll_call()
@@ -32,7 +33,9 @@ def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) ->
             raise
         # the other ranks would wait for this one
         roll_call.explain(error)
-        print(f"{name}: error: rank {_rank()} called sys.exit({error.code!r}) in mid-run", file=sys.stderr, flush=True)
+        text = f"rank {_rank()} called sys.exit({error.code!r}) in mid-run"
+        _record(text, 1)
+        print(f"{name}: error: {text}", file=sys.stderr, flush=True)
         code = 1
     except Exception as error:
         code = _failed(error, argv, name)
@@ -58,10 +61,20 @@ def _failed(error: Exception, argv: list[str], name: str) -> int:
     if "--debug" in argv or not known:
         traceback.print_exc()
     text = " ".join((str(error) if collective is None else collective).split())
+    if not usage:
+        _record(text if known else f"{type(error).__name__}: {text}", 1, own=collective is None)
     tell_launcher(f"{name}: error: {text}" if known else f"{type(error).__name__}: {text}")
     if known and (_rank() == 0 or not usage):
         print(f"{name}: error: {text}", file=sys.stderr, flush=True)
     return 2 if usage else 1
+
+
+def _record(text: str, code: int, own: bool = True) -> None:
+    """Into the history of the run, where this process has begun one."""
+    events = sys.modules.get("umv2_megatron.observation.events")
+    log = events.current() if events is not None else None
+    if log is not None:
+        log.fault(text, code, own=own)
 
 
 def _roll_call() -> ModuleType | None:

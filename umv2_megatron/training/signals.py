@@ -73,3 +73,9 @@ class StopRequests:
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         self.settle(bool(asked.item()))
         return self._stopping
+
+    def reason(self) -> str:
+        """What made the ranks stop: the name of a signal, or the time limit. A collective."""
+        asked = torch.tensor([float(self._asked or 0)], device=cpu_platform.device())
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return signal.Signals(int(asked.item())).name if asked.item() else "--exit-duration-in-mins"

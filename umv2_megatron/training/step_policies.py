@@ -17,6 +17,7 @@ from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped
 from umv2_megatron.data.batches import next_batch
+from umv2_megatron.observation.events import EventLog
 from umv2_megatron.training import spikes
 from umv2_megatron.training.initialize import Progress, TrainingState
 from umv2_megatron.training.load_state import checkpoint_before, load_state
@@ -33,13 +34,22 @@ class StepPolicies:
         state: model, optimizer, schedule, progress.
         reporter: where it is told.
         store: the checkpoints of this run, None without --save.
+        events: the history, which it becomes part of.
     """
 
-    def __init__(self, run: RunConfig, state: TrainingState, reporter: Reporter, store: CheckpointStore | None):
+    def __init__(
+        self,
+        run: RunConfig,
+        state: TrainingState,
+        reporter: Reporter,
+        store: CheckpointStore | None,
+        events: EventLog,
+    ):
         self.run = run
         self.state = state
         self.reporter = reporter
         self.store = store
+        self.events = events
         self._to_skip = set(run.training.iterations_to_skip or [])
         self._seen = (0.0, 0.0)
         self._spike: str | None = None
@@ -64,7 +74,8 @@ class StepPolicies:
         progress = self.state.progress
         progress.skipped_iterations += 1
         self._leave_out(progress.consumed_samples)
-        self._tell(f" iteration {progress.iteration + 1} is left out by --iterations-to-skip{self._told_samples()}")
+        told = f"iteration {progress.iteration + 1} is left out by --iterations-to-skip{self._told_samples()}"
+        self._tell("skipped", told, "")
 
     # -- after it --------------------------------------------------------------------------------------------------
 
@@ -80,7 +91,7 @@ class StepPolicies:
             progress.interval_steps += 1
             if self._spike is not None:
                 progress.spikes += 1
-                self._tell(f"WARNING: {self._told_spike()}; the update was made (--spike-policy warn)")
+                self._tell("spike", f"{self._told_spike()}; the update was made (--spike-policy warn)")
             spikes.remember(training, progress, *self._seen)
         elif step.finite:
             self._handle_spike()
@@ -99,7 +110,7 @@ class StepPolicies:
             return
         why = "--spike-policy skip" if training.spike_policy == "skip" else "there is no checkpoint yet to go back to"
         self._count_skipped(self._told_spike())
-        self._tell(f"WARNING: {self._told_spike()}; the update is left out ({why}){self._told_samples()}")
+        self._tell("skipped", f"{self._told_spike()}; the update is left out ({why}){self._told_samples()}")
 
     def _go_back(self, target: int) -> None:
         """Restore the checkpoint of iteration ``target`` and leave out the steps since, this one among them."""
@@ -123,9 +134,10 @@ class StepPolicies:
         progress.window_grad_norms = list(saved.get("window_grad_norms", []))
         self._leave_out(saved["consumed_samples"])
         self._tell(
-            f"WARNING: {spike}; went back to the checkpoint of iteration {target}: iterations {target + 1} to "
+            "rewind",
+            f"{spike}; went back to the checkpoint of iteration {target}: iterations {target + 1} to "
             f"{progress.iteration + 1} are left out{self._told_samples(saved['consumed_samples'])}; training "
-            f"goes on with iteration {progress.iteration + 2}"
+            f"goes on with iteration {progress.iteration + 2}",
         )
 
     def _handle_non_finite(self, step: StepResult) -> None:
@@ -146,6 +158,7 @@ class StepPolicies:
                 "from before this step); --nan-policy skip leaves such steps out"
             )
         self._count_skipped(message)
+        self.events.tell("skipped", text=message)
 
     # -- counts ----------------------------------------------------------------------------------------------------
 
@@ -175,9 +188,10 @@ class StepPolicies:
         so_far = left_out_samples(progress)
         return f"; samples {start} to {end - 1} of the training order are left out ({so_far} so far)"
 
-    def _tell(self, line: str) -> None:
+    def _tell(self, event: str, text: str, prefix: str = "WARNING:") -> None:
         progress = self.state.progress
-        self.reporter.line(line)
+        self.events.tell(event, text=text)
+        self.reporter.line(f"{prefix} {text}")
         self.reporter.numbers(
             progress.iteration + 1,
             {"spikes": progress.spikes, "rewinds": progress.rewinds, "left-out-samples": left_out_samples(progress)},

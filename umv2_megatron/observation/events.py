@@ -1,0 +1,157 @@
+"""``<save>/events.jsonl``: what happened to a run, one JSON object per line, from its first start to its end.
+
+Every event has ``time`` (seconds since 1970), ``event`` and ``iteration`` (finished steps):
+
+    start        the first process of the run, and every one after it: ``ranks``, ``host``, ``pid``, ``version``,
+                 ``device``, ``last_iteration``; of a later one also ``reason``, why the one before has ended, and
+                 ``changes``, setting -> [old, new]
+    checkpoint   one was published; ``seconds`` it took
+    skipped      a step made no update (NaN, spike, --iterations-to-skip); ``text`` says which and why
+    spike        a step was one and made its update nevertheless; ``text``
+    rewind       the run went back to a checkpoint in the same process; ``text``
+    stop         the ranks agreed to stop; ``reason``: the signal, or the time limit
+    fault        this process ends before its time; ``rank`` that tells it, ``code``, ``text``
+    end          this process ends as it should; ``finished``: all iterations are done
+
+Nothing is ever removed, other than from metrics.jsonl: a step that a restart repeats was trained twice, and that is
+part of the history. A process that is killed leaves no event; the next start says so. A history that cannot be written
+does not end a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from umv2_megatron.observation.json_lines import read_json_lines
+
+EVENTS_FILE = "events.jsonl"
+MOST_FAULTS = 8
+"""Faults of one start that are recorded: thousands of ranks may fail for one cause."""
+
+_current: EventLog | None = None
+
+
+def current() -> EventLog | None:
+    """The log of the run that this process is a rank of, from its start to its end."""
+    return _current
+
+
+def read_events(directory: Path) -> list[dict[str, Any]]:
+    """The events of the run in ``directory``, in order; lines that are none are left out."""
+    found = read_json_lines(directory / EVENTS_FILE)
+    return [event for event in found if event and isinstance(event.get("event"), str)]
+
+
+def why_ended(events: list[dict[str, Any]]) -> str | None:
+    """Why the last start in ``events`` came to its end, in words; None where there was no start."""
+    starts = [place for place, event in enumerate(events) if event["event"] == "start"]
+    if not starts:
+        return None
+    since = events[starts[-1] :]
+    faults = [event for event in since if event["event"] == "fault"]
+    if faults:
+        return str(faults[0].get("text", "a fault"))
+    stops = [event for event in since if event["event"] == "stop"]
+    if stops:
+        return f"stopped as asked by {stops[-1].get('reason', 'a signal')}"
+    ends = [event for event in since if event["event"] == "end"]
+    if ends:
+        return "all iterations were done" if ends[-1].get("finished") else "ended with --exit-interval"
+    return "the process ended without a message: killed, out of memory, or its machine was lost"
+
+
+def changed_settings(saved: Path, values: dict[str, Any]) -> dict[str, list[Any]]:
+    """Setting -> [old, new] where ``values`` differ from the config.yaml that the run before has left at ``saved``."""
+    try:
+        old = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if not isinstance(old, dict):
+        return {}
+    return {key: [old[key], value] for key, value in values.items() if key in old and old[key] != value}
+
+
+class EventLog:
+    """Appends events to ``directory``'s events.jsonl; without a directory it does nothing.
+
+    Rank 0 tells what all ranks know. Faults are told by every rank that fails on its own account, and by the first and
+    the last rank where another one is to blame.
+
+    Args:
+        directory: of the run, None without --save.
+        rank, ranks: this one, and how many there are.
+        iteration: gives the number of finished steps.
+    """
+
+    def __init__(self, directory: Path | None, rank: int, ranks: int, iteration: Callable[[], int]):
+        self.path = None if directory is None else directory / EVENTS_FILE
+        self.rank, self.ranks = rank, ranks
+        self._iteration = iteration
+        self._over = False
+
+    def start(self, values: dict[str, Any], version: str, device: str, last_iteration: int) -> None:
+        """This process begins. On rank 0, before config.yaml is written anew with ``values``."""
+        if self.path is None or self.rank:
+            return
+        told: dict[str, Any] = {}
+        before = why_ended(read_events(self.path.parent))
+        if before is not None:
+            told = {"reason": before, "changes": changed_settings(self.path.parent / "config.yaml", values)}
+        self._write("start", ranks=self.ranks, host=socket.gethostname(), pid=os.getpid(), version=version,
+                    device=device, last_iteration=last_iteration, **told)  # fmt: skip
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Append an event that all ranks know of."""
+        if self.rank == 0:
+            self._write(event, **fields)
+
+    def end(self, finished: bool) -> None:
+        """This process ends as it should."""
+        self.tell("end", finished=finished)
+        self._over = True
+
+    def fault(self, text: str, code: int, *, own: bool) -> None:
+        """This process ends before its time; ``own``: by what happened on this rank. Only the first is recorded."""
+        if self.path is None or self._over or not (own or self.rank in (0, self.ranks - 1)):
+            return
+        self._over = True
+        told = read_events(self.path.parent)
+        starts = [place for place, event in enumerate(told) if event["event"] == "start"]
+        if sum(event["event"] == "fault" for event in told[starts[-1] if starts else 0 :]) < MOST_FAULTS:
+            self._write("fault", rank=self.rank, code=code, text=text)
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self.path is None:
+            return
+        record = {"time": round(time.time(), 3), "event": event, "iteration": self._iteration(), **fields}
+        line = json.dumps(record, default=str).encode() + b"\n"
+        try:
+            # one write to the end of the file: lines of several ranks do not mix
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                size = os.fstat(descriptor).st_size
+                cut = size and os.pread(descriptor, 1, size - 1) != b"\n"  # by a kill or a full disk
+                os.write(descriptor, b"\n" * bool(cut) + line)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            print(f"WARNING: {self.path} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+
+    def __enter__(self) -> EventLog:
+        global _current
+        _current = self
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        global _current
+        if failure is None:  # else the program still has to tell what it means
+            _current = None

@@ -1,0 +1,28 @@
+"""Files of one JSON object per line that a kill may have cut anywhere: read what can be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The objects of ``path`` in order, None for a line that is none; nothing where there is no file.
+
+    Raises OSError where the file is there and cannot be read.
+    """
+    try:
+        file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                found = None
+            yield found if isinstance(found, dict) else None
