@@ -7,7 +7,7 @@ TRITON_READY := $(VENV)/.triton-ready
 SERVE_READY := $(VENV)/.serve-ready
 HF_TOOLS_READY := $(VENV)/.hf-tools-ready
 
-.PHONY: demo compare flags-page fuzz test test-flags test-slow test-other-cpus test-gpu layouts bench lint clean help
+.PHONY: demo compare flags-page fuzz test test-flags test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
@@ -18,6 +18,7 @@ help:
 	@echo "make fuzz       many damaged files and drawn command lines: a sentence and a non-zero exit, or success (about 20 minutes)"
 	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 12 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"
+	@echo "make slurm-test  examples/slurm on a SLURM of two nodes on this machine, as root (about 10 minutes)"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
 	@echo "make bench      benchmarks of this machine, into docs/performance.md (under 15 minutes)"
 	@echo "make lint       ruff, mypy and import-linter"
@@ -61,7 +62,7 @@ lint: $(READY)
 	$(VENV)/bin/lint-imports --no-cache
 
 test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
 
 # Not with a file for each worker: it is one file.
 test-flags: $(READY)
@@ -85,13 +86,20 @@ test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY)
 	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
 		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \
 		echo "with $$setting"; \
-		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu" || failed=1; \
+		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm" || failed=1; \
 	done; exit $$failed
 
 # Records on success that --memory-backend auto may take the Triton kernels on such a device.
 test-gpu: $(READY)
 	$(PY) -m pytest -q tests/gpu
 	$(PY) -m umv2_megatron.ops.proven
+
+# Installs SLURM as root where apt-get can; without it the tests are skipped, with the reason.
+slurm-test: $(READY)
+	command -v slurmctld slurmd munged >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends slurm-wlm munge; } \
+		|| echo "slurm-wlm and munge could not be installed: the tests will be skipped"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -rs tests/slurm
 
 layouts: $(READY)
 	OMP_NUM_THREADS=1 $(PY) tests/functional/layout_matrix.py

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests" / "distributed"))
 
 from harness import run_ranks  # noqa: E402
 
-SCRIPT = "pretrain_umv2_2.5b_120b.sh"
+SCRIPT = "slurm/pretrain_2.5b_120b.sh"
 TINY: dict[str, Any] = {
     "model_preset": "umv2-tiny",
     "mock_data": True,

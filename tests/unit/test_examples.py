@@ -21,11 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RANKS = {
     "pretrain_8m_cpu.sh": 2,
     "pretrain_227m_single_node.sh": 8,
-    "pretrain_227m_slurm.sh": 16,
-    "pretrain_umv2_2.5b_120b.sh": 1024,
+    "slurm/pretrain_227m.sh": 16,
+    "slurm/pretrain_1b_7b.sh": 32,
+    "slurm/pretrain_7b_41b.sh": 64,
+    "slurm/pretrain_2.5b_120b.sh": 1024,
 }
-BENCHES = {"bench_8gpu.sh"}
-"""Scripts that make several short runs: tests/functional/test_bench_8gpu.py."""
+JOBS = {f"slurm/{name}.sh" for name in ("requeue", "convert", "evaluate", "ablation_array", "preprocess")}
+OTHERS = {"bench_8gpu.sh", *JOBS}
+"""Scripts that start other programs: tests/functional/test_bench_8gpu.py, tests/slurm/test_slurm.py."""
 PROGRAMS = ("umv2_megatron/commands", "umv2_megatron/evaluation", "tools", "benchmarks")
 TOOLS = sorted(path for folder in PROGRAMS for path in (ROOT / folder).glob("*.py"))
 # Flags in commands of other programs: torchrun, pip, SLURM, mpirun, nsys, zstd, Megatron-LM, transformers, systemd-run,
@@ -37,7 +40,7 @@ OTHER_PROGRAMS = set(
 --nproc-per-node --nnodes --standalone --shutdown-timeout --rdzv-id --rdzv-backend --rdzv-endpoint --node-rank
 --no-build-isolation --job-name --nodes --ntasks-per-node --gpus-per-node --exclusive --time --signal --requeue
 --open-mode --output --kill-on-bad-exit --mpi --capture-range --spec --help --host --port --model --include --trust
---scope --no-python --long --ultra --cpus-per-task
+--scope --no-python --long --ultra --cpus-per-task --array --wait --exclude --batch --partition --parsable
 """,
     )
 )
@@ -78,7 +81,30 @@ def resolved(script: str, files: dict[str, str], folder: Path) -> RunConfig:
 
 
 def test_every_script_is_tested():
-    assert {path.name for path in (ROOT / "examples").glob("*.sh")} == RANKS.keys() | BENCHES
+    scripts = {str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").rglob("*.sh")}
+    assert scripts == RANKS.keys() | OTHERS
+
+
+@pytest.mark.parametrize("script", [script for script in RANKS if script.startswith("slurm/")])
+def test_the_lines_for_slurm_fit_the_run(script):
+    text = (ROOT / "examples" / script).read_text(encoding="utf-8")
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", text, re.M))
+    assert int(asked["nodes"]) * int(asked["ntasks-per-node"]) == RANKS[script]
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"]
+    assert re.fullmatch(r"B:USR1@\d+", asked["signal"]), "requeue.sh waits for USR1 to the batch shell"
+
+
+def test_a_job_that_is_none_is_refused(files):
+    finished = subprocess.run(
+        [str(ROOT / "examples" / "slurm" / "pretrain_227m.sh")],
+        env={k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | files,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr == "there is no SLURM job here, expected one; submit the script with sbatch, or set LAUNCH\n"
+    assert not Path(files["RUN"]).exists()
 
 
 @pytest.mark.parametrize("script", RANKS)
