@@ -1,12 +1,12 @@
 """Ranks of one program that meet at files of a directory which all of them see. No MPI and no network is needed.
 
-Rank 0 writes ``call.json`` with a ticket drawn for this call. The others answer it in ``rank-<r>.json`` with tickets
-of their own. When all have answered, rank 0 writes what each is to do, beside its ticket, into ``call.json``. Tickets
-tell these files from those that the killed ranks of an earlier call have left.
+Rank 0 writes ``call.json`` with a ticket drawn for this call. The others answer it in ``answer-<rank>.json`` with
+tickets of their own. When all have answered, rank 0 writes what each is to do, beside its ticket, into ``call.json``.
+Tickets tell these files from those that the killed ranks of an earlier call have left.
 
-Each rank renews its file every few seconds, and says in it when it is done or why it has failed. So a rank that
-waits, or works, learns that another one is gone: within seconds when it failed or was a process of the same host, after
-a time limit otherwise.
+Each rank renews its ``rank-<rank>-<ticket>.json`` every few seconds, and says there when it is done or why it failed.
+So a rank that waits, or works, learns that another one is gone: within seconds when it failed or was a process of the
+same host, after a time limit otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Meeting:
         self._ticket = uuid.uuid4().hex
         self._call = self._ticket if rank == 0 else ""
         self._note: dict[str, Any] = {
-            "ticket": self._ticket, "state": "here", "beat": 0, "pid": os.getpid(), "host": socket.gethostname(),
+            "state": "here", "beat": 0, "pid": os.getpid(), "host": socket.gethostname(),
             "system": _system(),
         }  # fmt: skip
         self._tickets: dict[int, str] = {}
@@ -62,7 +62,7 @@ class Meeting:
             return
         self._stop.set()
         self._beats.join()
-        message = f"{error}" or kind.__name__ if kind else ""
+        message = f"{error}" if isinstance(error, Exception) else "it was told to end"
         with contextlib.suppress(OSError):  # the directory may be gone by now
             self._write_note(state="failed" if kind else "done", message=message)
             if kind is not None and self.rank == 0 and not self._tickets:
@@ -101,26 +101,21 @@ class Meeting:
         tickets: dict[int, str] = {}
         while True:
             for rank in range(1, self.size):
-                note = self._read(f"rank-{rank}.json") if rank not in tickets else {}
-                if note.get("call") == self._ticket:
-                    if note["state"] == "failed":
-                        raise CorpusError(f"{_named(rank, note)} failed: {note.get('message')}")
-                    tickets[rank] = note["ticket"]
+                answer = self._read(f"answer-{rank}.json") if rank not in tickets else {}
+                if answer.get("call") == self._ticket:
+                    tickets[rank] = answer["ticket"]
             if len(tickets) == self.size - 1 or time.monotonic() > deadline:
                 return tickets
             time.sleep(_POLL_SECONDS)
 
     def _call_off(self, message: str) -> None:
         """Tell the ranks that have come, or are about to, that there will be no work, and let them read it."""
-        try:
-            tickets = self._answers(min(self._timeout, _FAREWELL_SECONDS))
-        except CorpusError:
-            tickets = {}
+        tickets = self._answers(min(self._timeout, _FAREWELL_SECONDS))
         heard = list(tickets.values())
         self._write("call.json", {"call": self._ticket, "size": self.size, "failed": message, "heard": heard})
         deadline = time.monotonic() + _FAREWELL_SECONDS
         while time.monotonic() < deadline and any(
-            self._read(f"rank-{rank}.json").get("state") == "here" for rank in tickets
+            self._note_of(rank, ticket).get("state") == "here" for rank, ticket in tickets.items()
         ):
             time.sleep(_POLL_SECONDS)
 
@@ -133,7 +128,8 @@ class Meeting:
             call = self._read("call.json")
             if call.get("size") == self.size and call.get("call") and call["call"] != self._call:
                 self._call = call["call"]
-                self._write_note(call=self._call)
+                self._write_note()
+                self._write(f"answer-{self.rank}.json", {"call": self._call, "ticket": self._ticket})
             ticket, work = call.get("shares", {}).get(str(self.rank), ("", None))
             if ticket == self._ticket:
                 self._tickets = {0: self._call}
@@ -167,12 +163,10 @@ class Meeting:
         return states
 
     def _state(self, rank: int) -> str:
-        note = self._read(f"rank-{rank}.json")
+        if rank == 0 and self._read("call.json").get("call", self._call) != self._call:
+            raise CorpusError("another call of the tool has taken the place of this one")
+        note = self._note_of(rank, self._tickets[rank])
         state = note.get("state", "here")
-        if note.get("ticket") != self._tickets[rank]:
-            if rank == 0 and note:
-                raise CorpusError("another call of the tool has taken the place of this one")
-            state, note = "here", {}
         if state == "failed":
             raise CorpusError(f"{_named(rank, note)} failed: {note.get('message')}")
         now = time.monotonic()
@@ -181,7 +175,7 @@ class Meeting:
             self._seen[rank] = beat, since = note.get("beat", beat), now
         if state == "here":
             if note.get("system") == self._note["system"] and not _exists(note["pid"]):
-                if self._read(f"rank-{rank}.json") != note:  # its last words
+                if self._note_of(rank, self._tickets[rank]) != note:  # its last words
                     return self._state(rank)
                 raise CorpusError(f"{_named(rank, note)} is gone")
             if now - since > self._timeout:
@@ -199,7 +193,10 @@ class Meeting:
         with self._lock:
             self._note.update(changes)
             if self._directory.is_dir():
-                self._write(f"rank-{self.rank}.json", self._note)
+                self._write(f"rank-{self.rank}-{self._ticket}.json", self._note)
+
+    def _note_of(self, rank: int, ticket: str) -> dict[str, Any]:
+        return self._read(f"rank-{rank}-{ticket}.json")
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         write_whole(self._directory / name, json.dumps(content).encode(), f".incomplete-{self._ticket}")

@@ -169,7 +169,7 @@ class PartsDirectory:
 
     def clear_temporary(self) -> None:
         """Remove what processes that were killed left unfinished."""
-        for file in self.path.glob(f"*{_TEMPORARY}*"):
+        for file in self.path.glob(f"[0-9]*{_TEMPORARY}*"):
             file.unlink(missing_ok=True)
 
     def remove(self) -> None:

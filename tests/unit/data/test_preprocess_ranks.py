@@ -200,6 +200,16 @@ def test_ranks_that_do_not_come_and_ranks_that_differ(tmp_path):
     assert re.search(r"rank 1 \(.*\) failed: rank 1 was started with other options", first)
 
 
+def test_a_second_job_is_refused_and_does_not_disturb_the_first(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sources(40) * 2)
+    first = start(2, *flags(tmp_path))
+    wait_for_parts(tmp_path, 1, first)
+    (code, told), (other, waited) = outcome(start(2, *flags(tmp_path), "--rank-timeout", "1.5"))
+    assert code == 2 and "is being written by another process" in told
+    assert other == 1 and "has waited 1.5 s for rank 0" in waited
+    assert [code for code, _ in outcome(first)] == [0, 0]
+
+
 def test_a_mistake_that_rank_0_finds_ends_all_ranks(tmp_path):
     began = time.monotonic()
     ended = outcome(start(2, *flags(tmp_path)))
