@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from program_runs import ROOT, tiny_run, train
 
 import umv2_megatron
@@ -127,6 +128,8 @@ if importlib.util.find_spec("transformer_engine") is None:
     for _key in ("use_precision_aware_optimizer", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype",
                  "exp_avg_sq_dtype"):  # fmt: skip
         REFUSED[_key] = "Transformer Engine (requirements-gpu.txt), whose FusedAdam it is"
+if not torch.cuda.is_available():
+    REFUSED |= dict.fromkeys(("cuda_graph_impl", "cuda_graph_warmup_steps"), "on a machine without a CUDA device")
 if importlib.util.find_spec("einops") is None:
     REFUSED["num_distributed_optimizer_instances"] = "einops"
 

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state, is_graph_safe_cuda_rng_tracker
 from megatron.core.utils import get_model_config
 
 from umv2_megatron.checkpoint.optimizer_state import (
@@ -355,12 +356,13 @@ def _sharded_rng_state() -> ShardedObject:
     """Random states of this rank. Only tensors and plain numbers, so that `weights_only=True` can read them."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     assert name == "MT19937"
+    tracker = tensor_parallel.get_cuda_rng_tracker()  # with --cuda-graph-impl it has generators instead of states
     state = {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
         "device": cpu_platform.get_device_rng_state(),
-        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+        "tracker": {name: convert_cuda_rng_state(kept) for name, kept in tracker.get_states().items()},
     }
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     return ShardedObject(_RNG_KEY, state, (world,), (rank,), replica_id=0)
@@ -371,7 +373,9 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss_next))
     keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    in_graphs = is_graph_safe_cuda_rng_tracker(tracker)
+    tracker.set_states({name: convert_cuda_rng_state(kept, in_graphs) for name, kept in state["tracker"].items()})
     cpu_platform.set_device_rng_state(state["device"])
     torch.set_rng_state(state["torch"])
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 from umv2_megatron.config.fp8_checks import check_fp8
+from umv2_megatron.config.graph_checks import check_graphs
 from umv2_megatron.config.memory_checks import check_memory_layout, check_split_tokens
 from umv2_megatron.config.optimizer_checks import check_optimizer
 from umv2_megatron.config.option_checks import check_limits, check_partners
@@ -34,6 +35,7 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
     _check_experts(run)
     check_fp8(run, for_training=for_training)
     check_optimizer(run, for_training=for_training)
+    check_graphs(run, for_training=for_training)
     if run.has_memory:
         try:
             run.memory.validate(run.hidden_size, run.num_layers)

@@ -120,6 +120,14 @@ class TransformerSettings:
         "modules of the blocks: megatron-core's own (local), Transformer Engine's, or those where they can run",
         choices=("auto", "local", "transformer_engine"),
     )
+    cuda_graph_impl: str = option(
+        "none",
+        "capture each block as CUDA graphs, one for its forward and one for its backward, and replay them (local)",
+        choices=("none", "local"),
+    )
+    cuda_graph_warmup_steps: int = option(
+        3, "passes of a block before its capture", at_least=0, needs=("cuda_graph_impl!=none",)
+    )
     bf16: bool = option(False, "weights, activations and gradients in bfloat16, with float32 copies of weights")
     disable_bf16_reduced_precision_matmul: bool = option(
         False,

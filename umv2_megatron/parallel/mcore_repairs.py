@@ -87,7 +87,72 @@ def _repair_random(module: ModuleType) -> None:
     module.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
+class _NoGradient:
+    """In the place of a gradient that a captured backward does not have, None, where mcore asks for its ``clone``."""
+
+    def clone(self) -> None:
+        return None
+
+
+class _Replay:
+    """A captured backward, after whose replay the parameters that it adds to in ``main_grad`` are marked as before."""
+
+    def __init__(self, graph: Any, marks: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        self._graph, self._marks = graph, marks
+
+    def replay(self) -> None:
+        self._graph.replay()
+        for parameter, gradient in self._marks:
+            parameter.grad = gradient
+            parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+
+
+def _repair_graphs(module: ModuleType) -> None:
+    """cuda_graphs.py, for --cuda-graph-impl local.
+
+    Line 112: the end of a warm-up is not noted, so that it never ends.
+    Line 995: the input of a block that is not the output of another graph (that of the first block) goes back to the
+    pool after the forward. The next graph that asks for a buffer of this shape gets it, a gradient's for example, while
+    the block's backward still has to read the input.
+    Line 663: a parameter whose gradient is None, because the backward adds it to ``main_grad`` itself (value tables),
+    has no ``clone``; and the marks that DDP's hook wants to see are set only with fused gradient accumulation (657).
+    """
+    runner, record = module._CudaGraphRunner, module._CudagraphGlobalRecord
+    create_forward, create_backward = runner.create_fwd_graph, runner.create_bwd_graph
+
+    def end_warmup() -> None:
+        module._IS_GRAPH_WARMUP = False  # type: ignore[attr-defined]
+
+    def create_fwd_graph(self: Any, *args: Any, **kwargs: Any) -> None:
+        pool = record.tensor_reuse_pool
+        if self.grad_enabled:
+            pool.insert = lambda tensor: None
+        try:
+            create_forward(self, *args, **kwargs)
+        finally:
+            vars(pool).pop("insert", None)
+
+    def create_bwd_graph(self: Any) -> None:
+        for parameter in self.params_to_backprop:
+            parameter.grad = None
+        create_backward(self)
+        gradients = list(self.static_grad_inputs)
+        marks = []
+        for place, parameter in enumerate(self.params_to_backprop, self.num_dgrads):
+            if gradients[place] is None:
+                gradients[place] = _NoGradient()
+                if parameter.grad is not None:
+                    marks.append((parameter, parameter.grad))
+                    parameter.grad = None
+        self.static_grad_inputs = tuple(gradients)
+        self.bwd_graph = _Replay(self.bwd_graph, marks)
+
+    module._set_warmup_end = end_warmup  # type: ignore[attr-defined]
+    runner.create_fwd_graph, runner.create_bwd_graph = create_fwd_graph, create_bwd_graph
+
+
 _REPAIRS: dict[str, Change] = {
+    "megatron.core.transformer.cuda_graphs": _repair_graphs,
     "megatron.core.tensor_parallel.random": _repair_random,
     "megatron.core.transformer.torch_norm": _repair_norm,
     "megatron.core.transformer.moe.moe_utils": _repair_moe,

@@ -74,7 +74,7 @@ def start_processes(run: RunConfig) -> launch.Launch:
     init_num_microbatches_calculator(
         started.rank, None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size
     )
-    seed_everything(run.training.seed)
+    seed_everything(run.training.seed, in_graphs=run.cuda_graph_impl != "none")
     if run.deterministic_mode:
         torch.use_deterministic_algorithms(True, warn_only=True)
     return started
@@ -98,13 +98,16 @@ def make_groups(run: RunConfig, gloo_twins: bool = True) -> None:
     )
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy, torch and mcore's tensor-parallel generators; pipeline stages differ, replicas do not."""
+def seed_everything(seed: int, in_graphs: bool = False) -> None:
+    """Seed Python, NumPy, torch and mcore's tensor-parallel generators; pipeline stages differ, replicas do not.
+
+    ``in_graphs``: CUDA graphs may draw from mcore's generators.
+    """
     staged = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(staged)
     np.random.seed(staged % 2**32)
     torch.manual_seed(staged)
-    tensor_parallel.model_parallel_cuda_manual_seed(staged)
+    tensor_parallel.model_parallel_cuda_manual_seed(staged, use_cudagraphable_rng=in_graphs)
 
 
 def build_training_state(run: RunConfig, vocab_size: int) -> TrainingState:

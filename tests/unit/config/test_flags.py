@@ -115,7 +115,7 @@ def test_values(argv, expected):
         (["--position-embedding-type", "alibi"], ["--position-embedding-type", "'alibi'", "rope"]),
         (["--moe-layer-freq", "2"], ["--moe-layer-freq of Megatron-LM is not supported"]),
         (["--tp-comm-overlap"], ["--tp-comm-overlap of Megatron-LM", "--sequence-parallel"]),
-        (["--cuda-graph-impl", "local"], ["--cuda-graph-impl of Megatron-LM", "captured graph"]),
+        (["--cuda-graph-scope", "attn"], ["--cuda-graph-scope of Megatron-LM", "--cuda-graph-impl local"]),
         (["--rampup-batch-size", "32", "32", "1000"], ["--rampup-batch-size of Megatron-LM", "--global-batch-size"]),
         (["--fp16"], ["--fp16 of Megatron-LM is not supported", "--bf16"]),
         (["--hidden-dropout", "1.5"], ["--hidden-dropout is 1.5; expected a number of at least 0 and below 1"]),
