@@ -33,6 +33,10 @@ class Capture(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         assert name not in WAITS, f"{func} makes the host wait"
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        masks = name in ("index", "index_put_", "index_put") and any(
+            isinstance(each, torch.Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+        )
+        assert not masks, f"{func} with a mask makes the host wait"
         if func._schema.is_mutable:
             for tensor in given:
                 self._remember(tensor)

@@ -7,6 +7,7 @@ from typing import Any
 
 import graph_recorder
 import pytest
+import torch
 from harness import run_ranks
 from reshard import BATCH, Samples, layout, open_layout, train
 
@@ -25,13 +26,18 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
         layout(bf16=True, dist=True, memory_balance_loss_coeff=0.1, memory_tucker_penalty_coeff=0.1, **BASE),
     ),
     "overlapped reduction": (2, layout(dist=True, overlap_grad_reduce=True, bucket_size=3000, **BASE)),
-    "product keys": (1, layout(ffn_variant="memory-plus", memory_backend="scatter", memory_layer_freq=2)),
+    "product keys": (
+        1,
+        layout(ffn_variant="memory-plus", memory_sharing="none", memory_sharing_size=1, **BASE),
+    ),
     "offloaded tables": (1, layout(bf16=True, memory_value_optimizer_offload=True, **BASE)),
 }
 
 
 def steps(changes: dict[str, Any]) -> tuple[Any, ...]:
     """Losses and norms of the steps, auxiliary losses, losses of an evaluation before and after, digest, replays."""
+    from megatron.core.transformer import cuda_graphs
+
     with pytest.MonkeyPatch.context() as patch:
         graph_recorder.install(patch)
         run, state = open_layout(changes, seed=1)
@@ -45,11 +51,36 @@ def steps(changes: dict[str, Any]) -> tuple[Any, ...]:
         mains = [float(p.main_grad.double().sum()) for chunk in state.chunks for p in chunk.parameters()]
         after = evaluation()
         digest = weights_digest(state.chunks)
+        assert not cuda_graphs.is_graph_warmup()
         groups.destroy_groups()
         return numbers, before, after, mains, digest, graph_recorder.RecordedGraph.replays
 
 
-@pytest.mark.parametrize("name", RUNS)
+def test_the_recorder_computes_in_replays_only() -> None:
+    x, total = torch.ones(3), torch.zeros(3)
+    graph = graph_recorder.RecordedGraph()
+    with graph_recorder.capturing(graph):
+        doubled = x * 2
+        total[1:].add_(doubled[1:])
+    assert bool(doubled.isnan().all()) and total.tolist() == [0, 0, 0]
+    graph.replay()
+    x.fill_(5)
+    graph.replay()
+    assert doubled.tolist() == [10, 10, 10] and total.tolist() == [0, 12, 12]
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.nonzero()])
+def test_the_recorder_finds_waits(wait: Any) -> None:
+    with pytest.raises(AssertionError, match="makes the host wait"), graph_recorder.capturing(
+        graph_recorder.RecordedGraph()
+    ):
+        wait(torch.ones(3))
+
+
+QUICK = ("bf16 and both losses", "overlapped reduction")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS])
 def test_replayed_steps_are_those_without_graphs(name: str) -> None:
     world, changes = RUNS[name]
     plain = run_ranks(world, steps, changes)

@@ -119,6 +119,7 @@ class MemoryConfig:
         False,
         "keep moments and float32 main weights of the value tables in host memory and update them there; gradients "
         "come down and new weights go up in pieces",
+        read_by="training/table_optimizer.py: where the state of tables is",
     )
     balance_loss_coeff: float = option(0.0, "weight of the balance loss on the first-stage key scores")
     tucker_penalty_coeff: float = option(
