@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from program_runs import ROOT, tiny_run, train
+from program_runs import ROOT, _free_port, tiny_run, train
 
 import umv2_megatron
 from umv2_megatron.config.option import Option
@@ -65,6 +65,8 @@ GIVEN |= {
     "moe_router_group_topk": {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
     "memory_sharing": {"memory_sharing": "block", "memory_sharing_size": 2},
     "train_samples": {"train_samples": 24, "train_iters": None},
+    "metrics_port": {"metrics_port": _free_port()},
+    "metrics_host": {"metrics_host": "localhost"},
 }
 # What a flag wants beside what its option needs.
 STAGES = {"num_layers": 4, "pipeline_model_parallel_size": 2}
@@ -130,6 +132,7 @@ if importlib.util.find_spec("transformer_engine") is None:
         REFUSED[_key] = "Transformer Engine (requirements-gpu.txt), whose FusedAdam it is"
 if not torch.cuda.is_available():
     REFUSED |= dict.fromkeys(("cuda_graph_impl", "cuda_graph_warmup_steps"), "on a machine without a CUDA device")
+    REFUSED["record_memory_history"] = "CUDA devices only"
 if importlib.util.find_spec("einops") is None:
     REFUSED["num_distributed_optimizer_instances"] = "einops"
 

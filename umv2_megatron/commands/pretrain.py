@@ -36,6 +36,10 @@ def main(argv: list[str]) -> int:
         if run.training.dry_run_world_size is None:
             check_data(run)
         _install(argv)
+        if run.observation.record_memory_history and run.training.dry_run_world_size is None:
+            from umv2_megatron.observation.memory_history import check_can_record
+
+            check_can_record()
 
     run = resolve(argv, virtual or discover().world_size, description=description, program=program_name(),
                   checkpoint_values=lambda training: _checkpoint_values(training, argv), before_mcore=before_mcore)

@@ -21,6 +21,7 @@ from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.config.fusion_settings import FusionSettings
 from umv2_megatron.config.mcore_settings import DataParallelSettings, OptimizerSettings, TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.observation_config import ObservationConfig
 from umv2_megatron.config.option import Option
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
 
@@ -30,6 +31,7 @@ SECTIONS: dict[type, str] = {
     FusionSettings: "fused kernels (megatron-core)",
     MemoryConfig: "memory layers",
     TrainingConfig: "training, checkpoints, logging",
+    ObservationConfig: "observation",
     DataConfig: "data",
     OptimizerSettings: "optimizer (megatron-core)",
     DataParallelSettings: "data parallelism (megatron-core)",

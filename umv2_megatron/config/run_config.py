@@ -17,6 +17,7 @@ import yaml
 
 from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.observation_config import ObservationConfig
 from umv2_megatron.config.option_table import option_table
 from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
 from umv2_megatron.config.usage import UsageError
@@ -40,6 +41,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.model: ModelConfig = self._fill(ModelConfig)
         self.training: TrainingConfig = self._fill(TrainingConfig)
+        self.observation: ObservationConfig = self._fill(ObservationConfig)
         self.data: DataConfig = self._fill(DataConfig)
         self.memory: MemoryConfig = self._fill(MemoryConfig, prefix="memory_")
 

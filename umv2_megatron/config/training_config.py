@@ -254,6 +254,26 @@ class TrainingConfig:
         at_least=1,
     )
 
+    manual_gc: bool = option(
+        False,
+        "Python's garbage collector runs when --manual-gc-interval says so, on all ranks after the same step",
+        read_by="training/loop.py: when garbage is collected",
+    )
+    manual_gc_interval: int = option(
+        0,
+        "iterations between collections; 0 is never",
+        at_least=0,
+        needs=("manual_gc",),
+        read_by="training/loop.py: when garbage is collected",
+    )
+    manual_gc_eval: bool = option(
+        True,
+        "collect also before and after every evaluation",
+        flags=("disable-manual-gc-eval",),
+        needs=("manual_gc",),
+        read_by="training/loop.py: when garbage is collected",
+    )
+
     profile: bool = option(
         False,
         "print where the time of some iterations goes, and mark them for nsys",

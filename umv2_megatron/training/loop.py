@@ -13,11 +13,13 @@ from typing import Any
 from umv2_megatron.checkpoint.save_load import gathered_parameters
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.observation.device import peak_tflops
 from umv2_megatron.observation.events import EventLog
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import health
 from umv2_megatron.training.initialize import TrainingState, device_memory_gib
+from umv2_megatron.training.manual_gc import ManualCollection
 from umv2_megatron.training.optimizer import StepResult
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
@@ -68,6 +70,9 @@ class Trainer:
             run.training.exit_signal_handler, run.training.exit_duration_in_mins, started_at
         )
         self.flops_per_token = flops_per_token({**run.values, "vocab_size": vocab_size}, run.memory).training
+        self.peak_tflops = peak_tflops(run.observation.peak_tflops, run.bf16)
+        training = run.training
+        self.collection = ManualCollection(training.manual_gc, training.manual_gc_interval, training.manual_gc_eval)
         self._last_saved = state.progress.iteration
         self._told_skipped, self._told_nan = state.progress.skipped_iterations, state.progress.nan_iterations
 
@@ -82,7 +87,8 @@ class Trainer:
         interval_start, interval_first = time.perf_counter(), progress.iteration
         if run.training.memory_log_interval and run.has_memory:
             health.start_counting(self.state.chunks)
-        with self.stop_requests, StepProfiler(run, progress.iteration, self.state.chunks) as profiler:
+        profiling = StepProfiler(run, progress.iteration, self.state.chunks)
+        with self.stop_requests, self.collection, profiling as profiler:
             while progress.iteration < self.last_iteration:
                 step = self._step(profiler)
                 profiler.step(progress.iteration)
@@ -92,6 +98,7 @@ class Trainer:
                     self._report(step, steps, (time.perf_counter() - interval_start) / steps)
                     interval_start, interval_first = time.perf_counter(), progress.iteration
                 self._report_memory_health()
+                self.collection.step(progress.iteration)
                 pause = time.perf_counter()
                 with profiler.ranges("evaluation and checkpoint"):
                     leaving = self._between_steps()
@@ -137,6 +144,8 @@ class Trainer:
         progress.interval_loss_sum, progress.interval_steps = 0.0, 0
         tokens_per_second = run.global_batch_size * run.model.seq_length / seconds / run.world_size
         tflops = tokens_per_second * self.flops_per_token / 1e12
+        mfu = tflops / self.peak_tflops if self.peak_tflops else None
+        seconds_left = (self.last_iteration - progress.iteration) * seconds
         norm = None
         if run.training.log_params_norm:
             with gathered_parameters(self.state.chunks):
@@ -160,8 +169,9 @@ class Trainer:
                     "skipped": progress.skipped_iterations - self._told_skipped,
                     "nan": progress.nan_iterations - self._told_nan,
                     "tokens_per_second_per_rank": tokens_per_second,
+                    "mfu": mfu,
                     "value_learning_rate": scheduler.value_lr,
-                    "eta_seconds": (self.last_iteration - progress.iteration) * seconds,
+                    "eta_seconds": seconds_left,
                 }
             )
         )
@@ -178,10 +188,20 @@ class Trainer:
                 "grad-norm": step.grad_norm if step else None,
                 "params-norm": norm,
                 "throughput": tflops,
+                "mfu": mfu,
                 "iteration-time": seconds,
                 "consumed-samples": progress.consumed_samples,
                 "num-zeros": step.num_zeros if step else None,
                 "memory-gib": device_memory_gib() if run.training.log_memory_to_tensorboard else None,
+            },
+            served={
+                "tokens-per-second": tokens_per_second * run.world_size,
+                "eta": seconds_left,
+                "last-iteration": self.last_iteration,
+                "consumed-tokens": progress.consumed_samples * run.model.seq_length,
+                "skipped-iterations": progress.skipped_iterations,
+                "nan-iterations": progress.nan_iterations,
+                "memory-gib": device_memory_gib(),
             },
         )
 
@@ -225,8 +245,11 @@ class Trainer:
             self.reporter.flush()
             begun = time.perf_counter()
             self.save()
-            self.events.tell("checkpoint", seconds=round(time.perf_counter() - begun, 3))
-            self._last_saved = self.state.progress.iteration
+            took, iteration = time.perf_counter() - begun, self.state.progress.iteration
+            self.events.tell("checkpoint", seconds=round(took, 3))
+            published = {"checkpoint-iteration": iteration, "checkpoint-time": time.time(), "checkpoint-seconds": took}
+            self.reporter.numbers(iteration, {}, served=published)
+            self._last_saved = iteration
 
     def refresh(self) -> None:
         """u, t of the present cores, so that what is saved or hashed does not depend on what else was run since."""
@@ -237,7 +260,7 @@ class Trainer:
         """Report the loss on the first --eval-iters batches of the validation data."""
         if self.make_eval_iterator is None or not self.run.training.eval_iters:
             return None
-        with gathered_parameters(self.state.chunks):
+        with self.collection.evaluation(), gathered_parameters(self.state.chunks):
             loss = evaluate(self.run, self.state.chunks, self.make_eval_iterator(), self.run.training.eval_iters)
         iteration = self.state.progress.iteration
         self.reporter.line(validation_line(iteration, loss, what))

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from umv2_megatron.durable_files import write_synced
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.observation.device import device_name
 from umv2_megatron.observation.events import EventLog
+from umv2_megatron.observation.exporter import Exporter
+from umv2_megatron.observation.memory_history import record_memory_history
 from umv2_megatron.parallel import roll_call
 from umv2_megatron.planning.parameters import count_parameters
 from umv2_megatron.training.initialize import (
@@ -54,6 +57,10 @@ def pretrain(run: RunConfig) -> int:
     assert run.data.tokenizer_type is not None, "check_data was not called"
     print_rank_0(f"umv2_megatron {__version__}: {run.world_size} ranks, configuration:\n{run.describe()}")
     with contextlib.ExitStack() as stack:
+        exporter = _exporter(run, stack)
+        if run.observation.record_memory_history:
+            folder = Path(run.training.save or ".") / "memory-snapshot"
+            record_memory_history(folder, torch.distributed.get_rank())
         store = _own_save_directory(run, stack)
         tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
         state = build_training_state(run, tokenizer.vocab_size)
@@ -73,7 +80,7 @@ def pretrain(run: RunConfig) -> int:
             run.data, tokenizer, run.model.seq_length, run.training.seed, _samples(run, state.progress)
         )
 
-        reporter = Reporter(run, is_last_rank(), state.progress.iteration)
+        reporter = Reporter(run, is_last_rank(), state.progress.iteration, exporter)
         stack.callback(reporter.close)
         save = _saver(run, store, state, tokenizer, identity) if store is not None else None
         trainer = Trainer(
@@ -235,6 +242,30 @@ def _history(run: RunConfig, store: CheckpointStore | None, state: TrainingState
     events.start(yaml.safe_load(run.to_yaml()), __version__, device_name(), last)
     roll_call.at_sudden_end(lambda text: events.fault(text, 1, own=False))
     return events
+
+
+def _exporter(run: RunConfig, stack: contextlib.ExitStack) -> Exporter | None:
+    """Serve --metrics-port on rank 0, before anything that takes long. Every rank raises its ``UsageError``."""
+    host, port = run.observation.metrics_host, run.observation.metrics_port
+    if port is None:
+        return None
+    made: Exporter | None = None
+    refusal: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            made = Exporter(host, port, __version__, run.world_size)
+            stack.callback(made.close)
+        except OSError as error:
+            refusal = [
+                f"--metrics-port is {port}; expected a free port on {host} (--metrics-host): "
+                f"{error.strerror or error}; choose another"
+            ]
+    torch.distributed.broadcast_object_list(refusal, src=0)
+    if refusal[0] is not None:
+        raise UsageError(refusal[0])
+    if made is not None:
+        print_rank_0(f"figures for Prometheus: http://{host}:{port}/metrics")
+    return made
 
 
 # -- description -----------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.observation.exporter import Exporter
 from umv2_megatron.training.metrics import MetricsFile
 from umv2_megatron.training.wandb_run import WandbRun
 
@@ -20,7 +22,8 @@ def iteration_line(values: dict[str, Any], now: datetime.datetime | None = None)
 
     ``values``: iteration, train_iters, consumed_samples, elapsed_ms, tflops (or None), learning_rate, batch_size,
     loss (None where every step of the interval was skipped), loss_scale, grad_norm, num_zeros, params_norm (the last
-    two or None), skipped, nan, tokens_per_second_per_rank, value_learning_rate (or None), eta_seconds.
+    two or None), skipped, nan, tokens_per_second_per_rank, mfu (0 to 1, or None), value_learning_rate (or None),
+    eta_seconds.
     """
     now = now or datetime.datetime.now()
     parts = [
@@ -45,6 +48,8 @@ def iteration_line(values: dict[str, Any], now: datetime.datetime | None = None)
         f"number of nan iterations: {values['nan']:3d}",
         f"tokens/s/rank: {values['tokens_per_second_per_rank']:.1f}",
     ]
+    if values.get("mfu") is not None:
+        parts.append(f"MFU: {100 * values['mfu']:.1f}%")
     if values.get("value_learning_rate") is not None:
         parts.append(f"value learning rate: {values['value_learning_rate']:.6E}")
     parts.append(f"ETA: {format_duration(values['eta_seconds'])}")
@@ -70,13 +75,15 @@ def format_duration(seconds: float) -> str:
 
 
 class Reporter:
-    """Sends numbers to the console, TensorBoard, W&B and ``metrics.jsonl``; silent on every rank but the last.
+    """Sends numbers to the console, TensorBoard, W&B and ``metrics.jsonl``; silent on every rank but the last. The rank
+    that has an ``exporter`` serves them there.
 
     A run that resumes at ``resumed_at`` repeats the steps after its checkpoint; everywhere each step appears once.
     """
 
-    def __init__(self, run: RunConfig, is_last_rank: bool, resumed_at: int):
+    def __init__(self, run: RunConfig, is_last_rank: bool, resumed_at: int, exporter: Exporter | None = None):
         self.active = is_last_rank
+        self._exporter = exporter
         self._tensorboard: Any = None
         self._wandb: WandbRun | None = None
         self._metrics: MetricsFile | None = None
@@ -97,11 +104,15 @@ class Reporter:
         if self.active:
             print(text, flush=True)
 
-    def numbers(self, iteration: int, numbers: dict[str, float | None]) -> None:
-        """Record named numbers of ``iteration``; None values are left out."""
-        if not self.active:
-            return
+    def numbers(
+        self, iteration: int, numbers: Mapping[str, float | None], served: Mapping[str, float | None] | None = None
+    ) -> None:
+        """Record named numbers of ``iteration``; None is left out. ``served``: more, for --metrics-port only."""
+        if self._exporter is not None:
+            self._exporter.set(iteration, {**numbers, **(served or {})})
         given = {name: value for name, value in numbers.items() if value is not None}
+        if not self.active or not given:
+            return
         if self._metrics is not None:
             self._metrics.write(iteration, given)
         if self._tensorboard is not None:

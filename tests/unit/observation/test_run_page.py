@@ -69,7 +69,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_every_text_of_the_run_is_escaped(tmp_path: Path) -> None:
-    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+    evil = "\" onerror=alert(3) x='</script><script>alert(1)</script><img src=x onerror=alert(2)>&"
     told = [start(0, reason=evil, changes={evil: [evil, evil]}), event("fault", 3, text=evil, rank=evil, code=evil),
             event("skipped", 4, text=evil), event("stop", 4, reason=evil), event(evil, 5),
             {**start(5, reason=evil), "device": evil, "host": evil, "ranks": evil}]  # fmt: skip
