@@ -7,13 +7,14 @@ TRITON_READY := $(VENV)/.triton-ready
 SERVE_READY := $(VENV)/.serve-ready
 HF_TOOLS_READY := $(VENV)/.hf-tools-ready
 
-.PHONY: demo compare flags-page fuzz test test-flags test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
+.PHONY: demo compare faults flags-page fuzz test test-flags test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
 	@echo "make compare    train umv2, MoE and dense models of equal cost, and write a report (about 10 minutes)"
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-flags  every flag of the training program on a tiny model (about a minute)"
+	@echo "make faults     kills, damages, full disks, signals, lost ranks: what a run survives, as a table"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make fuzz       many damaged files and drawn command lines: a sentence and a non-zero exit, or success (about 20 minutes)"
 	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 12 minutes each)"
@@ -62,14 +63,18 @@ lint: $(READY)
 	$(VENV)/bin/lint-imports --no-cache
 
 test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm and not faults"
 
 # Not with a file for each worker: it is one file.
 test-flags: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/functional/test_every_flag.py
 
 test-slow: $(READY) $(HF_TOOLS_READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow" --timeout 1800
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow and not faults" --timeout 1800
+
+# The table at its end goes into docs/reliability.md.
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/faults --timeout 900
 
 # FUZZ_EXAMPLES inputs for each test, new ones in every run.
 FUZZ_EXAMPLES ?= 500
@@ -86,7 +91,7 @@ test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY)
 	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
 		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \
 		echo "with $$setting"; \
-		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm" || failed=1; \
+		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm and not faults" || failed=1; \
 	done; exit $$failed
 
 # Records on success that --memory-backend auto may take the Triton kernels on such a device.

@@ -273,6 +273,25 @@ class TrainingConfig:
         needs=("manual_gc",),
         read_by="training/loop.py: when garbage is collected",
     )
+    check_replicas_interval: Optional[int] = option(
+        None,
+        "iterations between comparisons of the parameters over the ranks that hold copies; off by default",
+        at_least=1,
+        flags=("check-weight-hash-across-dp-replicas-interval",),
+        read_by="training/loop.py: replicas that differ",
+    )
+    log_straggler: bool = option(
+        False,
+        "with every log line, which ranks took longest for their own part of the steps",
+        read_by="training/stragglers.py: the log and the metrics",
+    )
+    straggler_minmax_count: int = option(
+        1,
+        "how many of the slowest and of the fastest ranks are named",
+        at_least=1,
+        needs=("log_straggler",),
+        read_by="training/stragglers.py: the log",
+    )
 
     profile: bool = option(
         False,

@@ -6,6 +6,7 @@ itself keeps only clocks. So a run that was killed and started again does the sa
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,10 +23,12 @@ from umv2_megatron.training.initialize import TrainingState, device_memory_gib
 from umv2_megatron.training.manual_gc import ManualCollection
 from umv2_megatron.training.optimizer import StepResult
 from umv2_megatron.training.profiling import StepProfiler
+from umv2_megatron.training.replicas import check_replicas
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
 from umv2_megatron.training.signals import StopRequests
 from umv2_megatron.training.step import evaluate, refresh_singular_vectors, train_step
 from umv2_megatron.training.step_policies import StepPolicies
+from umv2_megatron.training.stragglers import StragglerReport
 
 
 class Trainer:
@@ -64,6 +67,7 @@ class Trainer:
         self.reporter = reporter
         self.events = events
         self.save = save
+        self.stragglers = StragglerReport(run, state.chunks, reporter)
         self.policies = StepPolicies(run, state, reporter, store, events)
         self.last_iteration = run.last_iteration(state.progress.iteration, state.progress.consumed_samples)
         self.stop_requests = StopRequests(
@@ -87,8 +91,9 @@ class Trainer:
         interval_start, interval_first = time.perf_counter(), progress.iteration
         if run.training.memory_log_interval and run.has_memory:
             health.start_counting(self.state.chunks)
+        stragglers = contextlib.closing(self.stragglers)
         profiling = StepProfiler(run, progress.iteration, self.state.chunks)
-        with self.stop_requests, self.collection, profiling as profiler:
+        with stragglers, self.stop_requests, self.collection, profiling as profiler:
             while progress.iteration < self.last_iteration:
                 step = self._step(profiler)
                 profiler.step(progress.iteration)
@@ -96,6 +101,7 @@ class Trainer:
                     cpu_platform.synchronize()
                     steps = progress.iteration - interval_first
                     self._report(step, steps, (time.perf_counter() - interval_start) / steps)
+                    self.stragglers.report(progress.iteration)
                     interval_start, interval_first = time.perf_counter(), progress.iteration
                 self._report_memory_health()
                 self.collection.step(progress.iteration)
@@ -121,16 +127,17 @@ class Trainer:
             self.policies.skip_next(self.train_iterator)
             self.stop_requests.agreed()
         else:
-            step = train_step(
-                self.run,
-                self.state.chunks,
-                self.state.optimizer,
-                self.state.scheduler,
-                self.train_iterator,
-                profiler.ranges,
-                wants_to_stop=lambda: self.stop_requests.wanted,
-                accepts=self.policies.accepts,
-            )
+            with self.stragglers.step():
+                step = train_step(
+                    self.run,
+                    self.state.chunks,
+                    self.state.optimizer,
+                    self.state.scheduler,
+                    self.train_iterator,
+                    profiler.ranges,
+                    wants_to_stop=lambda: self.stop_requests.wanted,
+                    accepts=self.policies.accepts,
+                )
             self.stop_requests.settle(step.stopping)
             self.policies.settle(step)
         progress.iteration += 1
@@ -216,8 +223,10 @@ class Trainer:
     # -- between steps ---------------------------------------------------------------------------------------------
 
     def _between_steps(self) -> bool:
-        """Evaluate, save, and say whether to leave the loop."""
+        """Compare replicas, evaluate, save, and say whether to leave the loop."""
         training, iteration = self.run.training, self.state.progress.iteration
+        if training.check_replicas_interval and iteration % training.check_replicas_interval == 0:
+            check_replicas(self.state.chunks, iteration)
         last = iteration >= self.last_iteration
         stopping = self.stop_requests.stopping
         leaving = last or stopping or bool(training.exit_interval and iteration % training.exit_interval == 0)

@@ -23,6 +23,8 @@ from program_runs import ROOT, Finished, Job, tiny_run
 
 LIMIT = 1.5
 """Seconds that a collective may take."""
+TOOK = [0.0]
+"""Seconds from the second step of the last run to the end of its ranks."""
 
 
 def harm(kind: str) -> None:
@@ -82,7 +84,7 @@ def prepare(victim: int, kind: str, exchange: str = "", wait: float = 0, hosts: 
 def run_with(victim: int, kind: str, folder: Path, ranks: int = 2, how: tuple = (), **changes) -> Finished:
     """Run until all ranks but a stopped victim have ended by themselves, LIMIT + 35 s after the harm at the latest.
 
-    ``how``: what ``prepare`` takes after ``victim`` and ``kind``.
+    ``how``: what ``prepare`` takes after ``victim`` and ``kind``. Leaves the seconds that it took in ``TOOK``.
     """
     argv = tiny_run(train_iters=100000, distributed_timeout_minutes=0.9, **changes)
     job = Job(ranks, argv, folder, prepare, (victim, kind, *how))
@@ -91,10 +93,12 @@ def run_with(victim: int, kind: str, folder: Path, ranks: int = 2, how: tuple = 
         if kind == "SIGKILL from outside":
             time.sleep(random.uniform(0, 0.3))
             job.send(signal.SIGKILL, victim)
-        deadline = time.monotonic() + LIMIT + 35
+        began = time.monotonic()
+        deadline = began + LIMIT + 35
         while any(code is None for rank, code in enumerate(job.codes) if rank != victim or kind != "SIGSTOP"):
             assert time.monotonic() < deadline, job.output()[-6000:]
             time.sleep(0.01)
+        TOOK[0] = time.monotonic() - began
     finally:
         job.kill()
     return job.wait()
@@ -109,6 +113,16 @@ def assert_named(finished: Finished, victim: int, what: str, witnesses: dict[int
         assert len(errors) == 1 and re.search(pattern, errors[0]), f"{pattern}\n{finished.outputs[rank][-4000:]}"
         others = set(re.findall(r"rank (\d) \(pid", errors[0])) - {str(victim)}
         assert not others, errors[0]
+
+
+@pytest.fixture(autouse=True)
+def told(request, figure):
+    """A row of the table for every test that measured its time."""
+    TOOK[0] = 0.0
+    yield
+    if TOOK[0]:
+        case = request.node.name.removeprefix("test_")
+        figure("7  a lost, slow or raising rank", f"{case}: named, non-zero, {TOOK[0]:.1f} s (limit {LIMIT + 35} s)")
 
 
 def drawn(choices: range) -> int:
@@ -153,7 +167,7 @@ def test_stopped(hosts, tmp_path):
 def test_slow(tmp_path):
     """The victim does not come to the collective, and is ended too."""
     finished = run_with(1, "sleep", tmp_path, how=("", 1.0), memory_parallel_size=2)
-    place = r"answers but does not come: it is at \S*test_faults.py:\d+ in harm"
+    place = r"answers but does not come: it is at \S*test_lost_ranks.py:\d+ in harm"
     assert_named(finished, 1, place, {0: r"memory-parallel group \[0, 1\]: \w+ of memory layer 0", 1: ""})
     assert finished.codes == [1, 1]
 
@@ -180,9 +194,9 @@ def test_killed_under_torchrun(tmp_path):
     program.write_text(
         textwrap.dedent(f"""
             import sys
-            sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "functional")!r}]
+            sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "functional")!r}, {str(Path(__file__).parent)!r}]
             from umv2_megatron.commands import pretrain
-            from test_faults import prepare
+            from test_lost_ranks import prepare
             from umv2_megatron.training.program import run_program
             prepare(1, "SIGKILL")
             run_program(pretrain.main, sys.argv[1:], "pretrain_umv2.py")
