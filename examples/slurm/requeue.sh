@@ -49,7 +49,7 @@ run_ranks() {
         MASTER_ADDR=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2)
     fi
     export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((15000 + (31 * SLURM_JOB_ID + 7 * restart) % 15000))}
-    limit=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || limit=9999999999  # none
+    limit=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) || limit=9999999999  # none
     echo "start $restart of job $job on $SLURM_JOB_NODELIST at $(date '+%F %T'), log: $log"
 
     trap 'pass_on USR1' USR1
@@ -83,9 +83,10 @@ finish() {  # the log and exit code of the ranks, the number of restarts so far,
         echo "failed with exit code $code, not requeued; all output: $log"
         exit "$code"
     fi
-    # While SLURM ends a job its state is COMPLETING, whether cancelled or over the limit; only the time tells these apart.
+    # A job that SLURM is ending is COMPLETING: cancelled, on a node that failed (SLURM requeues it then), or over its time
+    # limit. Only the time tells the last from the others.
     if ! scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING' && (($(date +%s) < limit)); then
-        echo "$why; cancelled, so not requeued"
+        echo "$why; SLURM is ending the job (cancelled, or a node failed), so it is not requeued from here"
         exit "$code"
     fi
     if ((restart >= ${MAX_RESTARTS:-100})); then

@@ -11,8 +11,10 @@ files. GPUs are empty files that nodes claim as devices, so that the scripts' re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -137,6 +139,10 @@ class Cluster:
             for service in self.services[:1]:
                 service.terminate()
                 _ended(service)
+            # Steps outlive slurmd by design. Where jobs did not end in time, nobody else would end them.
+            for process in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
 
     def _start(self, program: str, *arguments: str) -> None:
         path = shutil.which(program) or program
@@ -172,6 +178,18 @@ class Cluster:
 
         until(ended, seconds, f"job {number} does not end")
         return self.job(number)
+
+    def processes(self) -> list[int]:
+        """Processes that belong to jobs of this cluster, by their environment."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"SLURM_CONF={self.folder}/slurm.conf".encode() in words and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        return found
 
     def end_jobs(self) -> None:
         """Cancel all jobs and wait until they have ended."""
