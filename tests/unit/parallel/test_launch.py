@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from umv2_megatron.parallel import cpu_platform
-from umv2_megatron.parallel.launch import Launch, _free_port, discover, initialize_process_group
+from umv2_megatron.parallel.launch import Launch, _free_port, discover, initialize_process_group, rank_and_size
 
 SLOW = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
@@ -155,6 +155,23 @@ def test_only_torchrun_shows_all_devices(environ: dict[str, str], bound: bool, m
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
     initialize_process_group()
     assert asked == [(1, bound)]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "3", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 3)),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}, (2, 4)),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "8"}, (1, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script's shell
+        ({"RANK": "5", "WORLD_SIZE": "6", "PMI_RANK": "0", "PMI_SIZE": "1"}, (5, 6)),
+    ],
+)
+def test_rank_and_size_from_the_environment_alone(environ: dict[str, str], expected: tuple[int, int]) -> None:
+    assert rank_and_size(environ) == expected
+    with pytest.raises(ValueError, match="expected a rank from 0 to 1"):
+        rank_and_size({"PMI_RANK": "2", "PMI_SIZE": "2"})
 
 
 PROGRAM = textwrap.dedent(
