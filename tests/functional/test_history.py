@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from program_runs import Job, tiny_run, train
 
@@ -23,6 +24,7 @@ def of_kind(directory: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(directory) if event["event"] == kind]
 
 
+@pytest.mark.slow
 def test_a_rank_is_killed_then_a_signal_then_the_end(tmp_path: Path) -> None:
     save = tmp_path / "run"
     settings: dict[str, Any] = {"save": save, "train_iters": 2000, "save_interval": 3, "memory_log_interval": 2}

@@ -98,7 +98,10 @@ def look(address: str, profile: Path, *, dark: bool) -> tuple[dict[str, Any], li
     return json.loads(html.unescape(found[1])), console
 
 
-@pytest.mark.parametrize("width, dark", [(390, True), (390, False), (1200, True)])
+@pytest.mark.parametrize(
+    "width, dark",
+    [(390, True), pytest.param(390, False, marks=pytest.mark.slow), pytest.param(1200, True, marks=pytest.mark.slow)],
+)
 def test_the_page(site: tuple[str, Path], tmp_path: Path, width: int, dark: bool) -> None:
     found, console = look(f"{site[0]}/frame{width}.html", tmp_path, dark=dark)
     assert not console, console
@@ -110,6 +113,7 @@ def test_the_page(site: tuple[str, Path], tmp_path: Path, width: int, dark: bool
     assert found["smallest"] >= 12, "readable"
 
 
+@pytest.mark.slow
 def test_errors_and_wide_pages_are_noticed(site: tuple[str, Path], tmp_path: Path) -> None:
     address, folder = site
     text = (folder / "report.html").read_text()
