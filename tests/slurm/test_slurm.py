@@ -120,8 +120,9 @@ def nothing_is_left(cluster: Cluster) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def data(place: Path, cluster: Cluster) -> dict[str, str]:
     """Token files and a tokenizer, made from this repository's documentation by the project's own tools."""
-    corpus = place / "docs.txt"
-    corpus.write_text("\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))))
+    corpus = place / "docs.jsonl"
+    pages = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
+    corpus.write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
     for words in (
         f"tools/train_tokenizer.py --input {corpus} --vocab-size 500 --output-prefix {place}/tokenizer",
         f"tools/preprocess_data.py --input {corpus} --output-prefix {place}/docs --append-eod --workers 1 "
