@@ -1,12 +1,14 @@
 """Small file operations whose result must still be there after a power cut, and the error they end in."""
 
 import hashlib
+import io
 import os
 import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 _READ_BYTES = 4 << 20
 _SETTLED_NS = 2_000_000_000
@@ -17,6 +19,10 @@ class CheckpointError(ValueError):
 
     A ValueError, because it ends a command the same way as any other wrong input: one line, no traceback.
     """
+
+
+class DamageError(CheckpointError):
+    """A checkpoint is not what was saved: files or values of it are missing or changed. An older one may be good."""
 
 
 class NoCheckpointError(CheckpointError):
@@ -60,6 +66,40 @@ class FilesNow:
         """Remember them as they were when this object was made."""
         if self._settled:
             self._good[self._directory] = self._files
+
+
+class FileWindow(io.RawIOBase):
+    """A part of an open file as a file of its own, which ends where the part or the file ends."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` as far as the part goes; returns the bytes read."""
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._length - self._position))
+        done = 0
+        while done < wanted:
+            count = os.preadv(self._file.fileno(), [view[done:wanted]], self._start + self._position + done)
+            if not count:
+                break
+            done += count
+        self._position += done
+        return done
 
 
 def sha256_of(path: Path) -> str:

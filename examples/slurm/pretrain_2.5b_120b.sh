@@ -26,8 +26,9 @@
 # without tensor and pipeline parallelism, if the network gives every GPU the 50 GB/s that it assumes: measure both
 # before a long run.
 #
-# A checkpoint of 1.7 TB takes long to save, so SLURM's signal comes 90 minutes before the end: hashing alone takes 21
-# of them at 1.3 GB/s (docs/checkpoints.md, "Known limit").
+# A checkpoint of 1.7 TB takes 28 minutes to save where all ranks together write 1 GB/s, so SLURM's signal comes 90
+# minutes before the end, and ranks wait for the slowest one for 60 (docs/checkpoints.md, "Large checkpoints and many
+# ranks"). A faster file system needs neither.
 # It saves before the time limit or a preemption and requeues itself until all iterations are done (requeue.sh). `make
 # slurm-test` runs it with a tiny model on CPU; the run itself has not been made on GPUs yet.
 #

@@ -218,7 +218,7 @@ def watched(state: TrainingState) -> Iterator[dict[str, int]]:
     """Watches one save: see `visit`."""
     kept = (each for chunk in state.chunks for each in (*unwrap(chunk).parameters(), *unwrap(chunk).buffers()))
     seen = {"own": max(each.numel() for each in kept), "largest": 0, "collectives": 0}
-    make, write = optimizer_state.OptimizerState, torch_dist_io.InProcessSave.save
+    make, plan = optimizer_state.OptimizerState, save_load.plan_pieces
     collect_model = save_load._model_state
 
     def counting(call: Any) -> Any:
@@ -244,15 +244,15 @@ def watched(state: TrainingState) -> Iterator[dict[str, int]]:
         made.sharded = watch(made.sharded)
         return made
 
-    def writing(self: Any, sharded: dict, directory: Path) -> None:
+    def planning(sharded: dict) -> Any:
         pieces = [item for item in nested_values(sharded) if isinstance(item, ShardedTensor)]
         seen["largest"] = max(seen["largest"], *(piece.data.numel() for piece in pieces))
-        write(self, sharded, directory)
+        return plan(sharded)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_load, "OptimizerState", collect)
         patch.setattr(save_load, "_model_state", watch(collect_model))
-        patch.setattr(torch_dist_io.InProcessSave, "save", writing)
+        patch.setattr(save_load, "plan_pieces", planning)
         yield seen
 
 

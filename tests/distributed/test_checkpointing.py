@@ -10,7 +10,6 @@ import hashlib
 import os
 import pickle
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tiny_gpt import Layout
 
-from umv2_megatron.checkpoint import manifest, save_load, torch_dist_io
+from umv2_megatron.checkpoint import manifest, pieces, publishing, save_load
 from umv2_megatron.checkpoint.save_load import load_checkpoint, save_checkpoint, weights_digest
 from umv2_megatron.checkpoint.saved_config import read_config
 from umv2_megatron.checkpoint.store import CheckpointStore
@@ -83,11 +82,11 @@ def save_as_before(root: str, run: tuple, kind: str | None, *others: Any) -> Non
     preprocess = save_load.save_preprocess
     told = {"distrib_optim_sharding_type": kind} if kind else {}
 
-    def rearranged(state: dict) -> Any:
+    def rearranged(state: dict, **kwargs: Any) -> Any:
         state["optimizer"] = state.pop("optimizer_state")
         del state["optimizer_groups"]
         state["content_metadata"] |= told
-        return preprocess(state)
+        return preprocess(state, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AsMcoreStores, "kind", kind)
@@ -312,13 +311,9 @@ def forge_one(run: tuple, folder: str, what: str) -> str:
     store = CheckpointStore(folder)
     canary = Canary(os.path.join(folder, "ran"))
     if what == "object in a shard":
-        torch_save = torch.save
-
-        def with_canary(data: Any, stream: Any, *args: Any, **kwargs: Any) -> None:
-            torch_save([canary] if isinstance(data, list) else data, stream, *args, **kwargs)
-
+        serialized = pieces._serialized
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch_dist_io.mcore_torch.torch, "save", with_canary)
+            patch.setattr(pieces, "_serialized", lambda data: serialized([canary]))
             save_checkpoint(store, 3, *run)
     else:
         save_checkpoint(store, 3, *run)
@@ -372,14 +367,19 @@ def save_with_full_disk(root: str, stages: list[str]) -> list[tuple[str, bool]]:
     store = CheckpointStore(root)
     save_checkpoint(store, 3, *run, {"consumed_samples": 12})
     train(layout, run, range(1))
-    rank, count = torch.distributed.get_rank(), torch_dist_io.count_written
+    rank, join = torch.distributed.get_rank(), publishing.joined_metadata
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def lose(directory: Path) -> tuple[int, int]:
-        (directory / "__1_0.distcp").unlink()
-        return count(directory)
+    torch_save = torch.save
+
+    def full_for_common(data: Any, where: Any) -> None:
+        (full if getattr(where, "name", "") == "common.pt" else torch_save)(data, where)
+
+    def lose(shards: list) -> Any:
+        (store.temporary_path(4) / "__1_0.distcp").unlink()
+        return join(shards)
 
     told = []
     for stage in stages:
@@ -387,9 +387,9 @@ def save_with_full_disk(root: str, stages: list[str]) -> list[tuple[str, bool]]:
             if stage == "shards" and rank == 1:
                 patch.setattr(torch.distributed.checkpoint.filesystem.os, "fsync", full)
             elif stage == "common" and rank == 0:
-                patch.setattr(torch, "save", full)
+                patch.setattr(torch, "save", full_for_common)
             elif stage == "missing shard" and rank == 0:
-                patch.setattr(save_load, "count_written", lose)
+                patch.setattr(publishing, "joined_metadata", lose)
             try:
                 save_checkpoint(store, 4, *run)
                 message = "saved"
@@ -405,7 +405,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path):
     for told in run_ranks(2, save_with_full_disk, str(tmp_path), stages):
         for stage, (message, intact) in zip(stages, told, strict=True):
             if stage == "missing shard":
-                assert "__1_0.distcp has 0 bytes" in message
+                assert "__1_0.distcp is missing" in message
             else:
                 assert "No space left on device" in message, stage
                 assert "bytes needed: " in message and "bytes free: " in message

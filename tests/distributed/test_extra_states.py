@@ -11,7 +11,7 @@ from harness import run_ranks
 from test_checkpointing import make
 from tiny_gpt import Layout
 
-from umv2_megatron.checkpoint import save_load, torch_dist_io
+from umv2_megatron.checkpoint import pieces, save_load
 from umv2_megatron.checkpoint.save_load import load_checkpoint, save_checkpoint
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.durable_files import CheckpointError
@@ -105,12 +105,12 @@ def load_a_planted_payload(root: str) -> tuple[str, bool]:
     layer = run[0][0].module.decoder.layers[1]
     layer.scaling = Scaling()
     data = pickle.dumps(Payload(f"{root}/canary"))
-    to_plain, torch_dist_io.to_plain = torch_dist_io.to_plain, lambda key, state: torch.frombuffer(
+    to_plain, pieces.to_plain = pieces.to_plain, lambda key, state: torch.frombuffer(
         bytearray(data), dtype=torch.uint8
     )
     store = CheckpointStore(f"{root}/planted")
     save_checkpoint(store, 3, *run)
-    torch_dist_io.to_plain = to_plain
+    pieces.to_plain = to_plain
     try:
         load_checkpoint(store, *run)
         told = "loaded"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from program_runs import Finished, Job, losses, tiny_run, train
 
-from umv2_megatron.checkpoint.torch_dist_io import SafeCommonLoad
+from umv2_megatron.checkpoint.torch_dist_io import load_common
 from umv2_megatron.training.metrics import read_metrics
 
 BATCH = 8
@@ -66,7 +66,7 @@ def plain_run(save: Path | None, **changes: Any) -> list[str]:
 
 
 def progress_of(save: Path, iteration: int) -> dict[str, Any]:
-    return SafeCommonLoad().load_common(save / f"iter_{iteration:07d}")["extra_state"]
+    return load_common(save / f"iter_{iteration:07d}")["extra_state"]
 
 
 def warnings(finished: Finished) -> list[str]:

@@ -18,8 +18,8 @@ from umv2_megatron.checkpoint.optimizer_state import is_main_param
 from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore, NoCheckpointError
 from umv2_megatron.checkpoint.torch_dist_io import (
     METADATA_FILE,
-    SafeCommonLoad,
     is_optimizer_state,
+    load_common,
     read_metadata_safely,
 )
 
@@ -129,7 +129,7 @@ def _kind(key: str) -> str:
 def _saved_by(store: CheckpointStore, iteration: int) -> dict[str, Any]:
     """The layout: parallel sizes by name, how tables are sharded, and the form of the optimizer's state."""
     try:
-        common = SafeCommonLoad().load_common(store.path(iteration))
+        common = load_common(store.path(iteration))
     except OSError as error:
         raise CheckpointError(f"{error.filename or store.path(iteration)} cannot be read: {error.strerror}") from error
     config = saved_config.read_config(store, iteration)

@@ -8,7 +8,7 @@ Written last and in this order, so that a directory with both was complete; read
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,19 +44,35 @@ class Manifest:
 
 
 def write_manifest(
-    directory: Path, iteration: int, num_keys: int, tensor_bytes: int, *, threads: int, stage: Callable[[str], None]
+    directory: Path,
+    iteration: int,
+    num_keys: int,
+    tensor_bytes: int,
+    *,
+    sealed: Mapping[str, tuple[int, str]],
+    threads: int,
+    stage: Callable[[str], None],
 ) -> None:
     """Prove the files of `directory`: sync and hash every one, with `threads` at once, then write both manifest files.
 
-    stage: called with the name of every step just after it is done. Raises OSError.
+    sealed: size and SHA-256 of files that were hashed while they were written, and synced; they are not read. stage:
+    called with the name of every step just after it is done. Raises OSError, and CheckpointError for a sealed file that
+    is not there in its size.
     """
     names = sorted(files_below(directory))
     assert MANIFEST not in names and MANIFEST_HASH not in names, "temporary directory was published before"
+    for name in sorted(sealed.keys() - set(names)):
+        raise CheckpointError(f"{directory / name} is missing: {sealed[name][0]} bytes of it were written; save again")
 
     def seal(name: str) -> dict[str, Any]:
         path = directory / name
-        fsync_path(path)
-        return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        size = path.stat().st_size
+        if name not in sealed:
+            fsync_path(path)
+            return {"size": size, "sha256": sha256_of(path)}
+        if size != sealed[name][0]:
+            raise CheckpointError(f"{path} has {size} bytes: {sealed[name][0]} were written; save again")
+        return {"size": size, "sha256": sealed[name][1]}
 
     with ThreadPoolExecutor(threads) as pool:
         files = dict(zip(names, pool.map(seal, names)))

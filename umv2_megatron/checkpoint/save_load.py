@@ -1,8 +1,8 @@
 """Saving and loading a training run: model, optimizer, schedule, random states and the run's own counters.
 
 All ranks write their shards into one temporary directory; when every rank has succeeded, rank 0 publishes it as
-`store.py` describes, else nobody does and every rank gets the same error. On load rank 0 verifies every
-byte, then all ranks load what they own, refusing any key or shape that differs from the model.
+`store.py` describes, else nobody does and every rank gets the same error. On load each rank reads what it owns and
+verifies what it reads, refusing any key or shape that differs from the model.
 
 What a resumed run needs to continue bitwise: parameters and persistent buffers, the optimizer's moments, fp32 main
 parameters and step count, the scheduler, the random states of every rank, and the caller's counters (`extra_state`).
@@ -14,23 +14,23 @@ global tensors (`optimizer_state.py`), and no rank ever holds more than its own 
 import contextlib
 import hashlib
 import json
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import merge
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factory_merges
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.tensor_parallel.random import convert_cuda_rng_state, is_graph_safe_cuda_rng_tracker
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.utils import get_model_config
+from torch.distributed.checkpoint.metadata import Metadata
 
+from umv2_megatron.checkpoint.agreement import attempt, gather, tell_all
+from umv2_megatron.checkpoint.checksum_files import Checksums, read_verified
 from umv2_megatron.checkpoint.optimizer_state import (
     OptimizerState,
     check_second_moments,
@@ -40,34 +40,34 @@ from umv2_megatron.checkpoint.optimizer_state import (
     main_param_name,
     merge_groups,
 )
-from umv2_megatron.checkpoint.saved_config import CONFIG_FILE
-from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.checkpoint.pieces import plan_pieces
+from umv2_megatron.checkpoint.publishing import write_and_publish
+from umv2_megatron.checkpoint.rng_state import RNG_KEY, set_rng_state, sharded_rng_state
+from umv2_megatron.checkpoint.shard_reading import ShardReader, compare, drop_unknown_extra_states
+from umv2_megatron.checkpoint.shard_writing import Piece
+from umv2_megatron.checkpoint.store import METADATA_FILE, CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import (
-    InProcessSave,
-    SafeCommonLoad,
-    SafeLoad,
-    attempt,
-    count_model,
-    count_written,
+    COMMON_FILE,
     is_extra_state,
     is_optimizer_state,
+    load_common,
     read_metadata_safely,
 )
-from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.checkpoint.verification import verify_together
+from umv2_megatron.durable_files import CheckpointError, DamageError
 from umv2_megatron.model.builder import unwrap
-from umv2_megatron.parallel import cpu_platform
-
-_RNG_KEY = "rng_state"
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What `load_checkpoint` restored: the caller's counters, and whether the random states are those of the save."""
+    """What `load_checkpoint` restored: the caller's counters, whether the random states are those of the save, and the
+    bytes that each rank has read and checked."""
 
     iteration: int
     extra_state: dict[str, Any]
     rng_restored: bool
     path: Path
+    bytes_read: tuple[int, ...]
 
 
 # ---------------------------------------------------------------------- save
@@ -89,8 +89,7 @@ def save_checkpoint(
     resolved configuration, written as config.json beside the shards. Raises CheckpointError on every rank when any
     rank fails; the earlier checkpoints are then untouched.
     """
-    is_main = torch.distributed.get_rank() == 0
-    directory = store.temporary_path(iteration)
+    rank = torch.distributed.get_rank()
     common_extra = {
         "iteration": iteration,
         "checkpoint_version": 3.0,
@@ -100,61 +99,28 @@ def save_checkpoint(
     if scheduler is not None:
         common_extra["opt_param_scheduler"] = scheduler.state_dict()
 
-    def collect() -> ShardedStateDict:
+    def plan() -> tuple[list[Piece], dict[str, Any]]:
         metadata = _content_metadata()
         state = _model_state(model_chunks, metadata)
         if optimizer is not None:
             state["optimizer_state"] = OptimizerState(optimizer, state).sharded()
-        return state | common_extra | {_RNG_KEY: _sharded_rng_state(), "content_metadata": metadata}
-
-    def write_common() -> None:
-        if is_main:
-            store.begin(iteration, tensor_bytes)
-            _write_common(store, directory, common, config or {}, tensor_bytes)
-
-    def publish() -> None:
-        if is_main:
-            store.publish(iteration, num_keys=num_keys, tensor_bytes=tensor_bytes, count=count_written)
+        metadata = {name: value for name, value in metadata.items() if name != "dp_cp_group"}
+        state |= common_extra | {RNG_KEY: sharded_rng_state(), "content_metadata": metadata}
+        # mcore would send every rank's description to every rank; rank 0 checks what was written instead
+        sharded, common = save_preprocess(state, validate_access_integrity=False)
+        return plan_pieces(sharded), common
 
     with gathered_parameters(model_chunks):
         try:
             if optimizer is not None:
                 common_extra["optimizer_groups"] = _optimizer_groups(optimizer)
-            state = attempt("collecting the state to save", collect)
-            sharded, common = attempt("checking the shards to save", lambda: save_preprocess(state))
-            num_keys, tensor_bytes = count_model(sharded)
-            attempt("writing the common state", write_common)
-            attempt("writing the shards", lambda: _write_shards(store, sharded, directory, tensor_bytes))
-            attempt("publishing the checkpoint", publish)
+            pieces, common = attempt("collecting the state to save", plan)
+            write_and_publish(store, iteration, pieces, common, config or {})
         except BaseException:
-            if is_main:
+            if rank == 0:
                 store.discard(iteration)
             raise
     return store.path(iteration)
-
-
-def _write_common(store: CheckpointStore, directory: Path, common: dict, config: dict, tensor_bytes: int) -> None:
-    try:
-        torch.save(common, directory / COMMON_STATE_FNAME)
-        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise _explained(store, error, directory, tensor_bytes) from error
-
-
-def _write_shards(store: CheckpointStore, sharded: ShardedStateDict, directory: Path, tensor_bytes: int) -> None:
-    try:
-        InProcessSave().save(sharded, directory)
-    except torch.distributed.checkpoint.CheckpointException as error:
-        # Every rank gets this one, with the failures of all; the file system's own words are in the first of them.
-        first = next((failure for failure, _ in error.failures.values()), error)
-        raise _explained(store, first, directory, tensor_bytes) from error
-
-
-def _explained(store: CheckpointStore, error: BaseException, directory: Path, tensor_bytes: int) -> CheckpointError:
-    if not isinstance(error, OSError):
-        error = OSError(None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-    return store.explain(error, f"could not write {directory}", tensor_bytes)
 
 
 @contextlib.contextmanager
@@ -182,49 +148,98 @@ def load_checkpoint(
     ckpt_step: int | None = None,
     load_optim: bool = True,
     load_rng: bool = True,
+    verify_all: bool = False,
 ) -> LoadedCheckpoint:
     """Load the newest valid checkpoint (or `ckpt_step`) into the given objects. Collective over all ranks.
 
     load_optim=False (`--no-load-optim`) leaves optimizer and scheduler fresh, load_rng=False (`--no-load-rng`) the
     random states. Random states are per rank: in another layout they stay fresh and `rng_restored` is False.
-    Raises CheckpointError (NoCheckpointError when nothing was ever saved there), the same on every rank.
+    verify_all (`--verify-checkpoint full`): every file is verified before, not only what is read. Where any rank finds
+    damage, all ranks go on to the next older checkpoint. Raises CheckpointError (NoCheckpointError when nothing was
+    ever saved there), the same on every rank.
     """
     is_main = torch.distributed.get_rank() == 0
-    found = attempt("finding a checkpoint", lambda: store.resolve(ckpt_step) if is_main else None)
-    shared = [found]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    iteration = shared[0]
-    assert isinstance(iteration, int)
-    path = store.path(iteration)
-    common = attempt("reading the common state", lambda: SafeCommonLoad().load_common(path))
-    load_rng = load_rng and common.get("layout") == _layout()
-    saved_optimizer = _SavedOptimizer(path, common) if load_optim and optimizer is not None else None
 
-    def collect() -> ShardedStateDict:
-        metadata = _content_metadata()
-        state = _model_state(model_chunks, metadata)
-        if saved_optimizer is not None:
-            state |= saved_optimizer.collect(optimizer, state)
-        return state | ({_RNG_KEY: _sharded_rng_state()} if load_rng else {})
+    def find() -> list[int]:
+        return store.candidates() if is_main and ckpt_step is None else []
 
-    def may_remain(key: str) -> bool:
-        if is_optimizer_state(key):
-            return saved_optimizer is None or (is_main_param(key) and not _has_main_params(optimizer))
-        return not load_rng and key.startswith(f"{_RNG_KEY}/")
+    candidates = [ckpt_step] if ckpt_step is not None else tell_all(attempt("finding a checkpoint", find))
+    load = _Load(store, model_chunks, optimizer, scheduler, load_optim, load_rng, verify_all)
+    problems: list[str] = []
+    for iteration in candidates:
+        try:
+            loaded = load.run(iteration)
+        except DamageError as error:
+            if ckpt_step is not None:
+                raise
+            problems.append(str(error))
+            if is_main:
+                store.warn(f"checkpoint {iteration} cannot be used: {error}")
+            continue
+        if problems and is_main:
+            store.warn(f"falling back to checkpoint {iteration}")
+        return loaded
+    raise store.nothing_valid(problems)
 
-    wanted = attempt("collecting the state to load", collect)
-    # The shards are compared, key by key, by SafeLoad: more exactly and on all ranks at once than `strict` would.
-    loaded = dist_checkpointing.load(
-        wanted,
-        str(path),
-        sharded_strategy=SafeLoad(may_remain, lambda: _fp8_recipe(model_chunks)),
-        common_strategy=SafeCommonLoad(),
-    )
-    attempt(
-        "restoring the state",
-        lambda: _restore(loaded, model_chunks, optimizer, scheduler if load_optim else None, saved_optimizer, load_rng),
-    )
-    return LoadedCheckpoint(iteration, dict(common.get("extra_state", {})), load_rng, path)
+
+@dataclass(frozen=True)
+class _Load:
+    """One call of `load_checkpoint`, as tried with one checkpoint after the other."""
+
+    store: CheckpointStore
+    chunks: Sequence[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+    load_optim: bool
+    load_rng: bool
+    verify_all: bool
+
+    def run(self, iteration: int) -> LoadedCheckpoint:
+        """Load one checkpoint. Raises DamageError when it is not what was saved; tensors may then be half loaded."""
+        path = self.store.path(iteration)
+        manifest, bytes_read = verify_together(self.store, iteration, full=self.verify_all)
+        sizes = {name: size for name, (size, _) in manifest.files.items()}
+
+        def describe() -> tuple[dict[str, Any], Metadata]:
+            common = load_common(path, read_verified(path, COMMON_FILE, manifest))
+            metadata = read_verified(path, METADATA_FILE, manifest)
+            return common, read_metadata_safely(path, metadata, sizes)
+
+        common, metadata = attempt("reading the checkpoint's metadata", describe)
+        load_rng = self.load_rng and common.get("layout") == _layout()
+        wants_optimizer = self.load_optim and self.optimizer is not None
+        saved_optimizer = _SavedOptimizer(path, common, metadata) if wants_optimizer else None
+
+        def collect() -> ShardedStateDict:
+            content = _content_metadata()
+            state = _model_state(self.chunks, content)
+            if saved_optimizer is not None:
+                state |= saved_optimizer.collect(self.optimizer, state)
+            return state | ({RNG_KEY: sharded_rng_state()} if load_rng else {})
+
+        def may_remain(key: str) -> bool:
+            if is_optimizer_state(key):
+                return saved_optimizer is None or (is_main_param(key) and not _has_main_params(self.optimizer))
+            return not load_rng and key.startswith(f"{RNG_KEY}/")
+
+        wanted = attempt("collecting the state to load", collect)
+        force_all_tensors_to_non_fp8(wanted)
+        sharded, kept, factories = load_preprocess(wanted)
+        sharded, _ = extract_sharded_base(sharded)
+        drop_unknown_extra_states(sharded, keep=metadata.state_dict_metadata.keys())
+        compare(sharded, metadata, path, may_remain)
+        checksums = Checksums(path, manifest)
+        reader = ShardReader(path, metadata, checksums)
+        filled = attempt("reading the shards", lambda: reader.fill(sharded, lambda: _fp8_recipe(self.chunks)))
+        loaded = apply_factory_merges(merge(merge(dict(common), kept), filled), factories)
+        scheduler = self.scheduler if self.load_optim else None
+        attempt(
+            "restoring the state",
+            lambda: _restore(loaded, self.chunks, self.optimizer, scheduler, saved_optimizer, load_rng),
+        )
+        bytes_read += sizes[COMMON_FILE] + sizes[METADATA_FILE] + checksums.bytes_read + reader.bytes_read
+        by_rank = tuple(tell_all(gather(bytes_read)))
+        return LoadedCheckpoint(iteration, dict(common.get("extra_state", {})), load_rng, path, by_rank)
 
 
 def _fp8_recipe(model_chunks: Sequence[torch.nn.Module]) -> Any:
@@ -257,17 +272,18 @@ def _restore(
         scheduler.num_steps = 0  # mcore adds the saved steps to those already counted
         scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if load_rng:
-        _set_rng_state(loaded[_RNG_KEY])
+        set_rng_state(loaded[RNG_KEY])
 
 
 class _SavedOptimizer:
     """The optimizer's state in the checkpoint at ``path``, of whichever type; ``common`` is its common state."""
 
-    def __init__(self, path: Path, common: dict[str, Any]) -> None:
+    def __init__(self, path: Path, common: dict[str, Any], metadata: Metadata) -> None:
         self._path = path
         self._common = common
-        metadata = load_content_metadata(preloaded_state_dict=common) or {}
-        self._mcore_type = metadata.get("distrib_optim_sharding_type")
+        self._stored = list(metadata.state_dict_metadata)
+        content = load_content_metadata(preloaded_state_dict=common) or {}
+        self._mcore_type = content.get("distrib_optim_sharding_type")
         self._state: OptimizerState | None = None
 
     def collect(self, optimizer: Any, model_state: ShardedStateDict) -> ShardedStateDict:
@@ -277,10 +293,9 @@ class _SavedOptimizer:
                 f"{self._path} holds optimizer state of mcore's type {self._mcore_type!r}, whose tensors are gradient "
                 "buffers: give --no-load-optim, or save it again with --dist-ckpt-optim-fully-reshardable"
             )
-        stored = list(read_metadata_safely(self._path).state_dict_metadata)
-        check_second_moments(stored, optimizer, self._path)
+        check_second_moments(self._stored, optimizer, self._path)
         self._state = OptimizerState(optimizer, model_state)
-        return {"optimizer_state": self._state.sharded(main_param_name(stored))}
+        return {"optimizer_state": self._state.sharded(main_param_name(self._stored))}
 
     def restore(self) -> None:
         """Finish after the tensors were read and the model has its weights."""
@@ -350,34 +365,6 @@ def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
     missing = [key for key in missing if not is_extra_state(key)]
     if missing or unexpected:
         raise CheckpointError(f"the loaded state lacks {missing} and holds unexpected {unexpected}")
-
-
-def _sharded_rng_state() -> ShardedObject:
-    """Random states of this rank. Only tensors and plain numbers, so that `weights_only=True` can read them."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    assert name == "MT19937"
-    tracker = tensor_parallel.get_cuda_rng_tracker()  # with --cuda-graph-impl it has generators instead of states
-    state = {
-        "python": random.getstate(),
-        "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)),
-        "torch": torch.get_rng_state(),
-        "device": cpu_platform.get_device_rng_state(),
-        "tracker": {name: convert_cuda_rng_state(kept) for name, kept in tracker.get_states().items()},
-    }
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return ShardedObject(_RNG_KEY, state, (world,), (rank,), replica_id=0)
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    version, words, gauss_next = state["python"]
-    random.setstate((version, tuple(words), gauss_next))
-    keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    tracker = tensor_parallel.get_cuda_rng_tracker()
-    in_graphs = is_graph_safe_cuda_rng_tracker(tracker)
-    tracker.set_states({name: convert_cuda_rng_state(kept, in_graphs) for name, kept in state["tracker"].items()})
-    cpu_platform.set_device_rng_state(state["device"])
-    torch.set_rng_state(state["torch"])
 
 
 def weights_digest(model_chunks: Sequence[torch.nn.Module]) -> str:

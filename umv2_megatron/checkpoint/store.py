@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from umv2_megatron.checkpoint.manifest import Manifest, check_files, write_manifest
@@ -160,20 +160,25 @@ class CheckpointStore:
         num_keys: int,
         tensor_bytes: int,
         count: Callable[[Path], tuple[int, int]] | None = None,
+        sealed: Mapping[str, tuple[int, str]] | None = None,
     ) -> Path:
         """Turn the temporary directory of `iteration` into a published checkpoint; prune old ones last.
 
         num_keys, tensor_bytes: what the model meant to save. count: reads the written directory and returns the
         number of keys and tensor bytes actually there; a difference refuses publication. Without it only a total
-        smaller than `tensor_bytes` is refused. Returns the published directory. Raises CheckpointError; whatever was
-        published before is then untouched and the temporary directory is gone.
+        smaller than `tensor_bytes` is refused. sealed: (bytes, SHA-256) by name of files that were synced, and hashed
+        while they were written; the others are read and hashed here. Returns the published directory. Raises
+        CheckpointError; whatever was published before is then untouched and the temporary directory is gone.
         """
         tmp = self.temporary_path(iteration)
         final = self.path(iteration)
         try:
             with self._named_errors("publish", final, tensor_bytes):
                 self._check_counts(tmp, num_keys, tensor_bytes, count)
-                write_manifest(tmp, iteration, num_keys, tensor_bytes, threads=self._hash_threads, stage=self._stage)
+                write_manifest(
+                    tmp, iteration, num_keys, tensor_bytes,
+                    sealed=sealed or {}, threads=self._hash_threads, stage=self._stage,
+                )  # fmt: skip
                 self._rename_into_place(tmp, final)
                 self._write_tracker(iteration)
         except BaseException:
@@ -277,16 +282,11 @@ class CheckpointStore:
         """
         return check_files(self.path(iteration), iteration, hashes=hashes, threads=self._hash_threads)
 
-    def resolve(self, ckpt_step: int | None = None) -> int:
-        """The iteration to load, every byte of it verified.
+    def candidates(self) -> list[int]:
+        """Iterations to load, best first: the tracker's, older ones, then newer ones. Nothing is verified.
 
-        With `ckpt_step` exactly that one. Otherwise the tracker's, else the newest older valid one, else any valid
-        one, with a warning line that names the bad file. Raises NoCheckpointError when nothing was ever published,
-        CheckpointError when there is nothing valid.
+        Warns of a tracker that is missing or damaged. Raises NoCheckpointError when nothing was ever published.
         """
-        if ckpt_step is not None:
-            self.verify(ckpt_step)
-            return ckpt_step
         tracked = self.read_tracker()
         candidates = sorted(self.iterations(), reverse=True)
         tracker = self.root / TRACKER
@@ -298,7 +298,25 @@ class CheckpointStore:
         else:
             older = [i for i in candidates if i < tracked]
             candidates = [tracked, *older, *(i for i in candidates if i > tracked)]
-        problems = []
+        return candidates
+
+    def nothing_valid(self, problems: list[str]) -> CheckpointError:
+        """The error for a directory none of whose checkpoints can be used; problems: what is wrong with each."""
+        detail = problems[0] if problems else f"{self.root / TRACKER} is unreadable and there are no iter_* directories"
+        return CheckpointError(f"{self.root} has no valid checkpoint to load: {detail}")
+
+    def resolve(self, ckpt_step: int | None = None) -> int:
+        """The iteration to load, every byte of it verified by this process.
+
+        With `ckpt_step` exactly that one. Otherwise the tracker's, else the newest older valid one, else any valid
+        one, with a warning line that names the bad file. Raises NoCheckpointError when nothing was ever published,
+        CheckpointError when there is nothing valid.
+        """
+        if ckpt_step is not None:
+            self.verify(ckpt_step)
+            return ckpt_step
+        candidates = self.candidates()
+        problems: list[str] = []
         for iteration in candidates:
             try:
                 self.verify(iteration)
@@ -306,11 +324,10 @@ class CheckpointStore:
                 problems.append(str(error))
                 self.warn(f"checkpoint {iteration} cannot be used: {error}")
                 continue
-            if problems or tracked is None:
+            if problems:
                 self.warn(f"falling back to checkpoint {iteration}")
             return iteration
-        detail = problems[0] if problems else f"{tracker} is unreadable and there are no iter_* directories"
-        raise CheckpointError(f"{self.root} has no valid checkpoint to load: {detail}")
+        raise self.nothing_valid(problems)
 
     @contextlib.contextmanager
     def _named_errors(self, action: str, path: Path, bytes_needed: int | None) -> Iterator[None]:

@@ -122,6 +122,12 @@ class TrainingConfig:
         at_least=0,
         read_by="training/resume.py: which checkpoint is loaded",
     )
+    verify_checkpoint: str = option(
+        "read",
+        "what is compared with its checksum at a load: what is read, or all files, shared out over the ranks",
+        choices=("read", "full"),
+        read_by="training/load_state.py: how a checkpoint is verified",
+    )
     finetune: bool = option(
         False, "load weights only and start at iteration 0", read_by="training/resume.py: what is loaded"
     )

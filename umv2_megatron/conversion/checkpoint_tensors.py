@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE, read_metadata_safely
 from umv2_megatron.conversion.safetensors_files import ConversionError, TensorInfo, as_bytes, read_into
-from umv2_megatron.durable_files import CheckpointError, fsync_path, write_synced
+from umv2_megatron.durable_files import CheckpointError, FileWindow, fsync_path, write_synced
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -156,34 +156,6 @@ def _overlap(parts: list[_Rectangle]) -> bool:
 # -- the archives of torch.save ------------------------------------------------------------------------------------
 
 
-class _Window(io.RawIOBase):
-    """A part of an open file as a file of its own."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._length - self._position))
-        read_into(self._file, view[:count], self._start + self._position, "a stored tensor")
-        self._position += count
-        return count
-
-
 @dataclass(frozen=True)
 class _Description:
     """What the pickle in an archive says of its tensor."""
@@ -222,7 +194,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
 def _place_of_data(file: BinaryIO, part: _Rectangle, dtype: torch.dtype, what: str) -> int:
     """Where in ``file`` the elements of a rectangle begin, row-major. Raises ``ConversionError`` naming ``what``."""
     try:
-        with zipfile.ZipFile(io.BufferedReader(_Window(file, part.offset, part.length))) as archive:
+        with zipfile.ZipFile(io.BufferedReader(FileWindow(file, part.offset, part.length))) as archive:
             entries = {entry.filename.split("/", 1)[-1]: entry for entry in archive.infolist()}
             described = _DescriptionUnpickler(io.BytesIO(archive.read(entries["data.pkl"]))).load()
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
@@ -257,7 +229,7 @@ def damaged_tensors(directory: Path) -> list[str]:
     for index, place in metadata.storage_data.items():
         try:
             with open(directory / str(place.relative_path), "rb", buffering=0) as file:
-                window = io.BufferedReader(_Window(file, place.offset, place.length))
+                window = io.BufferedReader(FileWindow(file, place.offset, place.length))
                 is_bad = zipfile.ZipFile(window).testzip() is not None
         except (OSError, ValueError, zipfile.BadZipFile):
             is_bad = True

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 import yaml
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 
 from umv2_megatron import __version__
 from umv2_megatron.checkpoint import saved_config
 from umv2_megatron.checkpoint.save_lock import SaveLock
 from umv2_megatron.checkpoint.store import CheckpointStore
-from umv2_megatron.checkpoint.torch_dist_io import count_written
+from umv2_megatron.checkpoint.torch_dist_io import COMMON_FILE, count_written
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.conversion.checkpoint_tensors import ShardWriter, write_metadata
 from umv2_megatron.conversion.export_files import ExportTensors, verify_manifest
@@ -210,5 +209,5 @@ def _write_common(work: Path, values: dict[str, Any], dtype: torch.dtype, export
         "extra_state": {},
         "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
     }
-    torch.save(common, work / COMMON_STATE_FNAME)
+    torch.save(common, work / COMMON_FILE)
     save_config(CheckpointingConfig("torch_dist", 1), str(work))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint.agreement import tell_all
 from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.checkpoint.verification import verify_together
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.durable_files import DamageError
 from umv2_megatron.training.initialize import TrainingState
 from umv2_megatron.training.step import refresh_singular_vectors
 
@@ -38,6 +40,7 @@ def load_state(
             ckpt_step=ckpt_step,
             load_optim=load_optim,
             load_rng=load_rng,
+            verify_all=run.training.verify_checkpoint == "full",
         )
         refresh_singular_vectors(state.chunks)
     if run.training.override_opt_param_scheduler:
@@ -51,23 +54,17 @@ def checkpoint_before(store: CheckpointStore, iteration: int, save_interval: int
     """The newest valid checkpoint of at most ``iteration``, the same on all ranks; None where there is none.
 
     One that --save-interval has written, if there is any: where a stop or an exit saved in between depends on how often
-    a run was interrupted, and an interrupted run is to do the same as another. A collective; rank 0 reads the files.
+    a run was interrupted, and an interrupted run is to do the same as another. A collective; each rank hashes a share
+    of the files.
     """
-    found: list[int | None] = [None]
-
-    def look() -> None:
-        if torch.distributed.get_rank() != 0:
-            return
-        there = [each for each in store.iterations() if each <= iteration]
-        for each in sorted(there, key=lambda each: (each % save_interval == 0, each), reverse=True):
-            try:
-                store.verify(each)
-            except CheckpointError as error:
+    is_main = torch.distributed.get_rank() == 0
+    there = [each for each in store.iterations() if each <= iteration] if is_main else []
+    for each in tell_all(sorted(there, key=lambda each: (each % save_interval == 0, each), reverse=True)):
+        try:
+            verify_together(store, each, full=True)
+        except DamageError as error:
+            if is_main:
                 store.warn(f"checkpoint {each} cannot be used: {error}")
-                continue
-            found[0] = each
-            return
-
-    save_load.attempt("finding a checkpoint to go back to", look)
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+            continue
+        return each
+    return None

@@ -20,6 +20,7 @@ import yaml
 
 from umv2_megatron import __version__
 from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint.agreement import attempt
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import UsageError
@@ -148,7 +149,7 @@ def _own_save_directory(run: RunConfig, stack: contextlib.ExitStack) -> Checkpoi
         if torch.distributed.get_rank() == 0:
             stack.enter_context(store.lock())
 
-    save_load.attempt("owning the save directory", take)
+    attempt("owning the save directory", take)
     return store
 
 
@@ -208,6 +209,8 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any], voca
         f" loaded checkpoint of iteration {loaded.iteration} from {loaded.path}; "
         f"continuing at iteration {state.progress.iteration}"
         + ("" if loaded.rng_restored else "; random states were not restored")
+        + f"; read {min(loaded.bytes_read):,} to {max(loaded.bytes_read):,} bytes per rank, "
+        f"{sum(loaded.bytes_read):,} in all"
     )
 
 
@@ -227,7 +230,7 @@ def _refuse_another_run(run: RunConfig, source: Source, identity: dict[str, Any]
             except UsageError as error:
                 refusal[0] = str(error)
 
-    save_load.attempt("comparing the run with its checkpoint", compare)
+    attempt("comparing the run with its checkpoint", compare)
     torch.distributed.broadcast_object_list(refusal, src=0)
     if refusal[0] is not None:
         raise UsageError(refusal[0])

@@ -19,6 +19,7 @@ from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.parallel.launch import discover
 from umv2_megatron.training.initialize import start_processes
+from umv2_megatron.training.resume import ConfigStore
 from umv2_megatron.training.step import refresh_singular_vectors
 
 # What is taken beside the model itself; layout, schedule and the rest keep their defaults, those of one rank.
@@ -61,8 +62,7 @@ def restore_model(
     store = CheckpointStore(directory)
     if (store.root / METADATA_FILE).exists():  # one checkpoint's own directory
         store, ckpt_step = locate(directory, ckpt_step)
-    iteration = store.resolve(ckpt_step)
-    saved = saved_config.read_config(store, iteration)
+    saved = saved_config.read_config(store, ConfigStore(store.root).resolve(ckpt_step))
     values, layout = saved["values"], layout or {}
     known = {**model_values(values), **{key: values[key] for key in TAKEN if key in values}}
     if tokenizer_model is not None:
@@ -86,9 +86,9 @@ def restore_model(
         )
     start_processes(run)
     chunks = build_model_chunks(run, tokenizer.vocab_size, wrap_with_ddp=False)
-    save_load.load_checkpoint(store, chunks, ckpt_step=iteration, load_optim=False, load_rng=False)
+    loaded = save_load.load_checkpoint(store, chunks, ckpt_step=ckpt_step, load_optim=False, load_rng=False)
     refresh_singular_vectors(chunks)
-    return RestoredModel(chunks, tokenizer, run, iteration)
+    return RestoredModel(chunks, tokenizer, run, loaded.iteration)
 
 
 def load_trained_model(

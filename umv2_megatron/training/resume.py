@@ -102,7 +102,7 @@ def _holds_checkpoints(flag: str, directory: str) -> bool:
     return False
 
 
-class _ConfigStore(CheckpointStore):
+class ConfigStore(CheckpointStore):
     """A store of which only config.json is to be read: its hash is checked, the other files' names and sizes."""
 
     def verify(self, iteration: int, *, hashes: bool = True) -> Manifest:
@@ -121,13 +121,13 @@ class _ConfigStore(CheckpointStore):
 def checkpoint_values(training: TrainingConfig) -> tuple[str, dict[str, Any]] | None:
     """Directory and settings by key of the checkpoint that ``training`` loads; None where it starts afresh.
 
-    Every rank asks before there is a process group, so nothing but config.json is hashed: rank 0 verifies all files
-    before the load. Raises ``UsageError`` as ``find_source`` does, ``CheckpointError`` for a damaged checkpoint.
+    Every rank asks before there is a process group, so nothing but config.json is hashed: the rest is verified by the
+    load. Raises ``UsageError`` as ``find_source`` does, ``CheckpointError`` for a damaged checkpoint.
     """
     source = _find_source(training)
     if source is None:
         return None
-    store = _ConfigStore(source.directory)
+    store = ConfigStore(source.directory)
     return source.directory, saved_config.read_config(store, store.resolve(source.ckpt_step))["values"]
 
 
@@ -136,7 +136,7 @@ def check_vocabulary(source: Source, vocab_size: int) -> None:
 
     Rows that only pad a vocabulary may differ; the tokens' own would be lost, or be new and untrained.
     """
-    store = _ConfigStore(source.directory)
+    store = ConfigStore(source.directory)
     old = saved_config.read_config(store, store.resolve(source.ckpt_step)).get("tokenizer_vocab_size", vocab_size)
     if old != vocab_size:
         raise UsageError(
@@ -151,7 +151,7 @@ def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]
 
     ``data_identity`` is that of the data that ``run`` would read (``datasets.data_identity``).
     """
-    store = CheckpointStore(source.directory)
+    store = ConfigStore(source.directory)
     config = saved_config.read_config(store, store.resolve(source.ckpt_step))
     saved = config["values"]
     _check_schedule(run, saved, source)

@@ -1,0 +1,89 @@
+"""A save from the pieces on: all ranks write theirs, rank 0 describes what they have written and publishes it.
+
+    begin         rank 0 makes the temporary directory, if the disk has the space
+    write_shard   every rank, for itself (`shard_writing.py`): the long part, and the only one that needs no other rank
+    publish       rank 0, with what `write_shard` has returned on every rank
+
+A save in the background runs the middle step in another process, on copies of the pieces; first and last step stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+from umv2_megatron.checkpoint.agreement import attempt, gather
+from umv2_megatron.checkpoint.many_objects import many_objects
+from umv2_megatron.checkpoint.saved_config import CONFIG_FILE
+from umv2_megatron.checkpoint.shard_writing import (
+    Piece,
+    WrittenShard,
+    joined_metadata,
+    write_hashed,
+    write_metadata,
+    write_shard,
+)
+from umv2_megatron.checkpoint.store import METADATA_FILE, CheckpointStore
+from umv2_megatron.checkpoint.torch_dist_io import COMMON_FILE
+from umv2_megatron.durable_files import CheckpointError
+
+
+def write_and_publish(
+    store: CheckpointStore, iteration: int, pieces: list[Piece], common: dict[str, Any], config: dict[str, Any]
+) -> None:
+    """Write the pieces of all ranks and publish them with ``common`` and ``config`` of rank 0. Collective.
+
+    Raises CheckpointError on every rank when any rank fails; the caller then removes the temporary directory.
+    """
+    rank = torch.distributed.get_rank()
+    directory = store.temporary_path(iteration)
+    needed = sum(gather(sum(piece.num_bytes for piece in pieces)))
+    attempt("starting the checkpoint", lambda: store.begin(iteration, needed) if rank == 0 else None)
+
+    def write() -> WrittenShard:
+        try:
+            return write_shard(directory, rank, pieces)
+        except (OSError, RuntimeError) as error:  # torch.save may report a full disk as a RuntimeError
+            raise _explained(store, error, directory, needed) from error
+
+    shards = gather(attempt("writing the shards", write))
+    attempt("publishing the checkpoint", lambda: publish(store, iteration, shards, common, config) if shards else None)
+
+
+def publish(
+    store: CheckpointStore,
+    iteration: int,
+    shards: Sequence[WrittenShard],
+    common: dict[str, Any],
+    config: dict[str, Any],
+) -> None:
+    """Write the files that describe the shards of all ranks, and publish it. Not collective: one process calls it.
+
+    Raises CheckpointError, also where the shards are not whole together.
+    """
+    directory = store.temporary_path(iteration)
+    sealed = {name: seal for shard in shards for name, seal in shard.sealed.items()}
+    tensor_bytes = 0
+    try:
+        with many_objects():
+            metadata, tensor_bytes = joined_metadata(shards)
+            sealed[METADATA_FILE] = write_metadata(directory / METADATA_FILE, metadata)
+        text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+        sealed[CONFIG_FILE] = write_hashed(directory / CONFIG_FILE, text.encode())
+        torch.save(common, directory / COMMON_FILE)
+        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+    except (OSError, RuntimeError) as error:
+        raise _explained(store, error, directory, tensor_bytes) from error
+    num_keys = len(metadata.state_dict_metadata)
+    store.publish(iteration, num_keys=num_keys, tensor_bytes=tensor_bytes, sealed=sealed)
+
+
+def _explained(store: CheckpointStore, error: BaseException, directory: Path, tensor_bytes: int) -> CheckpointError:
+    if not isinstance(error, OSError):
+        error = OSError(None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    return store.explain(error, f"could not write {directory}", tensor_bytes)
