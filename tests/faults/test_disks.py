@@ -45,7 +45,9 @@ def test_full(share, small_disk, whole, figure, tmp_path):
     disk = small_disk(int(share * bytes_of_one) + 65536)
     argv = tiny_run(**SETTINGS, save=disk / "run")
     told = failed(argv, tmp_path / "o")
-    assert "No space left on device" in told and "published checkpoints" in told and "are untouched" in told
+    # torch.save tells a full disk in words of its own
+    assert "No space left on device" in told or "RuntimeError: [enforce fail" in told, told
+    assert "published checkpoints" in told and "are untouched" in told
     needed, free = re.search(r"bytes needed: (\d+), bytes free: (\d+)", told).groups()
     assert 0 <= int(free) < int(needed) <= bytes_of_one
     assert CheckpointStore(disk / "run").resolve() == 2
