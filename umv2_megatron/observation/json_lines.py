@@ -26,3 +26,9 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
             except (ValueError, RecursionError):
                 found = None
             yield found if isinstance(found, dict) else None
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The records of a metrics.jsonl: as ``read_json_lines``, but objects whose ``iteration`` is no integer are None."""
+    for found in read_json_lines(path):
+        yield found if found is not None and type(found.get("iteration")) is int else None

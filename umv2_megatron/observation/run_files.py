@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from umv2_megatron.observation.events import EVENTS_FILE, read_events
-from umv2_megatron.observation.json_lines import read_json_lines
+from umv2_megatron.observation.json_lines import read_records
 from umv2_megatron.observation.series import Series
 
 METRICS_FILE = "metrics.jsonl"
@@ -35,7 +35,7 @@ class RunFiles:
     """A run as its directory shows it.
 
     ``series``: name of metrics.jsonl -> its numbers, each iteration once. ``unreadable``: lines of metrics.jsonl that
-    are no JSON. ``written``: when metrics.jsonl was last written to, ``read`` when all this was read; seconds since
+    are no records. ``written``: when metrics.jsonl was last written to, ``read`` when all this was read; seconds since
     1970.
     """
 
@@ -133,11 +133,11 @@ def read_run(directory: Path) -> RunFiles:
 def _read_series(path: Path) -> tuple[dict[str, Series], int]:
     found: dict[str, Series] = {}
     unreadable = latest = 0
-    for record in read_json_lines(path):
-        iteration = record.get("iteration") if record else None
-        if record is None or not isinstance(iteration, int) or isinstance(iteration, bool):
+    for record in read_records(path):
+        if record is None:
             unreadable += 1
             continue
+        iteration = record["iteration"]
         if iteration < latest:  # a restart has repeated the steps from here on
             for series in found.values():
                 series.cut(iteration)

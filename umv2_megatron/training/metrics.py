@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from umv2_megatron.observation.json_lines import read_records
 
 METRICS_FILE = "metrics.jsonl"
 TEST_LOSS = "lm loss test"
@@ -20,19 +23,24 @@ class MetricsFile:
 
     def __init__(self, directory: Path, resumed_at: int):
         self.path = directory / METRICS_FILE
-        self.resumed: list[dict[str, Any]] = []
-        """The records up to ``resumed_at``, which stay."""
         if self.path.exists():
             self._cut(resumed_at)
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
 
+    def records(self) -> Iterator[dict[str, Any]]:
+        """What the file holds, read as it is asked for: right after a start, the records that stay."""
+        return (record for record in read_records(self.path) if record is not None)
+
     def _cut(self, iteration: int) -> None:
-        """Drop records past ``iteration``, and a last line that a kill left half-written; atomic."""
-        records = [record for record in read_metrics(self.path.parent) if record["iteration"] <= iteration]
-        # the test set is read after the last checkpoint, so a run that resumes there reads it again
-        records = self.resumed = [record for record in records if TEST_LOSS not in record]
+        """Drop records past ``iteration``, and lines that are none: a kill leaves one half-written. Atomic."""
         temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            for record in self.records():
+                # the test set is read after the last checkpoint, so a run that resumes there reads it again
+                if record["iteration"] <= iteration and TEST_LOSS not in record:
+                    file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)
 
     def write(self, iteration: int, numbers: dict[str, Any]) -> None:
@@ -46,11 +54,10 @@ class MetricsFile:
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of ``<directory>/metrics.jsonl``; a half-written last line is left out."""
-    records = []
-    for line in Path(directory, METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of ``<directory>/metrics.jsonl``; lines that are none, such as a half-written one, are left out.
+
+    Raises OSError where the file is not there or cannot be read.
+    """
+    path = Path(directory, METRICS_FILE)
+    path.stat()  # where it is not there, read_records has nothing to tell
+    return [record for record in read_records(path) if record is not None]

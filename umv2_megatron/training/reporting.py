@@ -97,7 +97,7 @@ class Reporter:
         if training.tensorboard_dir:
             self._tensorboard = _start_tensorboard(run, resumed_at, self._metrics)
         if training.wandb_project:
-            self._wandb = WandbRun(run, [] if self._metrics is None else self._metrics.resumed)
+            self._wandb = WandbRun(run, () if self._metrics is None else self._metrics.records())
 
     def line(self, text: str) -> None:
         """Print a line."""
@@ -147,7 +147,7 @@ def _start_tensorboard(run: RunConfig, resumed_at: int, metrics: MetricsFile | N
     training = run.training
     if training.skip_train:
         return SummaryWriter(training.tensorboard_dir, max_queue=5)
-    kept = metrics.resumed if metrics is not None else []
+    kept = metrics.records() if metrics is not None else ()
     again = [record for record in kept if record["iteration"] == resumed_at]
     writer = SummaryWriter(training.tensorboard_dir, purge_step=resumed_at + (not again), max_queue=5)
     for record in again:

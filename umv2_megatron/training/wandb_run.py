@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class WandbRun:
     Raises ``ValueError`` naming --wandb-project where the package wandb is not installed or starts no run.
     """
 
-    def __init__(self, run: RunConfig, records: Sequence[dict[str, Any]] = ()):
+    def __init__(self, run: RunConfig, records: Iterable[dict[str, Any]] = ()):
         try:
             import wandb
         except ImportError as error:

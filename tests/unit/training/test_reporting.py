@@ -6,6 +6,9 @@ import datetime
 import json
 import re
 
+import pytest
+
+from umv2_megatron.observation.run_files import read_run
 from umv2_megatron.training.metrics import METRICS_FILE, MetricsFile, read_metrics
 from umv2_megatron.training.reporting import format_duration, iteration_line, perplexity, validation_line
 
@@ -61,3 +64,19 @@ def test_a_restart_cuts_what_the_checkpoint_does_not_know(tmp_path):
     assert records[2]["lm loss"] == 1.0 / 3 and records[0]["grad-norm"] is None
     assert "NaN" not in (tmp_path / METRICS_FILE).read_text() and not list(tmp_path.glob("*.tmp"))
     assert all(json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines())
+
+
+def test_lines_that_are_no_records_are_left_out_and_the_others_stay(tmp_path):
+    """As the page of a run does: a line that a full disk has cut does not hide what follows it."""
+    path = tmp_path / METRICS_FILE
+    odd = ['{"iteration": 2, "lm lo', "[1]", '{"lm loss": 1.0}', '{"iteration": "3"}', '{"iteration": true}', ""]
+    path.write_text("\n".join(['{"iteration": 1, "lm loss": 3.0}', *odd, '{"iteration": 4, "lm loss": 2.0}', ""]))
+    kept = [{"iteration": 1, "lm loss": 3.0}, {"iteration": 4, "lm loss": 2.0}]
+    assert read_metrics(tmp_path) == kept
+    run = read_run(tmp_path)
+    assert run.series["lm loss"].iterations == [1, 4] and run.unreadable == 5
+    again = MetricsFile(tmp_path, 9)
+    again.close()
+    assert list(again.records()) == kept and len(path.read_text().splitlines()) == 2
+    with pytest.raises(FileNotFoundError):
+        read_metrics(tmp_path / "none")
