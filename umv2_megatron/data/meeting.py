@@ -7,11 +7,16 @@ Tickets tell these files from those that the killed ranks of an earlier call hav
 Each rank renews its ``rank-<rank>-<ticket>.json`` every few seconds, and says there when it is done or why it failed.
 So a rank that waits, or works, learns that another one is gone: within seconds when it failed or was a process of the
 same host, after a time limit otherwise.
+
+Under SLURM the ranks know which start they belong to. Then nobody answers the rank 0 of another job that has the same
+directory, and a rank 0 that may not begin says so in ``refused-<start>.json``. Other launchers give their processes no
+such name; there mpirun and torchrun end the ranks that are left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -33,13 +38,16 @@ _FAREWELL_SECONDS = 5.0
 class Meeting:
     """This rank among ``size``, meeting in ``directory``. Use as a context: leaving it by an error tells the others."""
 
-    def __init__(self, directory: Path, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, directory: Path, rank: int, size: int, timeout: float, start: str = "") -> None:
+        """``start``: what only the ranks of this start have in common, "" where nothing is known (``launch.py``)."""
         self.rank = rank
         self.size = size
         self._directory = directory
         self._timeout = timeout
         self._ticket = uuid.uuid4().hex
         self._call = self._ticket if rank == 0 else ""
+        self._start = start
+        self._refusal = f"refused-{hashlib.sha256(start.encode()).hexdigest()[:16]}.json"
         self._note: dict[str, Any] = {
             "state": "here", "beat": 0, "pid": os.getpid(), "host": socket.gethostname(),
             "system": _system(),
@@ -74,7 +82,16 @@ class Meeting:
         """Rank 0 announces this call."""
         if self.size > 1:
             self._write_note()
-            self._write("call.json", {"call": self._ticket, "size": self.size})
+            self._announce()
+
+    def refuse(self, message: str) -> None:
+        """Rank 0 may not even call: tell the others of its start, if they can be told apart."""
+        if self.size > 1 and self._start:
+            with contextlib.suppress(OSError):
+                self._write(self._refusal, {"start": self._start, "failed": message})
+
+    def _announce(self, **more: Any) -> None:
+        self._write("call.json", {"call": self._ticket, "size": self.size, "start": self._start, **more})
 
     def share(self, work: list[Any]) -> None:
         """Rank 0 waits until all have come, and gives each rank its element of ``work`` (JSON)."""
@@ -88,7 +105,7 @@ class Meeting:
                 "that all ranks see this directory, or raise --rank-timeout"
             )
         shares = {str(rank): [tickets[rank], work[rank]] for rank in tickets}
-        self._write("call.json", {"call": self._ticket, "size": self.size, "shares": shares})
+        self._announce(shares=shares)
         self._tickets = tickets
 
     def wait(self, describe: Callable[[int], str]) -> None:
@@ -112,7 +129,7 @@ class Meeting:
         """Tell the ranks that have come, or are about to, that there will be no work, and let them read it."""
         tickets = self._answers(min(self._timeout, _FAREWELL_SECONDS))
         heard = list(tickets.values())
-        self._write("call.json", {"call": self._ticket, "size": self.size, "failed": message, "heard": heard})
+        self._announce(failed=message, heard=heard)
         deadline = time.monotonic() + _FAREWELL_SECONDS
         while time.monotonic() < deadline and any(
             self._note_of(rank, ticket).get("state") == "here" for rank, ticket in tickets.items()
@@ -126,22 +143,34 @@ class Meeting:
         deadline = time.monotonic() + self._timeout
         while True:
             call = self._read("call.json")
-            if call.get("size") == self.size and call.get("call") and call["call"] != self._call:
-                self._call = call["call"]
-                self._write_note()
-                self._write(f"answer-{self.rank}.json", {"call": self._call, "ticket": self._ticket})
+            ours = call.get("size") == self.size and call.get("start") == self._start
+            if ours and call.get("call") and call["call"] != self._call:
+                self._answer(call["call"])
             ticket, work = call.get("shares", {}).get(str(self.rank), ("", None))
             if ticket == self._ticket:
                 self._tickets = {0: self._call}
                 return work
             if self._ticket in call.get("heard", ()):
                 raise CorpusError(f"rank 0 failed: {call['failed']}")
+            if self._start and (refused := self._read(self._refusal)).get("start") == self._start:
+                raise CorpusError(f"rank 0 failed: {refused.get('failed')}")
+            if self._start and self._call:  # this call is no earlier one's: its rank 0 has to be there
+                self._tickets = {0: self._call}
+                self.check()
             if time.monotonic() > deadline:
                 raise CorpusError(
                     f"rank {self.rank} of {self.size} has waited {self._timeout:g} s for rank 0 in {self._directory}: "
                     "check that rank 0 runs and sees the same directory, or raise --rank-timeout"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def _answer(self, call: str) -> None:
+        try:
+            self._write_note()
+            self._write(f"answer-{self.rank}.json", {"call": call, "ticket": self._ticket})
+        except FileNotFoundError:
+            return  # of a job that has just ended and removed the directory
+        self._call = call
 
     # -- all ----------------------------------------------------------------------------------------------------------
 

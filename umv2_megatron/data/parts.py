@@ -173,7 +173,10 @@ class PartsDirectory:
             file.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        for _ in range(3):  # another rank's last sign may come in between
+            shutil.rmtree(self.path, ignore_errors=True)
+            if not self.path.exists():
+                return
 
     # -- pieces and records -------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, TextIO
 
@@ -28,7 +28,7 @@ from umv2_megatron.data.parts import PLAN_VERSION, Input, Part, PartsDirectory, 
 from umv2_megatron.data.parts import Record as PartRecord
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.data.workers import Workers
-from umv2_megatron.parallel.launch import rank_and_size
+from umv2_megatron.parallel.launch import rank_and_size, start_of_slurm
 
 __all__ = ["Job", "Summary", "preprocess"]
 _NAMED_PARTS = 5
@@ -84,10 +84,11 @@ def preprocess(job: Job, log: TextIO = sys.stderr) -> Summary:
     summary = Summary(rank)
     try:
         with Workers(job.workers) as workers:
+            meeting = Meeting(directory.path, rank, size, job.rank_timeout, start_of_slurm())
             if rank:
-                _take_part(job, directory, workers, Meeting(directory.path, rank, size, job.rank_timeout), log, summary)
+                _take_part(job, directory, workers, meeting, log, summary)
             else:
-                _lead(job, directory, workers, Meeting(directory.path, 0, size, job.rank_timeout), log, summary)
+                _lead(job, directory, workers, meeting, log, summary)
     except OSError as error:
         where = error.filename or job.output_prefix
         raise CorpusError(f"{where}: cannot write the output: {error.strerror}") from error
@@ -99,7 +100,7 @@ def _lead(
     job: Job, directory: PartsDirectory, workers: Workers, meeting: Meeting, log: TextIO, summary: Summary
 ) -> None:
     """Rank 0: plans, makes its share, waits for the others, and joins all parts."""
-    with _locked(directory, job.output_prefix):
+    with _locked(directory, job.output_prefix, meeting.refuse):
         _lead_meeting(job, directory, workers, meeting, log, summary)
         directory.remove()
 
@@ -166,8 +167,11 @@ def _make(
 
 
 @contextlib.contextmanager
-def _locked(directory: PartsDirectory, output_prefix: str) -> Iterator[None]:
-    """The directory of parts, for one job at a time; removed at the end unless it holds finished parts."""
+def _locked(directory: PartsDirectory, output_prefix: str, refuse: Callable[[str], None]) -> Iterator[None]:
+    """The directory of parts, for one job at a time; removed at the end unless it holds finished parts.
+
+    Where another job has it, ``refuse`` is told why, and ``ValueError`` raised.
+    """
     lock = directory.path / "lock"
     named = f"--output-prefix {output_prefix}"
     while True:
@@ -180,7 +184,8 @@ def _locked(directory: PartsDirectory, output_prefix: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise ValueError(f"{named} is being written by another process: choose another") from None
+            refuse(message := f"{named} is being written by another process: choose another")
+            raise ValueError(message) from None
         if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             break
         file.close()  # of a job that has just ended and removed it
@@ -260,7 +265,7 @@ def _join(job: Job, directory: PartsDirectory, plan: Plan, log: TextIO, summary:
             quarantine = stack.enter_context(contextlib.closing(Quarantine(job.output_prefix + "_quarantine.jsonl")))
         lines: Counter[str] = Counter()
         for part in plan.parts:
-            record = _intact(directory, part, encoder, log)
+            record = _intact(job, directory, part, encoder, log)
             for i, key in enumerate(record.keys):
                 tokens, lengths = (directory.piece(part.number, f"{i}.{end}") for end in ("bin", "lengths"))
                 writers[i].add_piece(tokens, lengths)
@@ -286,14 +291,20 @@ def _join(job: Job, directory: PartsDirectory, plan: Plan, log: TextIO, summary:
         summary.text_bytes = sum(text_bytes)
 
 
-def _intact(directory: PartsDirectory, part: Part, encoder: Encoder, log: TextIO) -> PartRecord:
-    """The record of a part whose files are as they were written."""
+def _intact(job: Job, directory: PartsDirectory, part: Part, encoder: Encoder, log: TextIO) -> PartRecord:
+    """The record of a part whose files are as they were written.
+
+    Raises ``CorpusError`` where bad records were left out though they are to fail: a rank of the same call was started
+    with another --on-bad-line, or a process of an earlier one has ended late.
+    """
     for attempt in range(2):
         record = directory.read(part)
-        if record is not None and directory.is_intact(part, record):
+        made = _is_made(record, job)
+        if record is not None and made and directory.is_intact(part, record):
             return record
         if attempt == 0:
-            print(f"warning: {part} in {directory.path} is damaged: it is made again", file=log, flush=True)
+            what = "is damaged" if record is None or made else "was made with bad records left out"
+            print(f"warning: {part} in {directory.path} {what}: it is made again", file=log, flush=True)
             directory.forget(part)
             for _ in encoder.make(part):
                 pass

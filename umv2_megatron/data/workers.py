@@ -23,6 +23,7 @@ from umv2_megatron.data.parts import Part, shares
 
 _REPORT_SECONDS = 0.25
 _POLL_SECONDS = 0.5
+_SIGNAL_SECONDS = 1.0
 
 
 class Workers:
@@ -77,9 +78,7 @@ class Workers:
                 try:
                     answer = ready.recv()
                 except (EOFError, OSError):
-                    raise CorpusError(
-                        "a worker process died (out of memory?): use fewer --workers or less --max-line-mb"
-                    ) from None
+                    raise self._death(busy[ready]) from None
                 if isinstance(answer, Work):
                     yield answer
                 elif isinstance(answer, Exception):
@@ -87,6 +86,15 @@ class Workers:
                 else:
                     self._give(ready, busy.pop(ready), queues, busy, None)
             yield None
+
+    def _death(self, i: int) -> CorpusError:
+        """What to raise when worker ``i`` has died."""
+        process = self._processes[i]
+        process.join(_SIGNAL_SECONDS)
+        if process.exitcode == -signal.SIGTERM:
+            time.sleep(_SIGNAL_SECONDS)  # who ends all processes of a job signals this one too, and it ends here
+            return CorpusError("a worker process was terminated")
+        return CorpusError("a worker process died (out of memory?): use fewer --workers or less --max-line-mb")
 
     def _give(self, pipe: Any, i: int, queues: list[deque], busy: dict, encoder: Optional[Encoder]) -> None:
         """Give worker ``i`` its next part, if there is one."""

@@ -29,6 +29,6 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The records of a metrics.jsonl: as ``read_json_lines``, but objects whose ``iteration`` is no integer are None."""
+    """The records of a metrics.jsonl: as ``read_json_lines``, but None also where ``iteration`` is no integer."""
     for found in read_json_lines(path):
         yield found if found is not None and type(found.get("iteration")) is int else None

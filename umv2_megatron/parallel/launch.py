@@ -95,6 +95,16 @@ def rank_and_size(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
     return _checked(Launch(rank, size, 0, 1, "", 0), *names)[:2]
 
 
+def start_of_slurm(environ: Mapping[str, str] | None = None) -> str:
+    """A name that all tasks of one start of a SLURM step have in common, and no other start has; "" without SLURM."""
+    environ = os.environ if environ is None else environ
+    if not _by_srun(environ) or "SLURM_JOB_ID" not in environ:
+        return ""
+    step = environ.get("SLURM_STEP_ID") or environ.get("SLURM_STEPID")
+    cluster, restart = environ.get("SLURM_CLUSTER_NAME", ""), environ.get("SLURM_RESTART_COUNT", "0")
+    return f"{cluster}.{environ['SLURM_JOB_ID']}.{step}.{restart}"
+
+
 def initialize_process_group(timeout_minutes: float = 10.0) -> Launch:
     """Install the platform, choose this rank's device and join the process group of the whole run.
 

@@ -18,18 +18,18 @@ BYTES = ("--tokenizer-type", "ByteLevelTokenizer", "--append-eod")
 LAUNCHER = re.compile(r"SLURM_|PMI_|OMPI_|MV2_|MPI_LOCAL|RANK$|WORLD_SIZE$")
 
 
-def start(ranks, *arguments, launcher="mpi"):
-    """The ranks as their launcher would start them: by its variables."""
+def start(ranks, *arguments, launcher="mpi", job=1, only=None):
+    """The ranks (or ``only`` these of them) as their launcher would start them: by its variables."""
     clean = {name: value for name, value in os.environ.items() if not LAUNCHER.match(name)} | {"OMP_NUM_THREADS": "1"}
     names = ("PMI_RANK", "PMI_SIZE") if launcher == "mpi" else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-    step = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "1"} if launcher == "slurm" else {}
+    step = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": str(job)} if launcher == "slurm" else {}
     command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), *map(str, arguments)]
     return [
         subprocess.Popen(
             command, env=clean | step | {names[0]: str(rank), names[1]: str(ranks)} if ranks > 1 else clean,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )
-        for rank in range(ranks)
+        for rank in (range(ranks) if only is None else only)
     ]  # fmt: skip
 
 
@@ -78,6 +78,7 @@ def test_same_files_for_any_number_of_ranks(tmp_path, launcher, ranks, workers):
     assert not (tmp_path / "p.parts").exists()
 
 
+@pytest.mark.slow
 def test_by_mpirun(tmp_path):
     mpirun = Path(sys.executable).parent / "mpirun"
     if not mpirun.exists():
@@ -117,6 +118,13 @@ def records(folder):
     return len(list(folder.glob("p.parts/0*[0-9].json")))
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def wait_for_parts(folder, count, processes):
     deadline = time.monotonic() + 60
     while records(folder) < count:
@@ -124,6 +132,7 @@ def wait_for_parts(folder, count, processes):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_changes_since_the_interrupted_call_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", sources(40))
     parts = interrupted(tmp_path)
@@ -147,30 +156,29 @@ def test_changes_since_the_interrupted_call_are_refused(tmp_path):
     assert run_tool("preprocess_data.py", *flags(tmp_path)).returncode == 0
 
 
-def test_a_finished_part_that_is_damaged_is_made_again(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["bytes of tokens", "size", "record", "count in the record"])
+def test_a_finished_part_that_is_damaged_is_made_again(tmp_path, damage):
     write_jsonl(tmp_path / "a.jsonl", sources(40))
     parts = interrupted(tmp_path)
-    shutil.copytree(parts, tmp_path / "kept")
     assert run_tool("preprocess_data.py", *flags(tmp_path, "whole")).returncode == 0
     number = int(sorted(parts.glob("0*[0-9].json"))[0].stem)
-    for damage in ("bytes of tokens", "size", "record", "count in the record"):
-        shutil.copytree(tmp_path / "kept", parts, dirs_exist_ok=True)
-        record = parts / f"{number:06d}.json"
-        tokens = record.with_suffix(".0.bin")
-        data = bytearray(tokens.read_bytes())
-        if damage == "bytes of tokens":
-            data[len(data) // 2] ^= 1
-            tokens.write_bytes(data)
-        elif damage == "size":
-            tokens.write_bytes(data[:-2])
-        else:
-            text = record.read_text()
-            record.write_text(text[:-20] if damage == "record" else text.replace('"empty": 0', '"empty": 1'))
-        done = run_tool("preprocess_data.py", *flags(tmp_path))
-        assert done.returncode == 0, done.stderr
-        found = f"part {number} " in done.stderr and "is damaged: it is made again" in done.stderr
-        assert found == (damage == "bytes of tokens"), "the others are found before the work begins"
-        assert hashes(tmp_path / "p_text_document") == hashes(tmp_path / "whole_text_document"), damage
+    record = parts / f"{number:06d}.json"
+    tokens = record.with_suffix(".0.bin")
+    data = bytearray(tokens.read_bytes())
+    if damage == "bytes of tokens":
+        data[len(data) // 2] ^= 1
+        tokens.write_bytes(data)
+    elif damage == "size":
+        tokens.write_bytes(data[:-2])
+    else:
+        text = record.read_text()
+        record.write_text(text[:-20] if damage == "record" else text.replace('"empty": 0', '"empty": 1'))
+    done = run_tool("preprocess_data.py", *flags(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = f"part {number} " in done.stderr and "is damaged: it is made again" in done.stderr
+    assert found == (damage == "bytes of tokens"), "the others are found before the work begins"
+    assert hashes(tmp_path / "p_text_document") == hashes(tmp_path / "whole_text_document")
 
 
 def test_a_dead_rank_ends_the_job_with_its_parts_named(tmp_path):
@@ -188,6 +196,7 @@ def test_a_dead_rank_ends_the_job_with_its_parts_named(tmp_path):
     assert "parts of an earlier call: going on with the others" in ended[0][1]
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_come_and_ranks_that_differ(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", sources(10))
     several = [*flags(tmp_path), "--rank-timeout", "1.5"]
@@ -205,13 +214,51 @@ def test_ranks_that_do_not_come_and_ranks_that_differ(tmp_path):
 
 
 def test_a_second_job_is_refused_and_does_not_disturb_the_first(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", sources(40) * 2)
-    first = start(2, *flags(tmp_path))
-    wait_for_parts(tmp_path, 1, first)
-    (code, told), (other, waited) = outcome(start(2, *flags(tmp_path), "--rank-timeout", "1.5"))
+    """Also while rank 0 of the first waits for its rank 1: those of the second neither come in its place nor wait."""
+    write_jsonl(tmp_path / "a.jsonl", sources(10))
+    (leader,) = start(2, *flags(tmp_path), launcher="slurm", only=[0])
+    wait_until(lambda: (tmp_path / "p.parts/call.json").exists())
+    began = time.monotonic()
+    (code, told), (other, heard) = outcome(start(2, *flags(tmp_path), launcher="slurm", job=2))
     assert code == 2 and "is being written by another process" in told
-    assert other == 1 and "has waited 1.5 s for rank 0" in waited
-    assert [code for code, _ in outcome(first)] == [0, 0]
+    assert other == 1 and "error: rank 0 failed: --output-prefix" in heard and time.monotonic() < began + 30
+    ended = outcome([leader, *start(2, *flags(tmp_path), launcher="slurm", only=[1])])
+    assert [code for code, _ in ended] == [0, 0] and not (tmp_path / "p.parts").exists(), ended
+
+
+def test_a_rank_0_that_dies_before_it_shares_the_work_is_missed_at_once(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sources(10))
+    ranks = start(3, *flags(tmp_path), launcher="slurm", only=[0, 1])
+    wait_until(lambda: (tmp_path / "p.parts/answer-1.json").exists())
+    ranks[0].kill()
+    _, (code, told) = outcome(ranks, timeout=30)
+    assert code == 1 and re.search(rf"error: rank 0 \(pid {ranks[0].pid} on .*\) is gone", told), told
+
+
+def test_bad_lines_that_another_rank_leaves_out_still_fail(tmp_path):
+    texts = sources(20)
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    path.write_text(path.read_text() + "{broken\n")
+    other_flags = flags(tmp_path, "p", "--on-bad-line", "quarantine")
+    (code, told), (other, _) = outcome(start(2, *flags(tmp_path), only=[0]) + start(2, *other_flags, only=[1]))
+    assert (code, other) == (1, 0) and f"{path}:21: invalid JSON" in told, told
+    assert not (tmp_path / "p_text_document.idx").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_is_no_death_of_a_worker(tmp_path):
+    """SLURM signals workers, too; one of them may be gone before the rank has its own signal."""
+    write_jsonl(tmp_path / "a.jsonl", sources(40) * 3)
+    for signals, expected in ((2, 143), (1, 1)):
+        (rank,) = job = start(1, *flags(tmp_path, "p", "--workers", 2))
+        wait_for_parts(tmp_path, records(tmp_path) + 1, job)
+        os.kill(next(pid for pid in processes_of(job) if pid != rank.pid), signal.SIGTERM)
+        if signals == 2:
+            time.sleep(0.3)
+            rank.terminate()
+        ((code, told),) = outcome(job)
+        assert code == expected, told
+    assert "error: a worker process was terminated" in told
 
 
 def test_a_mistake_that_rank_0_finds_ends_all_ranks(tmp_path):
@@ -262,6 +309,7 @@ def killed_until_it_is_whole(folder, generator, kills):
     return hit
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_continued(tmp_path):
     assert killed_until_it_is_whole(tmp_path, random.Random(0), kills=3)
 

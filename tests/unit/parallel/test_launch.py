@@ -16,7 +16,14 @@ import pytest
 import torch
 
 from umv2_megatron.parallel import cpu_platform
-from umv2_megatron.parallel.launch import Launch, _free_port, discover, initialize_process_group, rank_and_size
+from umv2_megatron.parallel.launch import (
+    Launch,
+    _free_port,
+    discover,
+    initialize_process_group,
+    rank_and_size,
+    start_of_slurm,
+)
 
 SLOW = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
@@ -172,6 +179,16 @@ def test_rank_and_size_from_the_environment_alone(environ: dict[str, str], expec
     assert rank_and_size(environ) == expected
     with pytest.raises(ValueError, match="expected a rank from 0 to 1"):
         rank_and_size({"PMI_RANK": "2", "PMI_SIZE": "2"})
+
+
+def test_ranks_of_one_start_of_a_slurm_step_know_it() -> None:
+    step = {**SLURM, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "1"}
+    ours = start_of_slurm(step)
+    assert ours and start_of_slurm({**step, "SLURM_PROCID": "0"}) == ours
+    for name, value in (("SLURM_JOB_ID", "8"), ("SLURM_STEP_ID", "2"), ("SLURM_RESTART_COUNT", "1")):
+        assert start_of_slurm({**step, name: value}) not in ("", ours)
+    batch_shell = {**step, "SLURM_STEP_ID": str(0xFFFFFFFB)}
+    assert start_of_slurm(batch_shell) == start_of_slurm({}) == start_of_slurm(TORCHRUN) == ""
 
 
 PROGRAM = textwrap.dedent(
