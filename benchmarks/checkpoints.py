@@ -19,10 +19,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from text_table import Table
 
+from benchmarks.text_table import Table
 from umv2_megatron.checkpoint.checksum_files import Checksums, checksums_name, checksums_text, read_verified
 from umv2_megatron.checkpoint.many_objects import many_objects
 from umv2_megatron.checkpoint.pieces import plan_pieces
@@ -84,8 +85,8 @@ def state(num_bytes: int, rank: int, world: int) -> dict[str, ShardedTensor]:
 def plain_write(path: Path, num_bytes: int) -> None:
     """What the disk alone takes for as many bytes."""
     with open(path, "wb", buffering=0) as file:
-        for _ in range(num_bytes // len(_BLOCK)):
-            file.write(_BLOCK)
+        for start in range(0, num_bytes, len(_BLOCK)):
+            file.write(memoryview(_BLOCK)[: num_bytes - start])
         os.fsync(file.fileno())
     path.unlink()
 
@@ -128,6 +129,16 @@ def load(store: CheckpointStore, iteration: int, sharded: dict[str, ShardedTenso
     return hashed + len(data) + checksums.bytes_read + reader.bytes_read
 
 
+def result_of(ranks: Sequence[BaseProcess], results: Any) -> Any:
+    """What a rank has put into ``results``. A rank that fails ends the program: the others would wait for it."""
+    while results.empty():
+        for rank, process in enumerate(ranks):
+            if process.exitcode:
+                raise SystemExit(f"rank {rank} ended with exit code {process.exitcode}; its message is above")
+        time.sleep(0.1)
+    return results.get()
+
+
 def measure(world: int, num_bytes: int, repeats: int, directory: Path) -> list[str]:
     """A line of the table for one number of ranks."""
     folder = tempfile.mkdtemp(prefix="checkpoints_", dir=directory)
@@ -138,10 +149,13 @@ def measure(world: int, num_bytes: int, repeats: int, directory: Path) -> list[s
     try:
         for process in ranks:
             process.start()
-        everyone = results.get()
+        everyone = result_of(ranks, results)
         for process in ranks:
             process.join()
     finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
         shutil.rmtree(folder)
 
     def slowest(field: str) -> float:
@@ -246,7 +260,10 @@ def main(argv: list[str]) -> int:
         "most bytes read by a rank", "load s",
     )  # fmt: skip
     total = int(arguments.gib * 2**30)
-    rows = [measure(world, total, arguments.repeats, arguments.directory) for world in arguments.ranks]
+    rows = []
+    for world in arguments.ranks:
+        print(f"{world} ranks: {arguments.repeats} saves and loads ...", file=sys.stderr, flush=True)
+        rows.append(measure(world, total, arguments.repeats, arguments.directory))
     print(Table(f"{arguments.gib:g} GiB, medians of {arguments.repeats}", columns, rows).text())
     return 0
 

@@ -4,20 +4,22 @@ refuses values that are lost."""
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from test_checkpointing import make, train
 from tiny_gpt import Layout
 
-from umv2_megatron.checkpoint import manifest, shard_writing
+from umv2_megatron.checkpoint import manifest, save_load, shard_writing
 from umv2_megatron.checkpoint.checksum_files import CHECKSUMS
 from umv2_megatron.checkpoint.save_load import load_checkpoint, save_checkpoint, weights_digest
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
-from umv2_megatron.checkpoint.torch_dist_io import is_optimizer_state, read_metadata_safely
+from umv2_megatron.checkpoint.torch_dist_io import is_optimizer_state, read_metadata_safely, unique_key
 from umv2_megatron.checkpoint.verification import share_out
 from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.parallel import groups
@@ -146,6 +148,46 @@ def test_any_damaged_file_sends_all_ranks_to_the_older_checkpoint(tmp_path, name
     flip(path)
     (found, _, warnings), (other, _, _) = run_ranks(2, load, str(tmp_path))
     assert found == other == 3 and name in warnings[0], warnings
+
+
+# ---------------------------------------------------------------------- tensors that nobody writes
+
+
+def save_orphans(root: str, prefixes: list[str]) -> list[tuple[str, list[str]]]:
+    """Of a save in which every rank leaves what begins with each prefix to another: what it says, and what is there."""
+    run = make(SPLIT)
+    train(SPLIT, run, range(1))
+    store, plan, told = CheckpointStore(root), save_load.plan_pieces, []
+    for prefix in prefixes:
+
+        def orphaned(sharded: dict) -> Any:
+            for item in nested_values(sharded):
+                if unique_key(item).startswith(prefix):  # noqa: B023
+                    item.replica_id = 1
+            return plan(sharded)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(save_load, "plan_pieces", orphaned)
+            try:
+                save_checkpoint(store, 3, *run)
+                message = "saved"
+            except CheckpointError as error:
+                message = str(error)
+        torch.distributed.barrier()
+        told.append((message, sorted(path.name for path in store.root.iterdir()) if store.root.exists() else []))
+        torch.distributed.barrier()
+    return told
+
+
+def test_a_save_misses_what_no_rank_writes(tmp_path):
+    moments, rng = "optimizer.state.exp_avg.", "rng_state/shard_1_2"  # held by both ranks, and by rank 1 only
+    first, second = run_ranks(2, save_orphans, str(tmp_path / "save"), [moments, rng, "nothing begins with this"])
+    assert first == second
+    (moment, nothing), (random, none), (saved, there) = first
+    assert moment.startswith(moments) and "leaves it to another to write; nothing was saved" in moment
+    assert re.search(r" and \d+ more would be missing", moment)
+    assert random.startswith(f"{rng} would be missing") and saved == "saved"
+    assert nothing == none == [] and there == ["iter_0000003", TRACKER]
 
 
 # ---------------------------------------------------------------------- values that are lost

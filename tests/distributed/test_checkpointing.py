@@ -9,6 +9,7 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import signal
 from typing import Any
 
@@ -408,7 +409,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path):
                 assert "__1_0.distcp is missing" in message
             else:
                 assert "No space left on device" in message, stage
-                assert "bytes needed: " in message and "bytes free: " in message
+                assert re.search("bytes needed: [1-9].*bytes free: ", message), message
             assert "\n" not in message
             assert intact, stage
     assert CheckpointStore(tmp_path).resolve() == 3

@@ -34,7 +34,7 @@ class Manifest:
     """What a published checkpoint consists of.
 
     files: relative POSIX path -> (size in bytes, SHA-256 in hex); num_keys: tensors and objects; tensor_bytes: bytes
-    of tensor data, both as the model counted them when it saved.
+    of tensor data, both of what was written.
     """
 
     iteration: int

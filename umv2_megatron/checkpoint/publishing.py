@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from umv2_megatron.checkpoint.agreement import attempt, gather
+from umv2_megatron.checkpoint.agreement import attempt, gather, tell_all
 from umv2_megatron.checkpoint.many_objects import many_objects
 from umv2_megatron.checkpoint.saved_config import CONFIG_FILE
 from umv2_megatron.checkpoint.shard_writing import (
@@ -42,7 +42,7 @@ def write_and_publish(
     """
     rank = torch.distributed.get_rank()
     directory = store.temporary_path(iteration)
-    needed = sum(gather(sum(piece.num_bytes for piece in pieces)))
+    needed = tell_all(sum(gather(sum(piece.num_bytes for piece in pieces))))
     attempt("starting the checkpoint", lambda: store.begin(iteration, needed) if rank == 0 else None)
 
     def write() -> WrittenShard:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import merge
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, StateDict, apply_factory_merges
 from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
@@ -40,7 +40,7 @@ from umv2_megatron.checkpoint.optimizer_state import (
     main_param_name,
     merge_groups,
 )
-from umv2_megatron.checkpoint.pieces import plan_pieces
+from umv2_megatron.checkpoint.pieces import check_written, held_keys, plan_pieces
 from umv2_megatron.checkpoint.publishing import write_and_publish
 from umv2_megatron.checkpoint.rng_state import RNG_KEY, set_rng_state, sharded_rng_state
 from umv2_megatron.checkpoint.shard_reading import ShardReader, compare, drop_unknown_extra_states
@@ -99,6 +99,8 @@ def save_checkpoint(
     if scheduler is not None:
         common_extra["opt_param_scheduler"] = scheduler.state_dict()
 
+    held: set[str] = set()
+
     def plan() -> tuple[list[Piece], dict[str, Any]]:
         metadata = _content_metadata()
         state = _model_state(model_chunks, metadata)
@@ -108,6 +110,7 @@ def save_checkpoint(
         state |= common_extra | {RNG_KEY: sharded_rng_state(), "content_metadata": metadata}
         # mcore would send every rank's description to every rank; rank 0 checks what was written instead
         sharded, common = save_preprocess(state, validate_access_integrity=False)
+        held.update(held_keys(sharded))
         return plan_pieces(sharded), common
 
     with gathered_parameters(model_chunks):
@@ -115,6 +118,7 @@ def save_checkpoint(
             if optimizer is not None:
                 common_extra["optimizer_groups"] = _optimizer_groups(optimizer)
             pieces, common = attempt("collecting the state to save", plan)
+            check_written(held, pieces)
             write_and_publish(store, iteration, pieces, common, config or {})
         except BaseException:
             if rank == 0:
@@ -210,33 +214,34 @@ class _Load:
         wants_optimizer = self.load_optim and self.optimizer is not None
         saved_optimizer = _SavedOptimizer(path, common, metadata) if wants_optimizer else None
 
-        def collect() -> ShardedStateDict:
+        def collect() -> tuple[ShardedStateDict, StateDict, ShardedStateDict]:
             content = _content_metadata()
             state = _model_state(self.chunks, content)
             if saved_optimizer is not None:
                 state |= saved_optimizer.collect(self.optimizer, state)
-            return state | ({RNG_KEY: sharded_rng_state()} if load_rng else {})
+            state |= {RNG_KEY: sharded_rng_state()} if load_rng else {}
+            force_all_tensors_to_non_fp8(state)
+            state, kept, factories = load_preprocess(state)
+            return extract_sharded_base(state)[0], kept, factories
 
         def may_remain(key: str) -> bool:
             if is_optimizer_state(key):
                 return saved_optimizer is None or (is_main_param(key) and not _has_main_params(self.optimizer))
             return not load_rng and key.startswith(f"{RNG_KEY}/")
 
-        wanted = attempt("collecting the state to load", collect)
-        force_all_tensors_to_non_fp8(wanted)
-        sharded, kept, factories = load_preprocess(wanted)
-        sharded, _ = extract_sharded_base(sharded)
+        sharded, kept, factories = attempt("collecting the state to load", collect)
         drop_unknown_extra_states(sharded, keep=metadata.state_dict_metadata.keys())
         compare(sharded, metadata, path, may_remain)
         checksums = Checksums(path, manifest)
         reader = ShardReader(path, metadata, checksums)
         filled = attempt("reading the shards", lambda: reader.fill(sharded, lambda: _fp8_recipe(self.chunks)))
-        loaded = apply_factory_merges(merge(merge(dict(common), kept), filled), factories)
         scheduler = self.scheduler if self.load_optim else None
-        attempt(
-            "restoring the state",
-            lambda: _restore(loaded, self.chunks, self.optimizer, scheduler, saved_optimizer, load_rng),
-        )
+
+        def restore() -> None:
+            loaded = apply_factory_merges(merge(merge(dict(common), kept), filled), factories)
+            _restore(loaded, self.chunks, self.optimizer, scheduler, saved_optimizer, load_rng)
+
+        attempt("restoring the state", restore)
         bytes_read += sizes[COMMON_FILE] + sizes[METADATA_FILE] + checksums.bytes_read + reader.bytes_read
         by_rank = tuple(tell_all(gather(bytes_read)))
         return LoadedCheckpoint(iteration, dict(common.get("extra_state", {})), load_rng, path, by_rank)

@@ -39,7 +39,8 @@ class Examined:
 
 
 def examine(tensors: Iterable[Tensor]) -> list[Examined]:
-    """Look at each tensor once. Memory: one block, on the tensor's device; a device is waited for once, at the end."""
+    """Look at each tensor once. Memory: one block, on the tensor's device (a tensor that is not contiguous: a copy of
+    it); a device is waited for once, at the end."""
     pending = [(tensor, *_scan(tensor)) for tensor in tensors]
     return [
         Examined(
@@ -58,6 +59,12 @@ def checksum(data: Tensor | bytes | memoryview) -> str:
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.zeros(0)
     sums, _ = _scan(tensor, extremes=False)
     return _joined(sums.tolist(), tensor.numel() * tensor.itemsize)
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """The checksum of each tensor as a whole number in [0, 2^64). Memory and waits as those of ``examine``."""
+    pending = [(tensor, _scan(tensor, extremes=False)[0]) for tensor in tensors]
+    return [int(_joined(sums.tolist(), tensor.numel() * tensor.itemsize), 16) for tensor, sums in pending]
 
 
 def first_not_finite(tensor: Tensor) -> tuple[int, ...]:

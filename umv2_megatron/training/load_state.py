@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from umv2_megatron.checkpoint import save_load
-from umv2_megatron.checkpoint.agreement import tell_all
+from umv2_megatron.checkpoint.agreement import attempt, tell_all
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.checkpoint.verification import verify_together
 from umv2_megatron.config.run_config import RunConfig
@@ -58,8 +58,12 @@ def checkpoint_before(store: CheckpointStore, iteration: int, save_interval: int
     of the files.
     """
     is_main = torch.distributed.get_rank() == 0
-    there = [each for each in store.iterations() if each <= iteration] if is_main else []
-    for each in tell_all(sorted(there, key=lambda each: (each % save_interval == 0, each), reverse=True)):
+
+    def look() -> list[int]:
+        there = [each for each in store.iterations() if each <= iteration] if is_main else []
+        return sorted(there, key=lambda each: (each % save_interval == 0, each), reverse=True)
+
+    for each in tell_all(attempt("looking for a checkpoint to go back to", look)):
         try:
             verify_together(store, each, full=True)
         except DamageError as error:

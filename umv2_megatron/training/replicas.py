@@ -3,9 +3,9 @@
 Replicas start equal and get the same gradients, so a difference is a fault: a bit of memory that flipped, a device that
 computes wrongly, a collective that delivered other numbers. Training would go on with a normal-looking loss.
 
-Each rank computes one 64-bit checksum per parameter on its device; the checksums are gathered and compared over the
-replicas: data- and context-parallel ranks for dense parameters, the ranks that hold the same shard for value tables and
-experts. Every change inside one 64-bit word changes the checksum, and any other nearly always.
+Each rank computes one 64-bit checksum per parameter on its device (``checkpoint/tensor_checks.py``); the checksums are
+gathered and compared over the replicas: data- and context-parallel ranks for dense parameters, the ranks that hold the
+same shard for value tables and experts.
 """
 
 from __future__ import annotations
@@ -18,35 +18,10 @@ import torch
 from megatron.core import parallel_state
 
 from umv2_megatron.checkpoint.save_load import gathered_parameters
+from umv2_megatron.checkpoint.tensor_checks import checksums
 from umv2_megatron.config.usage import TrainingStopped
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.parallel import groups
-
-_CHUNK = 1 << 18
-"""Bytes that are multiplied at once: what a core's cache holds."""
-_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
-_NEXT = 0x2545F4914F6CDD1D
-
-
-@torch.no_grad()
-def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over all 64-bit words of word times an odd number that depends on its place, modulo 2^64.
-
-    A scalar int64 on the device of ``tensor``. Whole numbers, so that the order of the sum is of no matter.
-    """
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    total = torch.zeros((), dtype=torch.int64, device=data.device)
-    places = torch.arange(min(_CHUNK, data.numel() + 7) // 8, dtype=torch.int64, device=data.device)
-    odd = places * _STEP | 1
-    for start in range(0, data.numel(), _CHUNK):
-        part = data[start : start + _CHUNK]
-        if part.numel() % 8:
-            part = torch.nn.functional.pad(part, (0, -part.numel() % 8))
-        elif part.data_ptr() % 8 or part.storage_offset() % 8:
-            part = part.clone()
-        words = part.view(torch.int64)
-        total = total * _NEXT + (words * odd[: words.numel()]).sum()
-    return total
 
 
 def check_replicas(chunks: list[torch.nn.Module], iteration: int) -> None:
@@ -83,7 +58,7 @@ def _differences(chunks: list[torch.nn.Module]) -> Iterator[str | None]:
 def _difference(parameters: dict[str, torch.Tensor], group: torch.distributed.ProcessGroup) -> str | None:
     if not parameters or group.size() == 1:
         return None
-    here = torch.stack([checksum(parameter) for parameter in parameters.values()])
+    here = fingerprints(list(parameters.values()))
     gathered = [torch.empty_like(here) for _ in range(group.size())]
     torch.distributed.all_gather(gathered, here, group=group)
     rows = [tuple(row.tolist()) for row in gathered]
@@ -93,6 +68,12 @@ def _difference(parameters: dict[str, torch.Tensor], group: torch.distributed.Pr
     torch.distributed.all_gather_object(hosts, socket.gethostname(), group=group)
     members = [f"{rank} ({host})" for rank, host in zip(torch.distributed.get_process_group_ranks(group), hosts)]
     return verdict(list(parameters), rows, members)
+
+
+def fingerprints(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """The checksum of each parameter as int64 [parameters], on their device."""
+    found = [number - (1 << 63) for number in checksums(parameters)]
+    return torch.tensor(found, dtype=torch.int64, device=parameters[0].device)
 
 
 def verdict(names: list[str], rows: list[tuple[int, ...]], members: list[str]) -> str:

@@ -5,39 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
-from umv2_megatron.training import replicas
-from umv2_megatron.training.replicas import checksum, verdict
+from umv2_megatron.training.replicas import fingerprints, verdict
 from umv2_megatron.training.stragglers import described
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
-def test_every_flipped_bit_changes_the_checksum(dtype, monkeypatch):
-    """Compared with the sum by Python's own integers; several chunks, the last one no whole number of words."""
-    monkeypatch.setattr(replicas, "_CHUNK", 64)
-    generator = torch.Generator().manual_seed(5)
-    tensor = (torch.randn(3, 7, generator=generator) * 50).to(dtype)
-    data = tensor.view(-1).view(torch.uint8)
-    before = checksum(tensor).item()
-    expected = 0
-    for start in range(0, data.numel(), 64):
-        part = bytes(data[start : start + 64].tolist())
-        words = [int.from_bytes(part[place : place + 8], "little", signed=True) for place in range(0, len(part), 8)]
-        words[-1] = int.from_bytes(part[8 * len(words) - 8 :].ljust(8, b"\0"), "little", signed=True)
-        total = sum(word * (place * 0x9E3779B97F4A7C15 | 1) for place, word in enumerate(words))
-        expected = (expected * 0x2545F4914F6CDD1D + total) % (1 << 64)
-    assert before % (1 << 64) == expected
-    for place in range(data.numel()):
-        for bit in range(8):
-            data[place] ^= 1 << bit
-            assert checksum(tensor).item() != before, (place, bit)
-            data[place] ^= 1 << bit
-    assert checksum(tensor).item() == before
-    assert checksum(tensor.t()).item() != before, "the places count"
-
-
-def test_a_checksum_does_not_depend_on_where_a_parameter_lies():
-    numbers = torch.randn(1000)
-    assert checksum(torch.cat([torch.zeros(1), numbers])[1:]) == checksum(numbers)
+def test_every_change_of_a_parameter_changes_its_fingerprint():
+    """Also signs that change in pairs, which sums of words times odd numbers cannot see."""
+    small = torch.randn(3, 7, generator=torch.Generator().manual_seed(5)).bfloat16()
+    large = torch.randn(1 << 18, generator=torch.Generator().manual_seed(6))
+    parameters = [torch.nn.Parameter(small), torch.nn.Parameter(large), torch.nn.Parameter(torch.tensor(2.0))]
+    before = fingerprints(parameters)
+    assert (before.dtype, before.shape) == (torch.int64, (3,)) and before.unique().numel() == 3
+    for place in range(21):
+        for bit in range(16):
+            small.view(-1).view(torch.int16)[place] ^= 1 << bit if bit < 15 else -(1 << 15)
+            assert (fingerprints(parameters) == before).tolist() == [False, True, True], (place, bit)
+            small.view(-1).view(torch.int16)[place] ^= 1 << bit if bit < 15 else -(1 << 15)
+    for signs in ([1, 3], [1, (1 << 18) - 1], [5, 7, 9, 11]):
+        large[signs] *= -1
+        assert (fingerprints(parameters) == before).tolist() == [True, False, True], signs
+        large[signs] *= -1
+    shifted = torch.cat([torch.zeros(1), large])[1:]  # a parameter may begin between two words of a buffer
+    assert fingerprints([parameters[0], shifted, parameters[2]]).tolist() == before.tolist()
 
 
 def test_the_minority_is_named():
