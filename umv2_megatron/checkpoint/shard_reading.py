@@ -16,6 +16,7 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, StateDict
@@ -175,20 +176,24 @@ def drop_unknown_extra_states(sharded: ShardedStateDict, keep: Container[str]) -
                 del sharded[name]
 
 
-def compare(
-    sharded: ShardedStateDict, metadata: Metadata, directory: Path, may_remain: Callable[[str], bool]
-) -> None:
+def compare(sharded: ShardedStateDict, metadata: Metadata, directory: Path, may_remain: Callable[[str], bool]) -> None:
     """Raise CheckpointError naming every key and shape in which the run's model and the checkpoint differ. Collective.
 
     may_remain: says of a key in the checkpoint that nobody asks for whether that is intended.
     """
     stored = metadata.state_dict_metadata
-    keys, shapes = set(), []
+    names = sorted(stored)
+    place = {key: number for number, key in enumerate(names)}
+    asked = np.zeros(len(names), dtype=bool)  # a bit per stored key: rank 0 gets those of all ranks
+    unknown, shapes = set(), []
     for item in nested_values(sharded):
         key = unique_key(item)
-        keys.add(key)
         found = stored.get(key)
-        if found is None or not isinstance(item, ShardedTensor):
+        if found is None:
+            unknown.add(key)
+            continue
+        asked[place[key]] = True
+        if not isinstance(item, ShardedTensor):
             continue
         if not isinstance(found, TensorStorageMetadata):
             shapes.append(f"{key}: an object there, {tuple(item.global_shape)} here")
@@ -197,17 +202,17 @@ def compare(
         compared = slice(1, None) if item.allow_shape_mismatch else slice(None)
         if tuple(found.size)[compared] != tuple(item.global_shape)[compared]:
             shapes.append(f"{key}: {tuple(found.size)} there, {tuple(item.global_shape)} here")
-    everyone = gather((keys, shapes))
+    everyone = gather((np.packbits(asked), unknown, shapes))
     differences = ""
     if everyone:
-        asked = set().union(*(of_rank for of_rank, _ in everyone))
-        remaining = (key for key in stored.keys() - asked if not is_extra_state(key) and not may_remain(key))
+        by_anyone = np.unpackbits(np.bitwise_or.reduce([bits for bits, _, _ in everyone]), count=len(names))
+        remaining = (names[number] for number in np.flatnonzero(by_anyone == 0))
         lists = (
-            ("only in the model", sorted(asked - stored.keys())),
-            ("only in the checkpoint", sorted(remaining)),
-            ("other shape", sorted(set().union(*(texts for _, texts in everyone)))),
+            ("only in the model", sorted(set().union(*(keys for _, keys, _ in everyone)))),
+            ("only in the checkpoint", [key for key in remaining if not is_extra_state(key) and not may_remain(key)]),
+            ("other shape", sorted(set().union(*(texts for _, _, texts in everyone)))),
         )
-        differences = "; ".join(f"{what}: {_first(names)}" for what, names in lists if names)
+        differences = "; ".join(f"{what}: {_first(found)}" for what, found in lists if found)
     differences = tell_all(differences)
     if differences:
         raise CheckpointError(
