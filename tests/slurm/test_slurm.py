@@ -7,6 +7,7 @@ interrupted are compared with runs that are not: the losses of all iterations mu
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -362,3 +363,41 @@ def test_convert(place: Path, cluster: Cluster, finished: Run, record_property) 
     again = cluster.submit(f"{FOLDER}/convert.sh", [f"--output={log}"], [], environment)
     assert cluster.wait(again, 400)["JobState"] == "COMPLETED", "an export that is there is compared"
     record_property("seen", "exported, compared; " + told.strip().splitlines()[-1])
+
+
+def test_preprocess(place: Path, cluster: Cluster, data: dict[str, str], record_property) -> None:
+    """Preprocessing on two nodes, USR1, and a job for files that another one writes."""
+    folder = place / "preprocess"
+    folder.mkdir()
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text((place / "docs.jsonl").read_text() * 40)
+    _tool(
+        cluster,
+        *f"tools/preprocess_data.py --input {corpus} --output-prefix {folder}/serial --append-eod".split(),
+        *f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {data['TOKENIZER']}".split(),
+    )
+    environment = {"INPUT": str(corpus), "TOKENIZER": data["TOKENIZER"], "OUTPUT": f"{folder}/p"}
+    options = [*TWO_NODES, "--cpus-per-task=2"]
+
+    def submit(name: str) -> str:
+        given = [*options, f"--output={folder}/{name}.log"]
+        return cluster.submit(f"{FOLDER}/preprocess.sh", given, ["--part-mb", "0.2"], environment)
+
+    (folder / "p.parts").mkdir()
+    with open(folder / "p.parts/lock", "ab") as lock:  # as rank 0 of another job has it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = submit("second")
+        refused = cluster.wait(second, 200)
+    assert (refused["JobState"], refused["ExitCode"]) == ("FAILED", "2:0"), refused
+    assert "error: rank 0 failed: --output-prefix" in (folder / "logs" / f"{second}.0.log").read_text()
+    first = submit("first")
+    until(lambda: len(list(folder.glob("p.parts/0*[0-9].json"))) > 3, 200, "no parts are made")
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    job = cluster.wait(first, 400)
+    told = "\n".join(path.read_text() for path in [*folder.glob("*.log"), *folder.glob("logs/*")])
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), told
+    assert "parts of an earlier call: going on" in (folder / "logs" / f"{first}.1.log").read_text(), told
+    for end in ("text_document.bin", "text_document.idx"):
+        assert (folder / f"p_{end}").read_bytes() == (folder / f"serial_{end}").read_bytes()
+    assert not (folder / "p.parts").exists()
+    record_property("seen", "refused beside another job, exit code 2; USR1, requeued, the files of one process")

@@ -140,7 +140,7 @@ def test_the_job_of_preprocessing(tmp_path):
     train += ["--vocab-size", "400", "--output-prefix", str(tmp_path / "t")]
     subprocess.run(train, cwd=ROOT, check=True, timeout=120)
     given = {"INPUT": "README.md", "TOKENIZER": str(tmp_path / "t.model"), "OUTPUT": str(tmp_path / "p")}
-    told = command_of("slurm/preprocess.sh", given, "env", "--text-split", "line", SLURM_CPUS_PER_TASK="2")
+    told = command_of("slurm/preprocess.sh", given, sys.executable, "--text-split", "line", SLURM_CPUS_PER_TASK="2")
     assert " documents, " in told and (tmp_path / "p_text_document.idx").exists()
 
 
