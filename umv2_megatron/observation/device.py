@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 
 import torch
 
-# A part of the name that torch gives a device -> TFLOP/s of dense products in bfloat16, without sparsity, from NVIDIA's
+# Words of the name that torch gives a device -> TFLOP/s of dense products in bfloat16, without sparsity, from NVIDIA's
 # data sheets. The first that fits counts.
 BF16_PEAKS = (
     ("GB200", 2500.0),
@@ -51,4 +52,5 @@ def peak_tflops(given: float | None, bf16: bool) -> float | None:
     if given is not None or not bf16 or not torch.cuda.is_available():
         return given
     name = device_name()
-    return next((peak for part, peak in BF16_PEAKS if part in name), None)
+    # whole words: an RTX A4000 is no A40, and an A10G no A10
+    return next((peak for words, peak in BF16_PEAKS if re.search(rf"\b{words}\b", name)), None)

@@ -103,7 +103,7 @@ class EventLog:
         if self.path is None or self.rank:
             return
         told: dict[str, Any] = {}
-        before = why_ended(read_events(self.path.parent))
+        before = why_ended(self._told())
         if before is not None:
             told = {"reason": before, "changes": changed_settings(self.path.parent / "config.yaml", values)}
         self._write("start", ranks=self.ranks, host=socket.gethostname(), pid=os.getpid(), version=version,
@@ -124,10 +124,18 @@ class EventLog:
         if self.path is None or self._over or not (own or self.rank in (0, self.ranks - 1)):
             return
         self._over = True
-        told = read_events(self.path.parent)
+        told = self._told()
         starts = [place for place, event in enumerate(told) if event["event"] == "start"]
         if sum(event["event"] == "fault" for event in told[starts[-1] if starts else 0 :]) < MOST_FAULTS:
             self._write("fault", rank=self.rank, code=code, text=text)
+
+    def _told(self) -> list[dict[str, Any]]:
+        """The events so far; none where they cannot be read, which must not hide why a run ends."""
+        try:
+            return [] if self.path is None else read_events(self.path.parent)
+        except OSError as error:
+            print(f"WARNING: {self.path} cannot be read ({error.strerror}); the run goes on", file=sys.stderr)
+            return []
 
     def _write(self, event: str, **fields: Any) -> None:
         if self.path is None:

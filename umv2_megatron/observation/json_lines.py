@@ -29,6 +29,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The records of a metrics.jsonl: as ``read_json_lines``, but None also where ``iteration`` is no integer."""
+    """The records of a metrics.jsonl: as ``read_json_lines``, but None also where ``iteration`` counts nothing."""
     for found in read_json_lines(path):
-        yield found if found is not None and type(found.get("iteration")) is int else None
+        iteration = found.get("iteration") if found else None
+        yield found if type(iteration) is int and 0 <= iteration < 1 << 63 else None

@@ -144,8 +144,16 @@ def _read_series(path: Path) -> tuple[dict[str, Series], int]:
         latest = iteration
         for name, value in record.items():
             if name != "iteration" and (value is None or isinstance(value, (int, float))):
-                found.setdefault(name, Series()).add(iteration, None if value is None else float(value))
+                found.setdefault(name, Series()).add(iteration, _number(value))
     return found, unreadable
+
+
+def _number(value: float | None) -> float | None:
+    """``value`` as a float; None also for an integer that is larger than any."""
+    try:
+        return None if value is None else float(value)
+    except OverflowError:
+        return None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

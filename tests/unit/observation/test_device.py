@@ -20,6 +20,10 @@ from umv2_megatron.observation.device import device_name, peak_tflops
         ("NVIDIA L4", 121.0),
         ("NVIDIA A10", 125.0),
         ("NVIDIA GB200", 2500.0),
+        ("NVIDIA GH200 480GB", 989.0),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA A10G", None),
         ("Radeon", None),
     ],
 )

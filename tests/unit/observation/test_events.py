@@ -107,3 +107,9 @@ def test_a_config_that_is_none(tmp_path: Path) -> None:
     for text in ("- a list", "a: [", "a: !!python/object:os.system {}"):
         saved.write_text(text)
         assert changed_settings(saved, {"a": 1}) == {}
+
+
+def test_a_history_that_cannot_be_read_does_not_end_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / EVENTS_FILE).mkdir()
+    start(tmp_path).fault("the reason", 1, own=True)
+    assert capsys.readouterr().err.count(f"{EVENTS_FILE} cannot be read (Is a directory); the run goes on") == 2

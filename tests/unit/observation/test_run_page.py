@@ -174,8 +174,10 @@ def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
     write_run(tmp_path, records)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"iteration": 10, "lm loss": NaN, "grad-norm": 1e999, "batch-size": "8", "x": true}\n')
+        file.write(f'{{"iteration": 11, "grad-norm": {10**400}}}\n')
     run = read_run(tmp_path)
     assert run.series["lm loss"].values[4] is None and run.series["lm loss"].values[-1] is None
+    assert run.series["grad-norm"].values[-2:] == [None, None]
     figure = page(run, "t").split("</figure>")[0]
     assert len(re.findall(r'class="line c1"', figure)) == 2, "two stretches, and no nan in a path"
     assert "nan" not in figure.lower().split("<svg")[1].split("</svg>")[0]

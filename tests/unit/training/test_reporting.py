@@ -70,11 +70,12 @@ def test_lines_that_are_no_records_are_left_out_and_the_others_stay(tmp_path):
     """As the page of a run does: a line that a full disk has cut does not hide what follows it."""
     path = tmp_path / METRICS_FILE
     odd = ['{"iteration": 2, "lm lo', "[1]", '{"lm loss": 1.0}', '{"iteration": "3"}', '{"iteration": true}', ""]
+    odd += ['{"iteration": -1}', f'{{"iteration": {10**400}}}']
     path.write_text("\n".join(['{"iteration": 1, "lm loss": 3.0}', *odd, '{"iteration": 4, "lm loss": 2.0}', ""]))
     kept = [{"iteration": 1, "lm loss": 3.0}, {"iteration": 4, "lm loss": 2.0}]
     assert read_metrics(tmp_path) == kept
     run = read_run(tmp_path)
-    assert run.series["lm loss"].iterations == [1, 4] and run.unreadable == 5
+    assert run.series["lm loss"].iterations == [1, 4] and run.unreadable == 7
     again = MetricsFile(tmp_path, 9)
     again.close()
     assert list(again.records()) == kept and len(path.read_text().splitlines()) == 2
