@@ -17,7 +17,7 @@
 #   LOAD=runs/7b-41b/checkpoints sbatch examples/slurm/evaluate.sh --tasks all --memory-parallel-size 8
 #
 # LOAD    folder of checkpoints
-# OUTPUT  the report (default: evaluation.json beside LOAD)
+# OUTPUT  the report (default: evaluation.json in RUN)
 # RUN     folder of the logs (default: the one that holds LOAD)
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}" || exit 2
