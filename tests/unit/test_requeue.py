@@ -53,7 +53,8 @@ def test_what_an_earlier_job_left_in_the_log_does_not_count(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("answer", "end"), [("", FAR), ("N/A", FAR), ("NONE", FAR), ("2031-02-03T04:05:06", calendar.timegm((2031, 2, 3, 4, 5, 6)))]
+    ("answer", "end"),
+    [("", FAR), ("N/A", FAR), ("NONE", FAR), ("2031-02-03T04:05:06", calendar.timegm((2031, 2, 3, 4, 5, 6)))],
 )
 def test_the_end_of_the_job(tmp_path: Path, answer: str, end: int) -> None:
     done = shell(tmp_path, f'squeue() {{ echo "{answer}"; }}\nend_of_job')
