@@ -100,6 +100,20 @@ def test_recorded_losses_are_means(start, alone):
     assert found[0]["moe/load_balancing_loss/layer_000"] == pytest.approx(sum(values) / STEPS, rel=1e-5)
 
 
+def test_a_step_left_out_by_number_is_not_in_the_mean(start, tmp_path):
+    """Iteration 2 is left out: the mean over three iterations is that of two."""
+    found = []
+    for interval in (1, 3):
+        save = tmp_path / str(interval)
+        settings = {"load": start, "finetune": True, "save": save, "iterations_to_skip": "2", "log_interval": interval}
+        train(1, tiny_run(**{**EXPERTS, **settings}), tmp_path / "o")
+        found.append({line["iteration"]: line for line in read_metrics(save) if "moe/z_loss/layer_000" in line})
+    each, together = found
+    assert sorted(each) == [1, 3] and sorted(together) == [3]
+    for name in ("moe/load_balancing_loss/layer_000", "moe/z_loss/layer_000"):
+        assert together[3][name] == pytest.approx((each[1][name] + each[3][name]) / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "ranks, changes",
     [

@@ -78,6 +78,7 @@ class Trainer:
         training = run.training
         self.collection = ManualCollection(training.manual_gc, training.manual_gc_interval, training.manual_gc_eval)
         self._last_saved = state.progress.iteration
+        self._forwards = 0  # steps since the last report that --iterations-to-skip has not left out
         self._told_skipped, self._told_nan = state.progress.skipped_iterations, state.progress.nan_iterations
 
     def train(self) -> bool:
@@ -138,6 +139,7 @@ class Trainer:
                     wants_to_stop=lambda: self.stop_requests.wanted,
                     accepts=self.policies.accepts,
                 )
+            self._forwards += 1
             self.stop_requests.settle(step.stopping)
             self.policies.settle(step)
         progress.iteration += 1
@@ -183,7 +185,9 @@ class Trainer:
             )
         )
         self._told_skipped, self._told_nan = progress.skipped_iterations, progress.nan_iterations
-        experts = health.expert_losses(steps * run.num_microbatches) if run.has_experts else {}
+        counted = run.has_experts and self._forwards
+        experts = health.expert_losses(self._forwards * run.num_microbatches) if counted else {}
+        self._forwards = 0
         self.reporter.numbers(
             progress.iteration,
             {
