@@ -89,13 +89,17 @@ def test_the_port_is_taken_and_given_back() -> None:
 
 def test_a_data_loaders_worker_does_not_keep_the_port(exporter: tuple[Exporter, int]) -> None:
     made, port = exporter
+    told, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(tell, b"x")  # the hooks of a fork have run
         signal.pause()
         os._exit(0)
     try:
+        assert os.read(told, 1) == b"x"
         made.close()
         Exporter("127.0.0.1", port, "1", 1).close()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(told), os.close(tell)
