@@ -188,10 +188,10 @@ def ask_at_last_save(rank: int) -> None:
 
     save_now = Trainer.save_now
 
-    def asked(trainer):
+    def asked(trainer, **named):
         if torch.distributed.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        save_now(trainer)
+        save_now(trainer, **named)
 
     Trainer.save_now = asked
 

@@ -4,13 +4,13 @@
     write_shard   every rank, for itself (`shard_writing.py`): the long part, and the only one that needs no other rank
     publish       rank 0, with what `write_shard` has returned on every rank
 
-A save in the background runs the middle step in another process, on copies of the pieces; first and last step stay.
+A save in the background (`background.py`) runs the middle step in another process, on copies of the pieces.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,44 @@ def write_and_publish(
 
     Raises CheckpointError on every rank when any rank fails; the caller then removes the temporary directory.
     """
-    rank = torch.distributed.get_rank()
-    directory = store.temporary_path(iteration)
-    needed = tell_all(sum(gather(sum(piece.num_bytes for piece in pieces))))
-    attempt("starting the checkpoint", lambda: store.begin(iteration, needed) if rank == 0 else None)
+    needed = begin_together(store, iteration, pieces)
+    rank, directory = torch.distributed.get_rank(), store.temporary_path(iteration)
+    publish_together(store, iteration, lambda: write_shard(directory, rank, pieces), needed, common, config)
 
-    def write() -> WrittenShard:
+
+def begin_together(store: CheckpointStore, iteration: int, pieces: list[Piece]) -> int:
+    """Make the temporary directory, and return the bytes of the pieces of all ranks. Collective.
+
+    Raises CheckpointError on every rank, also where the disk has not the space.
+    """
+    needed = tell_all(sum(gather(sum(piece.num_bytes for piece in pieces))))
+    is_main = torch.distributed.get_rank() == 0
+    attempt("starting the checkpoint", lambda: store.begin(iteration, needed) if is_main else None)
+    return needed
+
+
+def publish_together(
+    store: CheckpointStore,
+    iteration: int,
+    write: Callable[[], WrittenShard],
+    needed: int,
+    common: dict[str, Any],
+    config: dict[str, Any],
+) -> None:
+    """Take from ``write`` what this rank has written, and publish that of all ranks. Collective.
+
+    needed: from `begin_together`. Raises CheckpointError on every rank when any rank fails; the caller then removes the
+    temporary directory.
+    """
+    directory = store.temporary_path(iteration)
+
+    def written() -> WrittenShard:
         try:
-            return write_shard(directory, rank, pieces)
+            return write()
         except (OSError, RuntimeError) as error:  # torch.save may report a full disk as a RuntimeError
             raise _explained(store, error, directory, needed) from error
 
-    shards = gather(attempt("writing the shards", write))
+    shards = gather(attempt("writing the shards", written))
     attempt("publishing the checkpoint", lambda: publish(store, iteration, shards, common, config) if shards else None)
 
 

@@ -30,6 +30,7 @@ from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.metadata import Metadata
 
 from umv2_megatron.checkpoint.agreement import attempt, gather, tell_all
+from umv2_megatron.checkpoint.background import BackgroundSaves
 from umv2_megatron.checkpoint.checksum_files import Checksums, read_verified
 from umv2_megatron.checkpoint.optimizer_state import (
     OptimizerState,
@@ -81,13 +82,14 @@ def save_checkpoint(
     scheduler: Any = None,
     extra_state: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
+    background: BackgroundSaves | None = None,
 ) -> Path:
     """Save and publish one checkpoint. Collective over all ranks; on return it is published and verified by counts.
 
     model_chunks: this rank's pipeline chunks, wrapped in mcore's DDP or not. optimizer: an mcore MegatronOptimizer
     (also chained) or None. extra_state: JSON-able, equal on all ranks, returned by `load_checkpoint`. config: the
-    resolved configuration, written as config.json beside the shards. Raises CheckpointError on every rank when any
-    rank fails; the earlier checkpoints are then untouched.
+    resolved configuration, written as config.json beside the shards. background: begin to save only; its ``finish``
+    publishes. Raises CheckpointError on every rank when any rank fails; the earlier checkpoints are then untouched.
     """
     rank = torch.distributed.get_rank()
     common_extra = {
@@ -119,7 +121,10 @@ def save_checkpoint(
                 common_extra["optimizer_groups"] = _optimizer_groups(optimizer)
             pieces, common = attempt("collecting the state to save", plan)
             check_written(held, pieces)
-            write_and_publish(store, iteration, pieces, common, config or {})
+            if background is None:
+                write_and_publish(store, iteration, pieces, common, config or {})
+            else:
+                background.start(iteration, pieces, common, config or {})
         except BaseException:
             if rank == 0:
                 store.discard(iteration)

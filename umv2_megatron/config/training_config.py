@@ -108,6 +108,12 @@ class TrainingConfig:
         at_least=1,
         read_by="training/loop.py: when checkpoints are written",
     )
+    async_save: bool = option(
+        False,
+        "go on training while other processes write the checkpoint of --save-interval; needs its bytes in main memory",
+        needs=("save",),
+        read_by="training/pretrain.py: whether training waits for a checkpoint",
+    )
     save_retain_interval: Optional[int] = option(
         None,
         "keep for good the checkpoints of multiples of this",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from umv2_megatron.checkpoint.save_load import gathered_parameters
-from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import TrainingStopped
+from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.observation.device import peak_tflops
 from umv2_megatron.observation.events import EventLog
 from umv2_megatron.parallel import cpu_platform
@@ -25,6 +26,7 @@ from umv2_megatron.training.optimizer import StepResult
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.replicas import check_replicas
 from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
+from umv2_megatron.training.saving import Saver
 from umv2_megatron.training.signals import StopRequests
 from umv2_megatron.training.step import evaluate, refresh_singular_vectors, train_step
 from umv2_megatron.training.step_policies import StepPolicies
@@ -41,9 +43,8 @@ class Trainer:
         make_eval_iterator: makes a fresh iterator over the first validation batches, None without validation data.
         reporter: where numbers go.
         events: where the history goes.
-        save: publishes a checkpoint of the present state.
+        saver: publishes checkpoints of the present state, None without --save.
         vocab_size: entries of the tokenizer, for the throughput.
-        store: the checkpoints that ``save`` writes, to which --spike-policy rewind goes back.
         started_at: ``time.monotonic()`` in seconds when the program started, for --exit-duration-in-mins.
     """
 
@@ -55,10 +56,9 @@ class Trainer:
         make_eval_iterator: Callable[[], Any] | None,
         reporter: Reporter,
         events: EventLog,
-        save: Callable[[], None] | None,
+        saver: Saver | None,
         vocab_size: int,
         started_at: float,
-        store: CheckpointStore | None = None,
     ):
         self.run = run
         self.state = state
@@ -66,9 +66,9 @@ class Trainer:
         self.make_eval_iterator = make_eval_iterator
         self.reporter = reporter
         self.events = events
-        self.save = save
+        self.saver = saver
         self.stragglers = StragglerReport(run, state.chunks, reporter)
-        self.policies = StepPolicies(run, state, reporter, store, events)
+        self.policies = StepPolicies(run, state, reporter, saver, events)
         self.last_iteration = run.last_iteration(state.progress.iteration, state.progress.consumed_samples)
         self.stop_requests = StopRequests(
             run.training.exit_signal_handler, run.training.exit_duration_in_mins, started_at
@@ -77,7 +77,6 @@ class Trainer:
         self.peak_tflops = peak_tflops(run.observation.peak_tflops, run.bf16)
         training = run.training
         self.collection = ManualCollection(training.manual_gc, training.manual_gc_interval, training.manual_gc_eval)
-        self._last_saved = state.progress.iteration
         self._forwards = 0  # steps since the last report that --iterations-to-skip has not left out
         self._told_skipped, self._told_nan = state.progress.skipped_iterations, state.progress.nan_iterations
 
@@ -94,7 +93,7 @@ class Trainer:
             health.start_counting(self.state.chunks)
         stragglers = contextlib.closing(self.stragglers)
         profiling = StepProfiler(run, progress.iteration, self.state.chunks)
-        with stragglers, self.stop_requests, self.collection, profiling as profiler:
+        with stragglers, self.stop_requests, self.collection, profiling as profiler, self._save_before_stopping():
             while progress.iteration < self.last_iteration:
                 step = self._step(profiler)
                 profiler.step(progress.iteration)
@@ -229,6 +228,8 @@ class Trainer:
     def _between_steps(self) -> bool:
         """Compare replicas, evaluate, save, and say whether to leave the loop."""
         training, iteration = self.run.training, self.state.progress.iteration
+        if self.saver is not None:
+            self.saver.look()
         if training.check_replicas_interval and iteration % training.check_replicas_interval == 0:
             check_replicas(self.state.chunks, iteration)
         last = iteration >= self.last_iteration
@@ -241,7 +242,7 @@ class Trainer:
                 self.save_now()
             self.evaluate()
         if leaving or (training.save_interval and iteration % training.save_interval == 0):
-            self.save_now()
+            self.save_now(wait=leaving)
         if stopping and not last:
             self._tell_stop()
         return leaving
@@ -251,18 +252,24 @@ class Trainer:
         self.events.tell("stop", reason=self.stop_requests.reason())
         self.reporter.line(f" stopping after iteration {iteration} as asked by a signal or --exit-duration-in-mins")
 
-    def save_now(self) -> None:
-        """Publish a checkpoint, once per iteration."""
+    def save_now(self, *, wait: bool = True) -> None:
+        """A checkpoint, once per iteration. ``wait``: until it is published, --async-save or not."""
         self.refresh()
-        if self.save is not None and self._last_saved != self.state.progress.iteration:
-            self.reporter.flush()
-            begun = time.perf_counter()
-            self.save()
-            took, iteration = time.perf_counter() - begun, self.state.progress.iteration
-            self.events.tell("checkpoint", seconds=round(took, 3))
-            published = {"checkpoint-iteration": iteration, "checkpoint-time": time.time(), "checkpoint-seconds": took}
-            self.reporter.numbers(iteration, {}, served=published)
-            self._last_saved = iteration
+        if self.saver is not None:
+            self.saver.save(wait=wait)
+
+    @contextlib.contextmanager
+    def _save_before_stopping(self) -> Iterator[None]:
+        """What is being saved when a policy stops the run is from before the step at fault: publish it."""
+        try:
+            yield
+        except TrainingStopped:
+            try:
+                if self.saver is not None:
+                    self.saver.finish()
+            except CheckpointError as error:
+                self.reporter.line(f"WARNING: {error}")
+            raise
 
     def refresh(self) -> None:
         """u, t of the present cores, so that what is saved or hashed does not depend on what else was run since."""

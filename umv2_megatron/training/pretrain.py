@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import yaml
 from umv2_megatron import __version__
 from umv2_megatron.checkpoint import save_load
 from umv2_megatron.checkpoint.agreement import attempt
+from umv2_megatron.checkpoint.background import BackgroundSaves
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import UsageError
@@ -48,6 +48,7 @@ from umv2_megatron.training.load_state import load_state
 from umv2_megatron.training.loop import Trainer
 from umv2_megatron.training.reporting import Reporter
 from umv2_megatron.training.resume import Source, check_same_run, check_vocabulary, find_source
+from umv2_megatron.training.saving import Saver
 from umv2_megatron.training.step import connect
 
 
@@ -63,6 +64,7 @@ def pretrain(run: RunConfig) -> int:
             folder = Path(run.training.save or ".") / "memory-snapshot"
             record_memory_history(folder, torch.distributed.get_rank())
         store = _own_save_directory(run, stack)
+        background = _background_saves(run, store, stack)
         tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
         state = build_training_state(run, tokenizer.vocab_size)
         print_rank_0(told_backend(run))
@@ -83,7 +85,8 @@ def pretrain(run: RunConfig) -> int:
 
         reporter = Reporter(run, is_last_rank(), state.progress.iteration, exporter)
         stack.callback(reporter.close)
-        save = _saver(run, store, state, tokenizer, identity) if store is not None else None
+        config = _saved_config(run, tokenizer, identity)
+        saver = Saver(store, state, config, reporter, events, background) if store is not None else None
         trainer = Trainer(
             run,
             state,
@@ -91,10 +94,9 @@ def pretrain(run: RunConfig) -> int:
             _eval_iterator(run, valid_set),
             reporter,
             events,
-            save,
+            saver,
             tokenizer.vocab_size,
             started_at,
-            store,
         )
         if run.training.skip_train:
             trainer.evaluate()
@@ -153,11 +155,20 @@ def _own_save_directory(run: RunConfig, stack: contextlib.ExitStack) -> Checkpoi
     return store
 
 
-def _saver(
-    run: RunConfig, store: CheckpointStore, state: TrainingState, tokenizer: Any, identity: dict[str, Any]
-) -> Callable[[], None]:
-    """A function that publishes the present state."""
-    config = {
+def _background_saves(
+    run: RunConfig, store: CheckpointStore | None, stack: contextlib.ExitStack
+) -> BackgroundSaves | None:
+    """The writer process of --async-save. It starts while the model is built."""
+    if store is None or not run.training.async_save or run.training.skip_train:
+        return None
+    made = attempt("starting the writer of --async-save", lambda: BackgroundSaves(store))
+    stack.callback(made.close)
+    return made
+
+
+def _saved_config(run: RunConfig, tokenizer: Any, identity: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of every checkpoint of this run."""
+    return {
         "format": 1,
         "version": __version__,
         "values": yaml.safe_load(run.to_yaml()),
@@ -166,21 +177,6 @@ def _saver(
         "tokenizer_vocab_size": tokenizer.vocab_size,
         "padded_vocab_size": run.padded_vocab_size(tokenizer.vocab_size),
     }
-
-    def save() -> None:
-        iteration = state.progress.iteration
-        save_load.save_checkpoint(
-            store,
-            iteration,
-            state.chunks,
-            state.optimizer,
-            state.scheduler,
-            dataclasses.asdict(state.progress),
-            config,
-        )
-        print_rank_0(f" saved checkpoint of iteration {iteration} to {store.path(iteration)}")
-
-    return save
 
 
 def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any], vocab_size: int) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped
 from umv2_megatron.data.batches import next_batch
@@ -23,6 +22,7 @@ from umv2_megatron.training.initialize import Progress, TrainingState
 from umv2_megatron.training.load_state import checkpoint_before, load_state
 from umv2_megatron.training.optimizer import StepResult
 from umv2_megatron.training.reporting import Reporter
+from umv2_megatron.training.saving import Saver
 from umv2_megatron.training.step import non_finite_parameters
 
 
@@ -33,7 +33,7 @@ class StepPolicies:
         run: the resolved configuration.
         state: model, optimizer, schedule, progress.
         reporter: where it is told.
-        store: the checkpoints of this run, None without --save.
+        saver: saves the checkpoints of this run, None without --save.
         events: the history, which it becomes part of.
     """
 
@@ -42,13 +42,13 @@ class StepPolicies:
         run: RunConfig,
         state: TrainingState,
         reporter: Reporter,
-        store: CheckpointStore | None,
+        saver: Saver | None,
         events: EventLog,
     ):
         self.run = run
         self.state = state
         self.reporter = reporter
-        self.store = store
+        self.saver = saver
         self.events = events
         self._to_skip = set(run.training.iterations_to_skip or [])
         self._seen = (0.0, 0.0)
@@ -103,8 +103,9 @@ class StepPolicies:
         progress.spikes += 1
         target = None
         if training.spike_policy == "rewind":
-            assert self.store is not None and training.save_interval
-            target = checkpoint_before(self.store, progress.iteration, training.save_interval)
+            assert self.saver is not None and training.save_interval
+            self.saver.finish()  # the decision must not depend on how far a save in the background is
+            target = checkpoint_before(self.saver.store, progress.iteration, training.save_interval)
         if target is not None:
             self._go_back(target)
             return
@@ -115,7 +116,7 @@ class StepPolicies:
     def _go_back(self, target: int) -> None:
         """Restore the checkpoint of iteration ``target`` and leave out the steps since, this one among them."""
         progress, training = self.state.progress, self.run.training
-        assert self.store is not None
+        assert self.saver is not None
         again = progress.rewinds_to_same + 1 if progress.rewound_to == target else 1
         if again > training.max_rewinds:
             raise TrainingStopped(
@@ -124,7 +125,7 @@ class StepPolicies:
                 "checkpoint with --ckpt-step, lower --lr, or give --spike-policy skip"
             )
         spike = self._told_spike()
-        saved = load_state(self.run, self.state, self.store, target).extra_state
+        saved = load_state(self.run, self.state, self.saver.store, target).extra_state
         progress.rewound_to, progress.rewinds_to_same = target, again
         progress.rewinds += 1
         progress.skipped_in_a_row = 0

@@ -247,7 +247,7 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
         (MOE + ["--moe-shared-expert-intermediate-size", "9", "--tensor-model-parallel-size", "2",
                 "--sequence-parallel"], 2, ["--moe-shared-expert-intermediate-size is 9"]),
         (["--recompute-granularity", "full"], 1, ["recompute"]),
-        (["--async-save"], 1, ["--async-save"]),
+        (["--async-save"], 1, ["--async-save", "--save"]),
         (["--profile", "--profile-ranks", "a"], 1, ["--profile-ranks is 'a'"]),
         (["--profile", "--profile-step-start", "12"], 1, ["--profile-step-end is 12", "--profile-step-start (12)"]),
         (["--profile", "--profile-step-start", "0"], 1, ["--profile-step-start (0)"]),
