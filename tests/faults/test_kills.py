@@ -21,8 +21,8 @@ from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
 
 pytestmark = pytest.mark.faults
 
-# Settings of every way to save that a run has; a way that saves in the background belongs here, too.
-SAVE_MODES = [pytest.param({}, id="blocking")]
+# Settings of every way to save that a run has.
+SAVE_MODES = [pytest.param({}, id="blocking"), pytest.param({"async_save": True}, id="async")]
 STEPS, EVERY = 24, 4
 ON_REPLACING = {"old-set-aside", "old-removed"}
 STAGES = sorted(

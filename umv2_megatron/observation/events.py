@@ -5,8 +5,8 @@ Every event has ``time`` (seconds since 1970), ``event`` and ``iteration`` (fini
     start        the first process of the run, and every one after it: ``ranks``, ``host``, ``pid``, ``version``,
                  ``device``, ``last_iteration``; of a later one also ``reason``, why the one before has ended, and
                  ``changes``, setting -> [old, new]
-    checkpoint   one was published, of ``iteration``; ``seconds`` it took, with --async-save also ``blocked_seconds``, in
-                 which training waited
+    checkpoint   one was published, of ``iteration``; ``seconds`` it took, with --async-save also
+                 ``blocked_seconds``, in which training waited
     skipped      a step made no update (NaN, spike, --iterations-to-skip); ``text`` says which and why
     spike        a step was one and made its update nevertheless; ``text``
     rewind       the run went back to a checkpoint in the same process; ``text``
