@@ -74,7 +74,7 @@ def publish_together(
     def written() -> WrittenShard:
         try:
             return write()
-        except (OSError, RuntimeError) as error:  # torch.save may report a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:  # the latter from torch.save
             raise _explained(store, error, directory, needed) from error
 
     shards = gather(attempt("writing the shards", written))

@@ -85,13 +85,14 @@ class WrittenShard:
 
 
 class HashedFile:
-    """A new file that is hashed while it is written; sync makes it durable. Raises OSError."""
+    """A new file that is hashed while it is written; sync makes it durable. Raises OSError. failure: of a write."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
         self._size = 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of ``data``; another thread hashes it in the meantime."""
@@ -101,6 +102,9 @@ class HashedFile:
             written = 0
             while written < len(view):
                 written += self._file.write(view[written:])
+        except OSError as error:
+            self.failure = error  # torch.save puts another one in its place
+            raise
         finally:
             hashing.result()
         self._size += len(view)
@@ -139,7 +143,7 @@ def write_shard(directory: Path, rank: int, pieces: Sequence[Piece]) -> WrittenS
     """Write the pieces of ``rank`` to its file in ``directory``, and their checksums to another; both are synced. Holds
     one piece in main memory.
 
-    Raises OSError, and RuntimeError where torch.save tells a failed write so.
+    Raises OSError, and RuntimeError where torch.save fails for another reason.
     """
     if not pieces:
         return WrittenShard(None, [], {})
@@ -163,7 +167,12 @@ def _write_piece(file: HashedFile, piece: Piece) -> Written:
     data = piece.data.detach().cpu().contiguous()
     if data.untyped_storage().nbytes() != data.nbytes:
         data = data.clone()  # torch.save writes whole storages
-    torch.save(data, file)  # type: ignore[arg-type]
+    try:
+        torch.save(data, file)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if file.failure is not None:
+            raise file.failure from error
+        raise
     return Written(piece.key, piece.offset, tuple(data.shape), piece.shape, data.dtype, 0, 0)
 
 

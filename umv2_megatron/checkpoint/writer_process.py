@@ -7,6 +7,7 @@ is killed by the kernel when the rank ends, however that ends: it must never wri
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -92,9 +93,11 @@ class WriterProcess:
         """End the process; what it has not finished stays unpublished."""
         if self._busy:
             self._process.kill()
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)  # a closed pipe is not enough: workers of data loaders hold copies of it
         self._pipe.close()
         try:
-            self._process.wait(5)
+            self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -104,7 +107,7 @@ class WriterProcess:
 
 
 def main(pipe: int, memory: int, parent: int) -> None:
-    """Write what comes through ``pipe`` until it is closed."""
+    """Write what comes through ``pipe`` until it is closed, or None comes."""
     os.nice(19)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -118,9 +121,12 @@ def main(pipe: int, memory: int, parent: int) -> None:
     connection = Connection(pipe)
     while True:
         try:
-            directory, rank, size, placed = connection.recv()
+            wanted = connection.recv()
         except EOFError:
             return
+        if wanted is None:
+            return
+        directory, rank, size, placed = wanted
         result: Any
         try:
             result = write_shard(directory, rank, read_snapshot(memory, size, placed))
