@@ -21,9 +21,9 @@ CASES = {
 
 def part_of(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor [s, b, ...] of the whole sequence, as the data path cuts it."""
-    from megatron.core.utils import get_batch_on_this_cp_rank
+    from umv2_megatron.data.batches import part_of_context_rank
 
-    return get_batch_on_this_cp_rank({"x": tensor.transpose(0, 1).contiguous()})["x"].transpose(0, 1)
+    return part_of_context_rank({"x": tensor.transpose(0, 1).contiguous()})["x"].transpose(0, 1)
 
 
 def documents_mask() -> torch.Tensor:
@@ -47,8 +47,8 @@ def differences(tp: int) -> dict[str, float]:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
+    from umv2_megatron.data.batches import part_of_context_rank
     from umv2_megatron.model.context_parallel_attention import ContextParallelAttention
     from umv2_megatron.parallel import groups
 
@@ -72,7 +72,7 @@ def differences(tp: int) -> dict[str, float]:
         *inputs, weight = (torch.randn(SEQUENCE, BATCH, number, WIDTH, generator=generator) for number in heads)
         weight = weight.flatten(2)
         mask = documents_mask() if masked else None
-        own_mask = get_batch_on_this_cp_rank({"attention_mask": documents_mask()})["attention_mask"] if masked else None
+        own_mask = part_of_context_rank({"attention_mask": documents_mask()})["attention_mask"] if masked else None
         wanted = run(whole, inputs, mask, weight)
         ours = run(split, [part_of(tensor) for tensor in inputs], own_mask, part_of(weight))
         pairs = [(a, part_of(b)) for a, b in zip(ours, wanted)]
@@ -127,8 +127,8 @@ def test_recomputation_repeats_dropout():
 def uneven_mask() -> tuple[float, float]:
     """Gradient of one logit scale through the training's loss: of the parts of a sequence, and of the whole."""
     from megatron.core import parallel_state
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
+    from umv2_megatron.data.batches import part_of_context_rank
     from umv2_megatron.parallel import groups
     from umv2_megatron.training.step import loss_of_microbatch
 
@@ -137,7 +137,7 @@ def uneven_mask() -> tuple[float, float]:
     mask = torch.ones(2, SEQUENCE)
     mask[0, 4:11] = 0  # more of rank 1's tokens than of rank 0's
     scale = torch.ones((), requires_grad=True)
-    part = get_batch_on_this_cp_rank({"losses": losses.clone(), "mask": mask.clone()})
+    part = part_of_context_rank({"losses": losses.clone(), "mask": mask.clone()})
     total, tokens, _ = loss_of_microbatch(part["mask"], False, part["losses"] * scale)
     (total / tokens).backward()  # what mcore's schedule does; its DDP then averages over the ranks
     torch.distributed.all_reduce(scale.grad, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -9,6 +9,7 @@ Letters: S sequence, B micro-batch, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -60,9 +61,9 @@ class FFNWithTable(MegatronModule):
     The table is whole on every rank (M = 1) and marked as a value table is: ``allreduce = False`` and tensor-parallel.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, rows: int = 48, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, submodules: MLPSubmodules, rows: int = 48, **others: Any) -> None:
         super().__init__(config)
-        self.ffn = MLP(config, submodules, **kwargs)
+        self.ffn = MLP(config, submodules)  # mcore 0.17 and later say more to the slot (others)
         self.query = torch.nn.Linear(config.hidden_size, rows, bias=False, dtype=config.params_dtype)
         self.query.weight.sequence_parallel = config.sequence_parallel
         self.table = torch.nn.Parameter(torch.empty(rows, config.hidden_size, dtype=config.params_dtype))
@@ -169,6 +170,11 @@ def make_config(layout: Layout) -> TransformerConfig:
     return TransformerConfig(**(kwargs | layout.model))
 
 
+def submodules_of(slot: Any) -> Any:
+    """The submodules of mcore's own module for a layer's mlp slot: a partial function since mcore 0.17."""
+    return slot.keywords["submodules"] if isinstance(slot, functools.partial) else slot.submodules
+
+
 def build_chunk(config: TransformerConfig, layout: Layout, chunk: int) -> torch.nn.Module:
     """The layers that this rank holds as model chunk ``chunk``, filled by name."""
     spec = get_gpt_layer_local_spec(
@@ -178,7 +184,7 @@ def build_chunk(config: TransformerConfig, layout: Layout, chunk: int) -> torch.
         normalization=config.normalization,
     )
     if layout.table:
-        spec.submodules.mlp = ModuleSpec(module=FFNWithTable, submodules=spec.submodules.mlp.submodules)
+        spec.submodules.mlp = ModuleSpec(module=FFNWithTable, submodules=submodules_of(spec.submodules.mlp))
     stage = {"ignore_virtual": False, "vp_stage": chunk if layout.vpp else None}
     model = GPTModel(
         config,

@@ -7,6 +7,7 @@ the same samples on any number of ranks, and ``consumed_samples`` alone says whe
 
 from __future__ import annotations
 
+import inspect
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.parallel.launch import STOP_SIGNALS
+
+_asks = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters  # mcore 0.19 does
+_NOT_HYBRID: dict[str, Any] = {"is_hybrid_cp": False} if _asks else {}
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -97,4 +101,10 @@ def next_batch(iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.T
         key: loaded[key].to(cpu_platform.device(), non_blocking=True) for key in KEYS if key in loaded
     }
     batch.setdefault("attention_mask", None)
-    return get_batch_on_this_cp_rank(batch)
+    return part_of_context_rank(batch)
+
+
+def part_of_context_rank(batch: dict[str, Any]) -> dict[str, Any]:
+    """The tensors [b, s, ...] of a batch cut to this context-parallel rank's chunks of the sequence."""
+    group = parallel_state.get_context_parallel_group()  # without it, mcore 0.19 takes all ranks
+    return get_batch_on_this_cp_rank(batch, cp_group=group, **_NOT_HYBRID)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import os
 from pathlib import Path
@@ -144,6 +145,8 @@ def _experts_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
     spec = get_moe_module_spec(
         use_te=use_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
+    if isinstance(spec, functools.partial):  # since mcore 0.17
+        return ModuleSpec(module=Experts, submodules=spec.keywords["submodules"])
     return ModuleSpec(module=Experts, submodules=spec.submodules, metainfo=spec.metainfo)
 
 

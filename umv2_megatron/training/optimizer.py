@@ -283,6 +283,12 @@ def guarded_step(
     return StepResult(optimizer.step_with_ready_grads(), loss_here, grad_norm, num_zeros, not goes_on)
 
 
+def _gradients_of(part: MegatronOptimizer) -> list[torch.Tensor]:
+    """The gradients that count in the norm, by the name that mcore 0.16 or a newer one has for the method."""
+    of_older = getattr(part, "get_main_grads_for_grad_norm", None)
+    return of_older() if of_older is not None else part.get_grads_for_grad_norm()
+
+
 def _squared_norms(optimizer: MegatronOptimizer) -> torch.Tensor:
     """Squared L2 norms of the gradients of all ranks, on the device, to be added up: [1], or one for each of mcore's
     optimizers where experts or tables are spread over other ranks than the rest.
@@ -292,9 +298,9 @@ def _squared_norms(optimizer: MegatronOptimizer) -> torch.Tensor:
     """
     parts = optimizer.chained_optimizers
     if len(parts) > 1 and optimizer.grads_states_parallel_group_is_shared():
-        groups = [([grad for part in parts for grad in part.get_main_grads_for_grad_norm()], parts[0])]
+        groups = [([grad for part in parts for grad in _gradients_of(part)], parts[0])]
     else:
-        groups = [(part.get_main_grads_for_grad_norm(), part) for part in parts]
+        groups = [(_gradients_of(part), part) for part in parts]
     found = []
     for gradients, part in groups:
         square = optimizer.get_loss_scale().new_zeros(1, dtype=torch.float32)

@@ -83,6 +83,7 @@ def test_no_flag_is_refused_that_exists_or_that_nobody_knows() -> None:
 
     entries = yaml.safe_load(REFUSED.read_text(encoding="utf-8"))
     mcore = {field.name.replace("_", "-") for _, cls in PAIRS for field in dataclasses.fields(cls)}
+    mcore.add("async-tensor-model-parallel-allreduce")  # a field until mcore 0.16
     mcore |= {f"no-{name}" for name in mcore}
     for pattern in (pattern for entry in entries for pattern in entry["flags"]):
         matched = [flag for flag in {*MEGATRON_LM, *mcore} if fnmatch.fnmatchcase(flag, pattern)]

@@ -105,9 +105,16 @@ class LayerNormLinear(Linear):
 
 
 class RMSNorm(Module):
-    def __init__(self, hidden_size: int, params_dtype: torch.dtype, **others: Any):
+    def __init__(
+        self,
+        normalized_shape: int | None = None,
+        *,
+        params_dtype: torch.dtype,
+        hidden_size: int | None = None,  # the older name, which mcore 0.16 gives
+        **others: Any,
+    ):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight)
@@ -156,7 +163,7 @@ _NAMES: dict[str, dict[str, Any]] = {
     "transformer_engine.pytorch.fp8": {"FP8GlobalStateManager": StateManager, "fp8_autocast": fp8_autocast},
     "transformer_engine.pytorch.attention": {"_SplitAlongDim": _SplitAlongDim},
     "transformer_engine.pytorch.cpu_offload": {
-        "get_cpu_offload_context": lambda *_: (contextlib.nullcontext(), lambda output: output)
+        "get_cpu_offload_context": lambda *_, **__: (contextlib.nullcontext(), lambda output: output)
     },
     "transformer_engine.pytorch.module.base": {"TransformerEngineBaseModule": Module},
 }  # fmt: skip
