@@ -19,6 +19,7 @@ from typing import Any, Optional, Union
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -89,6 +90,8 @@ class FFNWithMemory(MegatronModule):
         standalone: True when no training program of ours is there to refresh u, t; every forward then does it
             (used by stock Megatron-LM, see docs/megatron-lm.md).
         delayed: where outputs wait for a later block; needed when ``memory_config.read_delay`` is not 0.
+        pg_collection, is_mtp_layer, name: what layers of mcore 0.17 and later say to every module in this slot; the
+            groups are those of the process, of which mcore's own collection consists.
     """
 
     def __init__(
@@ -99,6 +102,9 @@ class FFNWithMemory(MegatronModule):
         tables: SharedTables | None = None,
         standalone: bool = False,
         delayed: DelayedOutputs | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        name: str | None = None,
     ):
         super().__init__(config=config)
         self.memory_config = memory_config
