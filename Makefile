@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+QUICK := not slow and not gpu and not slurm and not faults
 READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
 SERVE_READY := $(VENV)/.serve-ready
 HF_TOOLS_READY := $(VENV)/.hf-tools-ready
 
-.PHONY: demo compare faults flags-page fuzz test test-flags test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
+.PHONY: test-mcore-next demo compare faults flags-page fuzz test test-flags test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
@@ -17,6 +18,7 @@ help:
 	@echo "make faults     kills, damages, full disks, signals, lost ranks: what a run survives, as a table"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make fuzz       many damaged files and drawn command lines: a sentence and a non-zero exit, or success (about 20 minutes)"
+	@echo "make test-mcore-next  the quick tests with the newest megatron-core, in an environment of its own (Python 3.12)"
 	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 12 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make slurm-test  examples/slurm on a SLURM of two nodes on this machine, as root (about 10 minutes)"
@@ -63,7 +65,7 @@ lint: $(READY)
 	$(VENV)/bin/lint-imports --no-cache
 
 test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm and not faults"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
 
 # Not with a file for each worker: it is one file.
 test-flags: $(READY)
@@ -75,6 +77,22 @@ test-slow: $(READY) $(HF_TOOLS_READY)
 # The table at its end goes into docs/reliability.md.
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/faults --timeout 900
+
+# The same requirements with a newer megatron-core, which needs Python 3.12; pip brings torch for CUDA there (gigabytes).
+NEXT_MCORE ?= 0.19.2
+NEXT_PYTHON ?= python3.12
+NEXT_VENV := .venv-mcore-next
+NEXT_READY := $(NEXT_VENV)/.ready-$(NEXT_MCORE)
+
+$(NEXT_READY): requirements.txt
+	$(NEXT_PYTHON) -m venv $(NEXT_VENV)
+	sed 's/^megatron-core==[^ ]*/megatron-core==$(NEXT_MCORE)/' requirements.txt > $(NEXT_VENV)/requirements.txt
+	$(NEXT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(NEXT_VENV)/requirements.txt
+	touch $(NEXT_READY)
+
+test-mcore-next: $(NEXT_READY)
+	OMP_NUM_THREADS=1 $(NEXT_VENV)/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider -m "$(QUICK)" \
+		--ignore tests/unit/hf --ignore tests/fuzz --ignore tests/unit/serving
 
 # FUZZ_EXAMPLES inputs for each test, new ones in every run.
 FUZZ_EXAMPLES ?= 500
@@ -91,7 +109,7 @@ test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY)
 	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
 		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \
 		echo "with $$setting"; \
-		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm and not faults" || failed=1; \
+		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "$(QUICK)" || failed=1; \
 	done; exit $$failed
 
 # Records on success that --memory-backend auto may take the Triton kernels on such a device.
