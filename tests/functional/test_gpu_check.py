@@ -182,6 +182,7 @@ def test_who_ends_the_program_ends_its_step(tmp_path: Path) -> None:
     started = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     assert process.wait(60) == 143
+    deadline = time.monotonic() + 60
     while any(running(each.pid) for each in started):
         assert time.monotonic() < deadline
         time.sleep(0.02)
