@@ -105,6 +105,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lr_wsd_decay_iters": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "train_iters": 3},
     "calculate_per_token_loss": {"eod_mask_loss": True, "corpus": True},
     "reset_attention_mask": {"corpus": True},
+    "max_skipped_iterations": {"nan_policy": "skip"},
 }
 for _key in ("eod_mask_loss", "split", "reset_position_ids", "data_path", "train_data_path", "mock_data", "vocab_size",
              "tokenizer_type", "num_dataset_builder_threads", "data_cache_path"):  # fmt: skip
@@ -207,7 +208,7 @@ def weights(ranks: int, settings: dict[str, Any], folder: Path) -> str:
 # Flags of files, services and resumption, whose effects other tests show; here only that something reads them.
 ELSEWHERE = {
     "save", "load", "save_interval", "async_save", "save_retain_interval", "ckpt_step", "finetune",
-    "use_checkpoint_args",
+    "use_checkpoint_args", "max_rewinds",
     "tensorboard_dir", "wandb_project", "wandb_exp_name", "wandb_save_dir", "wandb_entity", "data_path",
     "train_data_path", "valid_data_path", "test_data_path", "data_cache_path", "tokenizer_type", "tokenizer_model",
     "mock_data", "dry_run", "dry_run_world_size", "dry_run_rank", "profile_ranks",
