@@ -18,6 +18,8 @@ import tiny_gpt
 import torch
 from harness import run_ranks
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from tiny_gpt import Layout
 
@@ -75,7 +77,12 @@ class AsMcoreStores:
 
     def sharded(self) -> dict:
         metadata = save_load._content_metadata() | ({"distrib_optim_sharding_type": self.kind} if self.kind else {})
-        return tiny_gpt.as_mcore_stores(*self.given, metadata)
+        made = tiny_gpt.as_mcore_stores(*self.given, metadata)
+        for item in nested_values(made):
+            if isinstance(item, ShardedTensor) and item.data is not None and item.data.is_floating_point():
+                # mcore's buffers (dp_reshardable) end in padding that nobody has written; a save refuses NaN
+                item.data.detach().nan_to_num_(0.0, 0.0, 0.0)
+        return made
 
 
 def save_as_before(root: str, run: tuple, kind: str | None, *others: Any) -> None:
