@@ -6,6 +6,9 @@ computes wrongly, a collective that delivered other numbers. Training would go o
 Each rank computes one 64-bit checksum per parameter on its device (``checkpoint/tensor_checks.py``); the checksums are
 gathered and compared over the replicas: data- and context-parallel ranks for dense parameters, the ranks that hold the
 same shard for value tables and experts.
+
+mcore's ``check_param_hashes_across_dp_replicas`` answers yes or no, hashes a float32 copy of every parameter on the
+host (SHA-1), and leaves out context-parallel replicas; here the rank and the parameters are named.
 """
 
 from __future__ import annotations

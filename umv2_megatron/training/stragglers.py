@@ -9,6 +9,8 @@ which it does not wait:
 - GPU: the host does not wait in collectives there. What is measured is the device's time between begin and end of the
   forward passes, which contains exchanges of tensor- and memory-parallel ranks. This has not been run on a GPU.
 
+mcore's ``StragglerDetector`` needs CUDA events, and so says nothing on a CPU.
+
 Stages of a pipeline have different work, so a rank is compared with the median of its own stage.
 """
 
