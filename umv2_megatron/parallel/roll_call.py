@@ -34,6 +34,7 @@ from typing import Any, Optional
 import torch
 from torch.distributed import distributed_c10d
 
+from umv2_megatron.parallel.collective_place import collective, place_in_code, ranks_of, told
 from umv2_megatron.parallel.members import Member, member, myself
 
 GRACE = 4.0
@@ -74,7 +75,7 @@ class watched:  # noqa: N801 - used as a function: ``with watched(group, "memory
         raise ExchangeError(_sentence(str(self), missing(self._group, str(self)), error)) from error
 
     def __str__(self) -> str:
-        return f"{self._group_name} {_told(_ranks(self._group))}: {self._step}"
+        return f"{self._group_name} {told(ranks_of(self._group, _world_size()))}: {self._step}"
 
 
 def is_collective_failure(error: BaseException) -> bool:
@@ -102,7 +103,9 @@ def missing(group: Any, name: str, seconds: Optional[float] = None) -> list[str]
         name: the group and the step, told to the other ranks.
         seconds: how long the other ranks have to answer (default: GRACE). The call takes at most about 2 s longer.
     """
-    return [] if _roll is None else _roll.call(_ranks(group), name, GRACE if seconds is None else seconds)
+    if _roll is None:
+        return []
+    return _roll.call(ranks_of(group, _world_size()), name, GRACE if seconds is None else seconds)
 
 
 def explain(error: BaseException) -> Optional[str]:
@@ -118,7 +121,7 @@ def explain(error: BaseException) -> Optional[str]:
         return None
     if _roll is None:
         return f"the ranks did not meet, or one of them ended meanwhile; {_first_line(error)}"
-    group, name = _collective([(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)])
+    group, name = collective(list(traceback.walk_tb(error.__traceback__)), _world_size())
     return _sentence(name, missing(group, name), error)
 
 
@@ -394,7 +397,6 @@ class _RollCall:
 _roll: Optional[_RollCall] = None
 _inside: Optional[watched] = None
 _WAITING = ("/torch/distributed/", "/megatron/core/", "/umv2_megatron/parallel/")
-_TELLING = ("/megatron/", "/umv2_megatron/")
 
 
 def _main_thread() -> tuple[str, bool]:
@@ -404,46 +406,12 @@ def _main_thread() -> tuple[str, bool]:
     if frame is None or inside is not None:
         return str(inside or "an unknown place"), True
     if any(part in frame.f_code.co_filename for part in _WAITING):
-        return _collective(list(traceback.walk_stack(frame))[::-1])[1], True
-    return _place(frame, frame.f_lineno), False
+        return collective(list(traceback.walk_stack(frame))[::-1], _world_size())[1], True
+    return place_in_code(frame, frame.f_lineno), False
 
 
-def _collective(frames: list[tuple[Any, int]]) -> tuple[Any, str]:
-    """The group of the collective in the innermost of ``frames``, None if it is not told there, and a name for both.
-
-    torch's functions and mcore's buckets keep the group in a variable or attribute.
-    """
-    telling = [item for item in frames if any(part in item[0].f_code.co_filename for part in _TELLING)]
-    where = _place(*(telling or frames)[-1]) if frames else "an unknown place"
-    values: list[Any] = []
-    for frame, _ in reversed(frames):
-        values += frame.f_locals.values()
-        values += getattr(frame.f_locals.get("self"), "__dict__", {}).values()
-    group = next((value for value in values if isinstance(value, torch.distributed.ProcessGroup)), None)
-    return group, f"{_name(group)} {_told(_ranks(group))}: a collective at {where}"
-
-
-def _place(frame: Any, line: int) -> str:
-    """File, line and function for a reader: the file without what leads to packages."""
-    file = frame.f_code.co_filename.rpartition("site-packages/")[2]
-    return f"{'/'.join(file.split('/')[-4:])}:{line} in {frame.f_code.co_name}"
-
-
-def _ranks(group: Any) -> list[int]:
-    try:
-        return torch.distributed.get_process_group_ranks(group)
-    except (KeyError, ValueError):  # a group in the making, or none any more
-        return [] if _roll is None else list(range(_roll.world_size))
-
-
-def _name(group: Any) -> str:
-    if group is None or group is torch.distributed.group.WORLD:
-        return "all ranks"
-    return f"group {group.group_desc.removesuffix(':')}"
-
-
-def _told(ranks: list[int]) -> str:
-    return str(ranks) if len(ranks) <= 16 else f"[{', '.join(map(str, ranks[:15]))}, ... {ranks[-1]}]"
+def _world_size() -> int:
+    return 0 if _roll is None else _roll.world_size
 
 
 def _first_line(error: BaseException) -> str:
