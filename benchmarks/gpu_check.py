@@ -9,7 +9,8 @@ a step that fails or hangs costs no other. A step writes its figures as it finds
 After every step the page and the JSON are written anew: a call that is cut off still leaves what it measured. A table
 ends the output.
 
-In --out: steps/<step>.json and steps/<step>.log, results.json with everything, log.txt. Exit code 0 when every step was
+In --out: steps/<step>.json and steps/<step>.log, results.json with everything, machine.json for
+tools/plan.py, log.txt. Exit code 0 when every step was
 done or skipped, 1 when one failed or was cut, 2 for a usage error.
 
 --wheels is for machines without network: wheels, which are installed into a temporary folder, and archives *.tar.xz of
@@ -49,11 +50,13 @@ from benchmarks.gpu_kit.report import (  # noqa: E402
     Machine,
     Outcome,
     last_lines,
+    machine_rates,
     overview,
     page,
     results,
     write_whole,
 )
+from umv2_megatron.planning.device import write_machine  # noqa: E402
 
 LEAST = 3.0
 """Seconds below which no further step is begun."""
@@ -204,6 +207,9 @@ class Check:
         whole = results(machine, self.outcomes, self.dry)
         for path in filter(None, (self.out / "results.json", json_path)):
             write_whole(path, whole)
+        rates = machine_rates(machine.device, self.outcomes)
+        if rates:
+            write_machine(self.out / "machine.json", machine.device, rates, f"tools/gpu_check.sh, {machine.date}")
         if docs is not None:
             write_whole(docs, page(machine, self.outcomes, self.dry))
         with open(self.out / "log.txt", "w", encoding="utf-8") as log:

@@ -4,8 +4,8 @@
 
 Prints one line: measured and predicted milliseconds of a step, measured / predicted, tokens per second of all ranks,
 TFLOP/s per rank and MFU. Measured is the median of the iterations in --log (--log-interval 1 --log-throughput) without
-the first third. --device-figures takes peak and memory bandwidth from the results.json of tools/gpu_check.sh; flags of
-tools/plan.py that are given count before it. Exit code 2, with one line, for a usage error.
+the first third. Flags of tools/plan.py may stand among the others, such as --machine. Exit code 2, with one line, for a
+usage error.
 """
 
 from __future__ import annotations
@@ -18,30 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_kit.report import peak_tflops  # noqa: E402
 from benchmarks.gpu_kit.runs import lines_of, speed  # noqa: E402
 
 COLUMNS = (("measured, ms", 12), ("predicted, ms", 13), ("ratio", 6), ("tokens/s", 12), ("TFLOP/s", 8), ("MFU", 6))
 HEADER = " ".join([f"{'layout':<12}", *(name.rjust(width) for name, width in COLUMNS)])
-
-
-def device_flags(path: Path) -> list[str]:
-    """Flags of tools/plan.py for the device that gpu_check.py described in ``path``.
-
-    Raises ``ValueError`` where the file is no such description or has no copy bandwidth.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        device = document["machine"]["device"]
-        (roofline,) = [step["figures"] for step in document["steps"] if step["name"] == "roofline"]
-        flags = ["--memory-bandwidth", f"{roofline['copy_gb_per_s']:g}"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise ValueError(
-            f"--device-figures is {path}; expected the results.json of tools/gpu_check.sh with its step roofline "
-            f"({problem!r})"
-        ) from None
-    peak = peak_tflops(device)
-    return flags if peak is None else [*flags, "--peak-tflops", f"{peak:g}"]
 
 
 def compare(log: Path, world_size: int, flags: list[str]) -> dict[str, Any]:
@@ -80,7 +60,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--log", type=Path, help="output of the run")
     parser.add_argument("--name", default="run", help="of the layout, for the line")
     parser.add_argument("--world-size", type=int, default=1, help="ranks of the run")
-    parser.add_argument("--device-figures", type=Path, help="results.json of tools/gpu_check.sh")
     parser.add_argument("--json", type=Path, help="add a line of JSON to this file")
     options, flags = parser.parse_known_args(argv)
     if options.header:
@@ -89,8 +68,7 @@ def main(argv: list[str]) -> int:
     try:
         if options.log is None:
             raise ValueError("--log is missing; expected the output of a run")
-        known = [] if options.device_figures is None else device_flags(options.device_figures)
-        found = compare(options.log, options.world_size, [*known, *flags])
+        found = compare(options.log, options.world_size, flags)
     except ValueError as error:
         print(f"predicted.py: error: {error}", file=sys.stderr)
         return 2

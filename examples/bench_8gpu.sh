@@ -9,8 +9,8 @@
 # RANKS    GPUs (default: 8)
 # SIZES    memory-parallel sizes (default: 1 2 4 8)
 # MODES    memory-parallel modes (default: dim row); with size 1 there is none
-# FIGURES  results.json of tools/gpu_check.sh, for the device's peak and bandwidth (default: that of runs/gpu_check, if
-#          it exists; else the planner's own)
+# MACHINE  machine.json of tools/gpu_check.sh, for the device's rates (default: that of runs/gpu_check, if it exists; else
+#          the planner's own)
 # PLAN     further flags of tools/plan.py, such as --intra-node-bandwidth 300
 # LAUNCH   command that starts the ranks
 set -uo pipefail
@@ -30,7 +30,7 @@ RUN=${RUN:-runs/bench_8gpu}
 RANKS=${RANKS:-8}
 SIZES=${SIZES:-1 2 4 8}
 MODES=${MODES:-dim row}
-FIGURES=${FIGURES:-runs/gpu_check/results.json}
+MACHINE=${MACHINE:-runs/gpu_check/machine.json}
 LAUNCH=${LAUNCH:-torchrun --standalone --nproc-per-node $RANKS}
 
 ARGS=(
@@ -47,7 +47,7 @@ ARGS=(
     --log-throughput
 )
 DEVICE=()
-if [[ -f $FIGURES ]]; then DEVICE=(--device-figures "$FIGURES"); fi
+if [[ -f $MACHINE ]]; then DEVICE=(--machine "$MACHINE"); fi
 mkdir -p "$RUN"
 rm -f "$RUN/results.jsonl"
 code=0

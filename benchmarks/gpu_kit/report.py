@@ -146,3 +146,27 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".incomplete")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def machine_rates(device: str, steps: Sequence[Outcome]) -> dict[str, float]:
+    """Rates for ``tools/plan.py --machine`` that the finished steps have measured; empty without the step roofline.
+
+    The rate of rows is that of the lookup of umv2-227m: its forward and backward, by the bytes that must move, with the
+    faster of the kernels and PyTorch's functions.
+    """
+    figures = {step.name: step.figures for step in steps if step.result == DONE}
+    roofline = figures.get("roofline")
+    if roofline is None:
+        return {}
+    best = max(rate for name, rate in roofline.items() if name.startswith("gemm_bfloat16"))
+    peak = peak_tflops(device) or best
+    rates = {"memory_bandwidth": roofline["copy_gb_per_s"], "update_bandwidth": roofline["copy_gb_per_s"],
+             "peak_tflops": peak, "flops_efficiency": best / peak}  # fmt: skip
+    lookups = [each for name, each in figures.get("lookup", {}).items() if name.startswith("umv2-227m,")]
+    if lookups:
+        ways = ("forward", "backward")
+        rates["row_bandwidth"] = max(
+            roofline["copy_gb_per_s"] * sum(each[f"{way}_share"] * each[f"{way}_ms"] for way in ways)
+            / sum(each[f"{way}_ms"] for way in ways) for each in lookups
+        )  # fmt: skip
+    return {name: float(f"{rate:.4g}") for name, rate in rates.items()}

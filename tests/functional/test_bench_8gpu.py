@@ -32,7 +32,7 @@ for number in range(1, 21):
 def bench(folder: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     """The script, with logs in ``folder``."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {"RUN": str(folder), "FIGURES": str(folder / "none.json"), "PATH": path, **environment}
+    variables = {"RUN": str(folder), "MACHINE": str(folder / "none.json"), "PATH": path, **environment}
     command = [str(ROOT / "examples" / "bench_8gpu.sh"), *flags]
     return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=280)
 
@@ -83,22 +83,14 @@ def test_every_layout_is_tried_and_failures_are_told_of(tmp_path: Path) -> None:
     ]
 
 
-def test_figures_of_the_device(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    steps = [{"name": "roofline", "figures": {"copy_gb_per_s": 4000.5}}]
-    for device, peak in (("NVIDIA H100 PCIe", ["--peak-tflops", "756"]), ("unknown", [])):
-        path.write_text(json.dumps({"machine": {"device": device}, "steps": steps}))
-        assert predicted.device_flags(path) == ["--memory-bandwidth", "4000.5", *peak]
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"machine": {"device": "x"}, "steps": []}', None])
-def test_figures_that_are_none(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, log = tmp_path / "results.json", tmp_path / "log"
-    log.touch()
-    if content is not None:
-        path.write_text(content)
-    assert predicted.main(["--log", str(log), "--device-figures", str(path)]) == 2
-    assert f"--device-figures is {path}; expected the results.json" in capsys.readouterr().err
+def test_rates_of_the_machine(tmp_path: Path) -> None:
+    """A machine file is the planner's; what it lacks keeps its default."""
+    program, machine = tmp_path / "run.py", tmp_path / "machine.json"
+    program.write_text(RUN)
+    machine.write_text(json.dumps({"format": 1, "device": "a device", "rates": {"peak_tflops": 1978.0}}))
+    done = bench(tmp_path, LAUNCH=f"{sys.executable} {program}", MACHINE=str(machine), SIZES="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(tmp_path)["M 1"]["mfu"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("flags", [[], ["--log", "nowhere"]])

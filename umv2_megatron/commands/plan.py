@@ -23,10 +23,11 @@ from umv2_megatron.config.presets import PRESETS, Preset
 from umv2_megatron.config.resolve import resolve
 from umv2_megatron.config.usage import OneLineParser
 from umv2_megatron.planning import bytes_touched_per_token, count_parameters, flops_per_token
+from umv2_megatron.planning.device import Device, read_machine
 from umv2_megatron.planning.exchange import FORWARD
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.search import GIB, Evaluation, Model, RankBytes, evaluate, search
-from umv2_megatron.planning.step_time import Device, layer_exchange
+from umv2_megatron.planning.step_time import layer_exchange
 from umv2_megatron.planning.tables import layout_tables, model_tables, search_table
 from umv2_megatron.planning.traffic import traffic
 from umv2_megatron.training.tool_entry import program_name, quiet_mcore
@@ -46,17 +47,23 @@ SEARCHED: dict[str, tuple[str, Any]] = {
     "context_parallel_size": ("cp", int), "memory_parallel_size": ("memory_size", int),
     "memory_parallel_mode": ("memory_mode", ("dim", "row")), "micro_batch_size": ("micro_batch", int),
     "recompute_granularity": ("recompute", ("none", "selective", "full")),
+    "num_layers_per_virtual_pipeline_stage": ("per_chunk", int),
 }
 # What a search starts from.
-ALONE = {key: 1 for key, (_, kind) in SEARCHED.items() if kind is int} | {"global_batch_size": None}
+ALONE: dict[str, Any] = {key: 1 for key, (_, kind) in SEARCHED.items() if kind is int}
+ALONE |= {"global_batch_size": None, "num_layers_per_virtual_pipeline_stage": None}
 DEVICE_HELP = {
     "--peak-tflops": "dense bf16 TFLOP/s of a device; MFU is relative to it",
     "--flops-efficiency": "share of the peak that matrix products reach",
-    "--memory-bandwidth": "GB/s of the device's memory, as reached",
+    "--memory-bandwidth": "GB/s of the device's memory, read and written, as reached",
+    "--row-bandwidth": "GB/s of rows read at random places of a table, as reached",
+    "--update-bandwidth": "GB/s of the optimizer's state, gradients and weights in an update, as reached",
     "--intra-node-bandwidth": "GB/s from a device to others of its node, as reached",
     "--inter-node-bandwidth": "GB/s from a device to other nodes, as reached",
     "--gpus-per-node": "devices in a node",
     "--link-latency-us": "microseconds that a collective takes whatever its size",
+    "--launch-us": "microseconds that the host takes to start an operation",
+    "--starts-ahead": "1: the host starts operations while the device computes; 0: it computes itself",
     "--host-bandwidth": "GB/s between a device and the host's memory, in each direction, as reached",
     "--host-memory-bandwidth": "GB/s of the host's memory for each device, as reached",
 }
@@ -98,16 +105,18 @@ def build_parser(searching: bool) -> OneLineParser:
     parser.add_argument("--gpu-memory-gib", metavar="GIB", help="memory of a device, to say what fits")
     parser.add_argument("--memory-reserve-gib", default=4.0, metavar="GIB",
                         help="of it kept free for the CUDA context, NCCL and fragmentation (default: 4)")
-    parser.add_argument("--search", action="store_true", help="try TP x PP x CP x M x mode x micro batch x "
-                        "recomputation (default batch: a sequence per rank)")
+    parser.add_argument("--search", action="store_true", help="try TP x PP x virtual stages x CP x M x mode x "
+                        "micro batch x recomputation x precision of gradients (default batch: a sequence per rank)")
     parser.add_argument("--top", default=10, metavar="N", help="layouts that --search prints (default: 10)")
     parser.add_argument("--transformer-impl", choices=("auto", "transformer_engine", "local"), default="auto",
                         help="whose activations to count: Transformer Engine's, as on a GPU (auto), or megatron-core's "
                         "own modules")
     device = parser.add_argument_group("device and links (defaults: H100 SXM, NVLink, 400 Gb/s per device)")
+    device.add_argument("--machine", metavar="FILE", help="measured rates, from benchmarks/machine.py or "
+                        "tools/gpu_check.sh; flags given beside it count before it")
     for flag, text in DEVICE_HELP.items():
         usual = getattr(Device, flag[2:].replace("-", "_"))
-        device.add_argument(flag, metavar="X", default=usual, help=f"{text} (default: {usual:g})")
+        device.add_argument(flag, metavar="X", help=f"{text} (default: {usual:g})")
     if searching:
         layout = parser.add_argument_group("layout, as for pretrain_umv2.py; --search keeps what is given")
         for key, (_, kind) in SEARCHED.items():
@@ -120,8 +129,7 @@ def plan(argv: list[str]) -> dict[str, Any]:
     """All figures for a command line, JSON-ready. Raises ``ValueError`` with one sentence for a user's mistake."""
     given, rest = build_parser("--search" in argv).parse_known_args(argv)
     world = _number("world-size", given.world_size, int)
-    device = Device(**{field.name: _number(field.name, getattr(given, field.name), type(field.default))
-                       for field in dataclasses.fields(Device)})
+    device = _device(given)
     reserve = _number("memory-reserve-gib", given.memory_reserve_gib, float, zero=True)
     capacity = None if given.gpu_memory_gib is None else _number("gpu-memory-gib", given.gpu_memory_gib, float)
     if given.search and capacity is None:
@@ -144,6 +152,17 @@ def plan(argv: list[str]) -> dict[str, Any]:
     found = evaluate(model, layout, device, available)
     figures["run"] = {**limits, **_run_figures(found, model, device, reserve)}
     return figures
+
+
+def _device(given: argparse.Namespace) -> Device:
+    """The device of the flags, of --machine where they say nothing, and of the defaults."""
+    measured = {} if given.machine is None else read_machine(given.machine)[1]
+    for field in dataclasses.fields(Device):
+        text = getattr(given, field.name)
+        if text is not None:
+            zero = field.name == "starts_ahead"
+            measured[field.name] = _number(field.name, text, type(field.default), zero=zero)
+    return Device(**measured)
 
 
 def _resolve(rest: list[str], world: int) -> Any:
@@ -299,6 +318,8 @@ def _search(given: Any, run: Any, start: Layout, model: Model, device: Device, a
             fixed[name] = _number(key, text, int) if kind is int else text
     if fixed.get("recompute") == "selective":
         fixed["recompute_modules"] = tuple(values["recompute_modules"] or ("core_attn",))
+    if "grad_reduce_in_fp32" in run.sources or not start.grads_in_fp32:
+        fixed["grads_in_fp32"] = start.grads_in_fp32
     if "sequence_parallel" in run.sources:
         fixed["sequence_parallel"] = bool(values["sequence_parallel"])
     batch = values["global_batch_size"] if "global_batch_size" in run.sources else run.world_size

@@ -17,7 +17,6 @@ Letters: T tokens that this rank looks up, P picks of a token, C cores, E virtua
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from umv2_megatron.config.memory_config import MemoryConfig
@@ -48,7 +47,7 @@ class BlockBytes:
     @property
     def all(self) -> int:
         """Everything kept."""
-        return sum(dataclasses.astuple(self)) - self.key_scores
+        return self.norms + self.projections + self.core + self.ffn + self.retrieval + self.lookup
 
     @property
     def attention(self) -> int:

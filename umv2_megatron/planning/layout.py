@@ -26,11 +26,14 @@ UNKNOWN_SPLITS = ("pipeline_model_parallel_layout",)
 class Layout:
     """Parallel sizes, batch, precision and recomputation of one run.
 
-    ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
+    ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank,
+    ``per_chunk`` blocks each (None without virtual stages);
     ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and
     step; ``engine``: Transformer Engine's attention and norms instead of the local ones; ``holds_scores``: local
     attention that writes the scores of all pairs of tokens (model/fused_attention.py says when); ``masked``: it gets
-    masks from the data loader;
+    masks from the data loader; ``fused_activation``: bias-SwiGLU, on by default on a GPU; ``fused_accumulation``:
+    --gradient-accumulation-fusion; ``fused_loss``: --cross-entropy-fusion-impl, None without
+    --cross-entropy-loss-fusion; ``graphs``: blocks are captured (--cuda-graph-impl);
     ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size; ``first_stage``, ``last_stage``: blocks
     there, None for an even split; ``row_moments``: second moments of value tables by row; ``tables_on_host``:
     --memory-value-optimizer-offload; ``main_param_bytes``, ``exp_avg_bytes``, ``exp_avg_sq_bytes``: of an element of
@@ -42,6 +45,7 @@ class Layout:
     pp: int = 1
     cp: int = 1
     chunks: int = 1
+    per_chunk: int | None = None
     memory_size: int = 1
     memory_mode: str = "dim"
     sequence_parallel: bool = False
@@ -62,6 +66,9 @@ class Layout:
     holds_scores: bool = False
     masked: bool = False
     fused_activation: bool = False
+    fused_accumulation: bool = False
+    fused_loss: str | None = None
+    graphs: bool = False
     backend: str = "auto"
     first_stage: int | None = None
     last_stage: int | None = None
@@ -100,6 +107,7 @@ class Layout:
         return cls(
             world=world_size, tp=tp, pp=pp, cp=cp,
             chunks=values["num_layers"] // pp // per_chunk if per_chunk else 1,
+            per_chunk=per_chunk,
             memory_size=values["memory_parallel_size"] if memory else 1,
             memory_mode=values["memory_parallel_mode"],
             sequence_parallel=bool(values["sequence_parallel"]) and tp > 1,
@@ -119,7 +127,10 @@ class Layout:
             engine=engine,
             holds_scores=not engine and holds_scores(values),
             masked=bool(values.get("create_attention_mask_in_dataloader")),
-            fused_activation=bool(values.get("bias_activation_fusion")),
+            fused_activation=engine or bool(values.get("bias_activation_fusion")),
+            fused_accumulation=bool(values.get("gradient_accumulation_fusion")),
+            fused_loss=values["cross_entropy_fusion_impl"] if values.get("cross_entropy_loss_fusion") else None,
+            graphs=(values.get("cuda_graph_impl") or "none") != "none",
             backend=values.get("memory_backend") or "auto",
             first_stage=values.get("num_layers_in_first_pipeline_stage"),
             last_stage=values.get("num_layers_in_last_pipeline_stage"),
@@ -187,6 +198,8 @@ class Layout:
             "micro-batch-size": self.micro_batch, "global-batch-size": self.micro_batch * self.micro_batches * self.dp,
         }
         found = [f"--{name} {size}" for name, size in sizes.items() if size > 1 or "batch" in name]
+        if self.chunks > 1:
+            found.append(f"--num-layers-per-virtual-pipeline-stage {self.per_chunk}")
         if self.memory_size > 1:
             found.append(f"--memory-parallel-mode {self.memory_mode}")
         switches = {
@@ -195,6 +208,8 @@ class Layout:
             "overlap-param-gather": self.overlap_param_gather,
         }
         found += [f"--{name}" for name, on in switches.items() if on]
+        if self.bf16 and not self.grads_in_fp32:
+            found.append("--no-accumulate-allreduce-grads-in-fp32")
         if self.recompute == "full":
             found.append(f"--recompute-granularity full --recompute-method {self.recompute_method} "
                          f"--recompute-num-layers {self.recompute_layers}")

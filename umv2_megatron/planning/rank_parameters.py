@@ -7,10 +7,12 @@ compares names and sizes with those of built models.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.model_shape import ModelShape
 
@@ -51,10 +53,16 @@ def chunk_parameters(
         if shape.learned_positions:
             positions = shape.learned_positions * shape.hidden_size
             found.append(Parameter("embedding.position_embeddings.weight", positions, "embedding"))
+    with_memory = memory.memory_layers(shape.num_layers) if memory else [False] * shape.num_layers
+    alike: dict[tuple[bool, int], tuple[Parameter, ...]] = {}
     for place, block in enumerate(layout.stage_blocks(shape.num_layers, stage, chunk)):
+        prefix = f"decoder.layers.{place}."
+        kind = (bool(with_memory[block]), owned_rows(shape, memory, block) if memory and with_memory[block] else 0)
+        if kind not in alike:
+            alike[kind] = _block(shape, memory, layout.tp, layout.shard(memory_rank), *kind)
         found += [
-            replace(each, name=f"decoder.layers.{place}.{each.name}")
-            for each in _block(shape, memory, layout, block, memory_rank)
+            Parameter(prefix + each.name, each.elements, each.kind, each.ends_bucket, each.columns)
+            for each in alike[kind]
         ]
     if last:
         found += list(_norm("decoder.final_layernorm", shape.hidden_size, shape.norm_bias))
@@ -64,10 +72,17 @@ def chunk_parameters(
 
 
 def _block(
-    shape: ModelShape, memory: MemoryConfig | None, layout: Layout, block: int, memory_rank: int
-) -> Iterator[Parameter]:
-    """One block: norm, attention, norm, FFN, memory layer."""
-    hidden, tp = shape.hidden_size, layout.tp
+    shape: ModelShape, memory: MemoryConfig | None, tp: int, shard: TableShard, has_memory: bool, rows: int
+) -> tuple[Parameter, ...]:
+    """One block: norm, attention, norm, FFN, memory layer; ``rows``: of the table that its layer owns, 0 without."""
+    found = _dense_block(shape, tp)
+    if memory is not None and has_memory:
+        found = itertools.chain(found, _memory_layer(shape, memory, shard, rows))
+    return tuple(found)
+
+
+def _dense_block(shape: ModelShape, tp: int) -> Iterator[Parameter]:
+    hidden = shape.hidden_size
     qkv = (shape.query_size + 2 * shape.key_value_size) // tp
     yield from _norm("input_layernorm", hidden, shape.norm_bias)
     yield from _linear("self_attention.linear_proj", shape.query_size // tp * hidden, hidden, shape.linear_bias,
@@ -81,13 +96,9 @@ def _block(
     up = inner * (2 if shape.gated else 1)
     yield from _linear("mlp.ffn.linear_fc1", up * hidden, up, shape.linear_bias, "ffn")
     yield from _linear("mlp.ffn.linear_fc2", inner * hidden, hidden, shape.linear_bias, "ffn")
-    if memory is not None and memory.memory_layers(shape.num_layers)[block]:
-        yield from _memory_layer(shape, memory, layout, block, memory_rank)
 
 
-def _memory_layer(
-    shape: ModelShape, m: MemoryConfig, layout: Layout, block: int, memory_rank: int
-) -> Iterator[Parameter]:
+def _memory_layer(shape: ModelShape, m: MemoryConfig, shard: TableShard, rows: int) -> Iterator[Parameter]:
     """All but the table is the same on every rank; the layer that owns a table has its part of it."""
     hidden, prefix = shape.hidden_size, "mlp.memory."
     sizes = {
@@ -103,9 +114,7 @@ def _memory_layer(
     for name, elements in sizes.items():
         if elements:
             yield Parameter(prefix + name, elements, "memory")
-    rows = owned_rows(shape, m, block)
     if rows:
-        shard = layout.shard(memory_rank)
         top, bottom = shard.rows(rows)
         for name, width in (("values", m.value_dim), ("pre_values", m.pre_value_dim)):
             left, right = shard.columns(width)

@@ -1,8 +1,8 @@
 """What one layout costs a rank, whether it fits, and which of all legal layouts is fastest.
 
 ``evaluate`` looks at the first, a middle and the last pipeline stage (the embedding and most micro-batches in flight
-are on the first, the output matrix is on the last). ``search`` tries TP x PP x CP x M x mode x micro-batch x
-recomputation.
+are on the first, the output matrix is on the last). ``search`` tries TP x PP x virtual stages x CP x M x mode x
+micro-batch x recomputation x precision of gradients.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.planning.activations import ActivationBytes, activation_bytes
+from umv2_megatron.planning.device import Device
 from umv2_megatron.planning.flops import FlopsPerToken, flops_per_token
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.model_shape import ModelShape
 from umv2_megatron.planning.state_bytes import StateBytes, state_bytes
-from umv2_megatron.planning.step_time import Device, StepTime, step_time
+from umv2_megatron.planning.step_time import StepTime, step_time
 
 GIB = 2**30
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -148,7 +149,8 @@ def candidates(
                 for size, mode in _table_splits(model.memory, world // pp, fixed):
                     layout = dataclasses.replace(start, tp=tp, pp=pp, cp=cp, memory_size=size, memory_mode=mode,
                                                  sequence_parallel=sequence)
-                    yield from _batches(model, layout, global_batch, dp, fixed)
+                    for staged in _virtual_stages(layout, base.num_layers // pp, fixed):
+                        yield from _batches(model, staged, global_batch, dp, fixed)
 
 
 def _batches(model: Model, layout: Layout, global_batch: int, dp: int, fixed: Mapping[str, Any]) -> Iterator[Layout]:
@@ -156,10 +158,25 @@ def _batches(model: Model, layout: Layout, global_batch: int, dp: int, fixed: Ma
         if global_batch % (micro * dp):
             continue
         sized = dataclasses.replace(layout, micro_batch=micro, micro_batches=global_batch // (micro * dp))
+        if sized.chunks > 1 and sized.micro_batches % sized.pp:
+            continue  # they go through a virtual stage in groups as large as the pipeline
         if sized.complaint(model.shape(sized.tp), model.memory) is not None:
             continue
         for recompute, modules in _recomputations(layout, fixed):
-            yield dataclasses.replace(sized, recompute=recompute, recompute_modules=modules)
+            again = dataclasses.replace(sized, recompute=recompute, recompute_modules=modules)
+            for grads_in_fp32 in _choice(fixed, "grads_in_fp32", (True, False) if layout.bf16 else (True,)):
+                yield dataclasses.replace(again, grads_in_fp32=grads_in_fp32)
+
+
+def _virtual_stages(layout: Layout, per_stage: int, fixed: Mapping[str, Any]) -> Iterator[Layout]:
+    """``layout`` without virtual stages, and with those whose lengths divide a stage's ``per_stage`` blocks."""
+    if "per_chunk" in fixed:
+        sizes = [fixed["per_chunk"]] if layout.pp > 1 and per_stage % fixed["per_chunk"] == 0 else []
+    else:
+        yield layout
+        sizes = [size for size in _divisors(per_stage) if size < per_stage] if layout.pp > 1 else []
+    for size in sizes:
+        yield dataclasses.replace(layout, chunks=per_stage // size, per_chunk=size)
 
 
 def _recomputations(layout: Layout, fixed: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:

@@ -1,10 +1,10 @@
-"""Predicted time of a training step, from stated FLOP/s and bandwidths; docs/planning.md says what overlaps.
+"""Predicted time of a training step, from rates of a device (``device.py``); docs/planning.md says what overlaps.
 
 Of a stage's micro-batch:
 
     products    FLOPs / (peak x efficiency); a backward is two forwards, recomputation one more
-    rows        picked rows read in the forward; in the backward read again, and their gradients added in float32
-    key scores  written and read a few times in float32, because they are too large for a cache
+    memory      what operations other than products read and write (``device_bytes.py``) over the rates of memory
+    launches    operations that the host starts (``launches.py``): beside the device, or before each on a CPU
     exchange    the steps of planning/exchange.py. Those that are under way while the FFN computes count only as far
                 as they take longer than it; the others count in full
     collectives of tensor, context and pipeline parallelism
@@ -20,8 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.planning import device_bytes
+from umv2_megatron.planning.device import Device
+from umv2_megatron.planning.device_bytes import Moved
 from umv2_megatron.planning.exchange import FORWARD, OVERLAPPED, exchange_bytes
 from umv2_megatron.planning.flops import FlopsPerToken
+from umv2_megatron.planning.launches import FORWARD_SHARE, micro_batch_launches
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.model_shape import ModelShape
 from umv2_megatron.planning.rank_parameters import table_rows
@@ -33,35 +37,6 @@ ALL_TO_ALL = {
     "dim": ("projected", "weights", "output", "output_grad", "weight_grads", "projected_grad"),
     "row": ("pick_counts", "rows", "scores", "score_grads"),
 }
-# Passes over the key scores [2, R, T, h, N] in float32: product, copy, ranking; gradients, sums, copy.
-KEY_SCORE_PASSES = {"forward": 4, "backward": 5}
-
-
-@dataclass(frozen=True)
-class Device:
-    """Figures of a rank's device and links; bandwidths in GB/s (1e9 bytes), in one direction, as achieved."""
-
-    peak_tflops: float = 989.0
-    flops_efficiency: float = 0.5
-    memory_bandwidth: float = 2500.0
-    intra_node_bandwidth: float = 360.0
-    inter_node_bandwidth: float = 40.0
-    gpus_per_node: int = 8
-    link_latency_us: float = 20.0
-    host_bandwidth: float = 20.0
-    host_memory_bandwidth: float = 30.0
-
-    def seconds(self, sent: float, ranks: int, stride: int, *, all_to_all: bool = False) -> float:
-        """Time to send ``sent`` bytes in a group of ``ranks`` whose members are ``stride`` ranks apart."""
-        if ranks == 1 or sent <= 0:
-            return 0.0
-        here = max(1, min(ranks, self.gpus_per_node // stride))
-        crossing = sent * (ranks - here) / (ranks - 1)
-        inside = sent - crossing
-        if not all_to_all:
-            crossing /= here
-        longest = max(inside / self.intra_node_bandwidth, crossing / self.inter_node_bandwidth)
-        return self.link_latency_us * 1e-6 + longest / 1e9
 
 
 @dataclass(frozen=True)
@@ -140,7 +115,7 @@ class _Stage:
         self._communicate(stage)
 
     def _compute(self, flops: FlopsPerToken, has_logits: bool) -> None:
-        """Seconds of products and memory traffic, ``forward`` and ``backward``."""
+        """Seconds of products, memory traffic and launches, ``forward`` and ``backward``."""
         layout, count = self.layout, self.shape.num_layers
         rate = self.device.peak_tflops * 1e12 * self.device.flops_efficiency
         tokens = layout.tokens(self.shape.seq_length) / layout.tp / rate
@@ -148,12 +123,21 @@ class _Stage:
         self.ffn = tokens * flops.ffn / count
         core = tokens * flops.attention_scores / count
         products = tokens * flops.memory / max(1, self.all_memory_layers)
-        reads = self._memory_traffic()
-        memory = (products + reads[0], 2 * products + reads[1])
-        logits = tokens * flops.logits if has_logits else 0.0
-        forward = self.blocks * (attention + self.ffn) + self.memory_layers * memory[0]
-        self.forward = forward + logits
-        self.backward = 2 * (self.blocks * (attention + self.ffn) + logits) + self.memory_layers * memory[1]
+        rest = self._seconds(device_bytes.block(self.shape, layout, self.shape.seq_length))
+        layer = (0.0, 0.0)
+        if self.memory is not None:
+            own = layout.own_tokens(self.shape.seq_length)
+            layer = self._seconds(device_bytes.memory_layer(self.memory, layout, own))
+        block = (attention + self.ffn + rest[0], 2 * (attention + self.ffn) + rest[1])
+        memory = (products + layer[0], 2 * products + layer[1])
+        self.forward = forward = self.blocks * block[0] + self.memory_layers * memory[0]
+        self.backward = self.blocks * block[1] + self.memory_layers * memory[1]
+        dense = (self.state.gradients - self.state.table_gradients) / layout.grad_bytes
+        self.backward += self._seconds(device_bytes.accumulation(dense, layout))[1]
+        if has_logits:
+            logits = tokens * flops.logits
+            passes = self._seconds(device_bytes.loss(self.shape, layout, self.shape.seq_length))
+            self.forward, self.backward = self.forward + logits + passes[0], self.backward + 2 * logits + passes[1]
         self.again = 0.0  # the share of the forward's communication that recomputation repeats
         if layout.recompute == "full":
             share = 1.0
@@ -166,21 +150,22 @@ class _Stage:
                 self.backward += self.blocks * core
             if "mlp" in layout.recompute_modules:
                 self.backward += self.blocks * self.ffn + self.memory_layers * memory[0]
+        self._launch()
 
-    def _memory_traffic(self) -> tuple[float, float]:
-        """Seconds that picked rows and key scores of a memory layer take to read and write, forward and backward."""
-        m = self.memory
-        if m is None:
-            return 0.0, 0.0
-        tokens, size = self.layout.own_tokens(self.shape.seq_length), self.layout.weight_bytes
-        elements = tokens * m.num_heads * m.topk * (m.pre_value_dim + m.value_dim)
-        scores = 2 * m.tucker_rank * tokens * m.num_heads * m.scored_keys * FP32
-        rate = self.device.memory_bandwidth * 1e9
-        forward = elements * size + KEY_SCORE_PASSES["forward"] * scores
-        # rows once more; their gradient written and read as float32, and added to the gradient buffer
-        grads = 2 * self.layout.grad_bytes + 2 * FP32
-        backward = elements * (size + grads) + KEY_SCORE_PASSES["backward"] * scores
-        return forward / rate, backward / rate
+    def _seconds(self, moved: Moved) -> tuple[float, float]:
+        """Forward and backward of operations that move so many bytes."""
+        rows, streamed = self.device.row_bandwidth * 1e9, self.device.memory_bandwidth * 1e9
+        return (moved.rows_forward / rows + moved.streamed_forward / streamed,
+                moved.rows_backward / rows + moved.streamed_backward / streamed)  # fmt: skip
+
+    def _launch(self) -> None:
+        """The host's time to start operations: beside the device's own, or in addition to it."""
+        host = micro_batch_launches(self.layout, self.blocks, self.memory_layers) * self.device.launch_us * 1e-6
+        forward, backward = FORWARD_SHARE * host, (1 - FORWARD_SHARE) * host
+        if self.device.starts_ahead:
+            self.forward, self.backward = max(self.forward, forward), max(self.backward, backward)
+        else:
+            self.forward, self.backward = self.forward + forward, self.backward + backward
 
     def _communicate(self, stage: int) -> None:
         """Add exposed communication to ``forward`` and ``backward``."""
@@ -233,7 +218,7 @@ class _Stage:
         state, layout = self.state, self.layout
         written = state.updated * (layout.grad_bytes + layout.weight_bytes)
         moved = 2 * state.optimizer + written + 3 * state.gradients
-        return moved / (self.device.memory_bandwidth * 1e9) + self._on_host()
+        return moved / (self.device.update_bandwidth * 1e9) + self._on_host()
 
     def _on_host(self) -> float:
         """Seconds of --memory-value-optimizer-offload: gradients come down, in float32 runs weights too, and weights go

@@ -79,3 +79,20 @@ def test_operations_of_a_block(results: dict[str, Any]) -> None:
     assert ops["triton"] <= ops["dense"] + 63 and ops["scatter"] <= ops["dense"] + 101
     # A further layer adds none to the refresh of u and t.
     assert all(sum(found["refresh"].values()) == 0 for found in results["ops"].values())
+
+
+def test_planner_counts_the_same_bytes(counted: dict[str, Any]) -> None:
+    """But for the tokens' own vectors, which the planner has read once, and for torch's sort."""
+    from benchmarks.kernel_bytes import SIZES as LOOKUPS
+    from umv2_megatron.config.memory_config import MemoryConfig
+    from umv2_megatron.planning.device_bytes import SORT_BYTES, by_triton
+    from umv2_megatron.planning.layout import Layout
+
+    tokens, picks, rows, pre, values, cores = LOOKUPS[counted["size"]]
+    memory = MemoryConfig(num_keys=picks, topk=picks, num_cores=cores, pre_value_dim=pre, value_dim=values)
+    planned = by_triton(memory, Layout(bf16=True), counted["picks"], rows, pre, values)
+    forward = moved(counted["forward"], "rows") + moved(counted["forward"], "others")
+    backward = sum(moved(counted["backward"], kind) for kind in ("rows", "sums", "others"))
+    assert planned.forward == pytest.approx(forward + moved(counted["forward"], "tokens"), rel=0.05)
+    not_counted = SORT_BYTES * counted["picks"] + tokens * (pre + values) * 2
+    assert planned.backward - not_counted == pytest.approx(backward, rel=0.05)

@@ -14,11 +14,11 @@ import pytest
 from umv2_megatron.config.flags import UsageError, read_mapping
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.resolve import from_layers, resolve
+from umv2_megatron.planning.device import Device
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.model_shape import ModelShape
 from umv2_megatron.planning.rank_parameters import chunk_parameters
 from umv2_megatron.planning.search import Model, candidates
-from umv2_megatron.planning.step_time import Device
 
 ROOT = Path(__file__).resolve().parents[3]
 CHOICES: dict[str, tuple[Any, ...]] = {

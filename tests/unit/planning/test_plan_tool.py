@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from umv2_megatron.commands import plan as plan_tool
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.planning import count_parameters, flops_per_token
+from umv2_megatron.planning.device import Device, write_machine
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -107,6 +109,48 @@ def test_a_run_of_120b_is_found(figures):
     run = resolve(["--model-preset", "umv2-2.5b-120b-top256", "--transformer-impl", "local", *best["flags"].split()],
                   1024, for_training=False)
     assert run.memory.parallel_size == best["layout"]["memory_size"]
+
+
+def test_rates_of_a_machine_file(figures, tmp_path):
+    """Its rates take the place of the defaults; flags count before it."""
+    file = tmp_path / "machine.json"
+    rates = {"peak_tflops": 1.5, "memory_bandwidth": 20.0, "gpus_per_node": 4, "starts_ahead": 0}
+    write_machine(file, "a device", rates, "a command")
+    run = figures("--model-preset", "umv2-8m", "--machine", str(file), "--memory-bandwidth", "30")["run"]
+    expected = {**dataclasses.asdict(Device()), **rates, "memory_bandwidth": 30.0}
+    assert run["device"] == expected
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "cannot be read (No such file or directory)"), ("{}", "KeyError('format')"), ("[1]", "expected the JSON"),
+    ('{"format": 2, "device": "x", "rates": {}}', "its format is 2"),
+    ('{"format": 1, "device": "x", "rates": {"speed": 1}}', "has the rate 'speed'"),
+    ('{"format": 1, "device": "x", "rates": {"launch_us": 0}}', "has launch_us 0; expected a number above 0"),
+    ('{"format": 1, "device": "x", "rates": {"launch_us": NaN}}', "has launch_us nan"),
+    ('{"format": 1, "device": "x", "rates": {"gpus_per_node": 1.5}}', "has gpus_per_node 1.5"),
+])  # fmt: skip
+def test_machine_files_that_are_none(content, words, tmp_path, capsys):
+    file = tmp_path / "machine.json"
+    if content is not None:
+        file.write_text(content)
+    assert plan_tool.main(["--model-preset", "umv2-8m", "--machine", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert f"--machine is {file}" in told and words in told and told.count("\n") == 1
+
+
+def test_flags_of_virtual_stages_and_gradients_are_accepted(figures):
+    """Those that a search prints, by the checks of a run."""
+    from umv2_megatron.config.resolve import resolve
+
+    fixed = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "2"]
+    fixed += ["--no-accumulate-allreduce-grads-in-fp32", "--global-batch-size", "64"]
+    sizes = ["--world-size", "16", "--gpu-memory-gib", "80"]
+    shown = figures("--model-preset", "umv2-1b-7b", *sizes, "--bf16", "--search", *fixed)["search"]
+    best = shown["best"][0]
+    assert best["layout"]["chunks"] == 4 and best["layout"]["grads_in_fp32"] is False
+    run = resolve(["--model-preset", "umv2-1b-7b", "--transformer-impl", "local", *best["flags"].split()], 16,
+                  for_training=False)
+    assert run.virtual_pipeline_size == 4 and run.values["grad_reduce_in_fp32"] is False
 
 
 def test_search_prints_a_table(capsys):

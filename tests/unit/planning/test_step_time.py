@@ -7,20 +7,21 @@ import dataclasses
 import pytest
 
 from umv2_megatron.config.presets import PRESETS
+from umv2_megatron.planning import device_bytes
 from umv2_megatron.planning.activations import micro_batches_in_flight
+from umv2_megatron.planning.device import Device
 from umv2_megatron.planning.exchange import exchange_bytes
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.rank_parameters import Parameter
 from umv2_megatron.planning.search import Model, evaluate, search
 from umv2_megatron.planning.state_bytes import Bucket, StateBytes, buckets_of, owned_elements, state_bytes
-from umv2_megatron.planning.step_time import Device
 from umv2_megatron.planning.traffic import traffic
 
 PRESET = PRESETS["umv2-1b-7b"]
 MEMORY = PRESET.memory_config()
 MODEL = Model(PRESET.model, MEMORY)
-IDEAL = Device(peak_tflops=100.0, flops_efficiency=1.0, memory_bandwidth=1e9, intra_node_bandwidth=1e9,
-               inter_node_bandwidth=1e9, link_latency_us=0.0)
+IDEAL = Device(peak_tflops=100.0, flops_efficiency=1.0, memory_bandwidth=1e9, row_bandwidth=1e9, update_bandwidth=1e9,
+               intra_node_bandwidth=1e9, inter_node_bandwidth=1e9, link_latency_us=0.0, launch_us=0.0)
 TOKENS, HIDDEN = 4096, 2048
 
 
@@ -106,6 +107,29 @@ def test_pipeline_bubble() -> None:
     assert turns.bubble == pytest.approx(3 * both / 4, rel=1e-3)
 
 
+def test_launches_count_where_the_device_would_be_faster() -> None:
+    """Beside the device only what takes longer than it; where the host computes itself, all of them."""
+    layout, operations = Layout(bf16=True, backend="triton"), 16 * (80 + 63) + 60
+    alone = evaluate(MODEL, layout, IDEAL).time
+    few, many = (dataclasses.replace(IDEAL, launch_us=each) for each in (1.0, 1e4))
+    assert evaluate(MODEL, layout, few).time == alone
+    time = evaluate(MODEL, layout, many).time
+    assert time.forward + time.backward == pytest.approx(operations * 1e-2)
+    itself = evaluate(MODEL, layout, dataclasses.replace(few, starts_ahead=0)).time
+    assert itself.step == pytest.approx(alone.step + operations * 1e-6)
+    captured = dataclasses.replace(layout, graphs=True)
+    assert evaluate(MODEL, captured, many).time.step < 0.1 * time.step
+
+
+def test_rows_and_streams_have_their_own_rates() -> None:
+    layout = Layout(bf16=True, backend="triton")
+    moved = device_bytes.memory_layer(MEMORY, layout, TOKENS)
+    alone = evaluate(MODEL, layout, IDEAL).time
+    rows = evaluate(MODEL, layout, dataclasses.replace(IDEAL, row_bandwidth=1.0)).time
+    assert rows.forward - alone.forward == pytest.approx(16 * moved.rows_forward / 1e9, rel=1e-6)
+    assert rows.backward - alone.backward == pytest.approx(16 * moved.rows_backward / 1e9, rel=1e-6)
+
+
 def test_exchange_is_hidden_behind_the_ffn_only_where_it_runs_beside_it() -> None:
     slow = dataclasses.replace(IDEAL, intra_node_bandwidth=1e3)
     base = Layout(world=8, micro_batches=1, bf16=True, memory_size=8, memory_mode="row")
@@ -141,7 +165,7 @@ def test_buckets_by_hand() -> None:
 def test_search_finds_the_fastest_that_fits() -> None:
     """Every layout that the search leaves out is slower or too large."""
     start = Layout(world=8, bf16=True, distributed_optimizer=True)
-    memory_bytes = 20 * 2**30
+    memory_bytes = 15 * 2**30
     found = search(MODEL, start, 16, Device(), memory_bytes)
     assert found.fitting and all(each.worst.all <= memory_bytes for each in found.fitting)
     steps = [each.time.step for each in found.fitting]
@@ -149,6 +173,10 @@ def test_search_finds_the_fastest_that_fits() -> None:
     roomy = search(MODEL, start, 16, Device(), 1e15)
     assert len(roomy.fitting) == roomy.legal == found.legal
     assert roomy.fitting[0].time.step <= steps[0]
+    tried = [each.layout for each in roomy.fitting]
+    assert {each.grads_in_fp32 for each in tried} == {True, False}
+    assert {(each.pp, each.chunks) for each in tried} >= {(1, 1), (2, 1), (2, 2), (2, 8), (4, 4)}
+    assert all(each.micro_batches % each.pp == 0 for each in tried if each.chunks > 1)
     nothing = search(MODEL, start, 16, Device(), 2**20)
     assert not nothing.fitting and nothing.smallest is not None
     assert nothing.smallest.worst.all == min(each.worst.all for each in roomy.fitting)

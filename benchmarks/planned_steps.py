@@ -1,0 +1,94 @@
+"""Sets the planner's step time beside measured steps on this machine's CPU, in several layouts.
+
+    python benchmarks/planned_steps.py --docs docs/performance.md        about 12 minutes on 2 quiet cores
+
+First ``benchmarks/machine.py`` measures the machine, with one rank and with two; then each layout trains as a user
+would train it, with ``pretrain_umv2.py`` in float32, a thread for each rank. The time of a step is the median of the
+iterations without the first third; "ratio" is measured over predicted. The model is umv2-227m-1.2b with fewer blocks,
+shorter sequences and a smaller vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import predicted  # noqa: E402
+from benchmarks.measure import Table, add_options, describe_machine, prepare, publish  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ("--model-preset umv2-227m-1.2b --num-layers {layers} --seq-length {length} --max-position-embeddings {length} "
+         "--vocab-size 5120 --memory-num-keys 240 --global-batch-size 8 --train-iters {steps} --lr 1e-4 --mock-data "
+         "--tokenizer-type NullTokenizer --num-workers 0 --eval-iters 0 --log-interval 1 --log-throughput")  # fmt: skip
+LAYOUTS: dict[str, tuple[int, str]] = {
+    "one rank": (1, "--micro-batch-size 2"),
+    "one rank, micro-batch 1": (1, "--micro-batch-size 1"),
+    "one rank, dense": (1, "--micro-batch-size 2 --ffn-variant dense"),
+    "recomputation": (1, "--micro-batch-size 2 --recompute-granularity full --recompute-method uniform "
+                         "--recompute-num-layers 1"),
+    "DP 2": (2, "--micro-batch-size 2"),
+    "DP 2, distributed optimizer": (2, "--micro-batch-size 2 --use-distributed-optimizer"),
+    "DP 2, M 2 by column": (2, "--micro-batch-size 2 --memory-parallel-size 2"),
+    "DP 2, M 2 by row": (2, "--micro-batch-size 2 --memory-parallel-size 2 --memory-parallel-mode row"),
+    "TP 2": (2, "--micro-batch-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+    "PP 2": (2, "--micro-batch-size 1 --pipeline-model-parallel-size 2"),
+}  # fmt: skip
+"""Ranks and flags by name."""
+
+
+def run(name: str, ranks: int, flags: list[str], machine: Path, folder: Path) -> dict[str, Any]:
+    """Train, and compare; ``RuntimeError`` with the end of the output where the run fails."""
+    log = folder / f"{name.replace(' ', '_').replace(',', '')}.log"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+               "pretrain_umv2.py", *flags]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log, "w", encoding="utf-8") as output:
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
+    if code:
+        raise RuntimeError(f"{name} ended with code {code}: {' '.join(log.read_text().splitlines()[-3:])}")
+    plan = [*flags, "--transformer-impl", "local", "--machine", str(machine)]
+    return predicted.compare(log, ranks, plan)
+
+
+def main(argv: list[str]) -> int:
+    """Measure, compare, print. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="planned_steps.py", description=(__doc__ or "").split("\n")[0])
+    add_options(parser, rounds=7)
+    parser.add_argument("--only", nargs="+", choices=tuple(LAYOUTS), default=list(LAYOUTS), help="these layouts")
+    options = parser.parse_args(argv)
+    prepare(parser, options, "planned_steps.py")
+    sizes = {"layers": 2, "length": 64, "steps": 3} if options.quick else {"layers": 4, "length": 512, "steps": 12}
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        machines = {}
+        for ranks in sorted({LAYOUTS[each][0] for each in options.only}):
+            machines[ranks] = folder / f"machine-{ranks}.json"
+            flags = ["--ranks", str(ranks), "--rounds", str(options.rounds), "--out", str(machines[ranks])]
+            flags += ["--quick"] if options.quick else []
+            subprocess.run([sys.executable, "benchmarks/machine.py", *flags], cwd=ROOT, check=True)
+        for each in options.only:
+            ranks, flags_of = LAYOUTS[each]
+            flags = [*MODEL.format(**sizes).split(), *flags_of.split()]
+            found[each] = run(each, ranks, flags, machines[ranks], folder)
+            print(f"{each}: {found[each]['measured_ms']:.0f} ms, {found[each]['ratio']:.2f}", flush=True)
+    columns = ("layout", "measured, ms", "predicted, ms", "measured / predicted")
+    rows = [(each, f"{one['measured_ms']:,.0f}", f"{one['predicted_ms']:,.0f}", f"{one['ratio']:.2f}")
+            for each, one in found.items()]  # fmt: skip
+    title = (
+        f"Step of umv2-227m-1.2b with {sizes['layers']} blocks, 8 sequences of {sizes['length']} tokens, float32, one "
+        "thread for each rank."
+    )
+    publish("planned_steps.py", options, describe_machine(quick=options.quick), [Table(title, columns, rows)], found)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""Bytes that a rank's operations read and write in its device's memory, beside the operands of matrix products.
+
+A product's operands belong to its own time (``Device.flops_efficiency`` is that of whole products). What is left:
+
+    lookup        picked rows of the tables and their gradients, as each backend's kernels move them
+    key scores    [2, R, T, h, N]: too large for a cache, so that every pass over them goes to memory
+    elementwise   norms, rotation, attention's operands, the FFN's activation, additions to the residual stream
+    accumulation  a dense weight's gradient, written by its product and added to the buffer of DDP
+    loss          passes over the logits
+
+``tests/unit/planning/test_device_bytes.py`` compares the lookup of ``triton`` with what its kernels load and store in
+the interpreter, and the passes over the key scores and the logits with the operations that PyTorch runs.
+
+Letters: T tokens that a rank looks up, n picks that reach its tables, D columns of its part of both tables, C cores,
+s bytes of a weight, g of an element of the gradient buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.planning.layout import Layout
+from umv2_megatron.planning.model_shape import ModelShape
+
+FP32 = 4
+INT32 = 4
+INT64 = 8
+# A radix sort of keys of 4 bytes with places of 8, 8 bits in a pass, read and written: an assumption.
+SORT_BYTES = 4 * 2 * (INT32 + INT64)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes read and written for one micro-batch. ``rows``: at random places, a row of a table at a time;
+    ``streamed``: everything else."""
+
+    rows_forward: float = 0.0
+    rows_backward: float = 0.0
+    streamed_forward: float = 0.0
+    streamed_backward: float = 0.0
+
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(
+            self.rows_forward + other.rows_forward,
+            self.rows_backward + other.rows_backward,
+            self.streamed_forward + other.streamed_forward,
+            self.streamed_backward + other.streamed_backward,
+        )
+
+    @property
+    def forward(self) -> float:
+        """Everything moved by the forward."""
+        return self.rows_forward + self.streamed_forward
+
+    @property
+    def backward(self) -> float:
+        """Everything moved by the backward."""
+        return self.rows_backward + self.streamed_backward
+
+
+# -- memory layer ----------------------------------------------------------------------------------------------------
+
+
+def memory_layer(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
+    """One memory layer for ``tokens`` tokens of each rank: lookup and key scores."""
+    return lookup(memory, layout, tokens) + key_scores(memory, layout, tokens)
+
+
+def lookup(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
+    """The lookup of one layer, when ``tokens`` tokens of every rank pick rows at random.
+
+    Picks of the memory-parallel group's M ranks reach a rank's tables: all of them by column, an Mth by row.
+    """
+    by_column = layout.memory_size if layout.memory_mode == "dim" else 1
+    share = 1 / by_column
+    picks = by_column * tokens * memory.num_heads * memory.topk
+    held = memory.window_rows / (layout.memory_size if layout.memory_mode == "row" else 1)
+    pre, values = memory.pre_value_dim * share, memory.value_dim * share
+    backend = layout.lookup
+    if backend == "triton":
+        return by_triton(memory, layout, picks, held, pre, values)
+    if backend == "cpu":
+        return _by_cpu_kernels(layout, picks, pre + values)
+    return _by_torch(layout, picks, pre, values)
+
+
+def distinct_rows(rows: float, picks: float) -> float:
+    """Expected number of different rows among ``picks`` picks that fall on ``rows`` rows at random."""
+    return -rows * math.expm1(picks * math.log1p(-1 / rows)) if rows > 1 else min(rows, picks)
+
+
+def by_triton(memory: MemoryConfig, layout: Layout, picks: float, held: float, pre: float, values: float) -> Moved:
+    """Rows once in the forward and once in the backward; the gradient of each distinct row read and written once."""
+    size, cores = layout.weight_bytes, memory.num_cores
+    per_token = picks / (memory.num_heads * memory.topk)
+    read = picks * (pre + values) * size
+    added = 2 * layout.grad_bytes * (pre + values) * distinct_rows(held, picks)
+    # row ids, scores of each core, rho; the tokens' own vectors
+    small = picks * (INT64 + (cores + 1) * FP32) + per_token * (pre + memory.num_blocks * values) * size
+    # the same, with the gradients of scores and rho, weights; places and ends of the segments of equal rows
+    lists = picks * (2 * INT64 + 3 * (cores + 1) * FP32 + 47 + cores * FP32 + SORT_BYTES)
+    # the projected input and the gradient of the output are read, the gradient of the former is written
+    vectors = per_token * (2 * pre + memory.num_blocks * values) * size
+    return Moved(read, read + added, small, lists + vectors)
+
+
+def _by_cpu_kernels(layout: Layout, picks: float, columns: float) -> Moved:
+    """Rows once each way; the thread that owns a row adds each of its picks as it comes."""
+    read = picks * columns * layout.weight_bytes
+    return Moved(read, read + picks * columns * 2 * layout.grad_bytes)
+
+
+def _by_torch(layout: Layout, picks: float, pre: float, values: float) -> Moved:
+    """Rows are copied out for the products; their gradients are written in float32, read, and added to the buffer."""
+    size = layout.weight_bytes
+    copied = 3 * size  # read, written, read by the product
+    forward = picks * (pre * copied + values * size)  # the weighted sum reads rows in place
+    written = 2 * FP32 + (0 if layout.grad_bytes == FP32 else FP32 + layout.grad_bytes)
+    backward = picks * (pre + values) * (copied + written + 2 * layout.grad_bytes)
+    return Moved(picks * (pre + values) * size, picks * (pre + values) * (size + 2 * layout.grad_bytes),
+                 forward - picks * (pre + values) * size,
+                 backward - picks * (pre + values) * (size + 2 * layout.grad_bytes))  # fmt: skip
+
+
+def key_scores(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
+    """Passes over the scores of all keys.
+
+    Forward: the product writes them in the weights' precision, a 16-bit run copies them to float32, the search reads
+    them; PyTorch's search also writes and reads its sums over ranks. Backward: zeros with the gradients of the picked
+    ones in float32, in a 16-bit run a copy, and two products that read it.
+    """
+    size = layout.weight_bytes
+    elements = 2 * memory.tucker_rank * tokens * memory.num_heads * memory.scored_keys
+    converted = 0 if size == FP32 else size + FP32
+    summed = 2 * FP32 / memory.tucker_rank if layout.lookup == "scatter" and memory.scoring != "additive" else 0.0
+    forward = elements * (size + converted + FP32 + summed)
+    backward = elements * (FP32 + converted + 2 * size)
+    return Moved(streamed_forward=forward, streamed_backward=backward)
+
+
+# -- the rest of a block ---------------------------------------------------------------------------------------------
+
+
+def block(shape: ModelShape, layout: Layout, seq_length: int) -> Moved:
+    """Norms, rotation, attention's operands, activation and residual additions of one block; its memory layer not.
+
+    Transformer Engine's and fused operations read their inputs and write their outputs once. megatron-core's own norms
+    (--transformer-impl local) work on float32 copies; an activation that is not fused writes the gate.
+    """
+    size = layout.weight_bytes
+    tokens = layout.tokens(seq_length) / layout.tp
+    resident = layout.resident_tokens(seq_length)
+    group = layout.tokens(seq_length)
+    hidden = resident * shape.hidden_size
+    query, keys = (group * width / layout.tp for width in (shape.query_size, shape.key_value_size))
+    inner = tokens * shape.ffn_hidden_size
+    copies = 1 if layout.engine or size == FP32 else 2 * FP32 / size
+    norms = 2 * hidden + (query + keys if shape.qk_norm else 0)
+    forward = 2 * norms * copies + 6 * hidden + 2 * (query + keys) + 2 * (query + keys)
+    backward = 3 * norms * copies + 6 * hidden + 2 * (query + keys) + 4 * (query + keys)
+    if shape.gated:
+        forward += (3 if layout.fused_activation else 5) * inner
+        backward += (5 if layout.fused_activation else 9) * inner
+    else:
+        forward, backward = forward + 2 * inner, backward + 3 * inner
+    return Moved(streamed_forward=forward * size, streamed_backward=backward * size)
+
+
+def loss(shape: ModelShape, layout: Layout, seq_length: int) -> Moved:
+    """megatron-core's cross entropy over logits [T, V / TP]; the backward scales the probabilities that are kept.
+
+    Plain: a float32 copy, the largest, differences, exponentials, their sum and the quotients. "native" fuses
+    differences, exponentials and sum; Transformer Engine's kernel reads the logits twice and writes their gradient.
+    """
+    size = layout.weight_bytes
+    logits = layout.tokens(seq_length) * shape.vocab_size / layout.tp
+    copied = 0 if size == FP32 else size + FP32
+    if layout.fused_loss == "te":
+        return Moved(streamed_forward=logits * 3 * size, streamed_backward=logits * 2 * size)
+    passes = 8 if layout.fused_loss is None else 5  # max 1, subtract 2, exponential 2, sum 1, divide 2
+    return Moved(streamed_forward=logits * (copied + passes * FP32), streamed_backward=logits * (2 * FP32 + copied))
+
+
+def accumulation(parameters: float, layout: Layout) -> Moved:
+    """Gradients of ``parameters`` dense weights, written by the products, read, and added to the buffer."""
+    if layout.fused_accumulation:
+        return Moved(streamed_backward=parameters * layout.grad_bytes)
+    return Moved(streamed_backward=parameters * (2 * layout.weight_bytes + 2 * layout.grad_bytes))
