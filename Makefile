@@ -23,7 +23,7 @@ help:
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make slurm-test  examples/slurm on a SLURM of two nodes on this machine, as root"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"
-	@echo "make bench      benchmarks of this machine, into docs/performance.md (under 15 minutes)"
+	@echo "make bench      benchmarks of this machine, into docs/performance.md and benchmarks/history; says what became slower"
 	@echo "make lint       ruff, mypy and import-linter"
 	@echo "make flags-page  write the tables of docs/flags.md from the options"
 	@echo "make clean      remove what the demo wrote (runs/demo)"
@@ -129,7 +129,7 @@ layouts: $(READY)
 
 bench: $(READY)
 	for program in lookup layer step growth preprocess; do \
-		$(PY) benchmarks/$$program.py --docs docs/performance.md || exit 1; done
+		$(PY) benchmarks/$$program.py --docs docs/performance.md --history benchmarks/history || exit 1; done
 
 flags-page: $(READY)
 	$(PY) -m umv2_megatron.config.flags_page

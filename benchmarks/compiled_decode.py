@@ -21,15 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.decode_side import build_umv2  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
-    Spread,
     Table,
     add_options,
     describe_machine,
     prepare,
     publish,
-    ratio,
     take_turns,
 )
+from benchmarks.spread import Spread, ratio  # noqa: E402
 from umv2_megatron.config.presets import find_preset  # noqa: E402
 
 

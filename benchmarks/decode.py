@@ -43,7 +43,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measure import Spread, Table, add_options, describe_machine, prepare, publish, ratio  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    Table,
+    add_options,
+    describe_machine,
+    prepare,
+    publish,
+)
+from benchmarks.spread import Spread, ratio  # noqa: E402
 from umv2_megatron.config.presets import find_preset  # noqa: E402
 from umv2_megatron.planning.parameters import count_parameters  # noqa: E402
 

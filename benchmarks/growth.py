@@ -45,7 +45,6 @@ from umv2_megatron.parallel import cpu_platform  # noqa: E402
 cpu_platform.install()
 
 from benchmarks.measure import (  # noqa: E402
-    Spread,
     Table,
     add_options,
     at_least_one,
@@ -54,6 +53,7 @@ from benchmarks.measure import (  # noqa: E402
     publish,
     timed,
 )
+from benchmarks.spread import Spread  # noqa: E402
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.memory.layer import MemoryLayer  # noqa: E402
 from umv2_megatron.memory.value_table import ValueTable  # noqa: E402
@@ -412,7 +412,9 @@ def main(argv: list[str]) -> int:
         options.plot = options.docs.parent / "growth.png"
     if options.plot is not None:
         plot(result, options.plot)
-    publish("growth.py", options, machine, describe(options, result, caches), result)
+    times = {f"{kind} of a token's lookup in {row['rows']} rows": Spread(**row[kind]["lookup"])
+             for row in result["rows"] for kind in (FORWARD, BOTH)}  # fmt: skip
+    publish("growth.py", options, machine, describe(options, result, caches), result, times)
     return 0
 
 

@@ -43,7 +43,6 @@ from megatron.core.transformer.spec_utils import build_module  # noqa: E402
 
 from benchmarks import variants  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
-    Spread,
     Table,
     add_options,
     at_least_one,
@@ -51,9 +50,9 @@ from benchmarks.measure import (  # noqa: E402
     peak_bytes,
     prepare,
     publish,
-    ratio,
     take_turns,
 )
+from benchmarks.spread import Spread, ratio  # noqa: E402
 from umv2_megatron.config.presets import PRESETS  # noqa: E402
 from umv2_megatron.config.run_config import RunConfig  # noqa: E402
 from umv2_megatron.model.layer_specs import umv2_layer_spec  # noqa: E402
@@ -253,7 +252,9 @@ def main(argv: list[str]) -> int:
     dtype = getattr(torch, options.dtype)
     bench = Bench(options.preset, options.tokens, options.rounds + 1, dtype, options.memory_backend)
     result = measure(bench, options.rounds, options.clock)
-    publish("layer.py", options, machine, describe(bench, result), result)
+    milliseconds = {f"{name}, {kind}": row["ms"][kind] for name, row in result["contenders"].items() for kind in PASSES}
+    times = {name: Spread(*(each / 1e3 for each in found.values())) for name, found in milliseconds.items()}
+    publish("layer.py", options, machine, describe(bench, result), result, times)
     torch.distributed.destroy_process_group()
     return 0
 

@@ -45,6 +45,7 @@ cpu_platform.install()
 
 from benchmarks.measure import (  # noqa: E402
     add_options,
+    add_to_history,
     describe_machine,
     machine_line,
     prepare,
@@ -53,6 +54,7 @@ from benchmarks.measure import (  # noqa: E402
     timed,
     write_json,
 )
+from benchmarks.spread import Spread  # noqa: E402
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.ops import BACKENDS, get_backend, reference  # noqa: E402
 
@@ -330,6 +332,16 @@ def markdown(
     return "\n".join(lines)
 
 
+def times_of(results: list[dict[str, Any]]) -> dict[str, Spread]:
+    """Seconds of every contender, for the history."""
+    return {
+        f"{racer}, {name}, {case['dtype']}{', pre-values' if case['pre_values'] else ''}": Spread(
+            row["median_ms"] / 1e3, row["min_ms"] / 1e3, row["max_ms"] / 1e3
+        )
+        for case in results for name, rows in case["passes"].items() for racer, row in rows.items() if racer != "bound"
+    }  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -372,6 +384,7 @@ def main(argv: list[str]) -> int:
         put_between_marks(markdown(machine, results, peers, options.clock), options.docs, "lookup.py")
     if options.json:
         write_json(options.json, "lookup.py", options, machine, {"cases": results, "peers": peers})
+    add_to_history("lookup.py", options, machine, times_of(results))
     return 0
 
 

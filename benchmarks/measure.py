@@ -13,10 +13,8 @@ import json
 import os
 import platform
 import re
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.history import BUSY, keep
+from benchmarks.spread import Spread
 from benchmarks.text_table import Table
 from umv2_megatron.parallel.huge_pages import use_huge_pages
 
@@ -31,9 +31,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler is to be silent a
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 """Seconds that passed, or seconds that all threads of this process together ran."""
-
-BUSY = 0.2
-"""Processors used by other programs above which times are not worth much."""
 
 
 # -- options --------------------------------------------------------------------------------------------------------
@@ -47,6 +44,8 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: does it run?")
     parser.add_argument("--json", type=Path, help="write everything there, too")
     parser.add_argument("--docs", type=Path, help="put the tables between the marks of this Markdown file")
+    parser.add_argument("--history", type=Path, metavar="DIR", help="add the times to the history of this kind of "
+                        "machine there, and say what became slower since the last run")
 
 
 def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace, program: str) -> None:
@@ -109,30 +108,6 @@ def take_turns(
             if number:
                 times[name].append(elapsed)
     return times
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, lowest and highest of some numbers."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> Spread:
-        """Of at least one number."""
-        return cls(statistics.median(numbers), min(numbers), max(numbers))
-
-    def text(self, digits: int = 1, factor: float = 1.0) -> str:
-        """As "median (lowest-highest)", each times ``factor``."""
-        median, lowest, highest = (f"{each * factor:,.{digits}f}" for each in (self.median, self.lowest, self.highest))
-        return f"{median} ({lowest}-{highest})"
-
-
-def ratio(upper: Sequence[float], lower: Sequence[float], factor: float = 1.0) -> Spread:
-    """Of the rounds' ratios upper / lower, times ``factor``."""
-    return Spread.of([factor * above / below for above, below in zip(upper, lower)])
 
 
 def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
@@ -224,9 +199,11 @@ def _processor() -> str:
 
 
 def publish(
-    program: str, options: argparse.Namespace, machine: Mapping[str, Any], parts: Sequence[Table | str], results: Any
+    program: str, options: argparse.Namespace, machine: Mapping[str, Any], parts: Sequence[Table | str], results: Any,
+    times: Mapping[str, Spread] | None = None,
 ) -> None:
-    """Print ``parts`` (tables and paragraphs), put them into --docs and everything into --json."""
+    """Print ``parts`` (tables and paragraphs), put them into --docs, everything into --json and ``times``, in seconds,
+    into --history."""
     first = machine_line(machine, options.clock)
     print("\n\n".join([first, *(part.text() if isinstance(part, Table) else part for part in parts)]), flush=True)
     if options.docs:
@@ -234,6 +211,15 @@ def publish(
         put_between_marks("\n\n".join([first, *text]), options.docs, program)
     if options.json:
         write_json(options.json, program, options, machine, {"results": results})
+    add_to_history(program, options, machine, times or {})
+
+
+def add_to_history(
+    program: str, options: argparse.Namespace, machine: Mapping[str, Any], times: Mapping[str, Spread]
+) -> None:
+    """With --history: keep ``times``, in seconds, and print what became slower."""
+    if options.history and times:
+        print("\n" + "\n".join(keep(options.history, program, vars(options), machine, times)), flush=True)
 
 
 def write_json(

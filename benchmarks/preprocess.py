@@ -33,14 +33,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import (  # noqa: E402
-    Spread,
     Table,
     add_options,
     describe_machine,
     prepare,
     publish,
-    ratio,
 )
+from benchmarks.spread import Spread, ratio  # noqa: E402
 from umv2_megatron.data.indexing import read_index  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,7 +209,8 @@ def main(argv: list[str]) -> int:
     machine = describe_machine(quick=options.quick)
     with tempfile.TemporaryDirectory(prefix="preprocess_") as folder:
         results = measure(options, Path(folder))
-    publish("preprocess.py", options, machine, describe(options, results), results)
+    times = {f"{row['tokenizer']} by {row['by']}": Spread(**row["wall_s"]) for row in results}
+    publish("preprocess.py", options, machine, describe(options, results), results, times)
     return 0
 
 

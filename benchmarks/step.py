@@ -42,16 +42,15 @@ cpu_platform.install()
 
 from benchmarks import variants  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
-    Spread,
     Table,
     add_options,
     at_least_one,
     describe_machine,
     prepare,
     publish,
-    ratio,
     timed,
 )
+from benchmarks.spread import Spread, ratio  # noqa: E402
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.config.presets import PRESETS  # noqa: E402
 from umv2_megatron.data.batches import batch_iterator  # noqa: E402
@@ -279,7 +278,9 @@ def main(argv: list[str]) -> int:
     prepare(parser, options, "step.py")
     machine = describe_machine(cpu_platform.device().type, options.quick)
     result = measure(options)
-    publish("step.py", options, machine, describe(options, result), result)
+    times = {f"{kind} of {name}": Spread(**row[f"{kind}_s"])
+             for name, row in result["models"].items() for kind in ("step", "update")}  # fmt: skip
+    publish("step.py", options, machine, describe(options, result), result, times)
     return 0
 
 

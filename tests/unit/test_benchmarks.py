@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 from harness import _fork_server  # noqa: E402
 
 from benchmarks import measure, variants  # noqa: E402
+from benchmarks.spread import Spread, ratio  # noqa: E402
 
+IN_MAKE_BENCH = ("lookup", "layer", "step", "growth", "preprocess")
 LIMIT = 240
 """Seconds for one program."""
 
@@ -54,6 +56,8 @@ def run(name: str, folder: Path, *argv: str) -> Run:
     begin, end = (f"<!-- benchmarks/{name}.py: {word} -->\n" for word in ("begin", "end"))
     page.write_text(f"# Page\n{begin}stale text\n{end}after\n")
     argv = ("--quick", "--json", str(folder / "out.json"), "--docs", str(page), *argv)
+    if name in IN_MAKE_BENCH:
+        argv = (*argv, "--history", str(folder / "history"))
     process = _fork_server().Process(target=program, args=(name, list(argv), str(folder / "output")))
     process.start()
     process.join(LIMIT)
@@ -66,6 +70,12 @@ def run(name: str, folder: Path, *argv: str) -> Run:
     assert "stale text" not in done.page
     document = json.loads((folder / "out.json").read_text())
     assert document["program"] == f"benchmarks/{name}.py" and document["options"]["quick"] is True
+    if name in IN_MAKE_BENCH:
+        (history,) = (folder / "history").iterdir()
+        kept = json.loads(history.read_text())
+        assert kept["program"] == f"{name}.py" and kept["times"]
+        for part, (median, lowest, highest) in kept["times"].items():
+            assert 0 < lowest <= median <= highest < LIMIT, part
     assert {"device", "threads", "torch", "copy_bytes_per_s", "load_average", "cache_bytes"} <= set(document["machine"])
     return done
 
@@ -167,7 +177,7 @@ def test_turns_are_interleaved_and_the_first_round_is_left_out() -> None:
     assert [name for name, _ in calls] == ["a", "clear", "b", "clear"] * 3
     assert [number for name, number in calls if name == "a"] == [0, 1, 2]
     assert {name: len(each) for name, each in times.items()} == {"a": 2, "b": 2}
-    assert measure.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == measure.Spread(2.0, 1.0, 3.0)
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == Spread(2.0, 1.0, 3.0)
 
 
 def test_peak_of_allocations() -> None:
