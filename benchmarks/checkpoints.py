@@ -37,7 +37,8 @@ from benchmarks.text_table import Table
 from umv2_megatron.checkpoint.checksum_files import Checksums, checksums_name, checksums_text, read_verified
 from umv2_megatron.checkpoint.many_objects import many_objects
 from umv2_megatron.checkpoint.pieces import plan_pieces
-from umv2_megatron.checkpoint.publishing import publish, write_and_publish
+from umv2_megatron.checkpoint.places import SharedPlace, write_and_publish
+from umv2_megatron.checkpoint.publishing import publish
 from umv2_megatron.checkpoint.shard_reading import ShardReader
 from umv2_megatron.checkpoint.shard_writing import Written, WrittenShard, write_hashed
 from umv2_megatron.checkpoint.store import METADATA_FILE, CheckpointStore
@@ -104,7 +105,7 @@ def on_rank(rank: int, world: int, folder: str, num_bytes: int, repeats: int, re
         torch.distributed.barrier()
         disk_s, _ = timed(lambda: (plain_write(Path(folder) / f"plain{rank}", num_bytes // world), _wait()))
         check_s, pieces = timed(lambda: plan_pieces(sharded))  # noqa: B023
-        save_s, _ = timed(lambda: write_and_publish(store, iteration, pieces, {}, {}))  # noqa: B023
+        save_s, _ = timed(lambda: write_and_publish(SharedPlace(store), iteration, pieces, {}, {}))  # noqa: B023
         load_s, read = timed(lambda: load(store, iteration, sharded))  # noqa: B023
         mine.append(Rates(disk_s, check_s, save_s, load_s, sum(piece.num_bytes for piece in pieces), read))
     everyone: list[Any] = [None] * world

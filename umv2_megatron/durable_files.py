@@ -25,6 +25,10 @@ class DamageError(CheckpointError):
     """A checkpoint is not what was saved: files or values of it are missing or changed. An older one may be good."""
 
 
+class NotSavedError(CheckpointError):
+    """A checkpoint that a run can do without could not be written; what was there before is as it was."""
+
+
 class NoCheckpointError(CheckpointError):
     """The directory holds no checkpoint at all: nothing was ever published there."""
 

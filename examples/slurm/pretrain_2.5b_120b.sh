@@ -38,6 +38,7 @@
 # DATA       token files without extension (tools/preprocess_data.py)
 # TOKENIZER  their SentencePiece model, of at most 50280 pieces (a larger one: --vocab-size)
 # RUN        folder of checkpoints and logs, on a disk that all nodes share (default: runs/120b)
+# LOCAL      a directory on every node's own disk, for checkpoints in between, every 100 iterations (default: none)
 # What else can be set: requeue.sh.
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/../..}" || exit 2
@@ -79,4 +80,7 @@ ARGS=(
     --distributed-timeout-minutes 60
     --tensorboard-dir "$RUN/tensorboard"
 )
+if [[ -n ${LOCAL:-} ]]; then
+    ARGS+=(--non-persistent-save-interval 100 --non-persistent-local-ckpt-dir "$LOCAL")
+fi
 run_ranks pretrain_umv2.py "${ARGS[@]}" "$@"

@@ -244,10 +244,10 @@ def watched(state: TrainingState) -> Iterator[dict[str, int]]:
         made.sharded = watch(made.sharded)
         return made
 
-    def planning(sharded: dict) -> Any:
+    def planning(sharded: dict, copies: bool) -> Any:
         pieces = [item for item in nested_values(sharded) if isinstance(item, ShardedTensor)]
         seen["largest"] = max(seen["largest"], *(piece.data.numel() for piece in pieces))
-        return plan(sharded)
+        return plan(sharded, copies)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(save_load, "OptimizerState", collect)

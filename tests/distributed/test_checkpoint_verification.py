@@ -160,11 +160,11 @@ def save_orphans(root: str, prefixes: list[str]) -> list[tuple[str, list[str]]]:
     store, plan, told = CheckpointStore(root), save_load.plan_pieces, []
     for prefix in prefixes:
 
-        def orphaned(sharded: dict) -> Any:
+        def orphaned(sharded: dict, copies: bool) -> Any:
             for item in nested_values(sharded):
                 if unique_key(item).startswith(prefix):  # noqa: B023
                     item.replica_id = 1
-            return plan(sharded)
+            return plan(sharded, copies)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(save_load, "plan_pieces", orphaned)

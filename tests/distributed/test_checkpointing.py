@@ -307,9 +307,9 @@ def save_with_full_disk(root: str, stages: list[str]) -> list[tuple[str, bool]]:
     def full_for_common(data: Any, where: Any) -> None:
         (full if getattr(where, "name", "") == "common.pt" else torch_save)(data, where)
 
-    def lose(shards: list) -> Any:
+    def lose(shards: list, whole: bool) -> Any:
         (store.temporary_path(4) / "__1_0.distcp").unlink()
-        return join(shards)
+        return join(shards, whole)
 
     told = []
     for stage in stages:

@@ -208,7 +208,8 @@ def weights(ranks: int, settings: dict[str, Any], folder: Path) -> str:
 # Flags of files, services and resumption, whose effects other tests show; here only that something reads them.
 ELSEWHERE = {
     "save", "load", "save_interval", "async_save", "save_retain_interval", "ckpt_step", "finetune",
-    "use_checkpoint_args", "max_rewinds",
+    "use_checkpoint_args", "max_rewinds", "non_persistent_save_interval", "non_persistent_ckpt_type",
+    "non_persistent_local_ckpt_dir", "non_persistent_global_ckpt_dir", "non_persistent_local_ckpt_algo",
     "tensorboard_dir", "wandb_project", "wandb_exp_name", "wandb_save_dir", "wandb_entity", "data_path",
     "train_data_path", "valid_data_path", "test_data_path", "data_cache_path", "tokenizer_type", "tokenizer_model",
     "mock_data", "dry_run", "dry_run_world_size", "dry_run_rank", "profile_ranks",

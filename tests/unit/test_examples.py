@@ -41,6 +41,7 @@ OTHER_PROGRAMS = set(
 --no-build-isolation --job-name --nodes --ntasks-per-node --gpus-per-node --exclusive --time --signal --requeue
 --open-mode --output --kill-on-bad-exit --mpi --capture-range --spec --help --host --port --model --include --trust
 --scope --no-python --long --ultra --cpus-per-task --array --wait --exclude --batch --partition --parsable
+--max-restarts --nodelist
 """,
     )
 )
@@ -117,6 +118,13 @@ def test_example_is_a_run(script, files, tmp_path):
     run.transformer_config(), run.optimizer_config(), run.ddp_config()
     if script != "pretrain_8m_cpu.sh":
         assert run.bf16 and run.use_distributed_optimizer and run.overlap_grad_reduce and run.overlap_param_gather
+
+
+@pytest.mark.parametrize("script", ["slurm/pretrain_7b_41b.sh", "slurm/pretrain_2.5b_120b.sh"])
+def test_checkpoints_on_the_nodes_own_disks(script, files, tmp_path):
+    assert resolved(script, files, tmp_path).training.non_persistent_save_interval is None
+    run = resolved(script, files | {"LOCAL": "/scratch/a b"}, tmp_path)
+    assert (run.training.non_persistent_local_ckpt_dir, run.non_persistent_type) == ("/scratch/a b", "local")
 
 
 def test_example_through_the_program(files):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from umv2_megatron.checkpoint.agreement import attempt
-from umv2_megatron.checkpoint.publishing import begin_together, publish_together
+from umv2_megatron.checkpoint.places import Place, SharedPlace
 from umv2_megatron.checkpoint.shard_writing import Piece
 from umv2_megatron.checkpoint.snapshot import Snapshot
 from umv2_megatron.checkpoint.store import CheckpointStore
@@ -29,6 +29,7 @@ from umv2_megatron.parallel import cpu_platform
 
 @dataclass(frozen=True)
 class _InFlight:
+    place: Place
     iteration: int
     bytes_needed: int
     common: dict[str, Any]
@@ -36,11 +37,11 @@ class _InFlight:
 
 
 class BackgroundSaves:
-    """Saves into ``store`` in the background. Its process is started here: make it before the model, whose building
-    hides the seconds that the process takes to start."""
+    """Saves in the background, into ``store`` where no other place is given. Its process is started here: make it
+    before the model, whose building hides the seconds that the process takes to start."""
 
     def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
+        self._place = SharedPlace(store)
         self._snapshot = Snapshot()
         self._writer = WriterProcess(torch.distributed.get_rank(), self._snapshot.descriptor)
         self._in_flight: _InFlight | None = None
@@ -55,14 +56,22 @@ class BackgroundSaves:
         """Process id of this rank's writer."""
         return self._writer.pid
 
-    def start(self, iteration: int, pieces: list[Piece], common: dict[str, Any], config: dict[str, Any]) -> None:
+    def start(
+        self,
+        iteration: int,
+        pieces: list[Piece],
+        common: dict[str, Any],
+        config: dict[str, Any],
+        place: Place | None = None,
+    ) -> None:
         """Copy ``pieces`` and begin to write them. Collective; raises CheckpointError on every rank when any fails."""
         assert self._in_flight is None, "the save before is not finished"
-        needed = begin_together(self._store, iteration, pieces)
+        place = place or self._place
+        needed = place.begin(iteration, pieces)
         placed = attempt("copying the state to save", lambda: self._snapshot.take(pieces))
-        self._writer.write(self._store.temporary_path(iteration), self._snapshot.size, placed)
+        self._writer.write(place.store.temporary_path(iteration), self._snapshot.size, placed)
         # training goes on and changes what the dictionaries may refer to
-        self._in_flight = _InFlight(iteration, needed, copy.deepcopy(common), config)
+        self._in_flight = _InFlight(place, iteration, needed, copy.deepcopy(common), config)
 
     def written(self) -> bool:
         """Whether the writers of all ranks have ended, well or not. Collective, where a save is in flight."""
@@ -81,12 +90,11 @@ class BackgroundSaves:
         if saving is None:
             return None
         try:
-            publish_together(
-                self._store, saving.iteration, self._writer.result, saving.bytes_needed, saving.common, saving.config
+            saving.place.publish(
+                saving.iteration, self._writer.result, saving.bytes_needed, saving.common, saving.config
             )
         except BaseException:
-            if torch.distributed.get_rank() == 0:
-                self._store.discard(saving.iteration)
+            saving.place.discard(saving.iteration)
             raise
         return saving.iteration
 

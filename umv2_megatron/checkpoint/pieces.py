@@ -28,17 +28,21 @@ from umv2_megatron.durable_files import CheckpointError
 _DIGEST = 8
 
 
-def plan_pieces(sharded: ShardedStateDict) -> list[Piece]:
+def plan_pieces(sharded: ShardedStateDict, copies: bool = False) -> list[Piece]:
     """What this rank has to write of ``sharded``: the main replicas, with their checksums. Tensors are not copied.
 
+    copies: all that this rank holds instead, also what another rank holds as well; each part once.
     Weights that the engine keeps in FP8 (--fp8-param-gather) are written in bfloat16, as mcore loads them: a checkpoint
     holds plain tensors only. Raises CheckpointError naming the tensors that hold NaN or Inf.
     """
     force_all_tensors_to_non_fp8(sharded)
     pieces, tensors = [], []
+    taken: set[tuple[Any, ...]] = set()
     for item in nested_values(sharded):
-        if not is_main_replica(item.replica_id):
+        part = (unique_key(item), *(getattr(item, name, ()) for name in ("global_offset", "local_shape")))
+        if part in taken if copies else not is_main_replica(item.replica_id):
             continue
+        taken.add(part)
         if isinstance(item, ShardedObject):
             data = to_plain(item.unique_key, item.data) if is_extra_state(item.unique_key) else item.data
             serialized = _serialized([data])

@@ -4,7 +4,8 @@
     write_shard   every rank, for itself (`shard_writing.py`): the long part, and the only one that needs no other rank
     publish       rank 0, with what `write_shard` has returned on every rank
 
-A save in the background (`background.py`) runs the middle step in another process, on copies of the pieces.
+`places.py` says where to. A save in the background (`background.py`) runs the middle step in another process, on copies
+of the pieces.
 """
 
 from __future__ import annotations
@@ -26,23 +27,10 @@ from umv2_megatron.checkpoint.shard_writing import (
     joined_metadata,
     write_hashed,
     write_metadata,
-    write_shard,
 )
 from umv2_megatron.checkpoint.store import METADATA_FILE, CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import COMMON_FILE
 from umv2_megatron.durable_files import CheckpointError
-
-
-def write_and_publish(
-    store: CheckpointStore, iteration: int, pieces: list[Piece], common: dict[str, Any], config: dict[str, Any]
-) -> None:
-    """Write the pieces of all ranks and publish them with ``common`` and ``config`` of rank 0. Collective.
-
-    Raises CheckpointError on every rank when any rank fails; the caller then removes the temporary directory.
-    """
-    needed = begin_together(store, iteration, pieces)
-    rank, directory = torch.distributed.get_rank(), store.temporary_path(iteration)
-    publish_together(store, iteration, lambda: write_shard(directory, rank, pieces), needed, common, config)
 
 
 def begin_together(store: CheckpointStore, iteration: int, pieces: list[Piece]) -> int:
@@ -75,7 +63,7 @@ def publish_together(
         try:
             return write()
         except (OSError, RuntimeError) as error:  # the latter from torch.save
-            raise _explained(store, error, directory, needed) from error
+            raise explained(store, error, directory, needed) from error
 
     shards = gather(attempt("writing the shards", written))
     attempt("publishing the checkpoint", lambda: publish(store, iteration, shards, common, config) if shards else None)
@@ -87,29 +75,33 @@ def publish(
     shards: Sequence[WrittenShard],
     common: dict[str, Any],
     config: dict[str, Any],
+    *,
+    alone: bool = False,
 ) -> None:
     """Write the files that describe the shards of all ranks, and publish it. Not collective: one process calls it.
 
-    Raises CheckpointError, also where the shards are not whole together.
+    alone: ``shards`` is that of one rank, which need not be whole; and older checkpoints stay, until all ranks have
+    published theirs. Raises CheckpointError, also where the shards are not whole together.
     """
     directory = store.temporary_path(iteration)
     sealed = {name: seal for shard in shards for name, seal in shard.sealed.items()}
     tensor_bytes = 0
     try:
         with many_objects():
-            metadata, tensor_bytes = joined_metadata(shards)
+            metadata, tensor_bytes = joined_metadata(shards, whole=not alone)
             sealed[METADATA_FILE] = write_metadata(directory / METADATA_FILE, metadata)
         text = json.dumps(config, indent=1, sort_keys=True) + "\n"
         sealed[CONFIG_FILE] = write_hashed(directory / CONFIG_FILE, text.encode())
         torch.save(common, directory / COMMON_FILE)
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
     except (OSError, RuntimeError) as error:
-        raise _explained(store, error, directory, tensor_bytes) from error
+        raise explained(store, error, directory, tensor_bytes) from error
     num_keys = len(metadata.state_dict_metadata)
-    store.publish(iteration, num_keys=num_keys, tensor_bytes=tensor_bytes, sealed=sealed)
+    store.publish(iteration, num_keys=num_keys, tensor_bytes=tensor_bytes, sealed=sealed, prune=not alone)
 
 
-def _explained(store: CheckpointStore, error: BaseException, directory: Path, tensor_bytes: int) -> CheckpointError:
+def explained(store: CheckpointStore, error: BaseException, directory: Path, tensor_bytes: int) -> CheckpointError:
+    """A one-sentence CheckpointError for a failed write of ``directory``."""
     if not isinstance(error, OSError):
         error = OSError(None, f"{type(error).__name__}: {str(error).splitlines()[0]}")
     return store.explain(error, f"could not write {directory}", tensor_bytes)

@@ -42,7 +42,7 @@ from umv2_megatron.checkpoint.optimizer_state import (
     merge_groups,
 )
 from umv2_megatron.checkpoint.pieces import check_written, held_keys, plan_pieces
-from umv2_megatron.checkpoint.publishing import write_and_publish
+from umv2_megatron.checkpoint.places import Place, SharedPlace, write_and_publish
 from umv2_megatron.checkpoint.rng_state import RNG_KEY, set_rng_state, sharded_rng_state
 from umv2_megatron.checkpoint.shard_reading import ShardReader, compare, drop_unknown_extra_states
 from umv2_megatron.checkpoint.shard_writing import Piece
@@ -54,28 +54,28 @@ from umv2_megatron.checkpoint.torch_dist_io import (
     load_common,
     read_metadata_safely,
 )
-from umv2_megatron.checkpoint.verification import verify_together
 from umv2_megatron.durable_files import CheckpointError, DamageError
 from umv2_megatron.model.builder import unwrap
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What `load_checkpoint` restored: the caller's counters, whether the random states are those of the save, and the
-    bytes that each rank has read and checked."""
+    """What `load_checkpoint` restored: the caller's counters, whether the random states are those of the save, the
+    bytes that each rank has read and checked, and the kind of place it was in."""
 
     iteration: int
     extra_state: dict[str, Any]
     rng_restored: bool
     path: Path
     bytes_read: tuple[int, ...]
+    kind: str
 
 
 # ---------------------------------------------------------------------- save
 
 
 def save_checkpoint(
-    store: CheckpointStore,
+    store: CheckpointStore | Place,
     iteration: int,
     model_chunks: Sequence[torch.nn.Module],
     optimizer: Any = None,
@@ -86,16 +86,18 @@ def save_checkpoint(
 ) -> Path:
     """Save and publish one checkpoint. Collective over all ranks; on return it is published and verified by counts.
 
+    store: where to; a store is one that all ranks share.
     model_chunks: this rank's pipeline chunks, wrapped in mcore's DDP or not. optimizer: an mcore MegatronOptimizer
     (also chained) or None. extra_state: JSON-able, equal on all ranks, returned by `load_checkpoint`. config: the
     resolved configuration, written as config.json beside the shards. background: begin to save only; its ``finish``
     publishes. Raises CheckpointError on every rank when any rank fails; the earlier checkpoints are then untouched.
+    Raises NotSavedError where it could not be written and is one that the run can do without.
     """
-    rank = torch.distributed.get_rank()
+    place = SharedPlace(store) if isinstance(store, CheckpointStore) else store
     common_extra = {
         "iteration": iteration,
         "checkpoint_version": 3.0,
-        "layout": _layout(),
+        "layout": layout(),
         "extra_state": json.loads(json.dumps(extra_state or {})),  # nothing may come back as another type
     }
     if scheduler is not None:
@@ -113,23 +115,23 @@ def save_checkpoint(
         # mcore would send every rank's description to every rank; rank 0 checks what was written instead
         sharded, common = save_preprocess(state, validate_access_integrity=False)
         held.update(held_keys(sharded))
-        return plan_pieces(sharded), common
+        return plan_pieces(sharded, place.alone), common
 
     with gathered_parameters(model_chunks):
         try:
             if optimizer is not None:
                 common_extra["optimizer_groups"] = _optimizer_groups(optimizer)
             pieces, common = attempt("collecting the state to save", plan)
-            check_written(held, pieces)
+            if not place.alone:
+                check_written(held, pieces)
             if background is None:
-                write_and_publish(store, iteration, pieces, common, config or {})
+                write_and_publish(place, iteration, pieces, common, config or {})
             else:
-                background.start(iteration, pieces, common, config or {})
+                background.start(iteration, pieces, common, config or {}, place)
         except BaseException:
-            if rank == 0:
-                store.discard(iteration)
+            place.discard(iteration)
             raise
-    return store.path(iteration)
+    return place.store.path(iteration)
 
 
 @contextlib.contextmanager
@@ -146,6 +148,14 @@ def gathered_parameters(model_chunks: Sequence[torch.nn.Module]) -> Iterator[Non
 
 
 # ---------------------------------------------------------------------- load
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that may be loaded: the iteration, and where it is."""
+
+    place: Place
+    iteration: int
 
 
 def load_checkpoint(
@@ -172,30 +182,63 @@ def load_checkpoint(
     def find() -> list[int]:
         return store.candidates() if is_main and ckpt_step is None else []
 
-    candidates = [ckpt_step] if ckpt_step is not None else tell_all(attempt("finding a checkpoint", find))
-    load = _Load(store, model_chunks, optimizer, scheduler, load_optim, load_rng, verify_all)
+    iterations = [ckpt_step] if ckpt_step is not None else tell_all(attempt("finding a checkpoint", find))
+    place = SharedPlace(store)
+    return load_first(
+        [Candidate(place, iteration) for iteration in iterations],
+        model_chunks,
+        optimizer,
+        scheduler,
+        only=ckpt_step is not None,
+        load_optim=load_optim,
+        load_rng=load_rng,
+        verify_all=verify_all,
+    )
+
+
+def load_first(
+    candidates: Sequence[Candidate],
+    model_chunks: Sequence[torch.nn.Module],
+    optimizer: Any = None,
+    scheduler: Any = None,
+    *,
+    only: bool = False,
+    load_optim: bool = True,
+    load_rng: bool = True,
+    verify_all: bool = False,
+) -> LoadedCheckpoint:
+    """Load the first of ``candidates`` that is not damaged. Collective over all ranks, which have the same candidates.
+
+    only: where the first one is damaged, that is an error. For the rest see `load_checkpoint`. A non-persistent one is
+    passed over for any other reason, too, as long as there are others.
+    """
+    assert candidates, "no candidates"
+    is_main = torch.distributed.get_rank() == 0
+    load = _Load(model_chunks, optimizer, scheduler, load_optim, load_rng, verify_all)
     problems: list[str] = []
-    for iteration in candidates:
+    for number, candidate in enumerate(candidates):
+        place, iteration = candidate.place, candidate.iteration
+        named = f"{'' if place.kind == 'persistent' else f'{place.kind} '}checkpoint {iteration}"
         try:
-            loaded = load.run(iteration)
-        except DamageError as error:
-            if ckpt_step is not None:
+            loaded = load.run(candidate)
+        except CheckpointError as error:
+            optional = place.kind != "persistent" and number + 1 < len(candidates)
+            if only or not (isinstance(error, DamageError) or optional):
                 raise
             problems.append(str(error))
             if is_main:
-                store.warn(f"checkpoint {iteration} cannot be used: {error}")
+                place.store.warn(f"{named} cannot be used: {error}")
             continue
         if problems and is_main:
-            store.warn(f"falling back to checkpoint {iteration}")
+            place.store.warn(f"falling back to {named}")
         return loaded
-    raise store.nothing_valid(problems)
+    raise candidates[0].place.store.nothing_valid(problems)
 
 
 @dataclass(frozen=True)
 class _Load:
-    """One call of `load_checkpoint`, as tried with one checkpoint after the other."""
+    """One call of `load_first`, as tried with one checkpoint after the other."""
 
-    store: CheckpointStore
     chunks: Sequence[torch.nn.Module]
     optimizer: Any
     scheduler: Any
@@ -203,10 +246,11 @@ class _Load:
     load_rng: bool
     verify_all: bool
 
-    def run(self, iteration: int) -> LoadedCheckpoint:
+    def run(self, candidate: Candidate) -> LoadedCheckpoint:
         """Load one checkpoint. Raises DamageError when it is not what was saved; tensors may then be half loaded."""
-        path = self.store.path(iteration)
-        manifest, bytes_read = verify_together(self.store, iteration, full=self.verify_all)
+        place, iteration = candidate.place, candidate.iteration
+        path = place.store.path(iteration)
+        manifest, bytes_read = place.verify(iteration, full=self.verify_all)
         sizes = {name: size for name, (size, _) in manifest.files.items()}
 
         def describe() -> tuple[dict[str, Any], Metadata]:
@@ -215,7 +259,7 @@ class _Load:
             return common, read_metadata_safely(path, metadata, sizes)
 
         common, metadata = attempt("reading the checkpoint's metadata", describe)
-        load_rng = self.load_rng and common.get("layout") == _layout()
+        load_rng = self.load_rng and common.get("layout") == layout()
         wants_optimizer = self.load_optim and self.optimizer is not None
         saved_optimizer = _SavedOptimizer(path, common, metadata) if wants_optimizer else None
 
@@ -236,7 +280,10 @@ class _Load:
 
         sharded, kept, factories = attempt("collecting the state to load", collect)
         drop_unknown_extra_states(sharded, keep=metadata.state_dict_metadata.keys())
-        compare(sharded, metadata, path, may_remain)
+        if place.alone:
+            attempt("comparing model and checkpoint", lambda: compare(sharded, metadata, path, may_remain, alone=True))
+        else:
+            compare(sharded, metadata, path, may_remain)
         checksums = Checksums(path, manifest)
         reader = ShardReader(path, metadata, checksums)
         filled = attempt("reading the shards", lambda: reader.fill(sharded, lambda: _fp8_recipe(self.chunks)))
@@ -249,7 +296,7 @@ class _Load:
         attempt("restoring the state", restore)
         bytes_read += sizes[COMMON_FILE] + sizes[METADATA_FILE] + checksums.bytes_read + reader.bytes_read
         by_rank = tuple(tell_all(gather(bytes_read)))
-        return LoadedCheckpoint(iteration, dict(common.get("extra_state", {})), load_rng, path, by_rank)
+        return LoadedCheckpoint(iteration, dict(common.get("extra_state", {})), load_rng, path, by_rank, place.kind)
 
 
 def _fp8_recipe(model_chunks: Sequence[torch.nn.Module]) -> Any:
@@ -352,7 +399,7 @@ def _has_main_params(optimizer: Any) -> bool:
     return optimizer.config.bf16 or optimizer.config.fp16
 
 
-def _layout() -> dict[str, int]:
+def layout() -> dict[str, int]:
     """What decides which rank holds what."""
     return {
         "world": torch.distributed.get_world_size(),

@@ -28,6 +28,14 @@ def locked(descriptor: int) -> bool:
     return True
 
 
+def last_host(path: Path) -> str | None:
+    """The host whose process has last held the lock file `path`; None where the file does not say."""
+    try:
+        return str(json.loads(path.read_bytes())["host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _close_in_child(reference: "weakref.ref[SaveLock]") -> None:
     lock = reference()
     if lock is not None:
@@ -38,11 +46,12 @@ class SaveLock:
     """Holds the lock file `path` until `release()`, the end of a `with` block or the end of the process.
 
     Raises CheckpointError naming the owner when it is still taken after `timeout_s` seconds, or when the file cannot
-    be made.
+    be made. flag: that has named the directory, for messages.
     """
 
-    def __init__(self, path: Path, timeout_s: float = 5.0) -> None:
+    def __init__(self, path: Path, timeout_s: float = 5.0, flag: str = "--save") -> None:
         self.path = path
+        self._flag = flag
         self._descriptor = -1
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -51,7 +60,7 @@ class SaveLock:
         except OSError as error:
             self._close()
             raise CheckpointError(
-                f"--save {path.parent} cannot be locked ({error.strerror}): choose a directory this job may write to"
+                f"{flag} {path.parent} cannot be locked ({error.strerror}): choose a directory this job may write to"
             ) from error
         # A forked child (data loader worker) shares the open file, and would keep the lock after its parent is killed.
         reference = weakref.ref(self)
@@ -65,7 +74,7 @@ class SaveLock:
             owner = self._read_owner()
             self._close()
             raise CheckpointError(
-                f"--save {self.path.parent} is in use by {owner}: stop that job or choose another directory"
+                f"{self._flag} {self.path.parent} is in use by {owner}: stop that job or choose another directory"
             )
 
     def _read_owner(self) -> str:

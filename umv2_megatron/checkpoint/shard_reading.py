@@ -176,8 +176,16 @@ def drop_unknown_extra_states(sharded: ShardedStateDict, keep: Container[str]) -
                 del sharded[name]
 
 
-def compare(sharded: ShardedStateDict, metadata: Metadata, directory: Path, may_remain: Callable[[str], bool]) -> None:
-    """Raise CheckpointError naming every key and shape in which the run's model and the checkpoint differ. Collective.
+def compare(
+    sharded: ShardedStateDict,
+    metadata: Metadata,
+    directory: Path,
+    may_remain: Callable[[str], bool],
+    *,
+    alone: bool = False,
+) -> None:
+    """Raise CheckpointError naming every key and shape in which the run's model and the checkpoint differ. Collective,
+    unless ``alone``: then the checkpoint is this rank's own.
 
     may_remain: says of a key in the checkpoint that nobody asks for whether that is intended.
     """
@@ -202,7 +210,8 @@ def compare(sharded: ShardedStateDict, metadata: Metadata, directory: Path, may_
         compared = slice(1, None) if item.allow_shape_mismatch else slice(None)
         if tuple(found.size)[compared] != tuple(item.global_shape)[compared]:
             shapes.append(f"{key}: {tuple(found.size)} there, {tuple(item.global_shape)} here")
-    everyone = gather((np.packbits(asked), unknown, shapes))
+    mine = (np.packbits(asked), unknown, shapes)
+    everyone = [mine] if alone else gather(mine)
     differences = ""
     if everyone:
         by_anyone = np.unpackbits(np.bitwise_or.reduce([bits for bits, _, _ in everyone]), count=len(names))
@@ -213,7 +222,8 @@ def compare(sharded: ShardedStateDict, metadata: Metadata, directory: Path, may_
             ("other shape", sorted(set().union(*(texts for _, _, texts in everyone)))),
         )
         differences = "; ".join(f"{what}: {_first(found)}" for what, found in lists if found)
-    differences = tell_all(differences)
+    if not alone:
+        differences = tell_all(differences)
     if differences:
         raise CheckpointError(
             f"{directory} does not fit this model and layout ({differences}): use the model's "

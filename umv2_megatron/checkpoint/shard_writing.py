@@ -179,10 +179,11 @@ def _write_piece(file: HashedFile, piece: Piece) -> Written:
 # ---------------------------------------------------------------------- metadata
 
 
-def joined_metadata(shards: Iterable[WrittenShard]) -> tuple[Metadata, int]:
+def joined_metadata(shards: Iterable[WrittenShard], whole: bool = True) -> tuple[Metadata, int]:
     """The `.metadata` of what all ranks have written, and the bytes of tensor data.
 
-    Raises CheckpointError naming a tensor or object that is not stored exactly once and whole.
+    Raises CheckpointError naming a tensor or object that is not stored exactly once and whole. whole=False: of what one
+    rank has written for itself, which need not be whole.
     """
     parts: dict[str, list[Written]] = {}
     places = {}
@@ -206,14 +207,15 @@ def joined_metadata(shards: Iterable[WrittenShard]) -> tuple[Metadata, int]:
     described: dict[str, Any] = {}
     tensor_bytes = 0
     for key, stored in parts.items():
-        _check_whole(key, stored)
+        if whole:
+            _check_whole(key, stored)
         first = stored[0]
         if first.dtype is None:
             described[key] = BytesStorageMetadata()
             continue
         properties = TensorProperties(dtype=first.dtype)
         described[key] = TensorStorageMetadata(properties, torch.Size(first.shape), chunks[key])
-        tensor_bytes += math.prod(first.shape) * first.dtype.itemsize
+        tensor_bytes += sum(math.prod(part.sizes) for part in stored) * first.dtype.itemsize
     return Metadata(described, storage_data=places), tensor_bytes
 
 

@@ -57,7 +57,7 @@ class CheckpointStore:
     keep: how many of the newest valid checkpoints survive pruning (at least 1; 2 by default, so that one bad disk
     block never costs the run). retain_interval: iterations that are a multiple of it are never pruned
     (`--save-retain-interval`). warn: receives each warning line. stages: called with the name of every step of a
-    save just after the step is done; the tests kill the process there.
+    save just after the step is done; the tests kill the process there. flag: names the directory in messages.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class CheckpointStore:
         warn: Callable[[str], None] = _print_warning,
         stages: Callable[[str], None] = _no_stage,
         hash_threads: int = 4,
+        flag: str = "--save",
     ) -> None:
         assert keep >= 1 and hash_threads >= 1
         assert retain_interval is None or retain_interval > 0
@@ -78,6 +79,7 @@ class CheckpointStore:
         self.warn = warn
         self._stage = stages
         self._hash_threads = hash_threads
+        self._flag = flag
 
     # ------------------------------------------------------------------ names
 
@@ -106,7 +108,7 @@ class CheckpointStore:
         """
         with self._named_errors("create", self.root, None):
             self.root.mkdir(parents=True, exist_ok=True)
-        lock = SaveLock(self.root / ".lock", timeout_s)
+        lock = SaveLock(self.root / ".lock", timeout_s, self._flag)
         try:
             with self._named_errors("clean up", self.root, None):
                 self._clean_up()
@@ -161,8 +163,9 @@ class CheckpointStore:
         tensor_bytes: int,
         count: Callable[[Path], tuple[int, int]] | None = None,
         sealed: Mapping[str, tuple[int, str]] | None = None,
+        prune: bool = True,
     ) -> Path:
-        """Turn the temporary directory of `iteration` into a published checkpoint; prune old ones last.
+        """Turn the temporary directory of `iteration` into a published checkpoint; prune old ones last, if asked to.
 
         num_keys, tensor_bytes: what the model meant to save. count: reads the written directory and returns the
         number of keys and tensor bytes actually there; a difference refuses publication. Without it only a total
@@ -184,11 +187,8 @@ class CheckpointStore:
         except BaseException:
             self.discard(iteration)
             raise
-        # The checkpoint is safe from here on: a failure to delete old ones must not fail the save.
-        try:
-            self._prune(iteration)
-        except OSError as error:
-            self.warn(f"old checkpoints in {self.root} could not be removed: {error}")
+        if prune:
+            self.prune(iteration)
         return final
 
     def _check_counts(
@@ -235,12 +235,19 @@ class CheckpointStore:
         fsync_path(self.root)
         self._stage("tracker-synced")
 
-    def _prune(self, published: int) -> None:
-        """Remove what is older than the newest `keep` valid checkpoints up to `published`.
+    def prune(self, published: int) -> None:
+        """Remove what is older than the newest `keep` valid checkpoints up to `published`; failures are only told.
 
         Iterations after `published` belong to a run that was rewound; they are only named, never removed.
         Validity here means sizes, not hashes: re-reading terabytes at every save would cost more than it protects.
         """
+        try:
+            self._prune(published)
+        except OSError as error:
+            # The checkpoint is safe from here on: a failure to delete old ones must not fail the save.
+            self.warn(f"old checkpoints in {self.root} could not be removed: {error}")
+
+    def _prune(self, published: int) -> None:
         newer = [i for i in self.iterations() if i > published]
         if newer:
             self.warn(f"{self.root} also holds checkpoints newer than the one just saved ({published}): {newer}")
@@ -255,12 +262,21 @@ class CheckpointStore:
                 continue
             if self.retain_interval and iteration % self.retain_interval == 0:
                 continue
-            # Renamed first: a half-removed directory must not carry a checkpoint's name.
-            doomed = self.root / f".tmp_prune_iter_{iteration:07d}"
-            os.rename(self.path(iteration), doomed)
-            self._stage("prune-renamed")
-            remove_path(doomed)
-            self._stage("pruned")
+            self._remove(iteration)
+
+    def remove(self, iteration: int) -> None:
+        """Remove a published checkpoint, if it is there. Raises CheckpointError."""
+        with self._named_errors("remove", self.path(iteration), None):
+            if self.path(iteration).exists():
+                self._remove(iteration)
+
+    def _remove(self, iteration: int) -> None:
+        # Renamed first: a half-removed directory must not carry a checkpoint's name.
+        doomed = self.root / f".tmp_prune_iter_{iteration:07d}"
+        os.rename(self.path(iteration), doomed)
+        self._stage("prune-renamed")
+        remove_path(doomed)
+        self._stage("pruned")
 
     # ------------------------------------------------------------------ loading
 

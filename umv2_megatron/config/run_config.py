@@ -78,6 +78,15 @@ class RunConfig:
         return holds_scores(self.values)
 
     @property
+    def non_persistent_type(self) -> str:
+        """Of non-persistent checkpoints: local or global."""
+        training = self.training
+        if training.non_persistent_ckpt_type is not None:
+            return training.non_persistent_ckpt_type
+        only_global = training.non_persistent_global_ckpt_dir and not training.non_persistent_local_ckpt_dir
+        return "global" if only_global else "local"
+
+    @property
     def data_parallel_size(self) -> int:
         """Replicas of the dense model."""
         return self.world_size // (

@@ -25,6 +25,7 @@ def check_schedule(run: RunConfig) -> None:
     _check_learning_rates(run)
     if training.save_interval and not training.save:
         refuse("save-interval", training.save_interval, "--save with a directory too")
+    _check_non_persistent(run)
     if run.data.has_split_paths and run.data.valid_data_path is None and training.eval_iters:
         raise UsageError("--valid-data-path is missing beside --train-data-path; give it, or --eval-iters 0")
     _check_policies(run)
@@ -33,6 +34,27 @@ def check_schedule(run: RunConfig) -> None:
         refuse("profile-step-end", end, f"an iteration after --profile-step-start ({start}), which is 1 or more")
     if whole_numbers(training.profile_ranks) is None:
         refuse("profile-ranks", repr(training.profile_ranks), "ranks separated by commas, such as 0,1")
+
+
+def _check_non_persistent(run: RunConfig) -> None:
+    training, kind = run.training, run.non_persistent_type
+    if training.non_persistent_save_interval is None:
+        return
+    if training.save_interval and training.non_persistent_save_interval >= training.save_interval:
+        expected = f"fewer iterations than --save-interval ({training.save_interval}), as it saves in between"
+        refuse("non-persistent-save-interval", training.non_persistent_save_interval, expected)
+    if kind == "local" and training.non_persistent_local_ckpt_dir is None:
+        expected = (
+            "--non-persistent-local-ckpt-dir too, a directory on every node's own disk, or --non-persistent-ckpt-type "
+            "global"
+        )
+        refuse("non-persistent-save-interval", training.non_persistent_save_interval, expected)
+    other = "global" if kind == "local" else "local"
+    if given := run.values[f"non_persistent_{other}_ckpt_dir"]:
+        refuse(f"non-persistent-{other}-ckpt-dir", given, f"no value with non-persistent checkpoints of type {kind}")
+    if training.non_persistent_local_ckpt_algo != "atomic":
+        expected = "atomic: every rank writes all that it holds, so that none needs a file of another at a load"
+        refuse("non-persistent-local-ckpt-algo", training.non_persistent_local_ckpt_algo, expected)
 
 
 def _check_policies(run: RunConfig) -> None:

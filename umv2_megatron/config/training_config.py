@@ -108,6 +108,41 @@ class TrainingConfig:
         at_least=1,
         read_by="training/loop.py: when checkpoints are written",
     )
+    non_persistent_save_interval: Optional[int] = option(
+        None,
+        "iterations between non-persistent checkpoints, in between those of --save-interval; a start goes on from the "
+        "newest of both",
+        at_least=1,
+        needs=("save", "save_interval"),
+        read_by="training/loop.py: when non-persistent checkpoints are written",
+    )
+    non_persistent_ckpt_type: Optional[str] = option(
+        None,
+        "where non-persistent checkpoints go: local, each rank's own to the disk of its node, or global, to one "
+        "directory (default: local, where only the global directory is given global)",
+        choices=("global", "local"),
+        needs=("non_persistent_save_interval",),
+        read_by="config/run_config.py: where non-persistent checkpoints go",
+    )
+    non_persistent_local_ckpt_dir: Optional[str] = option(
+        None,
+        "directory on every node's own disk for local non-persistent checkpoints",
+        needs=("non_persistent_save_interval",),
+        read_by="training/non_persistent.py: where non-persistent checkpoints go",
+    )
+    non_persistent_global_ckpt_dir: Optional[str] = option(
+        None,
+        "directory for global non-persistent checkpoints (default: <save>/non_persistent)",
+        needs=("non_persistent_save_interval",),
+        read_by="training/non_persistent.py: where non-persistent checkpoints go",
+    )
+    non_persistent_local_ckpt_algo: str = option(
+        "atomic",
+        "what a rank writes of a local non-persistent checkpoint: atomic, all that it holds",
+        choices=("atomic", "fully_parallel"),
+        needs=("non_persistent_save_interval",),
+        read_by="config/schedule_checks.py: refused but for atomic",
+    )
     async_save: bool = option(
         False,
         "go on training while other processes write the checkpoint of --save-interval; needs its bytes in main memory",

@@ -6,7 +6,8 @@ Every event has ``time`` (seconds since 1970), ``event`` and ``iteration`` (fini
                  ``device``, ``last_iteration``; of a later one also ``reason``, why the one before has ended, and
                  ``changes``, setting -> [old, new]
     checkpoint   one was published, of ``iteration``; ``seconds`` it took, with --async-save also
-                 ``blocked_seconds``, in which training waited
+                 ``blocked_seconds``, in which training waited; of a non-persistent one ``kind``, local or global
+    unsaved      a non-persistent one could not be written, and the run went on; ``text``
     skipped      a step made no update (NaN, spike, --iterations-to-skip); ``text`` says which and why
     spike        a step was one and made its update nevertheless; ``text``
     rewind       the run went back to a checkpoint in the same process; ``text``

@@ -38,6 +38,9 @@ GAUGES = {
     "checkpoint-iteration": ("umv2_checkpoint_iteration", 1, "step of the newest checkpoint of this process"),
     "checkpoint-time": ("umv2_checkpoint_timestamp_seconds", 1, "when it was published, seconds since 1970"),
     "checkpoint-seconds": ("umv2_checkpoint_duration_seconds", 1, "time that it took"),
+    "non-persistent-iteration": (
+        "umv2_non_persistent_checkpoint_iteration", 1, "step of the newest non-persistent one of this process"),
+    "non-persistent-seconds": ("umv2_non_persistent_checkpoint_duration_seconds", 1, "time that it took"),
 }
 COUNTERS = {
     "consumed-samples": ("umv2_consumed_samples", "samples since the run's first step"),

@@ -233,8 +233,13 @@ def _in_words(event: dict[str, Any], place: int, faults: set[str]) -> tuple[str,
         return f"restart {place}", f"{reason}; {there}{changed}"
     if kind == "fault":
         return "fault", f"{event.get('text')} (told by rank {event.get('rank')}, exit code {event.get('code')})"
-    if kind in ("skipped", "spike", "rewind"):
-        heading = {"skipped": "step skipped", "spike": "spike", "rewind": "went back to a checkpoint"}
+    if kind in ("skipped", "spike", "rewind", "unsaved"):
+        heading = {
+            "skipped": "step skipped",
+            "spike": "spike",
+            "rewind": "went back to a checkpoint",
+            "unsaved": "checkpoint not saved",
+        }
         return heading[kind], str(event.get("text", ""))
     if kind == "stop":
         return "stop", f"asked by {event.get('reason')}"
@@ -247,8 +252,10 @@ def _in_words(event: dict[str, Any], place: int, faults: set[str]) -> tuple[str,
 
 
 def _checkpoints(run: RunFiles) -> Html | None:
-    took = {_step(event): event.get("seconds") for event in run.events if event["event"] == "checkpoint"}
-    if not run.checkpoints and not took:
+    told = [event for event in run.events if event["event"] == "checkpoint"]
+    took = {_step(event): event.get("seconds") for event in told if "kind" not in event}
+    others = [event for event in told if "kind" in event]
+    if not run.checkpoints and not told:
         return None
     heads = ("iteration", "size", "written", "took")
     rows = [tag("tr", *(tag("th", name) for name in heads))]
@@ -262,6 +269,13 @@ def _checkpoints(run: RunFiles) -> Html | None:
     notes = ([f"{more:,} older ones are there, too."] if more > 0 else []) + (
         [f"{gone:,} more were written and have been removed since."] if gone else []
     )
+    if others:
+        last, seconds = others[-1], others[-1].get("seconds")
+        took_it = f" in {seconds:.1f} s" if isinstance(seconds, (int, float)) else ""
+        notes.append(
+            f"{len(others):,} non-persistent ones ({last['kind']}) were written besides, the last of iteration "
+            f"{_step(last):,}{took_it}; they are not in this directory."
+        )
     return tag(
         "section",
         tag("h2", "Checkpoints"),

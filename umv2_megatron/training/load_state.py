@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from umv2_megatron.checkpoint import save_load
 from umv2_megatron.checkpoint.agreement import attempt, tell_all
+from umv2_megatron.checkpoint.places import Place, SharedPlace
+from umv2_megatron.checkpoint.save_load import Candidate
 from umv2_megatron.checkpoint.store import CheckpointStore
-from umv2_megatron.checkpoint.verification import verify_together
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.durable_files import DamageError
 from umv2_megatron.training.initialize import TrainingState
@@ -17,27 +20,27 @@ from umv2_megatron.training.step import refresh_singular_vectors
 def load_state(
     run: RunConfig,
     state: TrainingState,
-    store: CheckpointStore,
-    ckpt_step: int | None,
+    candidates: Sequence[Candidate],
     *,
+    only: bool = False,
     load_optim: bool = True,
     load_rng: bool = True,
 ) -> save_load.LoadedCheckpoint:
     """Weights, optimizer, schedule and random states of a checkpoint; the progress is the caller's. A collective.
 
-    See ``save_load.load_checkpoint`` for the arguments and errors. With --override-opt-param-scheduler the groups keep
+    See ``save_load.load_first`` for the arguments and errors. With --override-opt-param-scheduler the groups keep
     what the flags say of them.
     """
     # what the flags say of each group: a decoupled learning rate is that of its own group
     taken = ("max_lr", "min_lr", "betas", "eps")
     given = [{key: group[key] for key in taken if key in group} for group in state.optimizer.param_groups]
     with save_load.gathered_parameters(state.chunks):
-        loaded = save_load.load_checkpoint(
-            store,
+        loaded = save_load.load_first(
+            candidates,
             state.chunks,
             state.optimizer,
             state.scheduler,
-            ckpt_step=ckpt_step,
+            only=only,
             load_optim=load_optim,
             load_rng=load_rng,
             verify_all=run.training.verify_checkpoint == "full",
@@ -50,25 +53,40 @@ def load_state(
     return loaded
 
 
-def checkpoint_before(store: CheckpointStore, iteration: int, save_interval: int) -> int | None:
+def persistent_candidates(store: CheckpointStore, ckpt_step: int | None) -> list[Candidate]:
+    """The checkpoints of ``store`` that may be loaded, best first; with ``ckpt_step`` that one. A collective."""
+    if ckpt_step is not None:
+        return [Candidate(SharedPlace(store), ckpt_step)]
+    is_main = torch.distributed.get_rank() == 0
+    iterations = tell_all(attempt("finding a checkpoint", lambda: store.candidates() if is_main else []))
+    return [Candidate(SharedPlace(store), iteration) for iteration in iterations]
+
+
+def checkpoint_before(
+    store: CheckpointStore, iteration: int, save_interval: int, others: Place | None = None
+) -> Candidate | None:
     """The newest valid checkpoint of at most ``iteration``, the same on all ranks; None where there is none.
 
-    One that --save-interval has written, if there is any: where a stop or an exit saved in between depends on how often
-    a run was interrupted, and an interrupted run is to do the same as another. A collective; each rank hashes a share
-    of the files.
+    One that --save-interval has written, or one of the non-persistent ``others``, if there is any: where a stop or an
+    exit saved in between depends on how often a run was interrupted, and an interrupted run is to do the same as
+    another. A collective; each rank hashes a share of the files.
     """
     is_main = torch.distributed.get_rank() == 0
 
     def look() -> list[int]:
-        there = [each for each in store.iterations() if each <= iteration] if is_main else []
-        return sorted(there, key=lambda each: (each % save_interval == 0, each), reverse=True)
+        return [each for each in store.iterations() if each <= iteration] if is_main else []
 
-    for each in tell_all(attempt("looking for a checkpoint to go back to", look)):
+    persistent = tell_all(attempt("looking for a checkpoint to go back to", look))
+    regular = [(True, each, SharedPlace(store)) for each in persistent if each % save_interval == 0]
+    between = [(False, each, SharedPlace(store)) for each in persistent if each % save_interval]
+    usable = others.find().usable if others is not None else []
+    found: list[tuple[bool, int, Place]] = [*regular, *between, *((True, each, others) for each in usable if others)]
+    for _, each, place in sorted(found, key=lambda one: one[:2], reverse=True):
         try:
-            verify_together(store, each, full=True)
+            place.verify(each, full=True)
         except DamageError as error:
             if is_main:
-                store.warn(f"checkpoint {each} cannot be used: {error}")
+                store.warn(f"{f'{place.kind} ' * place.alone}checkpoint {each} cannot be used: {error}")
             continue
-        return each
+        return Candidate(place, each)
     return None

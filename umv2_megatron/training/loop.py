@@ -94,6 +94,8 @@ class Trainer:
         stragglers = contextlib.closing(self.stragglers)
         profiling = StepProfiler(run, progress.iteration, self.state.chunks)
         with stragglers, self.stop_requests, self.collection, profiling as profiler, self._save_before_stopping():
+            if progress.iteration >= self.last_iteration:
+                self.save_now()  # the last one may be non-persistent
             while progress.iteration < self.last_iteration:
                 step = self._step(profiler)
                 profiler.step(progress.iteration)
@@ -243,6 +245,10 @@ class Trainer:
             self.evaluate()
         if leaving or (training.save_interval and iteration % training.save_interval == 0):
             self.save_now(wait=leaving)
+        elif training.non_persistent_save_interval and iteration % training.non_persistent_save_interval == 0:
+            self.refresh()
+            if self.saver is not None:
+                self.saver.save_non_persistent()
         if stopping and not last:
             self._tell_stop()
         return leaving

@@ -18,9 +18,10 @@ import torch
 import yaml
 
 from umv2_megatron import __version__
-from umv2_megatron.checkpoint import save_load
+from umv2_megatron.checkpoint import save_load, saved_config
 from umv2_megatron.checkpoint.agreement import attempt
 from umv2_megatron.checkpoint.background import BackgroundSaves
+from umv2_megatron.checkpoint.save_load import Candidate
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import UsageError
@@ -44,8 +45,9 @@ from umv2_megatron.training.initialize import (
     start_processes,
     told_backend,
 )
-from umv2_megatron.training.load_state import load_state
+from umv2_megatron.training.load_state import load_state, persistent_candidates
 from umv2_megatron.training.loop import Trainer
+from umv2_megatron.training.non_persistent import NonPersistent, forget_history, open_non_persistent
 from umv2_megatron.training.reporting import Reporter
 from umv2_megatron.training.resume import Source, check_same_run, check_vocabulary, find_source
 from umv2_megatron.training.saving import Saver
@@ -65,6 +67,9 @@ def pretrain(run: RunConfig) -> int:
             record_memory_history(folder, torch.distributed.get_rank())
         store = _own_save_directory(run, stack)
         background = _background_saves(run, store, stack)
+        non_persistent = None
+        if store is not None and run.training.non_persistent_save_interval and not run.training.skip_train:
+            non_persistent = open_non_persistent(run, store, stack)
         tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
         state = build_training_state(run, tokenizer.vocab_size)
         print_rank_0(told_backend(run))
@@ -74,7 +79,7 @@ def pretrain(run: RunConfig) -> int:
         if not run.training.skip_train:
             # mcore shuffles as many epochs as it needs, so another number of samples is another order
             identity["training_samples"] = run.train_iters * run.global_batch_size
-        _resume(run, state, identity, tokenizer.vocab_size)
+        _resume(run, state, identity, tokenizer.vocab_size, store, non_persistent)
         events = stack.enter_context(_history(run, store, state))
         if store is not None and torch.distributed.get_rank() == 0 and not run.training.skip_train:
             write_synced(store.root / ".config.yaml.tmp", run.to_yaml().encode())
@@ -86,7 +91,9 @@ def pretrain(run: RunConfig) -> int:
         reporter = Reporter(run, is_last_rank(), state.progress.iteration, exporter)
         stack.callback(reporter.close)
         config = _saved_config(run, tokenizer, identity)
-        saver = Saver(store, state, config, reporter, events, background) if store is not None else None
+        saver = None
+        if store is not None:
+            saver = Saver(store, state, config, reporter, events, background, non_persistent)
         trainer = Trainer(
             run,
             state,
@@ -103,9 +110,12 @@ def pretrain(run: RunConfig) -> int:
         elif trainer.train():
             trainer.make_eval_iterator = _eval_iterator(run, test_set)
             trainer.evaluate("test")
+        finished = state.progress.iteration >= trainer.last_iteration
+        if saver is not None and finished:
+            saver.end()
         trainer.refresh()
         print_rank_0(f"weights of rank 0: sha256 {save_load.weights_digest(state.chunks)}")
-        events.end(finished=state.progress.iteration >= trainer.last_iteration)
+        events.end(finished=finished)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     return 0
@@ -179,20 +189,67 @@ def _saved_config(run: RunConfig, tokenizer: Any, identity: dict[str, Any]) -> d
     }
 
 
-def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any], vocab_size: int) -> None:
-    """Load the checkpoint that --save or --load names, if any, into ``state``."""
-    source = find_source(run)
+def _resume(
+    run: RunConfig,
+    state: TrainingState,
+    identity: dict[str, Any],
+    vocab_size: int,
+    store: CheckpointStore | None,
+    non_persistent: NonPersistent | None,
+) -> None:
+    """Load the newest checkpoint of this run, or the one that --load names, if any, into ``state``."""
+    loaded = False
+    found = _source_and_candidates(run, non_persistent)
+    if found is not None:
+        source, candidates = found
+        loaded = _load(run, state, identity, vocab_size, source, candidates)
+    if non_persistent is not None:
+        non_persistent.go_on(state.progress.iteration, loaded=loaded)
+    elif store is not None and not run.training.skip_train:
+        forget_history(store)
+
+
+def _source_and_candidates(
+    run: RunConfig, non_persistent: NonPersistent | None
+) -> tuple[Source, list[Candidate]] | None:
+    """Where the run starts from, and the checkpoints there, best first; None for a fresh start."""
+    source = find_source(run, others=non_persistent is not None and bool(non_persistent.found.usable))
+    if non_persistent is not None and source is not None and _is_own(run, source):
+        candidates = non_persistent.candidates(CheckpointStore(source.directory), source.ckpt_step)
+        if candidates:
+            return source, candidates
+        source = find_source(run)  # they are damaged, and there is no persistent one yet
+    elif non_persistent is not None:
+        non_persistent.tell_unused(-1)
     if source is None:
-        return
+        return None
+    return source, persistent_candidates(CheckpointStore(source.directory), source.ckpt_step)
+
+
+def _is_own(run: RunConfig, source: Source) -> bool:
+    """Whether the run goes on from checkpoints of its own; with --load of them and --finetune it begins anew."""
+    same = os.path.realpath(source.directory) == os.path.realpath(run.training.save or "")
+    return same and (source.continues or not run.training.finetune)
+
+
+def _load(
+    run: RunConfig,
+    state: TrainingState,
+    identity: dict[str, Any],
+    vocab_size: int,
+    source: Source,
+    candidates: list[Candidate],
+) -> bool:
+    """Load the first of ``candidates`` that can be, if it is of this run. Whether it is a non-persistent one."""
     training = run.training
     finetune = training.finetune and not source.continues
-    _refuse_another_run(run, source, None if finetune else identity, vocab_size)
+    _refuse_another_run(run, source, candidates[0], None if finetune else identity, vocab_size)
     load_optim = not training.skip_train and (source.continues or not (training.no_load_optim or finetune))
     loaded = load_state(
         run,
         state,
-        CheckpointStore(source.directory),
-        source.ckpt_step,
+        candidates,
+        only=source.ckpt_step is not None,
         load_optim=load_optim,
         load_rng=source.continues or not (training.no_load_rng or finetune),
     )
@@ -201,16 +258,20 @@ def _resume(run: RunConfig, state: TrainingState, identity: dict[str, Any], voca
         state.progress = Progress(**{key: value for key, value in loaded.extra_state.items() if key in known})
         if not load_optim:
             state.scheduler.step(state.progress.consumed_samples)  # a fresh optimizer, but the run's own schedule
+    told_kind = "" if loaded.kind == "persistent" else f"{loaded.kind} "
     print_rank_0(
-        f" loaded checkpoint of iteration {loaded.iteration} from {loaded.path}; "
+        f" loaded {told_kind}checkpoint of iteration {loaded.iteration} from {loaded.path}; "
         f"continuing at iteration {state.progress.iteration}"
         + ("" if loaded.rng_restored else "; random states were not restored")
         + f"; read {min(loaded.bytes_read):,} to {max(loaded.bytes_read):,} bytes per rank, "
         f"{sum(loaded.bytes_read):,} in all"
     )
+    return loaded.kind != "persistent"
 
 
-def _refuse_another_run(run: RunConfig, source: Source, identity: dict[str, Any] | None, vocab_size: int) -> None:
+def _refuse_another_run(
+    run: RunConfig, source: Source, candidate: Candidate, identity: dict[str, Any] | None, vocab_size: int
+) -> None:
     """The checks of resume.py on the first rank, which reads the files; every rank raises its ``UsageError``.
 
     ``identity`` is None where the run begins anew with the checkpoint's weights, which need only fit.
@@ -219,10 +280,13 @@ def _refuse_another_run(run: RunConfig, source: Source, identity: dict[str, Any]
 
     def compare() -> None:
         if torch.distributed.get_rank() == 0:
+            config = None
+            if candidate.place.kind != "persistent":
+                config = saved_config.read_config(candidate.place.store, candidate.iteration)
             try:
-                check_vocabulary(source, vocab_size)
+                check_vocabulary(source, vocab_size, config)
                 if identity is not None:
-                    check_same_run(run, source, identity)
+                    check_same_run(run, source, identity, config)
             except UsageError as error:
                 refusal[0] = str(error)
 

@@ -55,18 +55,19 @@ class Source:
     continues: bool
 
 
-def find_source(run: RunConfig) -> Source | None:
+def find_source(run: RunConfig, others: bool = False) -> Source | None:
     """What to load: --save once it holds a checkpoint, so that the same command always continues; else --load; None for
-    a fresh start. An evaluation (--skip-train) takes --load first.
+    a fresh start. An evaluation (--skip-train) takes --load first. others: the run has non-persistent checkpoints,
+    which are as good as some in --save.
 
     Raises ``UsageError`` when --load holds no checkpoint and --allow-fresh is not given, when --finetune or --ckpt-step
     have nothing to load, and when a directory has lost its checkpoints.
     """
-    return _find_source(run.training)
+    return _find_source(run.training, others)
 
 
-def _find_source(training: TrainingConfig) -> Source | None:
-    own = training.save if training.save and _holds_checkpoints("save", training.save) else None
+def _find_source(training: TrainingConfig, others: bool = False) -> Source | None:
+    own = training.save if training.save and (_holds_checkpoints("save", training.save) or others) else None
     same = training.load is not None and own is not None and os.path.realpath(training.load) == os.path.realpath(own)
     if own and not (training.load and (training.skip_train or same)):
         return Source(own, None if training.load else training.ckpt_step, continues=True)
@@ -127,17 +128,22 @@ def checkpoint_values(training: TrainingConfig) -> tuple[str, dict[str, Any]] | 
     source = _find_source(training)
     if source is None:
         return None
+    return source.directory, saved_settings(source)["values"]
+
+
+def saved_settings(source: Source) -> dict[str, Any]:
+    """config.json of the checkpoint that is loaded from ``source``; its hash was compared."""
     store = ConfigStore(source.directory)
-    return source.directory, saved_config.read_config(store, store.resolve(source.ckpt_step))["values"]
+    return saved_config.read_config(store, store.resolve(source.ckpt_step))
 
 
-def check_vocabulary(source: Source, vocab_size: int) -> None:
+def check_vocabulary(source: Source, vocab_size: int, config: dict[str, Any] | None = None) -> None:
     """Raise ``UsageError`` where the checkpoint's vocabulary is not one of ``vocab_size`` tokens, as this run's is.
 
+    config: its config.json, where it is not that of ``saved_settings``.
     Rows that only pad a vocabulary may differ; the tokens' own would be lost, or be new and untrained.
     """
-    store = ConfigStore(source.directory)
-    old = saved_config.read_config(store, store.resolve(source.ckpt_step)).get("tokenizer_vocab_size", vocab_size)
+    old = (config or saved_settings(source)).get("tokenizer_vocab_size", vocab_size)
     if old != vocab_size:
         raise UsageError(
             f"the checkpoint in {source.directory} has a vocabulary of {old} tokens, this run's tokenizer one of "
@@ -146,13 +152,15 @@ def check_vocabulary(source: Source, vocab_size: int) -> None:
         )
 
 
-def check_same_run(run: RunConfig, source: Source, data_identity: dict[str, Any]) -> None:
+def check_same_run(
+    run: RunConfig, source: Source, data_identity: dict[str, Any], config: dict[str, Any] | None = None
+) -> None:
     """Raise ``UsageError`` naming what differs, old and new, where ``run`` is not the checkpoint's run.
 
-    ``data_identity`` is that of the data that ``run`` would read (``datasets.data_identity``).
+    ``data_identity`` is that of the data that ``run`` would read (``datasets.data_identity``). config: the checkpoint's
+    config.json, where it is not that of ``saved_settings``.
     """
-    store = ConfigStore(source.directory)
-    config = saved_config.read_config(store, store.resolve(source.ckpt_step))
+    config = config or saved_settings(source)
     saved = config["values"]
     _check_schedule(run, saved, source)
     if not run.training.allow_config_change:

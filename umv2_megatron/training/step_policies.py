@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from umv2_megatron.checkpoint.save_load import Candidate
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped
 from umv2_megatron.data.batches import next_batch
@@ -105,7 +106,8 @@ class StepPolicies:
         if training.spike_policy == "rewind":
             assert self.saver is not None and training.save_interval
             self.saver.finish()  # the decision must not depend on how far a save in the background is
-            target = checkpoint_before(self.saver.store, progress.iteration, training.save_interval)
+            non_persistent = self.saver.non_persistent.place if self.saver.non_persistent is not None else None
+            target = checkpoint_before(self.saver.store, progress.iteration, training.save_interval, non_persistent)
         if target is not None:
             self._go_back(target)
             return
@@ -113,9 +115,9 @@ class StepPolicies:
         self._count_skipped(self._told_spike())
         self._tell("skipped", f"{self._told_spike()}; the update is left out ({why}){self._told_samples()}")
 
-    def _go_back(self, target: int) -> None:
-        """Restore the checkpoint of iteration ``target`` and leave out the steps since, this one among them."""
-        progress, training = self.state.progress, self.run.training
+    def _go_back(self, candidate: Candidate) -> None:
+        """Restore the checkpoint ``candidate`` and leave out the steps since, this one among them."""
+        progress, training, target = self.state.progress, self.run.training, candidate.iteration
         assert self.saver is not None
         again = progress.rewinds_to_same + 1 if progress.rewound_to == target else 1
         if again > training.max_rewinds:
@@ -125,7 +127,7 @@ class StepPolicies:
                 "checkpoint with --ckpt-step, lower --lr, or give --spike-policy skip"
             )
         spike = self._told_spike()
-        saved = load_state(self.run, self.state, self.saver.store, target).extra_state
+        saved = load_state(self.run, self.state, [candidate], only=True).extra_state
         progress.rewound_to, progress.rewinds_to_same = target, again
         progress.rewinds += 1
         progress.skipped_in_a_row = 0
