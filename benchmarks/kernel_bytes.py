@@ -52,6 +52,7 @@ SIZES = {  # tokens, picks, rows, Dp, Dv, cores; rows per pick as with 8,192 tok
     "227m": (32, 32, 506, 192, 192, 2),
     "1b": (8, 128, 272, 384, 768, 2),
     "shard": (32, 32, 506, 24, 24, 2),
+    "few": (33, 8, 506, 192, 192, 2),
 }
 KINDS = {
     **dict.fromkeys(("table", "values", "pre_values"), "rows"),
@@ -169,7 +170,7 @@ def bytes_of(size: str, deterministic: bool = True) -> dict[str, Any]:
     distinct = arguments["rows"].unique().numel()
     rows = tokens * picks * (pre_columns + columns) * 2
     sums = distinct * (pre_columns + columns) * 4
-    result: dict[str, Any] = {"size": size, "picks": tokens * picks, "distinct": distinct}
+    result: dict[str, Any] = {"size": size, "tokens": tokens, "picks": tokens * picks, "distinct": distinct}
     watch = Watch()
     with watch.watching():
         out = triton_lookup.lookup(**arguments, deterministic=deterministic)

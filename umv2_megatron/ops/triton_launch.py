@@ -7,8 +7,8 @@ Tile sizes come from arithmetic, not from timing at run time: tuning in the firs
 and so the last bits of a run, depend on noise. A thread should have about 32 elements of the tile in flight: enough
 outstanding loads of 16 bytes (4 in bfloat16) to hide memory, few enough registers for 16 or more warps per
 multiprocessor with an accumulator of the same size beside it. So a tile has up to TILE_ELEMENTS elements and a warp per
-32 * 32 of them, or of less, as both are powers of two. docs/kernels.md works this out and lists the candidates to time
-on a GPU.
+32 * 32 of them, or of less, as both are powers of two. Where all picks of a token are fewer bytes than such a tile has
+in bfloat16, a program takes several tokens. docs/kernels.md works this out and lists the candidates to time on a GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ TILE_ELEMENTS = 4096
 WIDEST_ROW = 2048
 """Columns (padded) that one program holds; wider rows are cut up, and the fused kernels are left out."""
 ELEMENTS_PER_WARP = 1024
+TILE_PICKS = 256
+"""Picks of all tokens of a program, at most: each has a row id and scores beside its elements."""
+LISTED_PICKS = 4
+"""Of a token whose picks lie in a list, in any number, as many are in a tile at once."""
 SEGMENTS = 8
 """Rows of a sum that a program of ``add_to_rows`` reads and writes, unless they are so narrow that more fit a warp."""
 SEGMENT_ELEMENTS = 4096
@@ -80,8 +84,10 @@ class PickList:
 
 @dataclass(frozen=True)
 class Tile:
-    """Edges of a tile [picks, cores, columns + rest] of rows, and the warps that share it."""
+    """Edges of a tile [tokens * picks, cores, columns + rest] of rows, and the warps that share it."""
 
+    tokens: int
+    """Of a program, each with so many ``picks``."""
     picks: int
     cores: int
     columns: int
@@ -90,11 +96,21 @@ class Tile:
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"PICKS": self.picks, "CORES": self.cores, "COLUMNS": self.columns, "REST": self.rest}
+        edges = {"PICKS": self.picks, "CORES": self.cores, "COLUMNS": self.columns, "REST": self.rest}
+        return {"TOKENS": self.tokens, **edges}
+
+    @property
+    def table_constants(self) -> dict[str, int]:
+        """Of kernels that know no tokens and have their own number of picks."""
+        return {"CORES": self.cores, "COLUMNS": self.columns, "REST": self.rest}
 
     def stretches(self, slice_columns: int) -> int:
         """Programs that share the columns of a slice."""
         return triton.cdiv(slice_columns, self.columns + self.rest)
+
+
+NO_TILE = Tile(tokens=1 << 30, picks=0, cores=0, columns=0, rest=0, warps=0)
+"""Of a table that is not there; it sets no limit to the tokens of a program."""
 
 
 def cut(columns: int) -> tuple[int, int]:
@@ -105,11 +121,15 @@ def cut(columns: int) -> tuple[int, int]:
     return (padded // 2, rest) if 16 <= rest < padded // 2 else (padded, 0)
 
 
-def tile_for(cores: int, slice_columns: int, most_picks: int, other_columns: int = 0, in_two: bool = True) -> Tile:
-    """The tile for rows of ``cores`` slices of ``slice_columns``, at most ``most_picks`` at once.
+def tile_for(
+    cores: int, slice_columns: int, most_picks: int, other_columns: int = 0, in_two: bool = True,
+    element_size: int = 0, most_tokens: int = NO_TILE.tokens,
+) -> Tile:  # fmt: skip
+    """The tile for rows of ``cores`` slices of ``slice_columns``, at most ``most_picks`` of a token at once.
 
     ``other_columns``: of rows of a second table that the same program holds. ``in_two``: whether the kernel can take
-    slices that are ``cut``.
+    slices that are ``cut``. ``element_size``: bytes of an element of the rows, for a kernel that can take several
+    tokens, at most ``most_tokens``; 0: one.
     """
     padded_cores = triton.next_power_of_2(cores)
     columns, rest = cut(slice_columns) if in_two else (triton.next_power_of_2(slice_columns), 0)
@@ -117,7 +137,12 @@ def tile_for(cores: int, slice_columns: int, most_picks: int, other_columns: int
         columns, rest = max(1, WIDEST_ROW // padded_cores), 0
     width = max(padded_cores * (columns + rest), sum(cut(max(1, other_columns))))
     picks = max(1, min(_power_below(TILE_ELEMENTS // width), triton.next_power_of_2(max(1, most_picks))))
-    return Tile(picks, padded_cores, columns, rest, _warps(picks * width))
+    tokens = 1
+    if element_size > 0:
+        # TILE_ELEMENTS are counted for elements of 2 bytes: what has to be in flight is a number of bytes.
+        filling = _power_below(TILE_ELEMENTS * 2 // (picks * width * element_size))
+        tokens = max(1, min(filling, TILE_PICKS // picks, most_tokens))
+    return Tile(tokens, picks, padded_cores, columns, rest, _warps(tokens * picks * width))
 
 
 def _power_below(number: int) -> int:
@@ -151,7 +176,7 @@ def fused_forward(
     out = values.new_empty(tokens, picks.num_blocks * values.shape[1])
     rho = scores.new_empty(tokens, per_token)
     if tokens > 0:
-        tile = tile_for(cores, slice_columns, per_token, pre_columns)
+        tile = tile_for(cores, slice_columns, per_token, pre_columns, element_size=values.element_size())
         tensors = {
             **{"rows": picks.rows, "blocks": picks.blocks, "scores": scores, "projected": projected.contiguous()},
             **{"pre_values": pre_values.detach(), "values": values.detach(), "out": out, "rho_out": rho},
@@ -160,7 +185,8 @@ def fused_forward(
             **{"P": per_token, "C": cores, "E": picks.num_blocks, "DP": pre_columns, "DC": slice_columns},
             **{"GELU": gelu, "PRE_COLUMNS": cut(pre_columns)[0], "PRE_REST": cut(pre_columns)[1], **tile.constants},
         }
-        launch(kernels.fused_forward, (tokens, picks.num_blocks), {**tensors, "tokens": tokens}, constants, tile.warps)
+        grid = (triton.cdiv(tokens, tile.tokens), picks.num_blocks)
+        launch(kernels.fused_forward, grid, {**tensors, "tokens": tokens}, constants, tile.warps)
     return out, rho
 
 
@@ -173,8 +199,8 @@ def row_sums(picks: PickList, weights: Tensor, table: Tensor) -> Tensor:
     out = table.new_empty(picks.num_tokens, picks.num_blocks * table.shape[1])
     if picks.num_tokens == 0:
         return out
-    tile = tile_for(cores, slice_columns, picks.per_token or 16)
-    grid = (picks.num_tokens, picks.num_blocks, tile.stretches(slice_columns))
+    tile = tile_for(cores, slice_columns, picks.per_token or LISTED_PICKS, element_size=table.element_size())
+    grid = (triton.cdiv(picks.num_tokens, tile.tokens), picks.num_blocks, tile.stretches(slice_columns))
     tensors = {
         **{"rows": picks.rows, "blocks": picks.blocks, "starts": picks.starts, "weights": weights},
         **{"table": table.detach(), "out": out, "tokens": picks.num_tokens},
@@ -215,17 +241,20 @@ def _row_dots(
     if count == 0:
         return
     slice_columns = table.shape[1] // cores
-    tile = tile_for(cores, slice_columns, picks.per_token or 16)
-    programs = picks.num_tokens if picks.per_token else triton.cdiv(count, tile.picks)
+    pre_columns = extra["pre_values"].shape[1] if "pre_values" in extra else 0
+    # Of a list, a program takes as many picks as fill the tile; whose they are does not matter.
+    most_picks, size = (picks.per_token, table.element_size()) if picks.per_token else (TILE_ELEMENTS, 0)
+    pre_tile = tile_for(1, pre_columns, most_picks, element_size=size) if pre_columns > 0 else NO_TILE
+    tile = tile_for(cores, slice_columns, most_picks, element_size=size, most_tokens=pre_tile.tokens)
+    programs = triton.cdiv(picks.num_tokens, tile.tokens) if picks.per_token else triton.cdiv(count, tile.picks)
     names = ("scores", "rho_in", "weights_out", "rho_grad", "pre_values", "projected_grad")
     tensors: dict[str, Any] = dict.fromkeys(names)
     tensors |= {**picks.places, "upstream": upstream, "table": table.detach(), "dots": dots, "picks": count, **extra}
     constants = {"P": picks.per_token, "C": cores, "E": picks.num_blocks, "DC": slice_columns, **tile.constants}
-    pre_columns = extra["pre_values"].shape[1] if "pre_values" in extra else 0
-    pre_tile = tile_for(1, max(1, pre_columns), picks.per_token or 16)
     constants |= {"DP": pre_columns, "PRE_PICKS": pre_tile.picks}
     constants |= {"PRE_COLUMNS": pre_tile.columns, "PRE_REST": pre_tile.rest}
-    launch(kernels.row_dots, (programs,), tensors, {**constants, **epilogue}, max(tile.warps, pre_tile.warps))
+    warps = max(tile.warps, _warps(tile.tokens * pre_tile.picks * (pre_tile.columns + pre_tile.rest)))
+    launch(kernels.row_dots, (programs,), tensors, {**constants, **epilogue}, warps)
 
 
 @dataclass
@@ -341,9 +370,8 @@ def _table_arguments(addition: Addition, tile: Tile) -> tuple[dict[str, Any], di
     cores, slice_columns = addition.sizes
     pieces = weights.new_empty(triton.cdiv(weights.shape[0], PIECE), table_sum.shape[1])
     tensors = {"weights": weights, "upstream": addition.upstream, "table_sum": table_sum, "pieces": pieces}
-    constants = {"C": cores, "E": addition.num_blocks, "DC": slice_columns, **tile.constants}
+    constants = {"C": cores, "E": addition.num_blocks, "DC": slice_columns, **tile.table_constants}
     constants["STRETCHES"] = tile.stretches(slice_columns)
-    del constants["PICKS"]
     return tensors, constants
 
 
@@ -352,13 +380,13 @@ def _add_atomically(picks: PickList, addition: Addition) -> None:
     cores, slice_columns = addition.sizes
     # Half-precision atomics would round at every pick: only a model without main_grad comes here.
     target = table_sum if table_sum.dtype == weights.dtype else torch.zeros_like(table_sum, dtype=weights.dtype)
-    tile = tile_for(cores, slice_columns, 16, in_two=False)
+    tile = tile_for(cores, slice_columns, TILE_ELEMENTS, in_two=False)
     tensors = {
         **{**picks.places, "weights": weights, "upstream": addition.upstream, "table_sum": target},
         **{"picks": weights.shape[0]},
     }
-    constants = {"P": picks.per_token, "C": cores, "E": addition.num_blocks, "DC": slice_columns, **tile.constants}
-    del constants["REST"]
+    constants = {"P": picks.per_token, "C": cores, "E": addition.num_blocks, "DC": slice_columns}
+    constants |= {"PICKS": tile.picks, "CORES": tile.cores, "COLUMNS": tile.columns}
     grid = (triton.cdiv(weights.shape[0], tile.picks), tile.stretches(slice_columns))
     launch(kernels.atomic_add_to_rows, grid, tensors, constants, tile.warps)
     if target is not table_sum:

@@ -131,6 +131,20 @@ def test_lookup_compiles_ahead_of_time(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_programs_of_several_tokens_compile(
+    capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K = 8 on a grid, and picks in a list, with rows of 192 in bfloat16."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    run_lookup(9, 8, 9, 192, 192, torch.bfloat16)
+    rows, table = torch.zeros(300, dtype=torch.int64), torch.zeros(9, 192, dtype=torch.bfloat16)
+    picks = ListedPicks(rows, rows, torch.zeros(64, dtype=torch.int64))
+    triton_ragged.weighted_sum(picks, torch.zeros(300, 2), table)
+    calls = [call for call in distinct(launched) if call[3].get("TOKENS", 1) > 1]
+    assert check_compiled(calls, capability, tmp_path, REGISTERS) == {"fused_forward", "row_dots", "row_sums"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_top_k_compiles_ahead_of_time(
     capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,8 +182,8 @@ def test_nothing_waits_for_the_device(deterministic: bool, columns: int, launche
 
 def test_tiles_follow_the_arithmetic() -> None:
     """4,096 elements, a warp for every 1,024, no more picks than there are, rows whole up to 2,048 columns."""
-    tile = triton_launch.tile_for(2, 96, 32, 192)
-    assert (tile.picks, tile.cores, tile.columns, tile.rest, tile.warps) == (16, 2, 64, 32, 4)
+    tile = triton_launch.tile_for(2, 96, 32, 192, element_size=2)
+    assert tile == triton_launch.Tile(tokens=1, picks=16, cores=2, columns=64, rest=32, warps=4)
     tile = triton_launch.tile_for(2, 12, 32)  # a shard of few columns
     assert (tile.picks, tile.cores, tile.columns, tile.rest, tile.warps) == (32, 2, 16, 0, 1)
     tile = triton_launch.tile_for(3, 5000, 8)
@@ -177,9 +191,30 @@ def test_tiles_follow_the_arithmetic() -> None:
     assert triton_launch.can_fuse(2048, 2, 1024) and not triton_launch.can_fuse(192, 2, 1025)
     for cores in (1, 2, 3, 7):
         for columns in (1, 3, 96, 1000):
-            tile = triton_launch.tile_for(cores, columns, 47)
-            assert tile.picks * tile.cores * (tile.columns + tile.rest) <= triton_launch.TILE_ELEMENTS
-            assert tile.cores >= cores
+            for size in (0, 2, 4):
+                tile = triton_launch.tile_for(cores, columns, 47, element_size=size)
+                elements = tile.tokens * tile.picks * tile.cores * (tile.columns + tile.rest)
+                assert elements <= triton_launch.TILE_ELEMENTS and tile.cores >= cores
+                assert tile.tokens == 1 or elements * size <= 2 * triton_launch.TILE_ELEMENTS
+
+
+@pytest.mark.parametrize(
+    ("picks", "slice_columns", "element_size", "tokens"),
+    [
+        (32, 96, 2, 1),  # umv2-227m: two tiles for a token
+        (16, 96, 2, 1),
+        (8, 96, 2, 2),
+        (8, 96, 4, 1),
+        (4, 96, 2, 4),
+        (1, 96, 2, 16),
+        (32, 12, 2, 4),  # a shard of 24 columns
+        (32, 12, 4, 2),
+        (1, 1, 2, 256),  # no more picks than that
+    ],
+)
+def test_tokens_of_a_program_fill_its_tile(picks: int, slice_columns: int, element_size: int, tokens: int) -> None:
+    """With 8 KB of rows: what 4,096 elements are in bfloat16."""
+    assert triton_launch.tile_for(2, slice_columns, picks, element_size=element_size).tokens == tokens
 
 
 def test_slices_are_cut_where_lanes_would_be_idle() -> None:

@@ -109,6 +109,48 @@ def test_many_small_tiles(blocks: int, widest: int, monkeypatch: pytest.MonkeyPa
     check_equal_to_reference("gelu", tokens=2, picks=7, rows=3, columns=12, blocks=blocks)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "in_program", "tile_elements", "sizes"),
+    [
+        (1, 4, 512, {"picks": 3}),  # fewer tokens than a program takes
+        (7, 4, 512, {"picks": 3}),
+        (9, 2, 512, {"picks": 8, "blocks": 3}),
+        (5, 2, 1024, {"picks": 5, "cores": 3, "pre_columns": 3, "columns": 9}),
+        (5, 4, 1024, {"picks": 3, "pre_columns": 16, "columns": 4}),  # pre-values set the limit
+        (5, 8, 512, {"picks": 2, "pre_columns": None}),
+        (3, 1, 256, {"picks": 40}),  # two tiles of one token
+    ],
+)
+def test_several_tokens_in_a_program(
+    tokens: int, in_program: int, tile_elements: int, sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    launch = triton_launch.launch
+
+    def noted(kernel: Any, grid: tuple[int, ...], tensors: Any, constants: Any, warps: int) -> None:
+        if "TOKENS" in constants:
+            seen.append((constants["TOKENS"], grid[0]))
+        launch(kernel, grid, tensors, constants, warps)
+
+    monkeypatch.setattr(triton_launch, "launch", noted)
+    monkeypatch.setattr(triton_launch, "TILE_ELEMENTS", tile_elements)
+    check_equal_to_reference("gelu" if sizes.get("pre_columns", 1) else "none", tokens=tokens, **sizes)
+    assert seen == [(in_program, -(-tokens // in_program))] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_token_has_the_same_bits_in_any_program(dtype: torch.dtype) -> None:
+    """Alone, and among others that share its program."""
+    arguments = make(tokens=5, picks=6, dtype=dtype)
+    together = triton_lookup.lookup(**arguments, activation="none")
+    for token in range(5):
+        alone = {
+            name: each[token : token + 1] if name in ("rows", "scores", "projected") else each
+            for name, each in arguments.items()
+        }
+        assert torch.equal(triton_lookup.lookup(**alone, activation="none")[0], together[token])
+
+
 def test_rows_picked_far_more_often_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """15 picks in pieces of 2: one row takes them all, or all but a few at either end."""
     monkeypatch.setattr(triton_launch, "PIECE", 2)
