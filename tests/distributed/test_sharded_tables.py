@@ -124,6 +124,30 @@ def test_bfloat16_tables_stay_close(mode):
         assert all(each["error"] < 0.02 for each in errors), errors
 
 
+def late_and_early(size: int) -> list[bool]:
+    """Whether results are the same to the bit when picks are sent after what is computed beside, as on a GPU."""
+    from umv2_megatron.memory import row_sharded
+    from umv2_megatron.parallel import groups
+
+    groups.initialize_groups(memory_parallel_size=size)
+    rank = groups.get_memory_parallel_rank()
+    same = []
+    for fields in FIELDS.values():
+        config = config_of(fields)
+        inputs = inputs_of(config, size, "random", torch.float32)
+        found = []
+        for late in (False, True):
+            row_sharded.sends_late = lambda device, late=late: late  # this process is ours
+            table = filled_table(config, inputs, TableShard("row", size, rank), torch.float32)
+            found.append(look_up(table, inputs, rank, True))
+        same.append(all(a is b is None or torch.equal(a, b) for a, b in zip(*found)))
+    return same
+
+
+def test_picks_that_are_sent_late_give_the_same_bits():
+    assert run_ranks(3, late_and_early, 3) == [[True] * len(FIELDS)] * 3
+
+
 def calls_alive_after_backward(mode: str) -> int:
     """Uses of a sharded table that are still in memory after three forwards and backwards."""
     import gc

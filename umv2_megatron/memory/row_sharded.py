@@ -4,9 +4,9 @@ Each pick goes to the rank that holds its row, so a rank's work follows what is 
 neighbours in the grid of keys lie on different ranks. A rank may get all picks or none. Letters: T tokens of one rank,
 P picks of a token, C cores, E virtual blocks, n picks that a rank receives. Exchanges, each named by its step:
 
-    start      pick_counts    all-to-all      [M, T] picks of each token for each rank; waited for at once
-               rows, scores   all-to-all      the picks, in order of owner, then token -> [n], [n, C]
+    start      pick_counts    all-to-all      [M, T] picks of each token for each rank
                projected      all-gather      [T, Dp]                -> [M*T, Dp]
+    send       rows, scores   all-to-all      the picks, in order of owner, then token -> [n], [n, C]
     finish     output         reduce-scatter  [M*T, E * Dv] parts    -> [T, E * Dv]
     backward   output_grad    all-gather      [T, E * Dv]            -> [M*T, E * Dv]
     of finish  score_grads    all-to-all      [n, C]                 -> the picks as they were sent
@@ -16,11 +16,18 @@ P picks of a token, C cores, E virtual blocks, n picks that a rank receives. Exc
 Nothing of the size M*T*P is moved, which is why this mode sends less than ``dim_sharded.py`` when P is large. Which
 token a pick belongs to follows from the counts and is not sent. The sizes of the parts must be known on the host, which
 waits for them in every forward, as in any dropless mixture of experts.
+
+**When the host waits.** On a GPU ``send`` is the beginning of ``finish``, after the FFN beside the memory layer has
+been launched: the device computes it while the host waits and picks travel. For that, counts are exchanged on the side
+stream of ``parallel/streams.py``, also without --memory-stream: the host waits for the counts and not for the FFN
+behind them, and what ``send`` starts follows what ``start`` made, not the FFN. On a CPU the host is the device, so
+``send`` is the end of ``start``, and exchanges run beside the FFN. The numbers are the same. A backward knows the sizes
+and waits for nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -33,6 +40,7 @@ from umv2_megatron.memory.picked_cells import decode, encode
 from umv2_megatron.ops import get_backend
 from umv2_megatron.ops.interface import ListedPicks, RaggedParts, activate, activation_backward
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
+from umv2_megatron.parallel import streams
 from umv2_megatron.parallel.exchange import Exchange, Pending
 
 
@@ -44,13 +52,15 @@ class _Call:
     parts: RaggedParts
     num_blocks: int
     activation: str
+    aside: streams.Branch
+    """Where sizes and picks are exchanged."""
     order: Tensor
     """[T * P] int64: the picks in the order in which they are sent."""
-    send: list[int]
-    receive: list[int]
     counts: Tensor
     """[M * T] int64: picks received for each token of each rank."""
-    cells: Pending
+    send: list[int] = field(default_factory=list)
+    receive: list[int] = field(default_factory=list)
+    cells: Optional[Pending] = None
     scores: Optional[Pending] = None
     projected: Optional[Pending] = None
     score_grads: Optional[Pending] = None
@@ -62,12 +72,17 @@ class Started:
     """What ``finish`` needs; the exchanges of ``start`` are under way."""
 
     call: _Call
-    scores: Tensor
+    ordered: Tensor
+    """[T * P, C]: the scores in the order in which they are sent."""
     projected: Optional[Tensor]
+    cells: Tensor
+    """[T * P] integers: the picks of this rank's tokens, in this order."""
+    sizes: Tensor
+    """[2, M] int64: picks sent to each rank, and received."""
 
     @property
     def received(self) -> int:
-        """Picks that this rank serves."""
+        """Picks that this rank serves; known once they have been sent."""
         return sum(self.call.receive)
 
 
@@ -90,12 +105,15 @@ class RowShardedLookup:
         counts = torch.zeros(exchange.size * tokens, dtype=torch.int64, device=rows.device)
         places = (owners * tokens + token).flatten()
         counts = counts.scatter_add_(0, places, torch.ones_like(places)).view(exchange.size, tokens)
-        pending = exchange.all_to_all("pick_counts", counts.int())
+        aside = streams.branch_for(rows.device, wanted=True)
+        own, sent = counts.sum(1), counts.int()
+        aside.follow(own, sent)
+        with aside.beside():
+            arriving = exchange.all_to_all("pick_counts", sent).wait().long()
+            sizes = torch.stack([own, arriving.sum(1)])
         # Picks lie in the order of tokens, which a stable sort keeps within an owner.
         order = owners.flatten().sort(stable=True).indices
         cells = encode(rows - self._starts[owners], blocks, config.num_blocks, self._largest).flatten()[order]
-        arriving = pending.wait().long()
-        send, receive = torch.stack([counts.sum(1), arriving.sum(1)]).tolist()
         parts = get_backend(config.backend, rows.device, config.backward).ragged
         assert parts is not None, config.backend
         call = _Call(
@@ -103,21 +121,43 @@ class RowShardedLookup:
             parts,
             config.num_blocks,
             config.pre_value_activation,
+            aside,
             order,
-            send,
-            receive,
-            arriving.flatten(),
-            cells=exchange.all_to_all_ragged("rows", cells, send, receive),
+            aside.lend(arriving).flatten(),
         )
-        return Started(call, *_Send.apply(scores, projected, call))
+        started = Started(call, *_Order.apply(scores, projected, call), cells, sizes)
+        aside.follow(cells, started.ordered)
+        if not sends_late(rows.device):
+            _send(started)
+        return started
 
     def finish(self, started: Started, pre_values: Optional[Tensor], values: Tensor) -> Tensor:
         """The summed rows of this rank's tokens, [T, E * Dv]."""
-        return _Finish.apply(started.scores, started.projected, pre_values, values, started.call)
+        if started.call.cells is None:
+            _send(started)
+        return _Finish.apply(started.ordered, started.projected, pre_values, values, started.call)
 
 
-class _Send(torch.autograd.Function):
-    """Scores [T, P, C] to [n, C] and projected inputs [T, Dp] to [M * T, Dp], both still on their way."""
+def sends_late(device: torch.device) -> bool:
+    """Whether picks are sent once the FFN has been launched (see the top)."""
+    return device.type != "cpu"
+
+
+def _send(started: Started) -> None:
+    """Wait for the sizes, and start to send the picks."""
+    call = started.call
+    with call.aside.beside():
+        call.send, call.receive = started.sizes.tolist()
+        exchange = call.exchange
+        call.cells = exchange.all_to_all_ragged("rows", started.cells, call.send, call.receive)
+        call.scores = exchange.all_to_all_ragged("scores", started.ordered.detach(), call.send, call.receive)
+    for each in (call.cells, call.scores):
+        call.aside.lend(each.output)
+
+
+class _Order(torch.autograd.Function):
+    """Scores [T, P, C] in the order in which they are sent, [T * P, C]; projected inputs [T, Dp] to [M * T, Dp], still
+    on their way."""
 
     @staticmethod
     def forward(
@@ -125,11 +165,10 @@ class _Send(torch.autograd.Function):
     ) -> tuple[Tensor, Optional[Tensor]]:
         ctx.call, ctx.shape = call, scores.shape
         ordered = scores.flatten(0, 1)[call.order]
-        call.scores = call.exchange.all_to_all_ragged("scores", ordered, call.send, call.receive)
         if projected is None:
-            return call.scores.output, None
+            return ordered, None
         call.projected = call.exchange.all_gather("projected", projected)
-        return call.scores.output, call.projected.output
+        return ordered, call.projected.output
 
     @staticmethod
     @once_differentiable
@@ -147,11 +186,11 @@ class _Send(torch.autograd.Function):
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, projected: Optional[Tensor], pre_values: Optional[Tensor], values: Tensor, call: _Call
-    ) -> Tensor:
-        assert call.scores is not None
-        cells = call.cells.wait()
-        call.scores.wait()
+        ctx: Any, ordered: Tensor, projected: Optional[Tensor], pre_values: Optional[Tensor], values: Tensor,
+        call: _Call,
+    ) -> Tensor:  # fmt: skip
+        assert call.cells is not None and call.scores is not None
+        cells, scores = call.cells.wait(), call.scores.wait()
         picks = _picks(call, cells)
         rho: Optional[Tensor] = None
         weights = scores
@@ -186,7 +225,9 @@ class _Finish(torch.autograd.Function):
             pre_value_sum = gradient_sum(pre_values) if needs[2] else None
             all_projected_grad = call.parts.pre_scores_backward(picks, rho_grad, projected, pre_values, pre_value_sum)
             call.projected_grad = exchange.reduce_scatter("projected_grad", all_projected_grad)
-        return score_grad, all_projected_grad, hand_over(pre_values, pre_value_sum), hand_over(values, value_sum), None
+        # Gradients on their way, of the shapes that autograd expects; _Order's backward waits for them.
+        sent = (call.score_grads.output, all_projected_grad)
+        return (*sent, hand_over(pre_values, pre_value_sum), hand_over(values, value_sum), None)
 
 
 def _picks(call: _Call, cells: Tensor) -> ListedPicks:

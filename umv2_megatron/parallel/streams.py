@@ -4,6 +4,9 @@
     with branch.beside(): ...         work on the side stream; the FFN's goes to the main stream
     y + branch.join(memory)           the main stream waits for the side stream
 
+    branch.follow(a, b)               as fork, for tensors outside autograd
+    branch.lend(c)                    as join, for a tensor whose arrival the main stream awaits in another way
+
 All blocks use one side stream, so its work stays in order. Without CUDA, or with the flag off, ``INLINE`` takes its
 place and all of this is nothing. "Main" is the stream that is current when ``fork`` is called.
 
@@ -100,6 +103,15 @@ class Branch(Protocol):
         """``output`` of the branch, to be used by the caller's stream."""
         ...
 
+    def follow(self, *tensors: Tensor) -> None:
+        """The branch reads ``tensors`` of the caller's stream, which it waits for."""
+        ...
+
+    def lend(self, tensor: Tensor) -> Tensor:
+        """``tensor`` of the branch, to be used by the caller's stream once that has waited for it by other means, such
+        as the end of a collective."""
+        ...
+
 
 class Inline:
     """The branch runs on the caller's stream, or on the CPU."""
@@ -115,6 +127,13 @@ class Inline:
     def join(self, output: Tensor) -> Tensor:
         """``output``."""
         return output
+
+    def follow(self, *tensors: Tensor) -> None:
+        """Nothing."""
+
+    def lend(self, tensor: Tensor) -> Tensor:
+        """``tensor``."""
+        return tensor
 
 
 class SideStream:
@@ -141,6 +160,17 @@ class SideStream:
         self._streams.wait(main, self._side)
         self._streams.keep(output, main)
         return output
+
+    def follow(self, *tensors: Tensor) -> None:
+        """The side stream waits for the main stream, and keeps ``tensors``."""
+        self._streams.wait(self._side, self._streams.current())
+        for each in tensors:
+            self._streams.keep(each, self._side)
+
+    def lend(self, tensor: Tensor) -> Tensor:
+        """``tensor``, kept for the main stream."""
+        self._streams.keep(tensor, self._streams.current())
+        return tensor
 
 
 class _Fork(torch.autograd.Function):

@@ -270,3 +270,70 @@ def test_the_real_slot_gives_the_same_bits() -> None:
         "values is complete", "pre_values is complete",
     }  # fmt: skip
     assert {stream for stream, _ in found["False events"]} == {"main"}
+
+
+def row_slot() -> dict[str, Any]:
+    """A slot whose table is shared out by row over two ranks, without a second stream, with one for the exchanges of
+    picks, and with one for the whole branch: results, gradients, and what was recorded."""
+    from megatron.core import tensor_parallel
+
+    from umv2_megatron.memory import row_sharded
+    from umv2_megatron.parallel import groups
+    from umv2_megatron.parallel.exchange import Exchange
+
+    groups.initialize_groups(memory_parallel_size=2)
+    found: dict[str, Any] = {}
+    count = Exchange._count
+    for kind in ("plain", "exchanges", "branch"):
+        tensor_parallel.model_parallel_cuda_manual_seed(3)
+        torch.manual_seed(3)
+        flags = ["--model-preset", "umv2-tiny", "--transformer-impl", "local", "--memory-parallel-size", "2"]
+        flags += ["--memory-parallel-mode", "row", *(["--memory-stream"] * (kind == "branch"))]
+        run = resolve(flags, world_size=2, for_training=False)
+        config = run.transformer_config()
+        slot = FFNWithMemory(config, umv2_layer_spec(config, run.memory).submodules.mlp.submodules, run.memory)
+        slot.set_layer_number(1)
+        assert slot.memory is not None
+        recorder = Recorder()
+        side = streams.SideStream(recorder) if kind != "plain" else streams.INLINE
+        # this process is ours
+        streams.branch_for = lambda _, wanted, side=side: side if wanted else streams.INLINE
+        row_sharded.sends_late = lambda _, late=kind != "plain": late
+        Exchange._count = lambda e, step, n, r=recorder: r.note(step) or count(e, step, n)
+        slot.ffn.register_forward_hook(lambda *_, r=recorder: r.note("ffn"))
+        for table in slot.memory.table.parameters():
+            table.main_grad = torch.zeros_like(table)
+        x = torch.randn(32, 1, 64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        output, _ = slot(x)
+        forward = list(recorder.events)
+        output.square().sum().backward()
+        gradients = {n: getattr(p, "main_grad", p.grad).clone() for n, p in slot.named_parameters()}
+        found[kind] = {"output": output.detach(), "x": x.grad, **gradients}
+        found[f"{kind} events"] = forward
+    return found
+
+
+def test_picks_of_a_table_shared_out_by_row_do_not_wait_for_the_ffn() -> None:
+    """Counts, rows and scores are exchanged on the side stream, the last two started once the FFN has been launched."""
+    for found in run_ranks(2, row_slot):
+        for kind in ("exchanges", "branch"):
+            for name, tensor in found["plain"].items():
+                assert torch.equal(tensor, found[kind][name]), (kind, name)
+        assert [name for _, name in found["plain events"]] == [
+            "pick_counts", "projected", "rows", "scores", "ffn", "output",
+        ]  # fmt: skip
+        assert found["exchanges events"] == [
+            ("side", "wait for main"),
+            ("side", "pick_counts"),
+            ("main", "projected"),
+            ("side", "wait for main"),
+            ("main", "ffn"),
+            ("side", "rows"),
+            ("side", "scores"),
+            ("main", "output"),
+        ]
+        on_branch = [event for event in found["branch events"] if "wait" not in event[1]]
+        assert on_branch == [
+            ("side", "pick_counts"), ("side", "projected"), ("main", "ffn"), ("side", "rows"), ("side", "scores"),
+            ("side", "output"),
+        ]  # fmt: skip

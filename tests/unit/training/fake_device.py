@@ -7,8 +7,9 @@ backends (PrivateUse1), called "gpu" here, because autograd of a torch without C
 named "cuda" in mcore and in our code goes there by the bridge that a CPU run uses. Collectives do nothing.
 
 Each argument is a run, in a process of its own: flags of the model, and "world" ranks, "planted" for a wait in every
-search, "value" for what every number of a list is read as. Prints a line of JSON for each: for each step the waits,
-with the kind and the place in our code or mcore's, or under "error" why it ended:
+search, "value" for what every number of a list is read as, "order" to be told the order of reads, of exchanges of
+sharded tables and of FFNs beside memory layers in the last step. Prints a line of JSON for each: for each step the
+waits, with the kind and the place in our code or mcore's, or under "error" why it ended:
 
     read     numbers are read on the host: item, tolist, float(), bool()
     sizes    an operation whose result's size depends on numbers: nonzero, a boolean index, unique
@@ -63,12 +64,14 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.value = 1
         self.waits: list[tuple[str, str]] = []
+        self.order: list[str] = []
 
     def note(self, kind: str) -> None:
         """A wait, at the innermost place in our code or mcore's."""
         frames = [f"{frame.filename.removeprefix(_ROOT + '/')}:{frame.lineno}" for frame in traceback.extract_stack()
                   if "umv2_megatron/" in frame.filename or "megatron/core" in frame.filename
                   or "torch/optim" in frame.filename]  # fmt: skip
+        self.order.append(kind)
         self.waits.append((kind, frames[-1].rpartition("site-packages/")[2] if frames else "?"))
 
     def tolist(self, tensor: torch.Tensor) -> Any:
@@ -188,6 +191,7 @@ def run_steps(changes: dict[str, Any], watch: Watch) -> dict[str, Any]:
     from umv2_megatron.training import health, step
 
     world, planted, watch.value = changes.pop("world", 1), changes.pop("planted", None), changes.pop("value", 1)
+    ordered = changes.pop("order", False)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     with FakeTensorMode(allow_non_fake_inputs=True), watch:
         run, state = build(changes, world)
@@ -195,14 +199,18 @@ def run_steps(changes: dict[str, Any], watch: Watch) -> dict[str, Any]:
             health.start_counting(state.chunks)
         if planted is not None:
             _plant(planted)
+        if ordered:
+            _note_order(state.chunks, watch)
         steps, batches = [], feed(run)
         for _ in range(2):
             watch.waits.clear()
+            watch.order.clear()
             step.train_step(run, state.chunks, state.optimizer, state.scheduler, batches)
             steps.append(list(watch.waits))
     devices = {str(parameter.device) for chunk in state.chunks for parameter in chunk.parameters()}
     return {
         "steps": steps,
+        "order": watch.order if ordered else [],
         "devices": sorted(devices),
         "micro_batches": run.num_microbatches,
         "layers": run.values["num_layers"],
@@ -226,6 +234,27 @@ def main(runs: list[str]) -> None:
             print(json.dumps(told), flush=True)
             os._exit(0)
         os.waitpid(child, 0)
+
+
+def _note_order(chunks: list[torch.nn.Module], watch: Watch) -> None:
+    """Also write down when exchanges are started and waited for, and when an FFN has been given to the device."""
+    from umv2_megatron.model.ffn_with_memory import FFNWithMemory
+    from umv2_megatron.parallel.exchange import Exchange, Pending
+
+    start, wait = Exchange._count, Pending.wait
+
+    def started(exchange: Exchange, step: str, count: int) -> None:
+        watch.order.append(f"start {step}")
+        start(exchange, step, count)
+
+    def waited(pending: Pending) -> torch.Tensor:
+        watch.order.append(f"wait {pending._step}")
+        return wait(pending)
+
+    Exchange._count, Pending.wait = started, waited
+    for slot in (module for chunk in chunks for module in chunk.modules() if isinstance(module, FFNWithMemory)):
+        slot.ffn.register_forward_hook(lambda *_: watch.order.append("ffn"))
+        slot.ffn.register_full_backward_hook(lambda *_: watch.order.append("ffn backward"))
 
 
 def _plant(kinds: list[str]) -> None:

@@ -32,7 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-BY_ROW = {**TWO_RANKS, "memory_parallel_size": 2, "memory_parallel_mode": "row", "value": 32}
+BY_ROW = {**TWO_RANKS, "memory_parallel_size": 2, "memory_parallel_mode": "row", "value": 32, "order": True}
 PLANTED = [["read", "bool", "tolist", "host", "list"], ["sizes"], ["mask"]]
 
 
@@ -66,6 +66,17 @@ def test_tables_by_row_wait_for_the_sizes_of_their_exchanges(waits):
     assert last[1].startswith(FROM_STEP)
     assert len(exchanges) == told["layers"] * told["micro_batches"]
     assert all(kind == "read" and place.startswith("umv2_megatron/memory/row_sharded.py") for kind, place in exchanges)
+
+
+def test_tables_by_row_wait_behind_the_ffn(waits):
+    """The host waits for the sizes once the FFN has been launched, and a backward does not wait."""
+    told = waits["by row"]
+    layers, micro_batches = told["layers"], told["micro_batches"]
+    forward = ["start pick_counts", "wait pick_counts", "start projected", "ffn", "read", "start rows", "start scores"]
+    forward += ["wait rows", "wait scores", "wait projected", "start output", "wait output"]
+    backward = ["start output_grad", "wait output_grad", "start score_grads", "start projected_grad", "ffn backward"]
+    backward += ["wait score_grads", "wait projected_grad"]
+    assert told["order"] == micro_batches * (layers * forward + layers * backward) + ["read"]
 
 
 def test_planted_waits_are_found(waits):
