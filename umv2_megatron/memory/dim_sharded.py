@@ -32,7 +32,7 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory.picked_cells import decode, encode
 from umv2_megatron.ops import get_backend
-from umv2_megatron.ops.interface import GridParts, activate, activation_backward
+from umv2_megatron.ops.interface import GridParts, PickOrder, activate, activation_backward
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
 from umv2_megatron.parallel.exchange import Exchange, Pending
 
@@ -147,7 +147,8 @@ class _Finish(torch.autograd.Function):
         grad_out = exchange.all_to_all("output_grad", grad_out).wait().flatten(0, 1)
         rows, blocks = decode(cells, call.num_blocks)
         value_sum = gradient_sum(values) if needs[3] else None
-        parts = call.parts.weighted_sum_backward(rows, blocks, weights, grad_out, values, value_sum)
+        order = PickOrder()
+        parts = call.parts.weighted_sum_backward(rows, blocks, weights, grad_out, values, value_sum, order)
         arrived = exchange.all_to_all("weight_grads", parts.view(size, *scores.shape[:2], -1)).wait()
         weight_grad = torch.zeros_like(scores)
         weight_grad.index_add_(2, call.cores.flatten(), arrived.permute(1, 2, 0, 3).flatten(2))
@@ -157,7 +158,7 @@ class _Finish(torch.autograd.Function):
             rho_grad = activation_backward((weight_grad * scores).sum(-1), rho, call.activation)
             rho_grad = exchange.all_gather("rho_grads", rho_grad).wait()
             pre_value_sum = gradient_sum(pre_values) if needs[2] else None
-            slices_grad = call.parts.pre_scores_backward(rows, rho_grad, slices, pre_values, pre_value_sum)
+            slices_grad = call.parts.pre_scores_backward(rows, rho_grad, slices, pre_values, pre_value_sum, order)
             call.projected_grad = exchange.all_to_all("projected_grad", slices_grad.view(size, tokens, -1))
         return score_grad, slices_grad, hand_over(pre_values, pre_value_sum), hand_over(values, value_sum), None
 

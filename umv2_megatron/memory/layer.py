@@ -163,6 +163,11 @@ class MemoryLayer(nn.Module):
                 self.statistics.served_picks += getattr(started.lookup, "received", 0)
         return output.view(started.shape)
 
+    def sort_ahead(self, started: Started) -> None:
+        """See ``ValueTable.sort_ahead``; for a ``started`` that is finished."""
+        if self.training:
+            self.table.sort_ahead(started.lookup)
+
     def _with_losses(self, output: Tensor, balance: Optional[Tensor]) -> Tensor:
         """Hang the auxiliary losses on ``output`` and keep their values for the log."""
         losses: dict[str, Tensor] = {}

@@ -125,8 +125,9 @@ class RowShardedLookup:
             order,
             aside.lend(arriving).flatten(),
         )
-        started = Started(call, *_Order.apply(scores, projected, call), cells, sizes)
-        aside.follow(cells, started.ordered)
+        ordered, everyones = _Order.apply(scores, projected, call)
+        started = Started(call, ordered, everyones, cells, sizes)
+        aside.follow(cells, ordered)
         if not sends_late(rows.device):
             _send(started)
         return started

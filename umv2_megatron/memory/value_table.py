@@ -8,7 +8,7 @@ carry the marks by which mcore treats them as shards of their own group of ranks
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional, Union
 
 import torch
@@ -22,6 +22,7 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory import dim_sharded, row_sharded
 from umv2_megatron.ops import get_backend
+from umv2_megatron.ops.interface import PickOrder
 from umv2_megatron.parallel import groups
 from umv2_megatron.parallel.exchange import Exchange
 
@@ -37,6 +38,7 @@ class WholeLookup:
     blocks: Optional[Tensor]
     scores: Tensor
     projected: Optional[Tensor]
+    order: PickOrder = field(default_factory=PickOrder)
 
 
 StartedLookup = Union[WholeLookup, dim_sharded.Started, row_sharded.Started]
@@ -114,7 +116,8 @@ class ValueTable(nn.Module):
         assert isinstance(started, WholeLookup)
         config = self.config
         # Asked for at every call, because mcore may build a model on the CPU and move it.
-        return get_backend(config.backend, started.rows.device, config.backward).lookup(
+        backend = get_backend(config.backend, started.rows.device, config.backward)
+        return backend.lookup(
             started.rows,
             started.blocks if config.num_blocks > 1 else None,
             started.scores,
@@ -123,7 +126,17 @@ class ValueTable(nn.Module):
             self.values,
             config.num_blocks,
             config.pre_value_activation,
+            **({"order": started.order} if backend.sort_ahead is not None else {}),
         )
+
+    def sort_ahead(self, started: StartedLookup) -> None:
+        """Sort the picks of a finished lookup for its backward, if that will sort them: a whole table's, by Triton's
+        kernels. Costs memory until the backward, and is worth it on a stream on which nothing waits."""
+        if not isinstance(started, WholeLookup):
+            return
+        backend = get_backend(self.config.backend, started.rows.device, self.config.backward)
+        if backend.sort_ahead is not None and torch.is_grad_enabled() and self.values.requires_grad:
+            backend.sort_ahead(started.rows, self.rows, started.order)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None

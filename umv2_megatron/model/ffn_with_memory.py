@@ -195,6 +195,10 @@ class FFNWithMemory(MegatronModule):
         with branch.beside():
             memory = self._finish_memory(started, hidden_states)
         memory = branch.join(memory)
+        if branch.apart:
+            # Behind the join: the caller's stream goes on, the next fork comes after the next attention.
+            with branch.beside():
+                self.memory.sort_ahead(started)
         if self.memory_config.read_delay == 0:
             return output + memory, bias
         assert self.layer_number is not None

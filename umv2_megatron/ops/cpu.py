@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from umv2_megatron.ops import cpu_build, scatter
+from umv2_megatron.ops.interface import PickOrder
 
 Part = TypeVar("Part", bound=Callable[..., Tensor])
 """A function of ``interface.GridParts`` or ``interface.RaggedParts``."""
@@ -229,6 +230,7 @@ def weighted_sum_backward(
     grad_out: Tensor,
     values: Tensor,
     value_sum: Optional[Tensor],
+    order: Optional[PickOrder] = None,
 ) -> Tensor:
     """See ``interface.GridParts``."""
     picks = _grid(rows, blocks if grad_out.shape[1] > 1 else None)
@@ -237,7 +239,8 @@ def weighted_sum_backward(
 
 @or_plain(scatter, "pre_values", "pre_value_sum")
 def pre_scores_backward(
-    rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor]
-) -> Tensor:
+    rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor],
+    order: Optional[PickOrder] = None,
+) -> Tensor:  # fmt: skip
     """See ``interface.GridParts``."""
     return flat_pre_scores_backward(_grid(rows), rho_grad, projected, pre_values, pre_value_sum)

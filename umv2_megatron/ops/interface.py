@@ -17,12 +17,24 @@ out over ranks its parts without autograd, on a [T, P] grid of picks and on a li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Optional, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+@dataclass
+class PickOrder:
+    """The picks of one lookup in the order of their rows, for backends that add the gradients of tables in that order.
+
+    Whoever needs it first makes it: both tables share it, and it can be made before the backward (``Backend``).
+    """
+
+    made: Any = None
+    """What the backend keeps, or None."""
 
 
 class TableLookup(Protocol):
@@ -80,14 +92,17 @@ class GridParts(Protocol):
         grad_out: Tensor,
         values: Tensor,
         value_sum: Optional[Tensor],
+        order: Optional[PickOrder] = None,
     ) -> Tensor:
         """From ``grad_out`` [T, E, Dv] to the gradient of ``weights``; that of the table is added to ``value_sum``
-        [A, Dv], in a floating-point dtype of its own, unless that is None."""
+        [A, Dv], in a floating-point dtype of its own, unless that is None. ``order``: of these ``rows``; backends that
+        sort nothing take no notice."""
         ...
 
     def pre_scores_backward(
-        self, rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor]
-    ) -> Tensor:
+        self, rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor],
+        order: Optional[PickOrder] = None,
+    ) -> Tensor:  # fmt: skip
         """From ``rho_grad`` [T, P] to the gradient of ``projected`` [T, Dp]; the table's is added to
         ``pre_value_sum`` unless that is None."""
         ...
@@ -107,6 +122,7 @@ class ListedPicks:
     """[n] int64, each in [0, E); None when E is 1."""
     num_blocks: int = 1
     """E."""
+    order: PickOrder = field(default_factory=PickOrder, compare=False)
 
 
 class RaggedParts(Protocol):
@@ -176,6 +192,9 @@ class Backend:
     """For tables shared out by column; None: such tables are refused."""
     ragged: Optional[RaggedParts] = None
     """For tables shared out by row; None: such tables are refused."""
+    sort_ahead: Optional[Callable[[Tensor, int, PickOrder], None]] = None
+    """Of a backend whose backward sorts picks: sort ``rows`` [T, P] of a whole table of A rows already now, for a
+    lookup that is given the same ``PickOrder`` as ``order``. None: the lookup takes no such argument."""
 
 
 def pre_value_scores(rows: Tensor, projected: Tensor, pre_values: Tensor) -> Tensor:

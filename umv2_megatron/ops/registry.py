@@ -54,7 +54,8 @@ def _triton() -> Backend:
     from umv2_megatron.ops import triton_lookup, triton_ragged, triton_search
 
     triton_lookup.require_device()
-    return Backend("triton", triton_search, triton_lookup.lookup, triton_lookup, triton_ragged)
+    parts = (triton_lookup, triton_ragged)
+    return Backend("triton", triton_search, triton_lookup.lookup, *parts, triton_lookup.sort_ahead)
 
 
 @cache
@@ -63,7 +64,7 @@ def _triton_atomic() -> Backend:
 
     ordered = _triton()
     grid, ragged = (_atomic(parts) for parts in (triton_lookup, triton_ragged))
-    return replace(ordered, lookup=triton_lookup.atomic_lookup, grid=grid, ragged=ragged)
+    return replace(ordered, lookup=triton_lookup.atomic_lookup, grid=grid, ragged=ragged, sort_ahead=None)
 
 
 def _atomic(parts: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from umv2_megatron.ops.interface import pre_value_scores
+from umv2_megatron.ops.interface import PickOrder, pre_value_scores
 
 # Elements picked per chunk of tokens. CPU: 128 tokens of 32 picks and 192 float32 columns are 3 MB, which stays in
 # cache. Elsewhere a chunk only bounds the memory of the picked rows (256 MB in float32).
@@ -65,6 +65,7 @@ def weighted_sum_backward(
     grad_out: Tensor,
     values: Tensor,
     value_sum: Optional[Tensor],
+    order: Optional[PickOrder] = None,
 ) -> Tensor:
     """See ``interface.GridParts``."""
     weight_grad = torch.empty_like(weights)
@@ -78,8 +79,9 @@ def weighted_sum_backward(
 
 @torch.no_grad()
 def pre_scores_backward(
-    rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor]
-) -> Tensor:
+    rows: Tensor, rho_grad: Tensor, projected: Tensor, pre_values: Tensor, pre_value_sum: Optional[Tensor],
+    order: Optional[PickOrder] = None,
+) -> Tensor:  # fmt: skip
     """See ``interface.GridParts``."""
     projected_grad = torch.empty_like(projected)
     for part in _chunks(rows, pre_values):

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from umv2_megatron.ops import triton_launch as launches
-from umv2_megatron.ops.interface import activate
+from umv2_megatron.ops.interface import PickOrder, activate
 from umv2_megatron.ops.main_grad import gradient_sum, hand_over
 from umv2_megatron.ops.triton_launch import Addition, PickList
 
@@ -45,12 +45,20 @@ def lookup(
     num_blocks: int,
     activation: str,
     deterministic: bool = True,
+    order: Optional[PickOrder] = None,
 ) -> Tensor:
-    """See ``interface.TableLookup``; ``deterministic`` as at the top of this file."""
+    """See ``interface.TableLookup``; ``deterministic`` as at the top of this file. ``order``: of these ``rows``; it may
+    have been made by ``sort_ahead``."""
     assert num_blocks == 1 or blocks is not None, "several blocks need the block of each pick"
     assert (pre_values is None) == (projected is None), "pre-values and the projected input come together"
     assert activation in ("none", "gelu"), activation
-    return _Lookup.apply(rows, blocks, scores, projected, pre_values, values, num_blocks, activation, deterministic)
+    return _Lookup.apply(rows, blocks, scores, projected, pre_values, values, num_blocks, activation, deterministic,
+                         order)  # fmt: skip
+
+
+def sort_ahead(rows: Tensor, num_rows: int, order: PickOrder) -> None:
+    """See ``interface.Backend``."""
+    _sorted(PickList.grid(rows, None, 1), num_rows, True, order)
 
 
 atomic_lookup = functools.partial(lookup, deterministic=False)
@@ -69,6 +77,7 @@ class _Lookup(torch.autograd.Function):
         num_blocks: int,
         activation: str,
         deterministic: bool,
+        order: Optional[PickOrder],
     ) -> Tensor:
         cores = scores.shape[-1]
         exact = scores.to(launches.exact_dtype(scores, values)).contiguous()
@@ -85,6 +94,7 @@ class _Lookup(torch.autograd.Function):
         ctx.save_for_backward(rows, blocks, scores, projected, rho)
         ctx.pre_values, ctx.values = pre_values, values
         ctx.num_blocks, ctx.activation, ctx.deterministic = num_blocks, activation, deterministic
+        ctx.order = order
         return out
 
     @staticmethod
@@ -113,7 +123,7 @@ class _Lookup(torch.autograd.Function):
         if pre_value_sum is not None and rho_grad is not None:
             additions.append(Addition(rho_grad.view(-1, 1), projected.contiguous(), pre_value_sum))
         if additions:
-            launches.add_to_rows(picks, additions, _sorted(picks, values.shape[0], ctx.deterministic))
+            launches.add_to_rows(picks, additions, _sorted(picks, values.shape[0], ctx.deterministic, ctx.order))
         return (
             None,
             None,
@@ -124,14 +134,20 @@ class _Lookup(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _sorted(picks: PickList, num_rows: int, deterministic: bool) -> Optional[launches.Segments]:
+def _sorted(
+    picks: PickList, num_rows: int, deterministic: bool, order: Optional[PickOrder]
+) -> Optional[launches.Segments]:
     """The picks sorted by row, or None for atomic sums."""
     if not (deterministic or torch.are_deterministic_algorithms_enabled()):
         return None
-    return launches.sort_picks(picks, num_rows)
+    order = order or PickOrder()
+    if order.made is None:
+        order.made = launches.sort_picks(picks, num_rows)
+    return order.made
 
 
 # -- parts of the lookup, without autograd, for tables of which a rank holds some columns (as in scatter.py) ----------
@@ -152,11 +168,12 @@ def pre_scores_backward(
     projected: Tensor,
     pre_values: Tensor,
     pre_value_sum: Optional[Tensor],
+    order: Optional[PickOrder] = None,
     deterministic: bool = True,
 ) -> Tensor:
     """From the gradient of rho [T, P] to that of ``projected`` [T, Dp]; the table's is added to ``pre_value_sum``."""
     picks = PickList.grid(rows, None, 1)
-    return _pre_scores_backward(picks, rho_grad, projected, pre_values, pre_value_sum, deterministic)
+    return _pre_scores_backward(picks, rho_grad, projected, pre_values, pre_value_sum, deterministic, order)
 
 
 @torch.no_grad()
@@ -174,13 +191,15 @@ def weighted_sum_backward(
     grad_out: Tensor,
     values: Tensor,
     value_sum: Optional[Tensor],
+    order: Optional[PickOrder] = None,
     deterministic: bool = True,
 ) -> Tensor:
     """From the gradient of ``weighted_sum``'s result, [T, E, Dv], to that of ``weights`` [T, P, C]; the table's is
     added to ``value_sum``."""
     picks = PickList.grid(rows, blocks, grad_out.shape[1])
     flat = weights.flatten(0, 1)
-    return _weighted_sum_backward(picks, flat, grad_out, values, value_sum, deterministic).view_as(weights)
+    grad = _weighted_sum_backward(picks, flat, grad_out, values, value_sum, deterministic, order)
+    return grad.view_as(weights)
 
 
 # -- what grids and ragged lists have in common -----------------------------------------------------------------------
@@ -193,11 +212,12 @@ def _pre_scores_backward(
     pre_values: Tensor,
     pre_value_sum: Optional[Tensor],
     deterministic: bool,
+    order: Optional[PickOrder],
 ) -> Tensor:
     weights = rho_grad.to(launches.exact_dtype(rho_grad, pre_values)).reshape(-1, 1).contiguous()
     if pre_value_sum is not None:
         addition = Addition(weights, projected.contiguous(), pre_value_sum)
-        launches.add_to_rows(picks, [addition], _sorted(picks, pre_values.shape[0], deterministic))
+        launches.add_to_rows(picks, [addition], _sorted(picks, pre_values.shape[0], deterministic, order))
     return launches.row_sums(picks, weights, pre_values).to(projected.dtype)
 
 
@@ -208,10 +228,11 @@ def _weighted_sum_backward(
     values: Tensor,
     value_sum: Optional[Tensor],
     deterministic: bool,
+    order: Optional[PickOrder],
 ) -> Tensor:
     exact = weights.to(launches.exact_dtype(weights, values)).contiguous()
     upstream = grad_out.reshape(-1, values.shape[1]).contiguous()
     if value_sum is not None:
         addition = Addition(exact, upstream, value_sum, picks.num_blocks)
-        launches.add_to_rows(picks, [addition], _sorted(picks, values.shape[0], deterministic))
+        launches.add_to_rows(picks, [addition], _sorted(picks, values.shape[0], deterministic, order))
     return launches.row_dots(picks, upstream, values, weights.shape[1], exact.dtype).to(weights.dtype)

@@ -36,7 +36,7 @@ def pre_scores_backward(
 ) -> Tensor:
     """See ``interface.RaggedParts``."""
     owned = replace(_rows(picks), starts=_starts(picks))
-    return _pre_scores_backward(owned, rho_grad, projected, pre_values, pre_value_sum, deterministic)
+    return _pre_scores_backward(owned, rho_grad, projected, pre_values, pre_value_sum, deterministic, picks.order)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def weighted_sum_backward(
     deterministic: bool = True,
 ) -> Tensor:
     """See ``interface.RaggedParts``."""
-    return _weighted_sum_backward(_cells(picks), weights, grad_out, values, value_sum, deterministic)
+    return _weighted_sum_backward(_cells(picks), weights, grad_out, values, value_sum, deterministic, picks.order)
 
 
 def _rows(picks: ListedPicks) -> PickList:

@@ -39,8 +39,9 @@ stream, after every fork.
 always. In the recompute, the inner backward ends with the gradient of x, that is with ``fork`` on the main stream.
 
 **CUDA graphs.** Waiting is an event recorded on one stream and awaited on the other, which a capture follows into
-the side stream and, by the join, back; forward and backward leave no work behind on it. Nothing here waits on
-the host.
+the side stream and, by the join, back; the backward leaves no work behind on it. The forward of a slot does where picks
+are sorted after the join (``FFNWithMemory.forward``), which a capture would have to join: --memory-stream is refused
+with graphs. Nothing here waits on the host.
 
 **Process groups.** An exchange of a sharded table is started and awaited on the side stream, forward and backward,
 because both ends of it are nodes of that stream. Collectives of one group run in the order in which the host starts
@@ -91,6 +92,9 @@ class Streams(Protocol):
 class Branch(Protocol):
     """Where the memory branch runs."""
 
+    apart: bool
+    """Whether on a stream of its own."""
+
     def fork(self, x: Tensor, tables: Iterable[Tensor]) -> Tensor:
         """``x`` for the branch; its backward adds to the ``main_grad`` of ``tables``."""
         ...
@@ -116,6 +120,8 @@ class Branch(Protocol):
 class Inline:
     """The branch runs on the caller's stream, or on the CPU."""
 
+    apart = False
+
     def fork(self, x: Tensor, tables: Iterable[Tensor]) -> Tensor:
         """``x``."""
         return x
@@ -138,6 +144,8 @@ class Inline:
 
 class SideStream:
     """The branch runs on a stream of its own, see the top of this file."""
+
+    apart = True
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams

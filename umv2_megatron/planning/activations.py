@@ -284,6 +284,9 @@ class _Block:
         rho = picks * FP32 if m.has_pre_values else 0
         kept = result + rho + picks * m.num_cores * FP32
         if shards == 1:
+            if m.stream and m.backend in ("auto", "triton") and m.backward == "ordered":
+                # the picks sorted ahead: rows and order, and start, end and target of at most so many segments
+                kept += picks * (INT32 + INT64) + min(picks, m.window_rows) * 3 * INT32
             return kept + projected + picks * INT64 * (2 if m.num_blocks > 1 else 1)
         if layout.memory_mode == "dim":
             columns = len(layout.shard().cores(m.value_dim, m.num_cores))

@@ -21,7 +21,7 @@ from golden_support import golden_pairs, read_pair  # noqa: E402
 from test_golden import test_golden_pair as check_golden_pair  # noqa: E402
 
 from umv2_megatron.ops import ragged, reference, scatter, triton_launch, triton_lookup, triton_ragged, triton_topk  # noqa: E402
-from umv2_megatron.ops.interface import ListedPicks  # noqa: E402
+from umv2_megatron.ops.interface import ListedPicks, PickOrder  # noqa: E402
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -149,6 +149,34 @@ def test_a_token_has_the_same_bits_in_any_program(dtype: torch.dtype) -> None:
             for name, each in arguments.items()
         }
         assert torch.equal(triton_lookup.lookup(**alone, activation="none")[0], together[token])
+
+
+def test_picks_are_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead, or in the backward; once for both tables also where their backwards are separate; the same bits."""
+    sorts: list[int] = []
+    sort = triton_launch.sort_picks
+    monkeypatch.setattr(triton_launch, "sort_picks", lambda *args: sorts.append(1) or sort(*args))
+    found, ahead = make(dtype=torch.float32), make(dtype=torch.float32)
+    triton_lookup.lookup(**found, activation="none").sum().backward()
+    order = PickOrder()
+    out = triton_lookup.lookup(**ahead, activation="none", order=order)
+    triton_lookup.sort_ahead(ahead["rows"], 7, order)
+    assert len(sorts) == 2 and order.made is not None
+    out.sum().backward()
+    assert len(sorts) == 2
+    for name, grad in gradients(found).items():
+        assert torch.equal(grad, gradients(ahead)[name]), name
+    sorts.clear()
+    table, other, picked = found["values"].detach(), found["pre_values"].detach(), found["rows"]
+    grad_out, rho, projected = torch.ones(5, 1, 8), torch.ones(5, 6), found["projected"].detach()
+    order = PickOrder()
+    triton_lookup.weighted_sum_backward(picked, None, torch.ones(5, 6, 2), grad_out, table, table.clone(), order)
+    triton_lookup.pre_scores_backward(picked, rho, projected, other, other.clone(), order)
+    assert len(sorts) == 1
+    listed = ListedPicks(picked.flatten(), torch.arange(5).repeat_interleave(6), torch.full((5,), 6))
+    triton_ragged.weighted_sum_backward(listed, torch.ones(30, 2), grad_out, table, table.clone())
+    triton_ragged.pre_scores_backward(listed, rho.flatten(), projected, other, other.clone())
+    assert len(sorts) == 2
 
 
 def test_rows_picked_far_more_often_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:

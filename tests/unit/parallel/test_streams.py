@@ -252,6 +252,62 @@ def real_slot() -> dict[str, Any]:
     return found
 
 
+def sorting_slot() -> list[tuple[str, str]]:
+    """Where a slot sorts its picks: events of a forward and backward, of an evaluation, and of a recomputed block."""
+    from types import SimpleNamespace
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    from umv2_megatron.memory import value_table
+    from umv2_megatron.ops import get_backend, scatter, whole_table
+
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(3)
+    recorder, events = Recorder(), []
+    orders: list[Any] = []
+
+    def lookup(*arguments: Any, order: Any) -> Tensor:
+        orders.append(order)
+        recorder.note("lookup")
+        return whole_table.lookup(scatter, *arguments)
+
+    def sort_ahead(rows: Tensor, num_rows: int, order: Any) -> None:
+        assert order is orders[-1] and rows.max() < num_rows
+        recorder.note("sort")
+
+    # As Triton's, which cannot run here: what it does with a sorted order is tested by its interpreter.
+    sorting = SimpleNamespace(lookup=lookup, sort_ahead=sort_ahead)
+    value_table.get_backend = lambda *_: sorting
+    side = streams.SideStream(recorder)
+    for stream in (True, False):
+        streams.branch_for = lambda _, wanted: side if wanted else streams.INLINE
+        flags = ["--model-preset", "umv2-tiny", "--transformer-impl", "local", *(["--memory-stream"] * stream)]
+        run = resolve(flags, for_training=False)
+        config = run.transformer_config()
+        slot = FFNWithMemory(config, umv2_layer_spec(config, run.memory).submodules.mlp.submodules, run.memory)
+        slot.set_layer_number(1)
+        recorder.events.clear()
+        x = torch.randn(32, 1, 64).requires_grad_()
+        slot(x)[0].sum().backward()
+        slot(x)
+        with torch.no_grad():
+            slot(x)
+        slot.eval()
+        slot(x)
+        events.append([event for event in recorder.events if event[1] != "wait for main"])
+    assert get_backend("scatter", "cpu").sort_ahead is None
+    return events
+
+
+def test_picks_are_sorted_behind_the_join() -> None:
+    """On the side stream, after what the main stream waits for, in training only; without the stream not at all, so
+    that the backward does it."""
+    beside, inline = run_ranks(1, sorting_slot)[0]
+    training = [("side", "lookup"), ("main", "wait for side"), ("side", "sort")]
+    assert beside == [*training, *training, *training[:2], *training[:2]]
+    assert inline == [("main", "lookup")] * 4
+
+
 def test_the_real_slot_gives_the_same_bits() -> None:
     found = run_ranks(1, real_slot)[0]
     assert found["True"].keys() == found["False"].keys() and len(found["True"]) > 10
