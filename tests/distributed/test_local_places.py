@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from tiny_gpt import Layout
 
 from umv2_megatron.checkpoint.places import LocalPlace
 from umv2_megatron.checkpoint.save_load import Candidate, layout, load_first, save_checkpoint, weights_digest
+from umv2_megatron.checkpoint.save_lock import SaveLock
 from umv2_megatron.durable_files import CheckpointError, DamageError, NotSavedError
+from umv2_megatron.training.non_persistent import _remove_strangers
 
 
 def place_in(root: str, history: str = "h", **changes: Any) -> LocalPlace:
@@ -172,3 +177,41 @@ def test_nan_ends_the_run(tmp_path):
     """It is no reason to go on without this checkpoint."""
     assert run_ranks(1, nan_is_fatal, str(tmp_path)) == ["CheckpointError"]
     assert issubclass(DamageError, CheckpointError) and not issubclass(DamageError, NotSavedError)
+
+
+def strangers(root: str) -> list[list[str]]:
+    """What is left of three folders of ranks that are none here: one of this host, one of another, one in use."""
+    make(Layout())
+    place, rank = place_in(root), torch.distributed.get_rank()
+    hosts = {7: socket.gethostname(), 8: "another", 9: socket.gethostname()}
+    folders = [Path(root) / f"rank_{number:05d}" for number in hosts]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(place.store.lock())
+        if rank == 1:
+            for folder, host in zip(folders, hosts.values()):
+                (folder / "iter_0000005").mkdir(parents=True)
+                (folder / "iter_0000005" / "shard").write_text("x")
+                (folder / ".lock").write_text(json.dumps({"pid": 1, "host": host, "start": "s"}))
+            stack.enter_context(SaveLock(folders[2] / ".lock"))
+        torch.distributed.barrier()
+        _remove_strangers(place)
+        torch.distributed.barrier()
+        return [sorted(entry.name for entry in folder.iterdir()) for folder in folders]
+
+
+def test_what_ranks_left_that_are_on_other_nodes_now(tmp_path):
+    kept = [".lock", "iter_0000005"]
+    assert run_ranks(2, strangers, str(tmp_path)) == [[[".lock"], kept, kept]] * 2
+
+
+def lock_twice(root: str) -> str:
+    make(Layout())
+    place = place_in(root)
+    with place.store.lock(), pytest.raises(CheckpointError) as caught:
+        place.store.lock(timeout_s=0.0)
+    return str(caught.value)
+
+
+def test_a_second_job_on_the_same_disk(tmp_path):
+    (told,) = run_ranks(1, lock_twice, str(tmp_path))
+    assert told.startswith(f"--non-persistent-local-ckpt-dir {tmp_path}/rank_00000 is in use by process ")

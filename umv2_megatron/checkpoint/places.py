@@ -276,7 +276,8 @@ def _missing(iteration: int, everyone: list[tuple[str, dict[int, tuple[str | Non
     if faults:
         return faults[0] + (f" (and {len(faults) - 1} ranks more)" if len(faults) > 1 else "")
     if without:
-        return f"{without[0]}{f' and {len(without) - 1} more' if len(without) > 1 else ''} has no part of it"
+        more = f" and {len(without) - 1} more have" if len(without) > 1 else " has"
+        return f"{without[0]}{more} no part of it"
     if len(tokens) > 1:
         return "the ranks' parts are of different saves"
     return None
