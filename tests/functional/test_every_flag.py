@@ -65,6 +65,11 @@ GIVEN |= {
     "moe_router_group_topk": {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
     "memory_sharing": {"memory_sharing": "block", "memory_sharing_size": 2},
     "train_samples": {"train_samples": 24, "train_iters": None},
+    "lr_wsd_decay_samples": {"lr_wsd_decay_samples": 24},
+    "weight_decay_incr_style": {
+        "weight_decay_incr_style": "linear", "start_weight_decay": 0.1, "end_weight_decay": 0.5
+    },
+    "end_weight_decay": {"end_weight_decay": 0.9},
     "metrics_port": {"metrics_port": _free_port()},
     "metrics_host": {"metrics_host": "localhost"},
 }
@@ -103,6 +108,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lr_warmup_init_fraction": {"lr_warmup_iters": 1},
     "lr_wsd_decay_style": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "train_iters": 5},
     "lr_wsd_decay_iters": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2, "train_iters": 3},
+    "lr_wsd_decay_samples": {"lr_decay_style": "WSD", "lr_wsd_decay_samples": 1},
     "calculate_per_token_loss": {"eod_mask_loss": True, "corpus": True},
     "reset_attention_mask": {"corpus": True},
     "max_skipped_iterations": {"nan_policy": "skip"},

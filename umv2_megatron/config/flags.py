@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from umv2_megatron.config.noted_flags import FILES, entries, translate
 from umv2_megatron.config.option import Option
 from umv2_megatron.config.option_table import names, option_table
 from umv2_megatron.config.text_numbers import LARGEST
@@ -84,6 +85,8 @@ def _read_one(made: Option, item: Any, where: str) -> Any:
 
 
 def _unknown(flag: str, shown: str, kind: str) -> str:
+    if kind == "key" and (flag in entries() or flag in FILES):
+        return f"{shown} of Megatron-LM is for a command line; leave it out, or give what docs/flags.md says instead"
     reason = refused(flag)
     if reason is not None:
         return f"{shown} of Megatron-LM is not supported: {reason}"
@@ -160,7 +163,7 @@ def parse_flags(argv: list[str], program: str, description: str) -> tuple[dict[s
 
     Raises ``UsageError`` naming the flag, its value and what was expected, or suggesting the flag that was meant.
     """
-    given, unknown = build_parser(program, description).parse_known_args(argv)
+    given, unknown = build_parser(program, description).parse_known_args(translate(argv)[0])
     if unknown:
         flag = unknown[0].split("=")[0].lstrip("-")
         if not unknown[0].startswith("-"):

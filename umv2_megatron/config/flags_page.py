@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from umv2_megatron.config.flags import REFUSED
+from umv2_megatron.config.noted_flags import FILES, NOTED
 from umv2_megatron.config.option import Option
 from umv2_megatron.config.option_checks import in_words
 from umv2_megatron.config.option_table import option_table
@@ -23,6 +24,16 @@ def tables() -> str:
             section = made.section
             lines += ["", f"## {section[0].upper()}{section[1:]}", "", "| flag | default | meaning |", "|---|---|---|"]
         lines.append(f"| `--{made.flag}` | {_default(made)} | {_meaning(made)} |")
+    lines += [
+        "", "## Flags of Megatron-LM that are noted or translated", "",
+        "They may stand on a command line, not in a --config file. A run prints a line for each.", "",
+        "| flags | what they mean here |", "|---|---|",
+    ]  # fmt: skip
+    for flag, file in FILES.items():
+        lines.append(f"| `--{flag}` | {file} |")
+    for entry in yaml.safe_load(NOTED.read_text(encoding="utf-8")):
+        flags = ", ".join(f"`--{flag}{' ' + entry['only'] if 'only' in entry else ''}`" for flag in entry["flags"])
+        lines.append(f"| {flags} | {'`' + ' '.join(entry['means']) + '`' if 'means' in entry else entry['note']} |")
     lines += [
         "", "## Flags of Megatron-LM that are refused", "",
         "Each ends the program with its reason, which names the nearest thing that there is.", "",

@@ -22,6 +22,7 @@ from umv2_megatron.config.flags import parse_flags, read_mapping
 from umv2_megatron.config.fusions import resolve_fusions
 from umv2_megatron.config.mcore_settings import TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.noted_flags import translate
 from umv2_megatron.config.option_table import SECTIONS, option_table
 from umv2_megatron.config.presets import find_preset
 from umv2_megatron.config.run_config import RunConfig
@@ -71,7 +72,9 @@ def resolve(
     if file:
         layers.append((config_file or "flag", file))
     layers.append(("flag", flags))
-    return from_layers(layers, world_size, for_training=for_training, before_mcore=before_mcore)
+    run = from_layers(layers, world_size, for_training=for_training, before_mcore=before_mcore)
+    run.notes = translate(argv)[1]
+    return run
 
 
 def virtual_world_size(argv: list[str], program: str, description: str) -> int | None:
@@ -216,5 +219,5 @@ def _fill_derived_defaults(run: RunConfig) -> None:
         changes["global_batch_size"] = run.global_batch_size
     run._replace(**changes)
     if run.training.lr_warmup_fraction is not None and run.training.global_batch_size:
-        horizon = run.training.lr_decay_iters or run.train_iters
+        horizon = run.schedule.decay // run.global_batch_size
         run._replace(lr_warmup_iters=int(run.training.lr_warmup_fraction * horizon))

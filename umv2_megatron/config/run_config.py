@@ -30,6 +30,17 @@ if typing.TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Samples after which the learning rate has decayed, those of its warm-up, of WSD's last part (0: none), and of the
+    whole run."""
+
+    decay: int
+    warmup: int
+    last_part: int
+    whole: int
+
+
 @dataclasses.dataclass
 class RunConfig:
     """All settings of a run by key (``values``) and where each came from (``sources``: default, preset, file, flag)."""
@@ -37,6 +48,8 @@ class RunConfig:
     values: dict[str, Any]
     sources: dict[str, str]
     world_size: int = 1
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """Of flags of Megatron-LM that change nothing here or stand for others (``noted_flags.py``)."""
 
     def __post_init__(self) -> None:
         self.model: ModelConfig = self._fill(ModelConfig)
@@ -116,6 +129,16 @@ class RunConfig:
         if self.training.train_samples:
             return iteration + max(0, self.training.train_samples - consumed_samples) // self.global_batch_size
         return self.training.train_iters or 0
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate's schedule in samples."""
+        training, batch = self.training, self.global_batch_size
+        decay = training.lr_decay_samples or (training.lr_decay_iters or max(self.train_iters, 1)) * batch
+        warmup = training.lr_warmup_samples
+        last = training.lr_wsd_decay_samples or (training.lr_wsd_decay_iters or 0) * batch
+        whole = training.train_samples or max(self.train_iters, 1) * batch
+        return Schedule(decay, training.lr_warmup_iters * batch if warmup is None else warmup, last, whole)
 
     @property
     def params_dtype(self) -> torch.dtype:
@@ -207,7 +230,7 @@ class RunConfig:
             source = self.sources.get(key, "default")
             note = "" if source == "default" else f"   ({source})"
             lines.append(f"  {key} {'.' * max(2, 46 - len(key))} {self.values[key]}{note}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {each}" for each in self.notes)])
 
 
 def holds_scores(values: Mapping[str, Any]) -> bool:

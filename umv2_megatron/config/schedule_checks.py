@@ -106,17 +106,46 @@ def _check_learning_rates(run: RunConfig) -> None:
     if training.lr_warmup_init > run.lr:
         refuse("lr-warmup-init", training.lr_warmup_init, f"a number from 0 to --lr ({run.lr})")
     _check_decoupled(run)
-    horizon = training.lr_decay_iters or run.train_iters
-    if not training.skip_train and training.lr_warmup_iters >= max(horizon, 1):
-        refuse("lr-warmup-iters", training.lr_warmup_iters, f"fewer than the {horizon} iterations of the decay")
+    for name in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
+        samples, iters = f"{name}_samples", f"{name}_iters"
+        if run.values[samples] is not None and run.sources.get(iters) == "flag":
+            refuse(samples.replace("_", "-"), run.values[samples], f"it or --{iters.replace('_', '-')}, not both")
+    if training.lr_warmup_samples is not None and run.sources.get("lr_warmup_fraction") == "flag":
+        refuse("lr-warmup-samples", training.lr_warmup_samples, "it or --lr-warmup-fraction, not both")
+    _check_weight_decay(run)
+    schedule, batch, unit = run.schedule, run.global_batch_size, "iters"
+    horizon = schedule.decay // batch
+    if not training.skip_train and schedule.warmup >= max(schedule.decay, 1):
+        if training.lr_warmup_samples is not None:
+            unit, batch, horizon = "samples", 1, schedule.decay
+        expected = f"fewer than the {horizon} {'iterations' if unit == 'iters' else unit} of the decay"
+        refuse(f"lr-warmup-{unit}", schedule.warmup // batch, expected)
+    given = training.lr_wsd_decay_samples or training.lr_wsd_decay_iters
+    flag = "lr-wsd-decay-samples" if training.lr_wsd_decay_samples else "lr-wsd-decay-iters"
     if training.lr_decay_style == "WSD":
-        if not training.lr_wsd_decay_iters:
-            refuse("lr-wsd-decay-iters", None, "a number of iterations with --lr-decay-style WSD")
-        elif training.lr_wsd_decay_iters > horizon and not training.skip_train:
-            refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, f"at most the {horizon} iterations of the decay")
-    elif training.lr_wsd_decay_iters and run.sources.get("lr_wsd_decay_iters") == "flag":
-        style = training.lr_decay_style
-        refuse("lr-wsd-decay-iters", training.lr_wsd_decay_iters, f"no value with --lr-decay-style {style}, only WSD's")
+        if not given:
+            refuse(flag, None, "a number of iterations with --lr-decay-style WSD")
+        elif schedule.last_part > schedule.decay and not training.skip_train:
+            ours = f"{schedule.decay} samples" if training.lr_wsd_decay_samples else f"{horizon} iterations"
+            refuse(flag, given, f"at most the {ours} of the decay")
+    elif given and run.sources.get(flag.replace("-", "_")) == "flag":
+        refuse(flag, given, f"no value with --lr-decay-style {training.lr_decay_style}, only WSD's")
+
+
+def _check_weight_decay(run: RunConfig) -> None:
+    """Both ends where weight decay changes."""
+    training = run.training
+    if training.weight_decay_incr_style == "constant":
+        return
+    start, end = training.start_weight_decay, training.end_weight_decay
+    if start is None or end is None:
+        missing = "start-weight-decay" if start is None else "end-weight-decay"
+        refuse(missing, None, f"a number with --weight-decay-incr-style {training.weight_decay_incr_style}")
+    elif end < start:
+        refuse("end-weight-decay", end, f"at least --start-weight-decay ({start}): megatron-core only lets it grow")
+    if run.sources.get("weight_decay") == "flag":
+        style = training.weight_decay_incr_style
+        refuse("weight-decay", run.weight_decay, f"no value with --weight-decay-incr-style {style}")
 
 
 def _check_decoupled(run: RunConfig) -> None:

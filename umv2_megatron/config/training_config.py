@@ -58,6 +58,12 @@ class TrainingConfig:
     train_iters: Optional[int] = option(None, "optimizer steps of the whole run", at_least=1)
     train_samples: Optional[int] = option(None, "samples of the whole run, instead of --train-iters", at_least=1)
     seed: int = option(1234, "seed of initialisation, dropout and data order", at_least=0, at_most=2**31 - 1)
+    empty_unused_memory_level: int = option(
+        0,
+        "give back memory of the device that torch keeps unused: 1: after the backward, 2: after the update, too",
+        choices=(0, 1, 2),
+        read_by="training/step.py: torch.cuda.empty_cache; nothing on a CPU",
+    )
     exit_interval: Optional[int] = option(None, "save and exit after an iteration divisible by this", at_least=1)
     exit_duration_in_mins: Optional[int] = option(
         None, "save and exit after this many minutes", at_least=1, read_by="training/loop.py: when the run ends"
@@ -74,7 +80,13 @@ class TrainingConfig:
     lr_decay_iters: Optional[int] = option(
         None, "iterations until --min-lr is reached (default: --train-iters)", at_least=1
     )
+    lr_decay_samples: Optional[int] = option(
+        None, "the same in samples, with --train-samples", at_least=1, needs=("train_samples",)
+    )
     lr_warmup_iters: int = option(0, "iterations of linear warm-up", at_least=0)
+    lr_warmup_samples: Optional[int] = option(
+        None, "samples of linear warm-up, with --train-samples", at_least=0, needs=("train_samples",)
+    )
     lr_warmup_fraction: Optional[float] = option(
         None, "warm-up as a fraction of the decay iterations", at_least=0, below=1
     )
@@ -86,6 +98,20 @@ class TrainingConfig:
         "cosine", "shape of WSD's last part", choices=("linear", "cosine", "exponential", "minus_sqrt")
     )
     lr_wsd_decay_iters: Optional[int] = option(None, "iterations of WSD's last part", at_least=1)
+    lr_wsd_decay_samples: Optional[int] = option(
+        None, "samples of WSD's last part, with --train-samples", at_least=1, needs=("train_samples",)
+    )
+    weight_decay_incr_style: str = option(
+        "constant",
+        "how weight decay goes from --start-weight-decay to --end-weight-decay over the run; constant: --weight-decay",
+        choices=("constant", "linear", "cosine"),
+    )
+    start_weight_decay: Optional[float] = option(
+        None, "weight decay of the first step", at_least=0, needs=("weight_decay_incr_style!=constant",)
+    )
+    end_weight_decay: Optional[float] = option(
+        None, "weight decay of the last step", at_least=0, needs=("weight_decay_incr_style!=constant",)
+    )
     override_opt_param_scheduler: bool = option(
         False,
         "take the schedule from the flags even where the checkpoint has another one",

@@ -192,25 +192,25 @@ def fuse_updates(optimizer: MegatronOptimizer) -> None:
 
 def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamScheduler:
     """The schedule of ``run`` in samples."""
-    training, batch = run.training, run.global_batch_size
-    horizon = (training.lr_decay_iters or max(run.train_iters, 1)) * batch
+    training, schedule = run.training, run.schedule
     value_iters = run.memory.value_lr_decay_iters
-    value_steps = horizon if value_iters is None else value_iters * batch
+    value_steps = schedule.decay if value_iters is None else value_iters * run.global_batch_size
+    constant = training.weight_decay_incr_style == "constant"
     return ParamScheduler(
         optimizer,
         init_lr=training.lr_warmup_init,
         max_lr=run.lr,
         min_lr=run.min_lr,
-        lr_warmup_steps=training.lr_warmup_iters * batch,
-        lr_decay_steps=horizon,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=schedule.decay,
         lr_decay_style=training.lr_decay_style,
-        start_wd=run.weight_decay,
-        end_wd=run.weight_decay,
-        wd_incr_steps=horizon,
-        wd_incr_style="constant",
+        start_wd=run.weight_decay if constant else training.start_weight_decay,
+        end_wd=run.weight_decay if constant else training.end_weight_decay,
+        wd_incr_steps=schedule.decay if constant else schedule.whole,
+        wd_incr_style=training.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=not training.override_opt_param_scheduler,
         override_opt_param_scheduler=training.override_opt_param_scheduler,
-        wsd_decay_steps=training.lr_wsd_decay_iters * batch if training.lr_wsd_decay_iters else None,
+        wsd_decay_steps=schedule.last_part or None,
         lr_wsd_decay_style=training.lr_wsd_decay_style,
         value_factor=ValueFactor(run.memory.value_lr_mult, value_steps),
         keep_saved_horizon=value_iters is None,

@@ -27,11 +27,16 @@ SAME_SCHEDULE = (
     "min_lr",
     "lr_decay_style",
     "lr_warmup_iters",
+    "lr_warmup_samples",
     "lr_warmup_init",
     "lr_warmup_init_fraction",
     "lr_wsd_decay_style",
     "lr_wsd_decay_iters",
+    "lr_wsd_decay_samples",
     "weight_decay",
+    "weight_decay_incr_style",
+    "start_weight_decay",
+    "end_weight_decay",
     "decoupled_lr",
     "decoupled_min_lr",
     "optimizer",
@@ -193,9 +198,9 @@ def _check_schedule(run: RunConfig, saved: dict[str, Any], source: Source) -> No
         old, new = _horizon(saved), _horizon(run.values)
         if old != new:
             raise UsageError(
-                f"the checkpoint's schedule decays over {old} iterations, the flags say {new} "
-                "(--lr-decay-iters, or --train-iters without it); give --lr-decay-iters "
-                f"{old} to keep it, or --override-opt-param-scheduler to take the new one"
+                f"the checkpoint's schedule decays over {old[0]} {old[1]}, the flags say {new[0]} {new[1]} "
+                f"(--lr-decay-{_FLAG[new[1]]}, or --train-{_FLAG[new[1]]} without it); give --lr-decay-{_FLAG[old[1]]} "
+                f"{old[0]} to keep it, or --override-opt-param-scheduler to take the new one"
             )
 
 
@@ -225,5 +230,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _horizon(values: dict[str, Any]) -> Any:
-    return values["lr_decay_iters"] or values["train_iters"] or values["train_samples"]
+_FLAG = {"iterations": "iters", "samples": "samples"}
+
+
+def _horizon(values: dict[str, Any]) -> tuple[Any, str]:
+    """How long the learning rate decays, and in what."""
+    if values.get("lr_decay_samples"):
+        return values["lr_decay_samples"], "samples"
+    iterations = values["lr_decay_iters"] or values["train_iters"]
+    return (iterations, "iterations") if iterations else (values["train_samples"], "samples")

@@ -113,8 +113,12 @@ def train_step(
         with ranges("u, t refresh"):
             refresh_singular_vectors(chunks)
     loss = _mean_loss(_run_schedule(run, chunks, iterator, forward_only=False, ranges=ranges))
+    if run.training.empty_unused_memory_level >= 1 and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     with ranges("optimizer"):
         result = guarded_step(optimizer, loss, wants_to_stop, accepts)
+    if run.training.empty_unused_memory_level == 2 and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if result.updated:
         scheduler.step(increment=run.global_batch_size)
     return result

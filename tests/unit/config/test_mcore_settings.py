@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from umv2_megatron.config.flags import refused
 from umv2_megatron.config.fusion_settings import AUTOMATIC, FusionSettings
 from umv2_megatron.config.mcore_settings import DataParallelSettings, OptimizerSettings, TransformerSettings
+from umv2_megatron.config.noted_flags import FILES, entries
 from umv2_megatron.config.option_table import names
 
 PAIRS = [
@@ -70,7 +71,7 @@ def _kinds(hint: typing.Any) -> set[typing.Any]:
 
 def test_every_flag_of_megatron_lm_is_a_flag_or_refused_with_a_reason() -> None:
     assert len(MEGATRON_LM) == 680
-    known = {*names(), "model-preset", "config"}
+    known = {*names(), *entries(), *FILES, "model-preset", "config"}
     assert [flag for flag in MEGATRON_LM if flag not in known and not refused(flag)] == []
 
 

@@ -139,6 +139,21 @@ def test_rates_at_the_ends_of_their_ranges():
     resolve([*TINY, "--decoupled-lr", "1e-5", "--lr-decay-style", "constant"])
 
 
+@pytest.mark.parametrize("flags, told", [
+    (["--lr-decay-samples", "40", "--lr-decay-iters", "5"], ["--lr-decay-samples is 40", "--lr-decay-iters, not both"]),
+    (["--lr-warmup-samples", "80"], ["--lr-warmup-samples is 80", "fewer than the 80 samples"]),
+    (["--lr-warmup-samples", "8", "--lr-warmup-iters", "1"], ["--lr-warmup-iters, not both"]),
+    (["--lr-warmup-samples", "8", "--lr-warmup-fraction", "0.1"], ["--lr-warmup-fraction, not both"]),
+    (["--lr-decay-style", "WSD", "--lr-wsd-decay-samples", "81"], ["--lr-wsd-decay-samples is 81", "80 samples"]),
+    (["--lr-wsd-decay-samples", "8"], ["--lr-wsd-decay-samples is 8", "only WSD's"]),
+])  # fmt: skip
+def test_schedules_in_samples_that_cannot_be(flags, told):
+    argv = [*TINY[:2], *TINY[4:], "--train-samples", "80", "--global-batch-size", "8", *flags]
+    with pytest.raises(UsageError) as error:
+        resolve(argv)
+    assert all(words in str(error.value) for words in told), error.value
+
+
 def test_a_wsd_runs_file_serves_another_decay(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(resolve([*TINY, "--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "4"]).to_yaml())
@@ -163,6 +178,15 @@ def test_a_wsd_runs_file_serves_another_decay(tmp_path):
         (["--eval-iters", "-1"], 1, ["--eval-iters is -1"]),
         (["--eval-interval", "0"], 1, ["--eval-interval is 0"]),
         (["--save-interval", "5"], 1, ["--save-interval", "--save"]),
+        (["--lr-decay-samples", "50"], 1, ["--lr-decay-samples is 50", "--train-samples"]),
+        (["--lr-warmup-samples", "50"], 1, ["--lr-warmup-samples is 50", "--train-samples"]),
+        (["--start-weight-decay", "0.1"], 1, ["--start-weight-decay is 0.1", "--weight-decay-incr-style"]),
+        (["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.1"], 1,
+         ["--end-weight-decay is None", "a number with --weight-decay-incr-style linear"]),
+        (["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.2", "--end-weight-decay", "0.1"], 1,
+         ["--end-weight-decay is 0.1", "at least --start-weight-decay (0.2)"]),
+        (["--weight-decay-incr-style", "linear", "--start-weight-decay", "0", "--end-weight-decay", "0.1",
+          "--weight-decay", "0.1"], 1, ["--weight-decay is 0.1", "no value with --weight-decay-incr-style linear"]),
         (["--lr", "0"], 1, ["--lr is 0"]),
         (["--min-lr", "1"], 1, ["--lr", "--min-lr (1.0)"]),
         (["--lr-warmup-iters", "10"], 1, ["--lr-warmup-iters is 10", "10 iterations"]),

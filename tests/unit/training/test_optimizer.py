@@ -147,3 +147,55 @@ def test_a_resumed_run_keeps_the_horizon_unless_told_otherwise(flags, horizon):
     assert resumed.value_factor == ValueFactor(3.0, horizon) and resumed.num_steps == 40
     factor = {80: 2.0, 32: 1.0, 0: 3.0}[horizon]
     assert resumed.value_lr == pytest.approx(factor * resumed.dense_lr)
+
+
+def in_samples(*flags: str) -> ParamScheduler:
+    """The schedule of a run of 80 samples, 8 in a step."""
+    dense = {"params": [], "lr": 0.0, "weight_decay": 0.1}
+    groups = SimpleNamespace(param_groups=[dense, {**dense, VALUE_GROUP: 3.0}])
+    fixed = ["--model-preset", "umv2-tiny", "--mock-data", "--lr", "1e-2", "--memory-value-lr-mult", "3"]
+    fixed += ["--train-samples", "80", "--micro-batch-size", "1", "--global-batch-size", "8"]
+    return build_scheduler(resolve([*fixed, *flags], 1), groups)
+
+
+@pytest.mark.parametrize(
+    ("samples", "iterations"),
+    [
+        ([], []),
+        (["--lr-decay-samples", "64", "--lr-warmup-samples", "16"],
+         ["--lr-decay-iters", "8", "--lr-warmup-iters", "2"]),
+        (["--lr-decay-style", "WSD", "--lr-wsd-decay-samples", "24"],
+         ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "3"]),
+    ],
+)  # fmt: skip
+def test_a_schedule_in_samples_is_the_same_in_iterations(samples, iterations):
+    one, other = in_samples(*samples), schedule_of(*iterations)
+    for _ in range(12):
+        for each in (one, other):
+            each.step(8)
+        assert (one.dense_lr, one.value_lr) == (other.dense_lr, other.value_lr)
+
+
+def test_a_warm_up_in_samples_need_not_be_whole_steps():
+    made = in_samples("--lr-warmup-samples", "12")
+    made.step(8)
+    assert made.dense_lr == pytest.approx(1e-2 * 8 / 12)
+    made.step(8)
+    assert 9e-3 < made.dense_lr < 1e-2
+
+
+@pytest.mark.parametrize(("style", "halfway"), [("linear", 0.2), ("cosine", 0.2)])
+def test_weight_decay_grows_over_the_run(style, halfway):
+    made = in_samples("--weight-decay-incr-style", style, "--start-weight-decay", "0.1", "--end-weight-decay", "0.3",
+                      "--lr-decay-samples", "40")  # fmt: skip
+    seen = []
+    for _ in range(10):
+        made.step(8)
+        seen.append([group["weight_decay"] for group in made.optimizer.param_groups])
+    assert all(dense == tables for dense, tables in seen)
+    dense = [each[0] for each in seen]
+    assert dense == sorted(dense) and dense[4] == pytest.approx(halfway) and dense[9] == pytest.approx(0.3)
+    tables = in_samples("--weight-decay-incr-style", style, "--start-weight-decay", "0.1", "--end-weight-decay", "0.3",
+                        "--memory-value-weight-decay", "0.7")  # fmt: skip
+    tables.step(40)
+    assert [group["weight_decay"] for group in tables.optimizer.param_groups] == [pytest.approx(halfway), 0.7]
