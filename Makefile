@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
 SERVE_READY := $(VENV)/.serve-ready
 HF_TOOLS_READY := $(VENV)/.hf-tools-ready
+STORAGE_READY := $(VENV)/.storage-ready
 
 .PHONY: test-mcore-next demo compare faults flags-page fuzz test test-flags test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
 
@@ -49,6 +50,11 @@ $(HF_TOOLS_READY): requirements-hf-tools.txt $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-hf-tools.txt \
 		&& touch $(HF_TOOLS_READY) || echo "peft, bitsandbytes or torchao could not be installed: their tests will be skipped"
 
+# Only the tests of object stores need them; without them they are skipped.
+$(STORAGE_READY): requirements-storage.txt $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-storage.txt \
+		&& touch $(STORAGE_READY) || echo "fsspec, s3fs or moto could not be installed: their tests will be skipped"
+
 demo: $(READY)
 	$(PY) tools/demo.py
 
@@ -64,18 +70,18 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
-test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) lint
+test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
 
 # Not with a file for each worker: it is one file.
 test-flags: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/functional/test_every_flag.py
 
-test-slow: $(READY) $(HF_TOOLS_READY)
+test-slow: $(READY) $(HF_TOOLS_READY) $(STORAGE_READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow and not faults" --timeout 1800
 
 # The table at its end goes into docs/reliability.md.
-faults: $(READY)
+faults: $(READY) $(STORAGE_READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/faults --timeout 900
 
 # The same requirements with a newer megatron-core, which needs Python 3.12; pip brings torch for CUDA there (gigabytes).
@@ -104,7 +110,7 @@ AS_BASELINE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_I
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 UMV2_CPU_ARCH=x86-64-v3
 AS_AVX512 := ATEN_CPU_CAPABILITY=avx512 UMV2_CPU_ARCH=native
 
-test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY)
+test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY)
 	failed=0; \
 	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
 		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \

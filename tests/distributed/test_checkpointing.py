@@ -302,10 +302,10 @@ def save_with_full_disk(root: str, stages: list[str]) -> list[tuple[str, bool]]:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    torch_save = torch.save
+    write_hashed = publishing.write_hashed
 
-    def full_for_common(data: Any, where: Any) -> None:
-        (full if getattr(where, "name", "") == "common.pt" else torch_save)(data, where)
+    def full_for_common(path: Any, data: bytes) -> Any:
+        return (full if path.name == "common.pt" else write_hashed)(path, data)
 
     def lose(shards: list, whole: bool) -> Any:
         (store.temporary_path(4) / "__1_0.distcp").unlink()
@@ -317,7 +317,7 @@ def save_with_full_disk(root: str, stages: list[str]) -> list[tuple[str, bool]]:
             if stage == "shards" and rank == 1:
                 patch.setattr(torch.distributed.checkpoint.filesystem.os, "fsync", full)
             elif stage == "common" and rank == 0:
-                patch.setattr(torch, "save", full_for_common)
+                patch.setattr(publishing, "write_hashed", full_for_common)
             elif stage == "missing shard" and rank == 0:
                 patch.setattr(publishing, "joined_metadata", lose)
             try:

@@ -16,7 +16,7 @@ import pytest
 from program_runs import Finished, Job, train
 from test_resume import assert_same_run, run_on
 
-from umv2_megatron.checkpoint import manifest, store
+from umv2_megatron.checkpoint import manifest, posix_storage, store
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
 
 pytestmark = pytest.mark.faults
@@ -25,10 +25,8 @@ pytestmark = pytest.mark.faults
 SAVE_MODES = [pytest.param({}, id="blocking"), pytest.param({"async_save": True}, id="async")]
 STEPS, EVERY = 24, 4
 ON_REPLACING = {"old-set-aside", "old-removed"}
-STAGES = sorted(
-    set(re.findall(r'stage\("([a-z-]+)"\)', "".join(Path(each.__file__).read_text() for each in (store, manifest))))
-    - ON_REPLACING
-)
+_SOURCES = "".join(Path(each.__file__).read_text() for each in (store, posix_storage, manifest))
+STAGES = sorted(set(re.findall(r'stage\("([a-z-]+)"\)', _SOURCES)) - ON_REPLACING)
 
 
 def tell_samples(folder: str) -> None:

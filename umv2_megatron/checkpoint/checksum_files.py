@@ -14,7 +14,7 @@ from typing import Any
 
 from umv2_megatron.checkpoint.manifest import Manifest
 from umv2_megatron.checkpoint.tensor_checks import CHECKSUM
-from umv2_megatron.durable_files import CheckpointError, DamageError
+from umv2_megatron.durable_files import CheckpointError, DamageError, unreadable
 
 SHARD = ".distcp"
 CHECKSUMS = ".checksums.json"
@@ -45,7 +45,7 @@ def read_verified(directory: Path, name: str, manifest: Manifest) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     check_hash(path, hashlib.sha256(data).hexdigest(), manifest.files[name][1])
     return data
 

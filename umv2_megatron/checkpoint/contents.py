@@ -22,6 +22,7 @@ from umv2_megatron.checkpoint.torch_dist_io import (
     load_common,
     read_metadata_safely,
 )
+from umv2_megatron.user_paths import user_path
 
 KINDS = ("tables", "weights", "buffers", "moments", "main parameters", "other")
 _BUFFERS = re.compile(r"\.memory\.(perm|retrieval\.[ut])$")
@@ -77,7 +78,7 @@ def locate(directory: str | Path, iteration: int | None = None) -> tuple[Checkpo
 
     Raises ``CheckpointError`` when there is no such checkpoint.
     """
-    path = Path(directory)
+    path = user_path(directory)
     own = re.fullmatch(r"iter_(\d{7,})", path.name)
     if own and (path / METADATA_FILE).exists():
         if iteration not in (None, int(own[1])):
@@ -100,8 +101,8 @@ def read_contents(store: CheckpointStore, iteration: int) -> Contents:
     path = store.path(iteration)
     metadata = read_metadata_safely(path)
     stored_bytes: dict[str, int] = {}
-    for index, place in metadata.storage_data.items():
-        stored_bytes[index.fqn] = stored_bytes.get(index.fqn, 0) + place.length
+    for index, part in metadata.storage_data.items():
+        stored_bytes[index.fqn] = stored_bytes.get(index.fqn, 0) + part.length
     entries = []
     for key, held in sorted(metadata.state_dict_metadata.items()):
         if isinstance(held, TensorStorageMetadata):

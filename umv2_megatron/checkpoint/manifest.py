@@ -18,9 +18,10 @@ from umv2_megatron.durable_files import (
     CheckpointError,
     FilesNow,
     check_relative_path,
-    files_below,
     fsync_path,
     sha256_of,
+    sizes_below,
+    unreadable,
     write_synced,
 )
 
@@ -52,21 +53,23 @@ def write_manifest(
     sealed: Mapping[str, tuple[int, str]],
     threads: int,
     stage: Callable[[str], None],
+    confirm: Callable[[], None],
 ) -> None:
     """Prove the files of `directory`: sync and hash every one, with `threads` at once, then write both manifest files.
 
     sealed: size and SHA-256 of files that were hashed while they were written, and synced; they are not read. stage:
-    called with the name of every step just after it is done. Raises OSError, and CheckpointError for a sealed file that
+    called with the name of every step just after it is done. confirm: called before the last file, which makes the
+    directory a checkpoint; it raises where that must not be. Raises OSError, and CheckpointError for a sealed file that
     is not there in its size.
     """
-    names = sorted(files_below(directory))
+    sizes = sizes_below(directory)
+    names = sorted(sizes)
     assert MANIFEST not in names and MANIFEST_HASH not in names, "temporary directory was published before"
     for name in sorted(sealed.keys() - set(names)):
         raise CheckpointError(f"{directory / name} is missing: {sealed[name][0]} bytes of it were written; save again")
 
     def seal(name: str) -> dict[str, Any]:
-        path = directory / name
-        size = path.stat().st_size
+        path, size = directory / name, sizes[name]
         if name not in sealed:
             fsync_path(path)
             return {"size": size, "sha256": sha256_of(path)}
@@ -89,6 +92,7 @@ def write_manifest(
     data = (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
     write_synced(directory / MANIFEST, data)
     stage("manifest-written")
+    confirm()
     write_synced(directory / MANIFEST_HASH, _manifest_hash_line(data))
     fsync_path(directory)
     stage("manifest-synced")
@@ -101,19 +105,19 @@ def check_files(directory: Path, iteration: int, *, hashes: bool, threads: int) 
     """
     try:
         manifest = _read_manifest(directory, iteration)
-        present = set(files_below(directory)) - {MANIFEST, MANIFEST_HASH}
+        sizes = sizes_below(directory)
+        present = sizes.keys() - {MANIFEST, MANIFEST_HASH}
         for name in sorted(manifest.files.keys() - present):
             raise CheckpointError(f"{directory / name} is missing: the manifest lists it")
         for name in sorted(present - manifest.files.keys()):
             raise CheckpointError(f"{directory / name} is not in the manifest")
         for name, (size, _) in sorted(manifest.files.items()):
-            actual = (directory / name).stat().st_size
-            if actual != size:
-                raise CheckpointError(f"{directory / name} has {actual} bytes: the manifest says {size}")
+            if sizes[name] != size:
+                raise CheckpointError(f"{directory / name} has {sizes[name]} bytes: the manifest says {size}")
         if hashes:
             _verify_hashes(directory, manifest, threads)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or directory} cannot be read: {error.strerror}") from error
+        raise unreadable(directory, error) from error
     return manifest
 
 

@@ -10,13 +10,13 @@ of the pieces.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from umv2_megatron.checkpoint.agreement import attempt, gather, tell_all
 from umv2_megatron.checkpoint.many_objects import many_objects
@@ -29,7 +29,7 @@ from umv2_megatron.checkpoint.shard_writing import (
     write_metadata,
 )
 from umv2_megatron.checkpoint.store import METADATA_FILE, CheckpointStore
-from umv2_megatron.checkpoint.torch_dist_io import COMMON_FILE
+from umv2_megatron.checkpoint.torch_dist_io import COMMON_FILE, FORMAT_FILE, format_text
 from umv2_megatron.durable_files import CheckpointError
 
 
@@ -92,8 +92,10 @@ def publish(
             sealed[METADATA_FILE] = write_metadata(directory / METADATA_FILE, metadata)
         text = json.dumps(config, indent=1, sort_keys=True) + "\n"
         sealed[CONFIG_FILE] = write_hashed(directory / CONFIG_FILE, text.encode())
-        torch.save(common, directory / COMMON_FILE)
-        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+        common_bytes = io.BytesIO()
+        torch.save(common, common_bytes)
+        sealed[COMMON_FILE] = write_hashed(directory / COMMON_FILE, common_bytes.getbuffer())
+        sealed[FORMAT_FILE] = write_hashed(directory / FORMAT_FILE, format_text())
     except (OSError, RuntimeError) as error:
         raise explained(store, error, directory, tensor_bytes) from error
     num_keys = len(metadata.state_dict_metadata)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ from umv2_megatron.checkpoint.checksum_files import Checksums
 from umv2_megatron.checkpoint.fp8_state import from_plain
 from umv2_megatron.checkpoint.tensor_checks import checksum
 from umv2_megatron.checkpoint.torch_dist_io import is_extra_state, load_plain, unique_key
-from umv2_megatron.durable_files import CheckpointError, DamageError, FileWindow
+from umv2_megatron.durable_files import CheckpointError, DamageError, FileWindow, open_to_read, unreadable
+from umv2_megatron.user_paths import is_remote
 
 
 class ShardReader:
@@ -42,6 +44,7 @@ class ShardReader:
         self.directory = directory
         self.metadata = metadata
         self._checksums = checksums
+        self._remote: tuple[str, BinaryIO] | None = None
         self.bytes_read = 0
 
     def fill(self, sharded: ShardedStateDict, recipe: Callable[[], Any]) -> StateDict:
@@ -63,15 +66,18 @@ class ShardReader:
         targets = {key: [_target(item) for item in items] for key, items in parts.items()}
         objects = {}
         places = self.metadata.storage_data
-        for index in sorted(reads, key=lambda index: (places[index].relative_path, places[index].offset)):
-            if index.offset is None:
-                objects[index.fqn] = self._object(index)
-            else:
-                stored = self._tensor(index)
-                for read in reads[index]:
-                    target = targets[index.fqn][read.dest_index.index]  # type: ignore[index]
-                    part = _narrow(stored, read.storage_offsets, read.lengths)
-                    _narrow(target, read.dest_offsets, read.lengths).copy_(part)
+        try:
+            for index in sorted(reads, key=lambda index: (places[index].relative_path, places[index].offset)):
+                if index.offset is None:
+                    objects[index.fqn] = self._object(index)
+                else:
+                    stored = self._tensor(index)
+                    for read in reads[index]:
+                        target = targets[index.fqn][read.dest_index.index]  # type: ignore[index]
+                        part = _narrow(stored, read.storage_offsets, read.lengths)
+                        _narrow(target, read.dest_offsets, read.lengths).copy_(part)
+        finally:
+            self._close()
 
         def result(item: ShardedTensor | ShardedObject) -> Any:
             if isinstance(item, ShardedTensor):
@@ -98,14 +104,30 @@ class ShardReader:
                 )
         return reads
 
+    def _open(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """A shard file to read one piece from. Behind a URL it stays open for the next: pieces are read in order, and
+        those side by side come with one request."""
+        path = self.directory / name
+        if not is_remote(path):
+            return open(path, "rb", buffering=0)  # type: ignore[return-value]
+        if self._remote is None or self._remote[0] != name:
+            self._close()
+            self._remote = (name, open_to_read(self.directory / name))
+        return nullcontext(self._remote[1])
+
+    def _close(self) -> None:
+        if self._remote is not None:
+            self._remote[1].close()
+            self._remote = None
+
     def _object(self, index: MetadataIndex) -> list[Any]:
         place = self.metadata.storage_data[index]
         path = self.directory / place.relative_path
         try:
-            with open(path, "rb", buffering=0) as file:
+            with self._open(str(place.relative_path)) as file:
                 data = FileWindow(file, place.offset, place.length).read()
         except OSError as error:
-            raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+            raise unreadable(path, error) from error
         self.bytes_read += place.length
         self._check(f"{path}: {index.fqn}", place, data)
         held = load_plain(io.BytesIO(data), f"the checkpoint's object {index.fqn}")
@@ -119,10 +141,10 @@ class ShardReader:
         path = self.directory / place.relative_path
         what = f"{path}: {index.fqn} at {tuple(index.offset or ())}"
         try:
-            with open(path, "rb", buffering=0) as file:
+            with self._open(str(place.relative_path)) as file:
                 stored = load_plain(FileWindow(file, place.offset, place.length), what)
         except OSError as error:
-            raise DamageError(f"{path} cannot be read: {error.strerror}") from error
+            raise unreadable(path, error) from error
         except CheckpointError as error:
             if self._checksums.of(place.relative_path, place.offset) is None:
                 raise  # the file has its hash: it was written like that

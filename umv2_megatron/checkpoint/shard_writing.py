@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from umv2_megatron.checkpoint.checksum_files import SHARD, checksums_name, checksums_text
 from umv2_megatron.durable_files import CheckpointError
+from umv2_megatron.user_paths import is_remote
 
 Sealed = dict[str, tuple[int, str]]
 """Files that were hashed while they were written: name -> (bytes, SHA-256 in hex)."""
@@ -85,10 +86,12 @@ class WrittenShard:
 
 
 class HashedFile:
-    """A new file that is hashed while it is written; sync makes it durable. Raises OSError. failure: of a write."""
+    """A new file that is hashed while it is written; sync makes it durable, and the end of it. Raises OSError. failure:
+    of a write. Behind a URL the file is sent in parts, and is not there before sync."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._remote = path.writer() if is_remote(path) else None
+        self._file: BinaryIO | None = open(path, "wb", buffering=0) if self._remote is None else None  # noqa: SIM115
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
         self._size = 0
@@ -98,10 +101,12 @@ class HashedFile:
         """Write all of ``data``; another thread hashes it in the meantime."""
         view = memoryview(data).cast("B")
         hashing = self._hasher.submit(self._digest.update, view)
+        sink = self._file or self._remote
+        assert sink is not None
         try:
             written = 0
             while written < len(view):
-                written += self._file.write(view[written:])
+                written += sink.write(view[written:])
         except OSError as error:
             self.failure = error  # torch.save puts another one in its place
             raise
@@ -118,12 +123,19 @@ class HashedFile:
 
     def sync(self) -> tuple[int, str]:
         """Make the file durable; returns bytes and SHA-256."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        else:
+            assert self._remote is not None
+            self._remote.commit()
         return self._size, self._digest.hexdigest()
 
     def close(self) -> None:
         self._hasher.shutdown()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        if self._remote is not None:
+            self._remote.discard()
 
     def __enter__(self) -> HashedFile:
         return self
@@ -132,7 +144,7 @@ class HashedFile:
         self.close()
 
 
-def write_hashed(path: Path, data: bytes) -> tuple[int, str]:
+def write_hashed(path: Path, data: bytes | memoryview) -> tuple[int, str]:
     """Write a small file durably; returns bytes and SHA-256."""
     with HashedFile(path) as file:
         file.write(data)

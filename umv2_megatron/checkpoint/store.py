@@ -3,43 +3,34 @@
 The worst checkpoint is the one that looks saved. So a checkpoint becomes visible only as a whole and only with the
 hashes that prove it (``manifest.py``):
 
-    <root>/.lock                               owner of the directory while a job saves into it
-    <root>/.tmp_iter_0001000/                  being written; removed when the next owner starts
     <root>/iter_0001000/manifest.json          size and SHA-256 of every file, number of keys, tensor bytes
     <root>/iter_0001000/manifest.sha256        SHA-256 of manifest.json itself
     <root>/latest_checkpointed_iteration.txt   plain number, as Megatron-LM writes it
 
-Order of a save: write -> fsync files -> manifest -> fsync -> rename -> fsync root -> tracker -> prune. Killed anywhere,
-the directory still holds the old or the new checkpoint. Loading verifies every byte before anyone reads it, and falls
-back, loudly, to the older valid checkpoint.
+Order of a save: write -> sync files -> manifest -> publish -> tracker -> prune. Killed anywhere, the directory still
+holds the old or the new checkpoint. Loading verifies every byte before anyone reads it, and falls back, loudly, to the
+older valid checkpoint. What "publish" means is the storage's (`storage.py`): a rename on a disk, the manifest's last
+file in an object store.
 
 Only files here: no torch, no process group. `save_load.py` decides which rank calls what.
 """
 
 import contextlib
-import errno
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from umv2_megatron.checkpoint.iteration_names import iteration_name
 from umv2_megatron.checkpoint.manifest import Manifest, check_files, write_manifest
-from umv2_megatron.checkpoint.save_lock import SaveLock
-from umv2_megatron.durable_files import (
-    CheckpointError,
-    NoCheckpointError,
-    files_below,
-    fsync_path,
-    remove_path,
-    write_synced,
-)
+from umv2_megatron.checkpoint.storage import Lock, storage_of
+from umv2_megatron.durable_files import CheckpointError, NoCheckpointError, UnreachableError, open_to_read, sizes_below
+from umv2_megatron.user_paths import user_path
 
 __all__ = ["CheckpointError", "CheckpointStore", "NoCheckpointError"]
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_ITER_DIR = re.compile(r"iter_(\d{7,})")
 METADATA_FILE = ".metadata"  # of torch's distributed checkpoints, in every checkpoint of ours
 
 
@@ -73,11 +64,12 @@ class CheckpointStore:
     ) -> None:
         assert keep >= 1 and hash_threads >= 1
         assert retain_interval is None or retain_interval > 0
-        self.root = Path(root)
+        self.root = user_path(root)
         self.keep = keep
         self.retain_interval = retain_interval
         self.warn = warn
         self._stage = stages
+        self._storage = storage_of(self.root, stages, lambda message: self.warn(message))
         self._hash_threads = hash_threads
         self._flag = flag
 
@@ -85,50 +77,34 @@ class CheckpointStore:
 
     def path(self, iteration: int) -> Path:
         """Directory of a published checkpoint."""
-        return self.root / f"iter_{iteration:07d}"
+        return self.root / iteration_name(iteration)
 
     def temporary_path(self, iteration: int) -> Path:
-        """Directory in which a checkpoint is written before it is published."""
-        return self.root / f".tmp_iter_{iteration:07d}"
+        """Directory in which a checkpoint is written before it is published; in an object store that is ``path``."""
+        return self._storage.working_path(iteration)
 
     def iterations(self) -> list[int]:
-        """Iterations with a published directory, valid or not, in rising order."""
-        if not self.root.is_dir():
-            return []
-        matches = (_ITER_DIR.fullmatch(entry.name) for entry in self.root.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in matches if match)
+        """Iterations with a published directory, valid or not, in rising order. Raises OSError."""
+        return self._storage.iterations()
 
     # ------------------------------------------------------------------ owning
 
-    def lock(self, timeout_s: float = 5.0) -> SaveLock:
+    def lock(self, timeout_s: float = 5.0) -> Lock:
         """Become the only job that saves here, and clear what a killed owner left behind.
 
-        Returns the lock; keep it until the job ends (`release()` or as a context manager). The kernel frees it when
-        the process dies. Raises CheckpointError naming the owner after `timeout_s` seconds.
+        Returns the lock; keep it until the job ends (`release()` or as a context manager). It ends with the process,
+        in an object store some time after it. Raises CheckpointError naming the owner after `timeout_s` seconds, in an
+        object store once that is known to live.
         """
         with self._named_errors("create", self.root, None):
-            self.root.mkdir(parents=True, exist_ok=True)
-        lock = SaveLock(self.root / ".lock", timeout_s, self._flag)
+            lock = self._storage.own(timeout_s, self._flag)
         try:
             with self._named_errors("clean up", self.root, None):
-                self._clean_up()
+                self._storage.clean_up()
         except BaseException:
             lock.release()
             raise
         return lock
-
-    def _clean_up(self) -> None:
-        for entry in sorted(self.root.iterdir()):
-            if entry.name.startswith(".old_iter_"):
-                # Killed between the two renames that replace a checkpoint of the same iteration: the old one returns.
-                target = self.root / entry.name.removeprefix(".old_")
-                if not target.exists():
-                    os.rename(entry, target)
-                    fsync_path(self.root)
-                    self.warn(f"{target} was being replaced when its job was killed: the old content is back")
-                    continue
-            if entry.name.startswith((".tmp_", ".old_iter_")):
-                remove_path(entry)
 
     # ------------------------------------------------------------------ saving
 
@@ -141,19 +117,14 @@ class CheckpointStore:
         assert iteration >= 0
         tmp = self.temporary_path(iteration)
         with self._named_errors("start", tmp, bytes_needed):
-            self.root.mkdir(parents=True, exist_ok=True)
-            remove_path(tmp)
-            free = shutil.disk_usage(self.root).free
-            if bytes_needed is not None and free < bytes_needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            tmp.mkdir()
+            self._storage.begin(iteration, bytes_needed)
         self._stage("begun")
         return tmp
 
     def discard(self, iteration: int) -> None:
         """Remove the temporary directory of a save that failed; published checkpoints stay as they are."""
         with contextlib.suppress(OSError):
-            remove_path(self.temporary_path(iteration))
+            self._storage.discard(iteration)
 
     def publish(
         self,
@@ -180,10 +151,10 @@ class CheckpointStore:
                 self._check_counts(tmp, num_keys, tensor_bytes, count)
                 write_manifest(
                     tmp, iteration, num_keys, tensor_bytes,
-                    sealed=sealed or {}, threads=self._hash_threads, stage=self._stage,
+                    sealed=sealed or {}, threads=self._hash_threads, stage=self._stage, confirm=self._storage.confirm,
                 )  # fmt: skip
-                self._rename_into_place(tmp, final)
-                self._write_tracker(iteration)
+                self._storage.publish(iteration)
+                self._storage.replace(TRACKER, str(iteration).encode())
         except BaseException:
             self.discard(iteration)
             raise
@@ -194,7 +165,7 @@ class CheckpointStore:
     def _check_counts(
         self, tmp: Path, num_keys: int, tensor_bytes: int, count: Callable[[Path], tuple[int, int]] | None
     ) -> None:
-        files = list(files_below(tmp))
+        files = sizes_below(tmp)
         if count is not None:
             found_keys, found_bytes = count(tmp)
             if (found_keys, found_bytes) != (num_keys, tensor_bytes):
@@ -202,38 +173,12 @@ class CheckpointStore:
                     f"{tmp} was not published: the model has {num_keys} keys and {tensor_bytes} tensor bytes, "
                     f"but {found_keys} keys and {found_bytes} bytes were written; save again"
                 )
-        on_disk = sum((tmp / name).stat().st_size for name in files)
+        on_disk = sum(files.values())
         if on_disk < tensor_bytes:
             raise CheckpointError(
                 f"{tmp} was not published: the model has {tensor_bytes} tensor bytes, but its {len(files)} files hold "
                 f"only {on_disk} bytes; save again"
             )
-
-    def _rename_into_place(self, tmp: Path, final: Path) -> None:
-        old = self.root / f".old_{final.name}"
-        remove_path(old)
-        replaced = final.exists()
-        if replaced:
-            # Training went back to an older checkpoint and reached this iteration again. rename() cannot replace a
-            # directory that has content; `_clean_up` undoes this step when the next one never happens.
-            os.rename(final, old)
-            self._stage("old-set-aside")
-        os.rename(tmp, final)
-        self._stage("renamed")
-        fsync_path(self.root)
-        self._stage("rename-synced")
-        if replaced:
-            remove_path(old)
-            self._stage("old-removed")
-
-    def _write_tracker(self, iteration: int) -> None:
-        tmp = self.root / f".tmp_{TRACKER}"
-        write_synced(tmp, str(iteration).encode())
-        self._stage("tracker-written")
-        os.replace(tmp, self.root / TRACKER)
-        self._stage("tracker-replaced")
-        fsync_path(self.root)
-        self._stage("tracker-synced")
 
     def prune(self, published: int) -> None:
         """Remove what is older than the newest `keep` valid checkpoints up to `published`; failures are only told.
@@ -262,28 +207,20 @@ class CheckpointStore:
                 continue
             if self.retain_interval and iteration % self.retain_interval == 0:
                 continue
-            self._remove(iteration)
+            self._storage.remove(iteration)
 
     def remove(self, iteration: int) -> None:
         """Remove a published checkpoint, if it is there. Raises CheckpointError."""
         with self._named_errors("remove", self.path(iteration), None):
             if self.path(iteration).exists():
-                self._remove(iteration)
-
-    def _remove(self, iteration: int) -> None:
-        # Renamed first: a half-removed directory must not carry a checkpoint's name.
-        doomed = self.root / f".tmp_prune_iter_{iteration:07d}"
-        os.rename(self.path(iteration), doomed)
-        self._stage("prune-renamed")
-        remove_path(doomed)
-        self._stage("pruned")
+                self._storage.remove(iteration)
 
     # ------------------------------------------------------------------ loading
 
     def read_tracker(self) -> int | None:
         """The iteration in the tracker file; None when the file is missing, empty or not a plain number."""
         try:
-            with open(self.root / TRACKER, "rb") as stream:
+            with open_to_read(self.root / TRACKER) as stream:
                 text = stream.read(64).decode("ascii").strip()
         except (FileNotFoundError, UnicodeDecodeError):
             return None
@@ -336,6 +273,8 @@ class CheckpointStore:
         for iteration in candidates:
             try:
                 self.verify(iteration)
+            except UnreachableError:
+                raise
             except CheckpointError as error:
                 problems.append(str(error))
                 self.warn(f"checkpoint {iteration} cannot be used: {error}")
@@ -357,9 +296,9 @@ class CheckpointStore:
         where = f" ({error.filename})" if error.filename else ""
         space = ""
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(self.root if self.root.exists() else self.root.parent).free
+            free = self._storage.free_bytes()
             needed = "unknown" if bytes_needed is None else bytes_needed
-            space = f", bytes needed: {needed}, bytes free: {free}"
+            space = "" if free is None else f", bytes needed: {needed}, bytes free: {free}"
         return CheckpointError(
             f"{what}: {error.strerror or error}{where}{space}; published checkpoints in {self.root} are untouched"
         )

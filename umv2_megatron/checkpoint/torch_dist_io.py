@@ -6,7 +6,9 @@ read by an unpickler that knows nothing else. `common.pt` is read with `weights_
 (`mapping.py`): its own writers and readers change from version to version, and trust what they read.
 """
 
+import dataclasses
 import io
+import json
 import math
 import pickle
 import re
@@ -15,15 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from umv2_megatron.checkpoint.many_objects import many_objects
 from umv2_megatron.checkpoint.metadata_structure import structure_fault
 from umv2_megatron.checkpoint.store import METADATA_FILE
-from umv2_megatron.durable_files import CheckpointError, check_relative_path
+from umv2_megatron.durable_files import CheckpointError, FileWindow, check_relative_path
+from umv2_megatron.user_paths import is_remote
 
 COMMON_FILE = "common.pt"
+FORMAT_FILE = "metadata.json"
+"""mcore's own name for the file that says which format the directory has."""
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED_GLOBALS = {
     *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
@@ -64,6 +70,8 @@ def read_metadata_safely(
     """
     path = directory / METADATA_FILE
     try:
+        if sizes is None and is_remote(directory):
+            sizes = directory.sizes_below()  # one request instead of one for each file
         with many_objects():
             metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes() if data is None else data)).load()
     except OSError as error:
@@ -103,7 +111,7 @@ def count_written(directory: Path) -> tuple[int, int]:
 def load_plain(source: Any, name: str) -> Any:
     """torch.load for tensors and plain data only, whatever the environment says about its default.
 
-    Raises CheckpointError naming ``name``, also for a damaged file.
+    Raises CheckpointError naming ``name``, also for a damaged file, and OSError where ``source`` cannot be read.
     """
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
@@ -114,6 +122,8 @@ def load_plain(source: Any, name: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # a damaged archive or pickle can raise nearly anything
+        if isinstance(source, FileWindow) and source.failure is not None:
+            raise source.failure from error
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise CheckpointError(f"{name} is damaged ({text}): do not use this checkpoint") from error
 
@@ -121,10 +131,17 @@ def load_plain(source: Any, name: str) -> Any:
 def load_common(directory: Path, data: bytes | None = None) -> dict[str, Any]:
     """`common.pt`: iteration, schedule, counters, settings. data: the file's bytes, where the caller has read them."""
     path = directory / COMMON_FILE
+    if data is None and is_remote(path):
+        data = path.read_bytes()
     common = load_plain(str(path) if data is None else io.BytesIO(data), str(path))
     if not isinstance(common, dict):
         raise CheckpointError(f"{path} holds no mapping: do not use this checkpoint")
     return common
+
+
+def format_text() -> bytes:
+    """Content of `metadata.json`, as mcore's ``save_config`` writes it into a local directory."""
+    return json.dumps(dataclasses.asdict(CheckpointingConfig("torch_dist", 1))).encode()
 
 
 def is_extra_state(key: str) -> bool:

@@ -16,7 +16,7 @@ from umv2_megatron.checkpoint.agreement import attempt, tell_all
 from umv2_megatron.checkpoint.checksum_files import SHARD, check_hash, checksums_name
 from umv2_megatron.checkpoint.manifest import Manifest
 from umv2_megatron.checkpoint.store import CheckpointStore
-from umv2_megatron.durable_files import CheckpointError, DamageError, sha256_of
+from umv2_megatron.durable_files import CheckpointError, DamageError, UnreachableError, sha256_of, unreadable
 
 
 def verify_together(store: CheckpointStore, iteration: int, *, full: bool) -> tuple[Manifest, int]:
@@ -32,6 +32,8 @@ def verify_together(store: CheckpointStore, iteration: int, *, full: bool) -> tu
             return None
         try:
             return store.verify(iteration, hashes=False)
+        except UnreachableError:
+            raise
         except CheckpointError as error:
             raise DamageError(str(error)) from error
 
@@ -86,5 +88,5 @@ def _check_hashes(directory: Path, names: list[str], manifest: Manifest) -> None
         try:
             actual = sha256_of(directory / name)
         except OSError as error:
-            raise DamageError(f"{directory / name} cannot be read: {error.strerror}") from error
+            raise unreadable(directory / name, error) from error
         check_hash(directory / name, actual, manifest.files[name][1])

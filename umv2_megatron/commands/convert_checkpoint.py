@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from umv2_megatron.training.tool_entry import program_name, read_text, run_tool
+from umv2_megatron.user_paths import is_url, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
         arguments.tokenizer,
         arguments.license,
     )
-    export_checkpoint(store, iteration, Path(arguments.save), options)
+    export_checkpoint(store, iteration, local_export("--save", arguments.save), options)
     print(f"exported iteration {iteration} of {store.root} to {arguments.save}")
 
 
@@ -65,8 +66,19 @@ def from_hf(arguments: argparse.Namespace) -> None:
     from umv2_megatron.conversion.plan import parse_size
 
     size = parse_size(arguments.max_shard_size)
-    made = import_export(Path(arguments.load), Path(arguments.save), _dtype(arguments.dtype), size)
+    export, save = local_export("--load", arguments.load), user_path(arguments.save, "--save")
+    made = import_export(export, save, _dtype(arguments.dtype), size)
     print(f"wrote {made}; train from it with pretrain_umv2.py --use-checkpoint-args --load {arguments.save} --finetune")
+
+
+def local_export(flag: str, where: str) -> Path:
+    """The directory of an export. Raises ``ValueError`` for a URL."""
+    if is_url(where):
+        raise ValueError(
+            f"{flag} is {where}; expected a local directory, as transformers reads and writes no other; copy exports "
+            "to and from the store (aws s3 cp --recursive, or fsspec), only checkpoints may be behind a URL"
+        )
+    return Path(where)
 
 
 def check_verify_flags(arguments: argparse.Namespace) -> None:
@@ -91,7 +103,7 @@ def verify(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--text is {arguments.text}, but the checkpoint has no tokenizer to read it; leave --text away"
         )
-    load, export = str(store.root), Path(arguments.hf)
+    load, export = str(store.root), local_export("--hf", arguments.hf)
     weights = compare_weights(load, iteration, export)
     failed = bool(weights.different)
     print(

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from umv2_megatron.checkpoint.store import METADATA_FILE
 from umv2_megatron.evaluation.local_export import MEMORY_TABLES
 from umv2_megatron.training.tool_entry import read_text, run_tool
+from umv2_megatron.user_paths import user_path
 
 if TYPE_CHECKING:
     from umv2_megatron.evaluation.generation import CachedModel
@@ -129,7 +129,7 @@ def main(arguments: argparse.Namespace) -> None:
     from umv2_megatron.evaluation.generation import Sampling, TextStream, generate
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    path = Path(arguments.load)
+    path = user_path(arguments.load, "--load")
     # a checkpoint's own directory, iter_*, has a config.json, too
     is_export = (path / "config.json").is_file() and not (path / METADATA_FILE).exists()
     model = load_export(arguments) if is_export else load_checkpoint(arguments)

@@ -2,7 +2,7 @@
 
 python tools/report.py runs/227m
 
-RUN is the --save directory of a run, which may still be going on. The page is one file without links to others.
+RUN is the --save directory or URL of a run, which may still be going on. The page is one file without links to others.
 """
 
 import argparse
@@ -14,11 +14,14 @@ from umv2_megatron.durable_files import write_synced
 from umv2_megatron.observation.page import page
 from umv2_megatron.observation.run_files import read_run
 from umv2_megatron.training.tool_entry import run_tool
+from umv2_megatron.user_paths import is_remote, user_path
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Read the run and write its page."""
-    directory = Path(arguments.run)
+    directory = user_path(arguments.run, "RUN")
+    if is_remote(directory) and not arguments.output:
+        raise ValueError(f"RUN is {directory}; expected --output too, the file on this machine to write the page to")
     run = read_run(directory)
     output = Path(arguments.output) if arguments.output else directory / "report.html"
     if output.is_dir() or not output.parent.is_dir():

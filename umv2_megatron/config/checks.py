@@ -13,6 +13,7 @@ from umv2_megatron.config.option_checks import check_limits, check_partners
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.schedule_checks import check_schedule
 from umv2_megatron.config.usage import UsageError, refuse
+from umv2_megatron.user_paths import user_path
 
 _BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none")
 
@@ -240,5 +241,7 @@ def check_data(run: RunConfig) -> None:
                         f"{flag} names {prefix}, but there is no file {prefix}{suffix}; give the path without "
                         "extension, as tools/preprocess_data.py printed it"
                     )
+    for flag, where in (("--save", run.training.save), ("--load", run.training.load)):
+        user_path(where or "", flag)
     if run.data.tokenizer_model is not None and not os.path.exists(run.data.tokenizer_model):
         raise UsageError(f"--tokenizer-model is {run.data.tokenizer_model!r}; there is no such file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.text_numbers import whole_numbers
 from umv2_megatron.config.usage import UsageError, refuse
+from umv2_megatron.user_paths import is_url
 
 
 def check_schedule(run: RunConfig) -> None:
@@ -49,6 +50,9 @@ def _check_non_persistent(run: RunConfig) -> None:
             "global"
         )
         refuse("non-persistent-save-interval", training.non_persistent_save_interval, expected)
+    if is_url(training.non_persistent_local_ckpt_dir or ""):
+        expected = "a directory on every node's own disk; --non-persistent-ckpt-type global takes a URL"
+        refuse("non-persistent-local-ckpt-dir", training.non_persistent_local_ckpt_dir, expected)
     other = "global" if kind == "local" else "local"
     if given := run.values[f"non_persistent_{other}_ckpt_dir"]:
         refuse(f"non-persistent-{other}-ckpt-dir", given, f"no value with non-persistent checkpoints of type {kind}")

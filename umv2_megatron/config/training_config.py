@@ -120,12 +120,12 @@ class TrainingConfig:
 
     save: Optional[str] = option(
         None,
-        "directory for checkpoints, metrics.jsonl and config.yaml",
+        "directory, or URL of fsspec (s3://...), for checkpoints, metrics.jsonl and config.yaml",
         read_by="training/loop.py: where checkpoints go",
     )
     load: Optional[str] = option(
         None,
-        "directory to resume from (default: --save once it holds a checkpoint)",
+        "directory or URL to resume from (default: --save once it holds a checkpoint)",
         read_by="training/resume.py: where a run begins",
     )
     save_interval: Optional[int] = option(

@@ -28,9 +28,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from umv2_megatron.checkpoint.shard_writing import HashedFile
 from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE, read_metadata_safely
 from umv2_megatron.conversion.safetensors_files import ConversionError, TensorInfo, as_bytes, read_into
-from umv2_megatron.durable_files import CheckpointError, FileWindow, fsync_path, write_synced
+from umv2_megatron.durable_files import CheckpointError, FileWindow, fsync_path, open_to_read, write_synced
+from umv2_megatron.user_paths import is_remote
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -127,7 +129,7 @@ class CheckpointTensors:
     def _read(self, key: str, part: _Rectangle, row: int, target: torch.Tensor) -> None:
         """Fill ``target`` with the rectangle's rows from ``row`` on."""
         if part.file not in self._files:
-            self._files[part.file] = open(self.directory / part.file, "rb", buffering=0)  # noqa: SIM115
+            self._files[part.file] = open_to_read(self.directory / part.file)
         file = self._files[part.file]
         if part not in self._places:
             self._places[part] = _place_of_data(file, part, self.tensors[key].dtype, f"{self.directory}: {key}")
@@ -228,7 +230,7 @@ def damaged_tensors(directory: Path) -> list[str]:
     found = []
     for index, place in metadata.storage_data.items():
         try:
-            with open(directory / str(place.relative_path), "rb", buffering=0) as file:
+            with open_to_read(directory / str(place.relative_path)) as file:
                 window = io.BufferedReader(FileWindow(file, place.offset, place.length))
                 is_bad = zipfile.ZipFile(window).testzip() is not None
         except (OSError, ValueError, zipfile.BadZipFile):
@@ -244,14 +246,18 @@ def damaged_tensors(directory: Path) -> list[str]:
 class ShardWriter:
     """Writes one shard file, a rectangle of whole rows at a time; the file appears when closed.
 
-    ``stored`` lists (key, first row, shape, place) of everything written, for the metadata.
+    ``stored`` lists (key, first row, shape, place) of everything written, for the metadata. ``seal``: bytes and SHA-256
+    of a file behind a URL, once closed; others are read again for it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.stored: list[dict[str, Any]] = []
+        self.seal: tuple[int, str] | None = None
         self._unfinished = path.with_name(path.name + ".incomplete")
-        self._file = open(self._unfinished, "wb")  # noqa: SIM115
+        remote = is_remote(path)
+        self._remote = HashedFile(path) if remote else None
+        self._file: Any = self._remote or open(self._unfinished, "wb")  # noqa: SIM115
 
     def write(self, key: str, first_row: int, rows: torch.Tensor) -> None:
         """Append ``rows``, which begin at ``first_row`` of the tensor ``key``."""
@@ -270,7 +276,11 @@ class ShardWriter:
 
     def close(self) -> None:
         """Sync, and give the file its name."""
+        if self._remote is not None:
+            self.seal = self._remote.sync()
         self._file.close()
+        if self._remote is not None:
+            return
         fsync_path(self._unfinished)
         self._unfinished.rename(self.path)
         fsync_path(self.path.parent)
@@ -278,6 +288,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what was written."""
         self._file.close()
+        if self._remote is not None:
+            return
         self._unfinished.unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ then publishes the checkpoint as it publishes those of a training run.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,13 +16,12 @@ from typing import Any
 
 import torch
 import yaml
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
 from umv2_megatron import __version__
 from umv2_megatron.checkpoint import saved_config
 from umv2_megatron.checkpoint.save_lock import SaveLock
 from umv2_megatron.checkpoint.store import CheckpointStore
-from umv2_megatron.checkpoint.torch_dist_io import COMMON_FILE, count_written
+from umv2_megatron.checkpoint.torch_dist_io import COMMON_FILE, FORMAT_FILE, count_written, format_text
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.conversion.checkpoint_tensors import ShardWriter, write_metadata
 from umv2_megatron.conversion.export_files import ExportTensors, verify_manifest
@@ -39,8 +39,9 @@ from umv2_megatron.conversion.progress import Progress
 from umv2_megatron.conversion.safetensors_files import DTYPES, ConversionError
 from umv2_megatron.conversion.settings import megatron_values, read_hf_config, sizes_of
 from umv2_megatron.conversion.tokenizer_files import CHAT_TEMPLATE
-from umv2_megatron.durable_files import fsync_path, remove_path, sha256_of
+from umv2_megatron.durable_files import fsync_path, remove_path, sha256_of, write_synced
 from umv2_megatron.hf.name_table import pairings
+from umv2_megatron.user_paths import is_remote
 
 ITERATION = 0
 """A run that starts from the checkpoint counts its own iterations from here."""
@@ -76,6 +77,9 @@ def import_export(
         expected = {part.name: (part_shape(p, part), p.dtype, False) for p in pairs for part in p.parts}
         check_source(tensors.tensors, expected, stored, str(export))
         copies = copies_to_megatron(pairs, tensors.tensors, wanted)
+        if is_remote(save):
+            with store.lock():
+                return _send(tensors, copies, values, wanted, store, max_shard_bytes, say)
         save.mkdir(parents=True, exist_ok=True)
         with SaveLock(save / ".lock", 5.0):
             return _write(tensors, copies, values, wanted, store, max_shard_bytes, say)
@@ -139,6 +143,45 @@ def _write(
     return final
 
 
+def _send(
+    tensors: ExportTensors,
+    copies: list[Copy],
+    values: dict[str, Any],
+    dtype: torch.dtype,
+    store: CheckpointStore,
+    max_shard_bytes: int,
+    say: Callable[[str], None],
+) -> Path:
+    """``_write`` behind a URL: the files are sent as they are made, without notes, so one that was killed begins anew.
+
+    Raises ``CheckpointError`` where the store fails.
+    """
+    total = sum(copy.info.num_bytes for copy in copies)
+    described = {copy.name: copy.info for copy in copies}
+    work = store.begin(ITERATION, total)
+    sealed, shards = {}, []
+    try:
+        with Progress("tensors", total) as progress:
+            for number, file in enumerate(_files_of(copies, max_shard_bytes)):
+                name = f"__0_{number}.distcp"
+                writer = _write_rows(tensors, file, work / name, progress)
+                assert writer.seal is not None
+                sealed[name] = writer.seal
+                shards.append((name, writer.stored))
+                say(f"{name}: {len(file)} parts, {writer.seal[0]:,} bytes")
+        write_metadata(work, described, shards)
+        _write_common(work, values, dtype, tensors.directory, store)
+    except BaseException as error:
+        store.discard(ITERATION)
+        if isinstance(error, OSError):
+            raise store.explain(error, f"could not write {work}") from error
+        raise
+    say(f"the tokenizer stays in {tensors.directory.absolute()}; where it moves, give --tokenizer-model")
+    return store.publish(
+        ITERATION, num_keys=len(described), tensor_bytes=total, count=count_written, sealed=sealed
+    )
+
+
 def _files_of(copies: list[Copy], max_shard_bytes: int) -> Iterator[list[tuple[Copy, int, int]]]:
     """Rectangles (tensor, first row, rows) of at most ``BLOCK_BYTES``, grouped into files."""
     file: list[tuple[Copy, int, int]] = []
@@ -160,6 +203,14 @@ def _write_file(
     tensors: ExportTensors, file: list[tuple[Copy, int, int]], path: Path, journal: Journal, progress: Progress
 ) -> None:
     remove_path(path)
+    stored = _write_rows(tensors, file, path, progress).stored
+    journal.add(path.name, path.stat().st_size, sha256_of(path), stored=stored)
+
+
+def _write_rows(
+    tensors: ExportTensors, file: list[tuple[Copy, int, int]], path: Path, progress: Progress
+) -> ShardWriter:
+    """Write one shard file; returns what its writer knows of it."""
     writer = ShardWriter(path)
     try:
         for copy, first, rows in file:
@@ -172,18 +223,20 @@ def _write_file(
         writer.abandon()
         raise
     writer.close()
-    journal.add(path.name, path.stat().st_size, sha256_of(path), stored=writer.stored)
+    return writer
 
 
 def _write_common(work: Path, values: dict[str, Any], dtype: torch.dtype, export: Path, store: CheckpointStore) -> None:
     """The files that say what the checkpoint is, and the tokenizer beside it."""
     tokenizer: dict[str, Any] = {"tokenizer_type": "NullTokenizer", "vocab_size": values["vocab_size"] - 1}
     if (export / _TOKENIZER_FILES[0]).is_file():
-        folder = store.root.absolute() / "tokenizer"
-        folder.mkdir(exist_ok=True)
-        for name in _TOKENIZER_FILES:
-            if (export / name).is_file():
-                shutil.copyfile(export / name, folder / name)
+        folder = export.absolute()
+        if not is_remote(store.root):  # tokenizers are read from local disks alone
+            folder = store.root.absolute() / "tokenizer"
+            folder.mkdir(exist_ok=True)
+            for name in _TOKENIZER_FILES:
+                if (export / name).is_file():
+                    shutil.copyfile(export / name, folder / name)
         # Many models have more rows than their tokenizer has ids.
         tokenizer = {
             "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder),
@@ -209,5 +262,7 @@ def _write_common(work: Path, values: dict[str, Any], dtype: torch.dtype, export
         "extra_state": {},
         "content_metadata": {"non_homogeneous_layers": True, "singleton_local_shards": False},
     }
-    torch.save(common, work / COMMON_FILE)
-    save_config(CheckpointingConfig("torch_dist", 1), str(work))
+    stream = io.BytesIO()
+    torch.save(common, stream)
+    write_synced(work / COMMON_FILE, stream.getvalue())
+    write_synced(work / FORMAT_FILE, format_text())

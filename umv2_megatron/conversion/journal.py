@@ -21,6 +21,7 @@ from typing import Any
 from umv2_megatron.checkpoint.save_lock import locked
 from umv2_megatron.conversion.safetensors_files import ConversionError
 from umv2_megatron.durable_files import fsync_path, sha256_of, write_synced
+from umv2_megatron.user_paths import is_remote
 
 
 def digest_of(value: Any) -> str:
@@ -30,8 +31,13 @@ def digest_of(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write plain data, at once and durably."""
+    data = (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    at_once = is_remote(path)
+    if at_once:
+        write_synced(path, data)
+        return
     unfinished = path.with_name(path.name + ".incomplete")
-    write_synced(unfinished, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+    write_synced(unfinished, data)
     os.replace(unfinished, path)
     fsync_path(path.parent)
 

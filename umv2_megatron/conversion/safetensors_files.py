@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import torch
 
-from umv2_megatron.durable_files import fsync_path
+from umv2_megatron.durable_files import fsync_path, read_at
 
 DTYPES = {
     "F64": torch.float64,
@@ -147,7 +147,7 @@ def read_into(file: BinaryIO, view: memoryview, offset: int, what: str) -> None:
     """Fill ``view`` from ``offset`` on. Raises ``ConversionError`` naming ``what`` where the file ends before."""
     done = 0
     while done < len(view):
-        count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        count = read_at(file, view[done:], offset + done)
         if count == 0:
             raise ConversionError(f"{what} cannot be read: the file ended {len(view) - done} bytes too early")
         done += count

@@ -15,6 +15,9 @@ Every event has ``time`` (seconds since 1970), ``event`` and ``iteration`` (fini
     fault        this process ends before its time; ``rank`` that tells it, ``code``, ``text``
     end          this process ends as it should; ``finished``: all iterations are done
 
+Behind a URL, where nothing can be appended to, the file is written anew at each event, and other ranks than the first
+have files of their own, events.RANK.jsonl.
+
 Nothing is ever removed, other than from metrics.jsonl: a step that a restart repeats was trained twice, and that is
 part of the history. A process that is killed leaves no event; the next start says so. A history that cannot be written
 does not end a run.
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -34,11 +38,13 @@ from typing import Any
 import yaml
 
 from umv2_megatron.observation.json_lines import read_json_lines
+from umv2_megatron.user_paths import is_remote
 
 EVENTS_FILE = "events.jsonl"
 MOST_FAULTS = 8
 """Faults of one start that are recorded: thousands of ranks may fail for one cause."""
 
+_OF_A_RANK = re.compile(r"events\.\d+\.jsonl")
 _current: EventLog | None = None
 
 
@@ -49,8 +55,17 @@ def current() -> EventLog | None:
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
     """The events of the run in ``directory``, in order; lines that are none are left out."""
-    found = read_json_lines(directory / EVENTS_FILE)
-    return [event for event in found if event and isinstance(event.get("event"), str)]
+    paths, in_one_file = [directory / EVENTS_FILE], not is_remote(directory)
+    if not in_one_file:
+        paths += [entry for entry in directory.iterdir() if _OF_A_RANK.fullmatch(entry.name)]
+    found = [event for path in paths for event in read_json_lines(path)]
+    events = [event for event in found if event and isinstance(event.get("event"), str)]
+    return events if in_one_file else sorted(events, key=_time)
+
+
+def _time(event: dict[str, Any]) -> float:
+    told = event.get("time")
+    return float(told) if isinstance(told, (int, float)) else 0.0
 
 
 def why_ended(events: list[dict[str, Any]]) -> str | None:
@@ -96,6 +111,9 @@ class EventLog:
 
     def __init__(self, directory: Path | None, rank: int, ranks: int, iteration: Callable[[], int]):
         self.path = None if directory is None else directory / EVENTS_FILE
+        self._own: Path | None = self.path
+        if self.path is not None and rank and is_remote(self.path):
+            self._own = self.path.with_name(f"events.{rank}.jsonl")  # type: ignore[assignment]
         self.rank, self.ranks = rank, ranks
         self._iteration = iteration
         self._over = False
@@ -140,13 +158,17 @@ class EventLog:
             return []
 
     def _write(self, event: str, **fields: Any) -> None:
-        if self.path is None:
+        if self._own is None:
             return
         record = {"time": round(time.time(), 3), "event": event, "iteration": self._iteration(), **fields}
         line = json.dumps(record, default=str).encode() + b"\n"
         try:
+            if is_remote(self._own):
+                before = self._own.read_bytes() if self._own.exists() else b""
+                self._own.write_bytes(before + line)
+                return
             # one write to the end of the file: lines of several ranks do not mix
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            descriptor = os.open(self._own, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 size = os.fstat(descriptor).st_size
                 cut = size and os.pread(descriptor, 1, size - 1) != b"\n"  # by a kill or a full disk
@@ -154,7 +176,7 @@ class EventLog:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            print(f"WARNING: {self.path} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
+            print(f"WARNING: {self._own} cannot be written ({error.strerror}); the run goes on", file=sys.stderr)
 
     def __enter__(self) -> EventLog:
         global _current

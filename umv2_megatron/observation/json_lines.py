@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from umv2_megatron.user_paths import is_remote
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
@@ -13,8 +16,12 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any] | None]:
 
     Raises OSError where the file is there and cannot be read.
     """
+    file: TextIO
     try:
-        file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)
+        if is_remote(path):
+            file = io.StringIO(path.read_text(errors="replace"))
+        else:
+            file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)
     except FileNotFoundError:
         return
     with file:

@@ -13,6 +13,7 @@ import yaml
 from umv2_megatron.observation.events import EVENTS_FILE, read_events
 from umv2_megatron.observation.json_lines import read_records
 from umv2_megatron.observation.series import Series
+from umv2_megatron.user_paths import is_remote
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -125,7 +126,7 @@ def read_run(directory: Path) -> RunFiles:
         _read_config(directory / CONFIG_FILE),
         _checkpoints(directory),
         unreadable,
-        metrics.stat().st_mtime if metrics.exists() else None,
+        _modified(metrics) if metrics.exists() else None,
         time.time(),
     )
 
@@ -171,8 +172,19 @@ def _checkpoints(directory: Path) -> list[Checkpoint]:
         if match is None or not entry.is_dir():
             continue
         try:  # a running job may prune it meanwhile
-            size = sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
-            found.append(Checkpoint(int(match[1]), size, entry.stat().st_mtime))
+            found.append(Checkpoint(int(match[1]), *_size_and_time(entry)))
         except OSError:
             continue
     return sorted(found, key=lambda each: each.iteration)
+
+
+def _size_and_time(directory: Path) -> tuple[int, float]:
+    if is_remote(directory):
+        # without it, it is being written or removed
+        return sum(directory.sizes_below().values()), (directory / "manifest.sha256").modified()
+    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return size, directory.stat().st_mtime
+
+
+def _modified(file: Path) -> float:
+    return file.modified() if is_remote(file) else file.stat().st_mtime

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import secrets
 import socket
@@ -29,8 +28,9 @@ from umv2_megatron.checkpoint.save_load import Candidate, layout
 from umv2_megatron.checkpoint.save_lock import SaveLock, last_host
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.durable_files import CheckpointError, DamageError, fsync_path, remove_path, write_synced
+from umv2_megatron.durable_files import CheckpointError, DamageError, fsync_path, remove_path, replace_synced
 from umv2_megatron.training.initialize import print_rank_0
+from umv2_megatron.user_paths import user_path
 
 HISTORY = ".non_persistent_history"
 # Settings that decide which rank holds what, beside the numbers of ranks.
@@ -104,8 +104,7 @@ class NonPersistent:
 
         def write() -> None:
             if torch.distributed.get_rank() == 0:
-                write_synced(self._save.root / f".tmp{HISTORY}", drawn.encode())
-                os.replace(self._save.root / f".tmp{HISTORY}", self._save.root / HISTORY)
+                replace_synced(self._save.root / HISTORY, drawn.encode())
                 fsync_path(self._save.root)
 
         attempt("beginning a history of non-persistent checkpoints", write)
@@ -142,8 +141,8 @@ def open_non_persistent(run: RunConfig, save: CheckpointStore, stack: contextlib
     is_main = torch.distributed.get_rank() == 0
 
     def known() -> tuple[str, str]:
-        root = os.path.realpath(save.root)
-        name = f"{Path(root).parent.name}-{Path(root).name}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
+        root = save.root.resolve()
+        name = f"{root.parent.name}-{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
         file = save.root / HISTORY
         return name, file.read_text(encoding="ascii", errors="replace") if file.exists() else "none"
 
@@ -158,7 +157,7 @@ def open_non_persistent(run: RunConfig, save: CheckpointStore, stack: contextlib
         place = LocalPlace(directory, history, here, "--non-persistent-local-ckpt-dir")
     else:
         given = training.non_persistent_global_ckpt_dir
-        root = Path(given) / name if given else save.root / "non_persistent"
+        root = user_path(given, "--non-persistent-global-ckpt-dir") / name if given else save.root / "non_persistent"
         place = SharedPlace(CheckpointStore(root, keep=1, flag="--non-persistent-global-ckpt-dir"), history)
 
     def take() -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from umv2_megatron.config.usage import UsageError
 from umv2_megatron.data.batches import batch_iterator
 from umv2_megatron.data.datasets import build_datasets, data_identity
 from umv2_megatron.data.tokenizers import build_tokenizer
-from umv2_megatron.durable_files import write_synced
+from umv2_megatron.durable_files import replace_synced
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.observation.device import device_name
 from umv2_megatron.observation.events import EventLog
@@ -52,6 +50,7 @@ from umv2_megatron.training.reporting import Reporter
 from umv2_megatron.training.resume import Source, check_same_run, check_vocabulary, find_source
 from umv2_megatron.training.saving import Saver
 from umv2_megatron.training.step import connect
+from umv2_megatron.user_paths import local_folder, same_directory
 
 
 def pretrain(run: RunConfig) -> int:
@@ -63,7 +62,7 @@ def pretrain(run: RunConfig) -> int:
     with contextlib.ExitStack() as stack:
         exporter = _exporter(run, stack)
         if run.observation.record_memory_history:
-            folder = Path(run.training.save or ".") / "memory-snapshot"
+            folder = local_folder(run.training.save) / "memory-snapshot"
             record_memory_history(folder, torch.distributed.get_rank())
         store = _own_save_directory(run, stack)
         background = _background_saves(run, store, stack)
@@ -82,8 +81,7 @@ def pretrain(run: RunConfig) -> int:
         _resume(run, state, identity, tokenizer.vocab_size, store, non_persistent)
         events = stack.enter_context(_history(run, store, state))
         if store is not None and torch.distributed.get_rank() == 0 and not run.training.skip_train:
-            write_synced(store.root / ".config.yaml.tmp", run.to_yaml().encode())
-            os.replace(store.root / ".config.yaml.tmp", store.root / "config.yaml")
+            replace_synced(store.root / "config.yaml", run.to_yaml().encode())
         train_set, valid_set, test_set = build_datasets(
             run.data, tokenizer, run.model.seq_length, run.training.seed, _samples(run, state.progress)
         )
@@ -228,7 +226,7 @@ def _source_and_candidates(
 
 def _is_own(run: RunConfig, source: Source) -> bool:
     """Whether the run goes on from checkpoints of its own; with --load of them and --finetune it begins anew."""
-    same = os.path.realpath(source.directory) == os.path.realpath(run.training.save or "")
+    same = same_directory(source.directory, run.training.save or "")
     return same and (source.continues or not run.training.finetune)
 
 

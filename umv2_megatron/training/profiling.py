@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.training.model_ranges import WatchedModel
 from umv2_megatron.training.ranges import NO_RANGES, NoRanges, Ranges, rows_of, table
+from umv2_megatron.user_paths import local_folder
 
 
 class StepProfiler:
@@ -37,7 +37,7 @@ class StepProfiler:
         self.active = training.profile and self.rank in ranks
         self.first, self.end = training.profile_step_start, training.profile_step_end
         self.use_torch = training.use_pytorch_profiler
-        self.directory = Path(training.save or ".") / "profile"
+        self.directory = local_folder(training.save) / "profile"
         self.ranges: NoRanges = NO_RANGES
         """What the training step opens its ranges with."""
         self._chunks = chunks

@@ -13,6 +13,7 @@ from umv2_megatron.config.text_numbers import whole_number
 from umv2_megatron.config.usage import TrainingStopped, UsageError
 from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.training.error_file import tell_launcher
+from umv2_megatron.user_paths import UserPathError
 
 
 def run_program(main: Callable[[list[str]], int], argv: list[str], name: str) -> NoReturn:
@@ -55,7 +56,7 @@ def told_in_one_line(error: Exception) -> bool:
 
 def _failed(error: Exception, argv: list[str], name: str) -> int:
     """Print what ``error`` means to the user and tell the other ranks; returns the exit code."""
-    usage = isinstance(error, UsageError)
+    usage = isinstance(error, (UsageError, UserPathError))
     collective = _explain(error)
     known = collective is not None or told_in_one_line(error)
     if "--debug" in argv or not known:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.observation.exporter import Exporter
 from umv2_megatron.training.metrics import MetricsFile
 from umv2_megatron.training.wandb_run import WandbRun
+from umv2_megatron.user_paths import user_path
 
 
 def iteration_line(values: dict[str, Any], now: datetime.datetime | None = None) -> str:
@@ -90,10 +90,11 @@ class Reporter:
         if not self.active:
             return
         training = run.training
-        if training.save:
-            Path(training.save).mkdir(parents=True, exist_ok=True)
-        if training.save and not training.skip_train:
-            self._metrics = MetricsFile(Path(training.save), resumed_at)
+        save = None if training.save is None else user_path(training.save, "--save")
+        if save is not None:
+            save.mkdir(parents=True, exist_ok=True)
+        if save is not None and not training.skip_train:
+            self._metrics = MetricsFile(save, resumed_at)
         if training.tensorboard_dir:
             self._tensorboard = _start_tensorboard(run, resumed_at, self._metrics)
         if training.wandb_project:
@@ -122,7 +123,9 @@ class Reporter:
             self._wandb.log(iteration, given)
 
     def flush(self) -> None:
-        """Write what TensorBoard still holds in memory: before a checkpoint, whose steps will not be repeated."""
+        """Write what is still in memory: before a checkpoint, whose steps will not be repeated."""
+        if self._metrics is not None:
+            self._metrics.flush()
         if self._tensorboard is not None:
             self._tensorboard.flush()
 

@@ -6,7 +6,6 @@ decides a run's numbers is compared with the checkpoint's own configuration, and
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,8 @@ from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.config.usage import UsageError
-from umv2_megatron.durable_files import CheckpointError, sha256_of
+from umv2_megatron.durable_files import CheckpointError, sha256_of, unreadable
+from umv2_megatron.user_paths import same_directory
 
 # What a step computes from its samples; --allow-config-change lets it differ.
 SAME_RUN = ("global_batch_size", "clip_grad", "eod_mask_loss", "reset_position_ids", "reset_attention_mask")
@@ -73,7 +73,7 @@ def find_source(run: RunConfig, others: bool = False) -> Source | None:
 
 def _find_source(training: TrainingConfig, others: bool = False) -> Source | None:
     own = training.save if training.save and (_holds_checkpoints("save", training.save) or others) else None
-    same = training.load is not None and own is not None and os.path.realpath(training.load) == os.path.realpath(own)
+    same = training.load is not None and own is not None and same_directory(training.load, own)
     if own and not (training.load and (training.skip_train or same)):
         return Source(own, None if training.load else training.ckpt_step, continues=True)
     if training.load is None:
@@ -98,9 +98,13 @@ def _find_source(training: TrainingConfig, others: bool = False) -> Source | Non
 def _holds_checkpoints(flag: str, directory: str) -> bool:
     """Whether ``directory`` holds checkpoints. Raises ``UsageError`` when it did, and they are gone."""
     store = CheckpointStore(directory)
-    if store.iterations():
-        return True
-    if (store.root / TRACKER).exists():
+    try:
+        if store.iterations():
+            return True
+        tracked = (store.root / TRACKER).exists()
+    except OSError as error:
+        raise CheckpointError(f"--{flag} is {directory}, which cannot be looked at: {error.strerror}") from error
+    if tracked:
         raise UsageError(
             f"--{flag} is {directory!r}; its {TRACKER} names a checkpoint, but none is there; bring the iter_* "
             "directories back, or remove that file to start afresh"
@@ -118,7 +122,7 @@ class ConfigStore(CheckpointStore):
             try:
                 actual, expected = sha256_of(path), manifest.files[saved_config.CONFIG_FILE][1]
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+                raise unreadable(path, error) from error
             if actual != expected:
                 raise CheckpointError(f"{path} has SHA-256 {actual}: the manifest says {expected}")
         return manifest

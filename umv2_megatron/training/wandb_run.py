@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.user_paths import is_url
 
 WANDB_FILE = "wandb_run.json"
 # An offline file is a log of records in LevelDB's format: blocks, in them fragments with a header of seven bytes.
@@ -43,9 +44,10 @@ class WandbRun:
                 "--wandb-project is set, but the package wandb is not installed; install it or drop the flag"
             ) from error
         training = run.training
-        folder = training.wandb_save_dir or training.save
+        save = None if training.save is None or is_url(training.save) else training.save  # wandb needs a local disk
+        folder = training.wandb_save_dir or save
         # an evaluation alone is not a part of the training run, whose steps it would repeat
-        self._file = Path(training.save, WANDB_FILE) if training.save and not training.skip_train else None
+        self._file = Path(save, WANDB_FILE) if save and not training.skip_train else None
         self._record: dict[str, Any] = {"project": training.wandb_project, "entity": training.wandb_entity, "id": None}
         earlier = self._read()
         chosen = os.environ.get("WANDB_RUN_ID")

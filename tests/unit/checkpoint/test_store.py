@@ -16,6 +16,7 @@ import pytest
 
 from umv2_megatron import durable_files
 from umv2_megatron.checkpoint import manifest as manifest_module
+from umv2_megatron.checkpoint import posix_storage
 from umv2_megatron.checkpoint import store as store_module
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointError, CheckpointStore, NoCheckpointError
 from umv2_megatron.durable_files import check_relative_path
@@ -224,7 +225,7 @@ def test_killed_at_every_stage(tmp_path, before, replace):
 
 
 def test_the_stages_of_this_test_are_all_there_are():
-    source = "".join(Path(module.__file__).read_text() for module in (store_module, manifest_module))
+    source = "".join(Path(module.__file__).read_text() for module in (posix_storage, manifest_module, store_module))
     named = set(re.findall(r'stage\("([a-z-]+)"\)', source))
     assert named == set(STAGES) - {"shards-written", "done"}
 
@@ -429,14 +430,14 @@ def test_a_failure_while_pruning_does_not_fail_the_save(store, warnings, monkeyp
     for iteration in (1, 2):
         save(store, iteration)
     write_shards(store.begin(3), 3)
-    real = store_module.remove_path
+    real = posix_storage.remove_path
 
     def fail(path):
         if "prune" in path.name:
             raise OSError(errno.EIO, "Input/output error", str(path))
         real(path)
 
-    monkeypatch.setattr(store_module, "remove_path", fail)
+    monkeypatch.setattr(posix_storage, "remove_path", fail)
     store.publish(3, num_keys=4, tensor_bytes=1)
     assert store.resolve() == 3 and any("could not be removed" in line for line in warnings)
 
