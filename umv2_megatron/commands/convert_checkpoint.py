@@ -76,7 +76,7 @@ def local_export(flag: str, where: str) -> Path:
     if is_url(where):
         raise ValueError(
             f"{flag} is {where}; expected a local directory, as transformers reads and writes no other; copy exports "
-            "to and from the store (aws s3 cp --recursive, or fsspec), only checkpoints may be behind a URL"
+            "to and from the store (aws s3 sync, or fsspec), only checkpoints may be behind a URL"
         )
     return Path(where)
 
