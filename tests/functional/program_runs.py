@@ -59,6 +59,8 @@ def command_line(settings: dict[str, Any]) -> list[str]:
         flag = "--" + key.replace("_", "-")
         if value is True:
             argv.append(flag)
+        elif isinstance(value, list):
+            argv += [flag, *map(str, value)]
         elif value is not None and value is not False:
             argv += [flag, str(value)]
     return argv

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from umv2_megatron.config.batch_rampup import BatchRampup
 from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.observation_config import ObservationConfig
@@ -113,13 +114,28 @@ class RunConfig:
 
     @property
     def num_microbatches(self) -> int:
-        """Forward passes per rank and optimizer step."""
-        return self.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size)
+        """Forward passes per rank and optimizer step, with the whole batch."""
+        return self.microbatches_of(self.global_batch_size)
+
+    def microbatches_of(self, batch: int) -> int:
+        """Forward passes per rank for ``batch`` samples of all ranks."""
+        return batch // (self.training.micro_batch_size * self.data_parallel_size)
+
+    @property
+    def rampup(self) -> BatchRampup:
+        """The batch of each step. (A flag that cannot be is refused later, by ``schedule_checks.py``.)"""
+        full, given = self.global_batch_size, self.training.rampup_batch_size or []
+        return BatchRampup(full, *given) if len(given) == 3 and given[0] < full else BatchRampup(full, full)
 
     @property
     def train_iters(self) -> int:
         """Optimizer steps of the whole run, with this batch from its first step on."""
         return self.last_iteration(0, 0)
+
+    @property
+    def samples(self) -> int:
+        """Samples of the whole run, with this batch from its first step on."""
+        return self.rampup.samples_after(self.train_iters, 0)
 
     def last_iteration(self, iteration: int, consumed_samples: int) -> int:
         """The iteration at which a run ends that stands at ``iteration`` and has used ``consumed_samples``.
@@ -127,7 +143,7 @@ class RunConfig:
         It differs from ``train_iters`` where --train-samples says the length and earlier steps had another batch.
         """
         if self.training.train_samples:
-            return iteration + max(0, self.training.train_samples - consumed_samples) // self.global_batch_size
+            return iteration + self.rampup.steps_to(self.training.train_samples, consumed_samples)
         return self.training.train_iters or 0
 
     @property

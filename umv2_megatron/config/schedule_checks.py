@@ -21,6 +21,7 @@ def check_schedule(run: RunConfig) -> None:
             f"a multiple of --micro-batch-size x data-parallel size = {training.micro_batch_size} x "
             f"{run.data_parallel_size} = {unit}",
         )
+    _check_rampup(run, unit)
     if run.virtual_pipeline_size:
         _check_interleaving(run)
     _check_learning_rates(run)
@@ -77,19 +78,38 @@ def _check_policies(run: RunConfig) -> None:
         refuse("spike-grad-norm-factor", training.spike_grad_norm_factor, "0, or a number above 1")
 
 
+def _check_rampup(run: RunConfig, unit: int) -> None:
+    """Three numbers that lead from the first batch to the last, each one that ``unit`` samples divide."""
+    given = run.training.rampup_batch_size
+    if given is None:
+        return
+    shown, full = " ".join(map(str, given)), run.global_batch_size
+    if len(given) != 3:
+        refuse("rampup-batch-size", shown, "three numbers: first batch, increment, samples")
+    start, increment, _ = given
+    if start >= full or (full - start) % increment:
+        expected = f"a first batch below --global-batch-size ({full}), and an increment that divides their difference"
+        refuse("rampup-batch-size", shown, expected)
+    if start % unit or increment % unit:
+        expected = f"first batch and increment to be multiples of --micro-batch-size x data-parallel size = {unit}"
+        refuse("rampup-batch-size", shown, expected)
+
+
 def _check_interleaving(run: RunConfig) -> None:
     """What mcore's interleaved schedule asks of the number of micro-batches; else it ends the run in the first step."""
-    stages, batches = run.pipeline_model_parallel_size, run.num_microbatches
+    stages = run.pipeline_model_parallel_size
     group = run.microbatch_group_size_per_vp_stage or stages
     if group < stages:
         refuse("microbatch-group-size-per-vp-stage", group, f"at least --pipeline-model-parallel-size ({stages})")
-    if batches < group or 0 < batches % group < stages:
-        refuse(
-            "global-batch-size",
-            run.global_batch_size,
-            f"a multiple of {group} micro-batches on each data-parallel rank with "
-            f"--num-layers-per-virtual-pipeline-stage, not {batches}",
-        )
+    for size in run.rampup.sizes():
+        batches = run.microbatches_of(size)
+        if batches < group or 0 < batches % group < stages:
+            refuse(
+                "global-batch-size" if size == run.global_batch_size else "rampup-batch-size",
+                size,
+                f"a multiple of {group} micro-batches on each data-parallel rank with "
+                f"--num-layers-per-virtual-pipeline-stage, not {batches}",
+            )
 
 
 def _check_counts(run: RunConfig) -> None:

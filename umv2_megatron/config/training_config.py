@@ -55,6 +55,11 @@ class TrainingConfig:
     global_batch_size: Optional[int] = option(
         None, "samples per optimizer step over all ranks (default: micro batch x data-parallel size)", at_least=1
     )
+    rampup_batch_size: Optional[list[int]] = option(
+        None,
+        "three numbers: batch of the first steps, its increment, and samples after which it is --global-batch-size",
+        at_least=1,
+    )
     train_iters: Optional[int] = option(None, "optimizer steps of the whole run", at_least=1)
     train_samples: Optional[int] = option(None, "samples of the whole run, instead of --train-iters", at_least=1)
     seed: int = option(1234, "seed of initialisation, dropout and data order", at_least=0, at_most=2**31 - 1)

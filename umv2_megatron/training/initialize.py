@@ -72,7 +72,11 @@ def start_processes(run: RunConfig) -> launch.Launch:
         make_groups(run)
     unset_num_microbatches_calculator()
     init_num_microbatches_calculator(
-        started.rank, None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size
+        started.rank,
+        run.training.rampup_batch_size,
+        run.global_batch_size,
+        run.training.micro_batch_size,
+        run.data_parallel_size,
     )
     seed_everything(run.training.seed, in_graphs=run.cuda_graph_impl != "none")
     if run.deterministic_mode:

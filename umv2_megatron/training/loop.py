@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import update_num_microbatches
+
 from umv2_megatron.checkpoint.save_load import gathered_parameters
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped
@@ -77,7 +79,8 @@ class Trainer:
         self.peak_tflops = peak_tflops(run.observation.peak_tflops, run.bf16)
         training = run.training
         self.collection = ManualCollection(training.manual_gc, training.manual_gc_interval, training.manual_gc_eval)
-        self._forwards = 0  # steps since the last report that --iterations-to-skip has not left out
+        self._forwards = 0  # micro-batches since the last report that --iterations-to-skip has not left out
+        self._batch = run.rampup.size(state.progress.consumed_samples)  # of the last step
         self._told_skipped, self._told_nan = state.progress.skipped_iterations, state.progress.nan_iterations
 
     def train(self) -> bool:
@@ -88,7 +91,7 @@ class Trainer:
         Raises ``TrainingStopped`` where --nan-policy or --spike-policy end it; the step is neither applied nor saved.
         """
         run, progress = self.run, self.state.progress
-        interval_start, interval_first = time.perf_counter(), progress.iteration
+        interval_start, interval_first, used = time.perf_counter(), progress.iteration, progress.consumed_samples
         if run.training.memory_log_interval and run.has_memory:
             health.start_counting(self.state.chunks)
         stragglers = contextlib.closing(self.stragglers)
@@ -102,9 +105,11 @@ class Trainer:
                 if progress.iteration % run.training.log_interval == 0 or progress.iteration == self.last_iteration:
                     cpu_platform.synchronize()
                     steps = progress.iteration - interval_first
-                    self._report(step, steps, (time.perf_counter() - interval_start) / steps)
+                    samples = progress.consumed_samples - used
+                    self._report(step, samples, steps, (time.perf_counter() - interval_start) / steps)
                     self.stragglers.report(progress.iteration)
                     interval_start, interval_first = time.perf_counter(), progress.iteration
+                    used = progress.consumed_samples
                 self._report_memory_health()
                 self.collection.step(progress.iteration)
                 pause = time.perf_counter()
@@ -125,6 +130,9 @@ class Trainer:
         """The next step, or None where it is left out by its number; the progress is advanced."""
         progress = self.state.progress
         step = None
+        batch = self.run.rampup.size(progress.consumed_samples)
+        # the balance loss (memory/losses.py) and mcore divide by the micro-batches of a step
+        update_num_microbatches(progress.consumed_samples, consistency_check=True)
         if self.policies.skips_next():
             self.policies.skip_next(self.train_iterator)
             self.stop_requests.agreed()
@@ -139,20 +147,23 @@ class Trainer:
                     profiler.ranges,
                     wants_to_stop=lambda: self.stop_requests.wanted,
                     accepts=self.policies.accepts,
+                    batch=batch,
                 )
-            self._forwards += 1
+            self._forwards += self.run.microbatches_of(batch)
             self.stop_requests.settle(step.stopping)
             self.policies.settle(step)
         progress.iteration += 1
-        progress.consumed_samples += self.run.global_batch_size
+        progress.consumed_samples += batch
+        self._batch = batch
         return step
 
-    def _report(self, step: StepResult | None, steps: int, seconds: float) -> None:
-        """The console line and the numbers of an interval of ``steps`` steps; its losses are averaged."""
+    def _report(self, step: StepResult | None, samples: int, steps: int, seconds: float) -> None:
+        """The console line and the numbers of an interval of ``steps`` steps, ``seconds`` each and ``samples`` in all;
+        its losses are averaged."""
         run, progress, scheduler = self.run, self.state.progress, self.state.scheduler
         loss = progress.interval_loss_sum / progress.interval_steps if progress.interval_steps else None
         progress.interval_loss_sum, progress.interval_steps = 0.0, 0
-        tokens_per_second = run.global_batch_size * run.model.seq_length / seconds / run.world_size
+        tokens_per_second = samples / steps * run.model.seq_length / seconds / run.world_size
         tflops = tokens_per_second * self.flops_per_token / 1e12
         mfu = tflops / self.peak_tflops if self.peak_tflops else None
         seconds_left = (self.last_iteration - progress.iteration) * seconds
@@ -170,7 +181,7 @@ class Trainer:
                     "elapsed_ms": seconds * 1000,
                     "tflops": tflops if run.training.log_throughput else None,
                     "learning_rate": scheduler.dense_lr,
-                    "batch_size": run.global_batch_size,
+                    "batch_size": self._batch,
                     "loss": loss,
                     "loss_scale": loss_scale,
                     "grad_norm": step.grad_norm if step else None,
@@ -187,7 +198,7 @@ class Trainer:
         )
         self._told_skipped, self._told_nan = progress.skipped_iterations, progress.nan_iterations
         counted = run.has_experts and self._forwards
-        experts = health.expert_losses(self._forwards * run.num_microbatches) if counted else {}
+        experts = health.expert_losses(self._forwards) if counted else {}
         self._forwards = 0
         self.reporter.numbers(
             progress.iteration,
@@ -196,7 +207,7 @@ class Trainer:
                 "lm loss": loss,
                 "learning-rate": scheduler.dense_lr,
                 "value-learning-rate": scheduler.value_lr,
-                "batch-size": run.global_batch_size,
+                "batch-size": self._batch,
                 "grad-norm": step.grad_norm if step else None,
                 "params-norm": norm,
                 "throughput": tflops,

@@ -77,7 +77,7 @@ def pretrain(run: RunConfig) -> int:
         identity = data_identity(run.data, tokenizer, run.model.seq_length, run.training.seed)
         if not run.training.skip_train:
             # mcore shuffles as many epochs as it needs, so another number of samples is another order
-            identity["training_samples"] = run.train_iters * run.global_batch_size
+            identity["training_samples"] = run.samples
         _resume(run, state, identity, tokenizer.vocab_size, store, non_persistent)
         events = stack.enter_context(_history(run, store, state))
         if store is not None and torch.distributed.get_rank() == 0 and not run.training.skip_train:
@@ -129,7 +129,7 @@ def _samples(run: RunConfig, progress: Progress) -> tuple[int, int, int]:
     change it where the batch stays the same, nor do later ones where the batch was changed once.
     """
     to_come = max(0, run.last_iteration(progress.iteration, progress.consumed_samples) - progress.iteration)
-    trained = 0 if run.training.skip_train else progress.consumed_samples + to_come * run.global_batch_size
+    trained = 0 if run.training.skip_train else run.rampup.samples_after(to_come, progress.consumed_samples)
     evaluated = run.training.eval_iters * run.global_batch_size
     tested = 0 if run.data.has_split_paths and run.data.test_data_path is None else evaluated
     return trained, evaluated, tested

@@ -98,12 +98,15 @@ def train_step(
     ranges: NoRanges = NO_RANGES,
     wants_to_stop: Callable[[], bool] = lambda: False,
     accepts: Callable[[float, float], bool] = lambda loss, grad_norm: True,
+    batch: int | None = None,
 ) -> StepResult:
-    """Gradients of one global batch, the check, and the update; ``ranges`` is told what begins and ends.
+    """Gradients of one global batch, the check, and the update; ``ranges`` is told what begins and ends. ``batch``: its
+    samples, where --rampup-batch-size makes them fewer than in the end.
 
     The result's loss is in nats per token, the mean over the global batch, the same on every rank. ``wants_to_stop``,
     ``accepts``: as in ``guarded_step``.
     """
+    batch = run.global_batch_size if batch is None else batch
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -112,7 +115,8 @@ def train_step(
     else:
         with ranges("u, t refresh"):
             refresh_singular_vectors(chunks)
-    loss = _mean_loss(_run_schedule(run, chunks, iterator, forward_only=False, ranges=ranges))
+    reports = _run_schedule(run, chunks, iterator, forward_only=False, ranges=ranges, batch=batch)
+    loss = _mean_loss(reports)
     if run.training.empty_unused_memory_level >= 1 and torch.cuda.is_available():
         torch.cuda.empty_cache()
     with ranges("optimizer"):
@@ -120,7 +124,7 @@ def train_step(
     if run.training.empty_unused_memory_level == 2 and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if result.updated:
-        scheduler.step(increment=run.global_batch_size)
+        scheduler.step(increment=batch)
     return result
 
 
@@ -131,13 +135,14 @@ def _run_schedule(
     *,
     forward_only: bool,
     ranges: NoRanges = NO_RANGES,
+    batch: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """One global batch through mcore's schedule; the last stage's reports, one per micro-batch."""
     return get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, ranges=ranges),
         data_iterator=iterator,
         model=chunks,
-        num_microbatches=run.num_microbatches,
+        num_microbatches=run.num_microbatches if batch is None else run.microbatches_of(batch),
         seq_length=run.model.seq_length,
         micro_batch_size=run.training.micro_batch_size,
         decoder_seq_length=run.model.seq_length,

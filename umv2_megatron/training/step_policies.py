@@ -55,6 +55,11 @@ class StepPolicies:
         self._seen = (0.0, 0.0)
         self._spike: str | None = None
 
+    @property
+    def _batch(self) -> int:
+        """Samples of the present step."""
+        return self.run.rampup.size(self.state.progress.consumed_samples)
+
     # -- before the update -----------------------------------------------------------------------------------------
 
     def accepts(self, loss: float, grad_norm: float) -> bool:
@@ -70,7 +75,7 @@ class StepPolicies:
     def skip_next(self, iterator: Any) -> None:
         """Read the samples of the next iteration and leave them out."""
         for each in iterator if isinstance(iterator, list) else [iterator]:
-            for _ in range(self.run.num_microbatches if each is not None else 0):
+            for _ in range(self.run.microbatches_of(self._batch) if each is not None else 0):
                 next_batch(each)
         progress = self.state.progress
         progress.skipped_iterations += 1
@@ -178,7 +183,7 @@ class StepPolicies:
 
     def _leave_out(self, first_sample: int) -> None:
         """Record that the samples from ``first_sample`` to the end of this step are in no update."""
-        end = self.state.progress.consumed_samples + self.run.global_batch_size
+        end = self.state.progress.consumed_samples + self._batch
         self.state.progress.left_out = joined([*self.state.progress.left_out, [first_sample, end]])
 
     def _told_spike(self) -> str:
@@ -187,7 +192,7 @@ class StepPolicies:
     def _told_samples(self, first: int | None = None) -> str:
         progress = self.state.progress
         start = progress.consumed_samples if first is None else first
-        end = progress.consumed_samples + self.run.global_batch_size
+        end = progress.consumed_samples + self._batch
         so_far = left_out_samples(progress)
         return f"; samples {start} to {end - 1} of the training order are left out ({so_far} so far)"
 

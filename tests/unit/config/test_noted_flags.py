@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 REFUSED = {
     "train_llama3_8b_h100_fp8": set(),
     "train_mixtral_8x7b_distributed": set(),
-    "train_gpt3_175b_distributed": {"rampup-batch-size", "fp16", "vocab-file", "merge-file"},
+    "train_gpt3_175b_distributed": {"fp16", "vocab-file", "merge-file"},
 }
 
 
