@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from umv2_megatron.config import flags_page
+from umv2_megatron.config import flags_page, noted_flags
 from umv2_megatron.config.checks import check_data
 from umv2_megatron.config.option_table import names
 from umv2_megatron.config.presets import PRESETS
@@ -157,7 +157,8 @@ def test_the_job_of_preprocessing(tmp_path):
 
 def known_flags() -> set[str]:
     """Flags of pretrain_umv2.py, of the tools and benchmarks, and those of programs that are not ours."""
-    known = {"--" + name for name in names()} | {"--model-preset", "--config", *OTHER_PROGRAMS}
+    translated = {*noted_flags.entries(), *noted_flags.FILES}
+    known = {"--" + name for name in (*names(), *translated)} | {"--model-preset", "--config", *OTHER_PROGRAMS}
     for path in TOOLS:
         known |= set(re.findall(r'"(--[a-z][a-z0-9-]*)"', path.read_text(encoding="utf-8")))
     return known
