@@ -1,6 +1,6 @@
 """Sets the planner's step time beside measured steps on this machine's CPU, in several layouts.
 
-    python benchmarks/planned_steps.py --docs docs/performance.md        about 12 minutes on 2 quiet cores
+    python benchmarks/planned_steps.py        about 12 minutes on 2 quiet cores
 
 First ``benchmarks/machine.py`` measures the machine, with one rank and with two; then each layout trains as a user
 would train it, with ``pretrain_umv2.py`` in float32, a thread for each rank. The time of a step is the median of the

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from program_runs import Finished, losses, tiny_run, train
 
+from umv2_megatron.checkpoint.posix_storage import PosixStorage
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
 from umv2_megatron.observation.events import read_events
 
@@ -221,6 +222,17 @@ def test_before_the_first_persistent_one(whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_load_is_save_before_the_first_persistent_one(whole, tmp_path):
+    """As scripts of Megatron-LM have it."""
+    run = Run(tmp_path, **TWO)
+    run.argv += ["--load", str(run.save), "--allow-fresh"]
+    run.killed_in(6)
+    finished = run.start()
+    assert loaded(finished) == "local 4"
+    assert_same(run, finished, whole)
+
+
+@pytest.mark.slow
 def test_killed_after_the_last_local_one_when_all_is_done(whole, tmp_path):
     """The end is saved for good, though no step is left."""
     run = Run(tmp_path, **TWO)
@@ -259,8 +271,9 @@ def test_bitwise_in(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_spike_goes_back_to_a_local_one(tmp_path):
-    """And does the same where the run was stopped and killed in between."""
+@pytest.mark.parametrize("stopped", [7, 10])
+def test_a_spike_goes_back_to_a_local_one(stopped, tmp_path):
+    """And does the same where the run was stopped and killed in between; at 10 the stop saves what would be local."""
     from test_spikes import spike_run, spoil, warnings
 
     ends = {}
@@ -268,13 +281,41 @@ def test_a_spike_goes_back_to_a_local_one(tmp_path):
         disks = {"non_persistent_save_interval": 2, "non_persistent_local_ckpt_dir": tmp_path / name / "disks"}
         argv = spike_run(tmp_path / name / "save", "rewind", save_interval=8, **TWO, **disks)
         if name == "killed":
-            train(2, [*argv, "--exit-interval", "7"], tmp_path / "o")
+            train(2, [*argv, "--exit-interval", str(stopped)], tmp_path / "o")
             train(2, argv, tmp_path / "o", spoil_and_die, ([11], 13), codes=-signal.SIGKILL)
         ends[name] = train(2, argv, tmp_path / "o", spoil, ([11],))
         if name == "whole":
             assert "went back to the checkpoint of iteration 10: iterations 11 to 11" in warnings(ends[name])[0]
     assert ends["killed"].weights == ends["whole"].weights
     assert losses(tmp_path / "killed" / "save") == losses(tmp_path / "whole" / "save")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_when_all_is_done(whole, tmp_path):
+    """All is saved: what cannot be removed is told, and the run has not failed."""
+    run = Run(tmp_path, **TWO)
+    finished = run.start(prepare=no_removing_on, arguments=(1,))
+    assert re.search(r"WARNING: could not remove \S+iter_0000008: Input/output error", finished.text)
+    assert_same(run, finished, whole)
+
+
+def no_removing_on(rank: int) -> None:
+    """The disk of ``rank`` removes nothing more once all is done."""
+    import torch
+
+    from umv2_megatron.training.saving import Saver
+
+    end = Saver.end
+
+    def ended(saver):
+        def failing(storage, iteration):
+            raise OSError(5, "Input/output error")
+
+        if torch.distributed.get_rank() == rank:
+            PosixStorage.remove = failing
+        end(saver)
+
+    Saver.end = ended
 
 
 def spoil_and_die(spoiled: list[int], iteration: int) -> None:

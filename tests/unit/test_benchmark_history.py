@@ -38,5 +38,5 @@ def test_other_options_and_machines_are_not_compared(options: dict, machine: dic
 def test_busy_runs_are_kept_and_never_compared(tmp_path: Path) -> None:
     kept(tmp_path, Spread(1.0, 0.9, 1.2))
     assert "other programs used 1.5 processors" in kept(tmp_path, Spread(9.0, 9.0, 9.0), busy_processors=1.5)[0]
-    assert "became slower" in kept(tmp_path, Spread(2.0, 2.0, 2.0))[0]
+    assert "forward became slower" in kept(tmp_path, Spread(2.0, 2.0, 2.0))[0]
     assert file_of(tmp_path, MACHINE).name == "intel-r-xeon-r-2-10ghz-2-threads.jsonl"

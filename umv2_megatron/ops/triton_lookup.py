@@ -102,6 +102,8 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
         rows, blocks, scores, projected, rho = ctx.saved_tensors
         values, pre_values, activation, needs = ctx.values, ctx.pre_values, ctx.activation, ctx.needs_input_grad
+        # The node lives as long as the loss, into the next forward: what was sorted must not.
+        order, ctx.order = ctx.order, None
         exact = scores.to(launches.exact_dtype(scores, values)).contiguous()
         picks = PickList.grid(rows, blocks, ctx.num_blocks)
         upstream = grads[0].reshape(-1, values.shape[1]).contiguous()
@@ -123,7 +125,7 @@ class _Lookup(torch.autograd.Function):
         if pre_value_sum is not None and rho_grad is not None:
             additions.append(Addition(rho_grad.view(-1, 1), projected.contiguous(), pre_value_sum))
         if additions:
-            launches.add_to_rows(picks, additions, _sorted(picks, values.shape[0], ctx.deterministic, ctx.order))
+            launches.add_to_rows(picks, additions, _sorted(picks, values.shape[0], ctx.deterministic, order))
         return (
             None,
             None,

@@ -63,13 +63,14 @@ def persistent_candidates(store: CheckpointStore, ckpt_step: int | None) -> list
 
 
 def checkpoint_before(
-    store: CheckpointStore, iteration: int, save_interval: int, others: Place | None = None
+    store: CheckpointStore, iteration: int, intervals: Sequence[int], others: Place | None = None
 ) -> Candidate | None:
     """The newest valid checkpoint of at most ``iteration``, the same on all ranks; None where there is none.
 
-    One that --save-interval has written, or one of the non-persistent ``others``, if there is any: where a stop or an
-    exit saved in between depends on how often a run was interrupted, and an interrupted run is to do the same as
-    another. A collective; each rank hashes a share of the files.
+    One of an iteration at which a run saves that nobody interrupts: a multiple of one of ``intervals``
+    (--save-interval, --non-persistent-save-interval), in ``store`` or among the non-persistent ``others``. Only where
+    there is none, one that a stop or an exit saved in between: those depend on how often a run was interrupted, and an
+    interrupted run is to do the same as another. A collective; each rank hashes a share of the files.
     """
     is_main = torch.distributed.get_rank() == 0
 
@@ -77,10 +78,11 @@ def checkpoint_before(
         return [each for each in store.iterations() if each <= iteration] if is_main else []
 
     persistent = tell_all(attempt("looking for a checkpoint to go back to", look))
-    regular = [(True, each, SharedPlace(store)) for each in persistent if each % save_interval == 0]
-    between = [(False, each, SharedPlace(store)) for each in persistent if each % save_interval]
     usable = others.find().usable if others is not None else []
-    found: list[tuple[bool, int, Place]] = [*regular, *between, *((True, each, others) for each in usable if others)]
+    found: list[tuple[bool, int, Place]] = [
+        *((any(each % interval == 0 for interval in intervals), each, SharedPlace(store)) for each in persistent),
+        *((True, each, others) for each in usable if others),
+    ]
     for _, each, place in sorted(found, key=lambda one: one[:2], reverse=True):
         try:
             place.verify(each, full=True)

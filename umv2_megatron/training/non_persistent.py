@@ -111,8 +111,12 @@ class NonPersistent:
         return drawn
 
     def end(self) -> None:
-        """All iterations are done and saved for good: give the space back."""
-        attempt("removing non-persistent checkpoints", lambda: self.place.remove_after(-1))
+        """All iterations are done and saved for good: give the space back. A disk that fails now is only told."""
+        try:
+            attempt("removing non-persistent checkpoints", lambda: self.place.remove_after(-1))
+        except CheckpointError as error:
+            if torch.distributed.get_rank() == 0:
+                self._save.warn(str(error))
 
 
 def _candidates(store: CheckpointStore) -> list[int]:

@@ -86,7 +86,7 @@ def _find_source(training: TrainingConfig, others: bool = False) -> Source | Non
                 "that holds checkpoints"
             )
         return None
-    if _holds_checkpoints("load", training.load):
+    if _holds_checkpoints("load", training.load) or (same and others):
         return Source(training.load, training.ckpt_step, continues=False)
     if not training.allow_fresh:
         raise UsageError(
@@ -207,6 +207,13 @@ def _check_schedule(run: RunConfig, saved: dict[str, Any], source: Source) -> No
                 f"(--lr-decay-{_FLAG[new[1]]}, or --train-{_FLAG[new[1]]} without it); give --lr-decay-{_FLAG[old[1]]} "
                 f"{old[0]} to keep it, or --override-opt-param-scheduler to take the new one"
             )
+        old, new = _length(saved), _length(run.values)
+        if saved.get("weight_decay_incr_style", "constant") != "constant" and old != new:
+            raise UsageError(
+                f"the checkpoint's weight decay grows over {old[0]} {old[1]}, the flags say {new[0]} {new[1]} "
+                f"(--train-{_FLAG[new[1]]}); give --train-{_FLAG[old[1]]} {old[0]} to keep it, or "
+                "--override-opt-param-scheduler to take the new one"
+            )
 
 
 def _model_keys(saved: dict[str, Any]) -> tuple[str, ...]:
@@ -244,3 +251,8 @@ def _horizon(values: dict[str, Any]) -> tuple[Any, str]:
         return values["lr_decay_samples"], "samples"
     iterations = values["lr_decay_iters"] or values["train_iters"]
     return (iterations, "iterations") if iterations else (values["train_samples"], "samples")
+
+
+def _length(values: dict[str, Any]) -> tuple[Any, str]:
+    """How long the run is, and in what."""
+    return (values["train_iters"], "iterations") if values["train_iters"] else (values["train_samples"], "samples")

@@ -111,8 +111,11 @@ class StepPolicies:
         if training.spike_policy == "rewind":
             assert self.saver is not None and training.save_interval
             self.saver.finish()  # the decision must not depend on how far a save in the background is
-            non_persistent = self.saver.non_persistent.place if self.saver.non_persistent is not None else None
-            target = checkpoint_before(self.saver.store, progress.iteration, training.save_interval, non_persistent)
+            others = self.saver.non_persistent.place if self.saver.non_persistent is not None else None
+            intervals = [training.save_interval]
+            if training.non_persistent_save_interval:
+                intervals.append(training.non_persistent_save_interval)
+            target = checkpoint_before(self.saver.store, progress.iteration, intervals, others)
         if target is not None:
             self._go_back(target)
             return

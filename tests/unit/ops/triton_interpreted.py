@@ -8,6 +8,7 @@ milliseconds for every program.
 from __future__ import annotations
 
 import sys
+import weakref
 from pathlib import Path
 from typing import Any, Optional
 
@@ -162,8 +163,11 @@ def test_picks_are_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     out = triton_lookup.lookup(**ahead, activation="none", order=order)
     triton_lookup.sort_ahead(ahead["rows"], 7, order)
     assert len(sorts) == 2 and order.made is not None
-    out.sum().backward()
-    assert len(sorts) == 2
+    kept = weakref.ref(order)
+    del order
+    loss = out.sum()
+    loss.backward()
+    assert len(sorts) == 2 and kept() is None, "the graph keeps the sorted picks of all layers into the next forward"
     for name, grad in gradients(found).items():
         assert torch.equal(grad, gradients(ahead)[name]), name
     sorts.clear()

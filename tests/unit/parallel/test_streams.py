@@ -366,6 +366,7 @@ def row_slot() -> dict[str, Any]:
         gradients = {n: getattr(p, "main_grad", p.grad).clone() for n, p in slot.named_parameters()}
         found[kind] = {"output": output.detach(), "x": x.grad, **gradients}
         found[f"{kind} events"] = forward
+        found[f"{kind} kept"] = [stream for _, stream in recorder.kept]
     return found
 
 
@@ -388,6 +389,8 @@ def test_picks_of_a_table_shared_out_by_row_do_not_wait_for_the_ffn() -> None:
             ("side", "scores"),
             ("main", "output"),
         ]
+        # of the caller: sizes and counts, picks and scores; of the side stream: counts, picks and scores as received
+        assert found["exchanges kept"] == ["side", "side", "main", "side", "side", "main", "main"]
         on_branch = [event for event in found["branch events"] if "wait" not in event[1]]
         assert on_branch == [
             ("side", "pick_counts"), ("side", "projected"), ("main", "ffn"), ("side", "rows"), ("side", "scores"),

@@ -114,3 +114,17 @@ def test_another_schedule_is_refused_by_name(key, trained):
         check_same_run(run, find_source(run), {})
     run = run_with(trained, "--override-opt-param-scheduler", **{key: SCHEDULE[key][1]})
     check_same_run(run, find_source(run), {})
+
+
+def test_weight_decay_that_grows_does_so_over_the_same_run(tmp_path):
+    argv = ["--model-preset", "umv2-tiny", "--mock-data", "--lr", "1e-3", "--lr-decay-iters", "8", "--train-iters"]
+    growing = ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.05", "--end-weight-decay", "0.25"]
+    for name, flags in (("constant", []), ("growing", growing)):
+        save = ["--save", str(tmp_path / name)]
+        publish(tmp_path / name, 1, **resolve([*argv, "10", *save, *flags], 1).values)
+        run = resolve([*argv, "12", *save, *flags], 1)
+        if name == "growing":
+            with pytest.raises(UsageError, match="weight decay grows over 10 iterations, the flags say 12 iterations"):
+                check_same_run(run, find_source(run), {})
+            run = resolve([*argv, "12", *save, *flags, "--override-opt-param-scheduler"], 1)
+        check_same_run(run, find_source(run), {})
