@@ -273,8 +273,8 @@ def _checkpoints(run: RunFiles) -> Html | None:
         last, seconds = others[-1], others[-1].get("seconds")
         took_it = f" in {seconds:.1f} s" if isinstance(seconds, (int, float)) else ""
         notes.append(
-            f"{len(others):,} non-persistent ones ({last['kind']}) were written besides, the last of iteration "
-            f"{_step(last):,}{took_it}; they are not in this directory."
+            f"Written besides, and not listed: {len(others):,} non-persistent ({last['kind']}), the last of iteration "
+            f"{_step(last):,}{took_it}."
         )
     return tag(
         "section",

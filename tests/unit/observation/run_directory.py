@@ -41,7 +41,7 @@ def steps(first: int, last: int, layers: int = 0, loss: float = 3.0) -> list[dic
     return found
 
 
-def event(kind: str, iteration: int, **fields: Any) -> dict[str, Any]:
+def event(kind: str, iteration: int, /, **fields: Any) -> dict[str, Any]:
     """One event, of now."""
     return {"time": time.time(), "event": kind, "iteration": iteration, **fields}
 

@@ -105,6 +105,17 @@ def test_restarts_with_their_reasons_and_changes(tmp_path: Path) -> None:
     assert set(marks) == {"mark restart", "mark fault"}
 
 
+def test_checkpoints_that_are_not_persistent(tmp_path: Path) -> None:
+    """They are counted apart; one that could not be written is told among the faults."""
+    told = [start(0), event("checkpoint", 2, kind="local", seconds=0.5), event("checkpoint", 4, seconds=1.5),
+            event("checkpoint", 6, kind="local", seconds=0.7),
+            event("unsaved", 8, text="rank 1 on node7: full")]  # fmt: skip
+    page = shown(write_run(tmp_path, steps(1, 8), told))
+    assert "Written besides, and not listed: 2 non-persistent (local), the last of iteration 6 in 0.7 s." in page.text
+    assert "1 more were written" in page.text
+    assert "checkpoint not saved" in page.text and "rank 1 on node7: full" in page.text
+
+
 @pytest.mark.parametrize(
     "told, word",
     [
