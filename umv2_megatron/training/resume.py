@@ -86,7 +86,7 @@ def _find_source(training: TrainingConfig, others: bool = False) -> Source | Non
                 "that holds checkpoints"
             )
         return None
-    if _holds_checkpoints("load", training.load) or (same and others):
+    if _holds_checkpoints("load", training.load) or (same and others and not training.finetune):
         return Source(training.load, training.ckpt_step, continues=False)
     if not training.allow_fresh:
         raise UsageError(

@@ -116,6 +116,16 @@ def test_another_schedule_is_refused_by_name(key, trained):
     check_same_run(run, find_source(run), {})
 
 
+def test_load_of_the_directory_that_is_saved_to(tmp_path):
+    """With non-persistent checkpoints and no other yet the run goes on from them, but for --finetune."""
+    argv = ["--model-preset", "umv2-tiny", "--mock-data", "--lr", "1e-3", "--train-iters", "10", "--allow-fresh"]
+    argv += ["--save", str(tmp_path), "--load", str(tmp_path / "." / "")]
+    run = resolve(argv, 1)
+    found = find_source(run, others=True)
+    assert found is not None and Path(found.directory) == tmp_path and not found.continues
+    assert find_source(run) is None and find_source(resolve([*argv, "--finetune"], 1), others=True) is None
+
+
 def test_weight_decay_that_grows_does_so_over_the_same_run(tmp_path):
     argv = ["--model-preset", "umv2-tiny", "--mock-data", "--lr", "1e-3", "--lr-decay-iters", "8", "--train-iters"]
     growing = ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.05", "--end-weight-decay", "0.25"]
