@@ -381,3 +381,19 @@ def test_logs_on_the_page_name_no_place_of_the_machine() -> None:
 def test_outcomes_without_figures_have_no_part_of_the_page() -> None:
     page = report.page(MACHINE, [Outcome("a", SKIPPED, reason="needs CUDA")], dry=False)
     assert "| a | skipped: needs CUDA | 0 |  |" in page and "## a" not in page
+
+
+def test_rates_for_the_planner() -> None:
+    """Of the best product, the copy, and the faster lookup of umv2-227m: (1 ms * 4 TB/s + 3 ms * 2 TB/s) / 4 ms."""
+    roofline = {"device": "d", "copy_gb_per_s": 4000.0, "gemm_bfloat16_4096_tflops": 500.0,
+                "gemm_bfloat16_8192_tflops": 600.0, "gemm_float8_e4m3fn_8192_tflops": 1200.0}  # fmt: skip
+    slow = {"forward_ms": 2.0, "forward_share": 0.5, "backward_ms": 6.0, "backward_share": 0.25}
+    fast = {"forward_ms": 1.0, "forward_share": 1.0, "backward_ms": 3.0, "backward_share": 0.5}
+    lookups = {"copy_gb_per_s": 4000.0, "umv2-227m, scatter": slow, "umv2-227m, triton, ordered": fast,
+               "umv2-1b-7b, scatter": {**fast, "backward_share": 1.0}}  # fmt: skip
+    measured = [Outcome("roofline", DONE, figures=roofline), Outcome("lookup", DONE, figures=lookups)]
+    rates = {"memory_bandwidth": 4000.0, "update_bandwidth": 4000.0, "peak_tflops": 600.0, "flops_efficiency": 1.0}
+    assert report.machine_rates("no device that is known", measured) == {**rates, "row_bandwidth": 2500.0}
+    known = report.machine_rates("NVIDIA H200", measured[:1])
+    assert known == {**rates, "peak_tflops": report.peak_tflops("NVIDIA H200"), "flops_efficiency": 0.6067}
+    assert report.machine_rates("NVIDIA H200", [Outcome("roofline", CUT, figures=roofline), measured[1]]) == {}
