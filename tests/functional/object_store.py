@@ -65,7 +65,11 @@ def running(folder: Path) -> Iterator[Server]:
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        yield Server(folder, process, int(process.stdout.readline()))
+        port = int(process.stdout.readline())
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()  # it remembers the server of another module in this process
+        yield Server(folder, process, port)
     finally:
         process.kill()
         process.wait(30)

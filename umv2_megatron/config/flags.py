@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,10 +26,17 @@ from umv2_megatron.config.usage import OneLineParser, UsageError
 REFUSED = Path(__file__).with_name("refused_flags.yaml")
 
 
+@functools.cache
+def _refusals() -> list[dict[str, Any]]:
+    """What ``refused_flags.yaml`` says."""
+    listed: list[dict[str, Any]] = yaml.safe_load(REFUSED.read_text(encoding="utf-8"))
+    return listed
+
+
 def refused(flag: str) -> str | None:
     """Why ``flag`` (with dashes, without the leading ones), which Megatron-LM knows, is none here; None where it is not
     known to it either."""
-    for entry in yaml.safe_load(REFUSED.read_text(encoding="utf-8")):
+    for entry in _refusals():
         if any(fnmatch.fnmatchcase(flag, pattern) for pattern in entry["flags"]):
             return " ".join(entry["reason"].split())
     return None

@@ -102,7 +102,8 @@ def test_a_run_of_120b_is_found(figures):
     from umv2_megatron.config.resolve import resolve
 
     shown = figures("--model-preset", "umv2-2.5b-120b-top256", "--world-size", "1024", "--gpu-memory-gib", "80",
-                    "--bf16", "--search", "--context-parallel-size", "1", "--top", "3")["search"]
+                    "--bf16", "--search", "--context-parallel-size", "1", "--pipeline-model-parallel-size", "1",
+                    "--top", "3")["search"]
     assert len(shown["best"]) == 3 and shown["fitting"] > 100
     best = shown["best"][0]
     assert best["gib"] < 76 and best["layout"]["memory_size"] > 1 and 0.05 < best["mfu"] < 0.5
