@@ -188,14 +188,15 @@ def _remove_strangers(place: LocalPlace) -> None:
     if place.rank != mine[0]:
         return
     ours = {f"rank_{rank:05d}" for rank in mine}
-    for folder in sorted(place.directory.glob("rank_*")):
-        stranger = re.fullmatch(r"rank_\d{5,}", folder.name) and folder.name not in ours
-        if stranger and last_host(folder / ".lock") == hosts[place.rank]:
-            # where it is locked, or cannot be removed, only space is lost
-            with contextlib.suppress(OSError, CheckpointError), SaveLock(folder / ".lock", 0.0):
-                for entry in folder.iterdir():
-                    if entry.name != ".lock":
-                        remove_path(entry)
+    # Where a folder cannot be listed or removed, or is locked, only space is lost: no reason to end one rank.
+    with contextlib.suppress(OSError):
+        for folder in sorted(place.directory.glob("rank_*")):
+            stranger = re.fullmatch(r"rank_\d{5,}", folder.name) and folder.name not in ours
+            if stranger and last_host(folder / ".lock") == hosts[place.rank]:
+                with contextlib.suppress(OSError, CheckpointError), SaveLock(folder / ".lock", 0.0):
+                    for entry in folder.iterdir():
+                        if entry.name != ".lock":
+                            remove_path(entry)
 
 
 def forget_history(save: CheckpointStore) -> None:
