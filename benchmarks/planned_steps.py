@@ -25,7 +25,7 @@ from benchmarks.measure import Table, add_options, describe_machine, prepare, pu
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ("--model-preset umv2-227m-1.2b --num-layers {layers} --seq-length {length} --max-position-embeddings {length} "
-         "--vocab-size 5120 --memory-num-keys 240 --global-batch-size 8 --train-iters {steps} --lr 1e-4 --mock-data "
+         "--vocab-size 5120 --global-batch-size 8 --train-iters {steps} --lr 1e-4 --mock-data "
          "--tokenizer-type NullTokenizer --num-workers 0 --eval-iters 0 --log-interval 1 --log-throughput")  # fmt: skip
 LAYOUTS: dict[str, tuple[int, str]] = {
     "one rank": (1, "--micro-batch-size 2"),
@@ -76,7 +76,8 @@ def main(argv: list[str]) -> int:
             subprocess.run([sys.executable, "benchmarks/machine.py", *flags], cwd=ROOT, check=True)
         for each in options.only:
             ranks, flags_of = LAYOUTS[each]
-            flags = [*MODEL.format(**sizes).split(), *flags_of.split()]
+            tables = [] if "dense" in flags_of else ["--memory-num-keys", "240"]
+            flags = [*MODEL.format(**sizes).split(), *tables, *flags_of.split()]
             found[each] = run(each, ranks, flags, machines[ranks], folder)
             print(f"{each}: {found[each]['measured_ms']:.0f} ms, {found[each]['ratio']:.2f}", flush=True)
     columns = ("layout", "measured, ms", "predicted, ms", "measured / predicted")
