@@ -66,6 +66,7 @@ GIVEN |= {
     "memory_sharing": {"memory_sharing": "block", "memory_sharing_size": 2},
     "train_samples": {"train_samples": 24, "train_iters": None},
     "lr_wsd_decay_samples": {"lr_wsd_decay_samples": 24},
+    "rampup_batch_size": {"rampup_batch_size": [4, 4, 8]},
     "weight_decay_incr_style": {
         "weight_decay_incr_style": "linear", "start_weight_decay": 0.1, "end_weight_decay": 0.5
     },
@@ -112,6 +113,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "calculate_per_token_loss": {"eod_mask_loss": True, "corpus": True},
     "reset_attention_mask": {"corpus": True},
     "max_skipped_iterations": {"nan_policy": "skip"},
+    "rampup_batch_size": {"global_batch_size": 8},
 }
 for _key in ("eod_mask_loss", "split", "reset_position_ids", "data_path", "train_data_path", "mock_data", "vocab_size",
              "tokenizer_type", "num_dataset_builder_threads", "data_cache_path"):  # fmt: skip
