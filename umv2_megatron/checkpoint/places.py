@@ -153,18 +153,12 @@ class LocalPlace:
         config: dict[str, Any],
     ) -> None:
         """Publish what ``write`` says that this rank has written; where a rank fails, no rank keeps its part."""
-        directory = self.store.temporary_path(iteration)
         token = tell_all(secrets.token_hex(8))
         config = {**config, ABOUT: {"type": "local", "history": self.history, "token": token, **self._layout}}
-
-        def written() -> WrittenShard:
-            try:
-                return write()
-            except (OSError, RuntimeError) as error:
-                raise publishing.explained(self.store, error, directory, needed) from error
-
         with _or_not_saved():
-            shard = self._attempt("writing the local checkpoint", written)
+            shard = self._attempt(
+                "writing the local checkpoint", lambda: publishing.written(self.store, iteration, write, needed)
+            )
             try:
                 self._attempt(
                     "publishing the local checkpoint",

@@ -57,16 +57,18 @@ def publish_together(
     needed: from `begin_together`. Raises CheckpointError on every rank when any rank fails; the caller then removes the
     temporary directory.
     """
-    directory = store.temporary_path(iteration)
-
-    def written() -> WrittenShard:
-        try:
-            return write()
-        except (OSError, RuntimeError) as error:  # the latter from torch.save
-            raise explained(store, error, directory, needed) from error
-
-    shards = gather(attempt("writing the shards", written))
+    shards = gather(attempt("writing the shards", lambda: written(store, iteration, write, needed)))
     attempt("publishing the checkpoint", lambda: publish(store, iteration, shards, common, config) if shards else None)
+
+
+def written(
+    store: CheckpointStore, iteration: int, write: Callable[[], WrittenShard], needed: int
+) -> WrittenShard:
+    """What ``write`` says that this rank has written; its failure as a CheckpointError. Not collective."""
+    try:
+        return write()
+    except (OSError, RuntimeError) as error:  # the latter from torch.save
+        raise explained(store, error, store.temporary_path(iteration), needed) from error
 
 
 def publish(

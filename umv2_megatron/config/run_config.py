@@ -153,7 +153,7 @@ class RunConfig:
         decay = training.lr_decay_samples or (training.lr_decay_iters or max(self.train_iters, 1)) * batch
         warmup = training.lr_warmup_samples
         last = training.lr_wsd_decay_samples or (training.lr_wsd_decay_iters or 0) * batch
-        whole = training.train_samples or max(self.train_iters, 1) * batch
+        whole = training.train_samples or max(self.samples, 1)
         return Schedule(decay, training.lr_warmup_iters * batch if warmup is None else warmup, last, whole)
 
     @property

@@ -3,7 +3,8 @@
 Counted by ``benchmarks/kernel_bytes.py --only ops`` on umv2-227m with megatron-core's own layers and without fusions:
 non-view operations and kernels of one block, forward and backward; a sort counts as one. Fused operations, Transformer
 Engine's modules and tensor parallelism change the dense count by a few; captured blocks (--cuda-graph-impl) are started
-with one operation in each direction. tests/unit/ops/test_kernel_bytes.py holds the counts.
+with one operation in each direction. tests/unit/ops/test_kernel_bytes.py holds DENSE_BLOCK and MEMORY_LAYER of
+"scatter" and "triton" to the counts; EXCHANGE, AROUND and FORWARD_SHARE are estimates.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Trainer:
         self.peak_tflops = peak_tflops(run.observation.peak_tflops, run.bf16)
         training = run.training
         self.collection = ManualCollection(training.manual_gc, training.manual_gc_interval, training.manual_gc_eval)
-        self._forwards = 0  # micro-batches since the last report that --iterations-to-skip has not left out
+        self._micro_batches = 0  # since the last report that --iterations-to-skip has not left out
         self._batch = run.rampup.size(state.progress.consumed_samples)  # of the last step
         self._told_skipped, self._told_nan = state.progress.skipped_iterations, state.progress.nan_iterations
 
@@ -149,7 +149,7 @@ class Trainer:
                     accepts=self.policies.accepts,
                     batch=batch,
                 )
-            self._forwards += self.run.microbatches_of(batch)
+            self._micro_batches += self.run.microbatches_of(batch)
             self.stop_requests.settle(step.stopping)
             self.policies.settle(step)
         progress.iteration += 1
@@ -197,9 +197,9 @@ class Trainer:
             )
         )
         self._told_skipped, self._told_nan = progress.skipped_iterations, progress.nan_iterations
-        counted = run.has_experts and self._forwards
-        experts = health.expert_losses(self._forwards) if counted else {}
-        self._forwards = 0
+        counted = run.has_experts and self._micro_batches
+        experts = health.expert_losses(self._micro_batches) if counted else {}
+        self._micro_batches = 0
         self.reporter.numbers(
             progress.iteration,
             {

@@ -79,7 +79,7 @@ class _RemoteLines(io.StringIO):
 
     def __init__(self, path: RemotePath, text: str) -> None:
         super().__init__()
-        self._path, self._sent, self._next, = path, "", time.monotonic() + _EVERY_S
+        self._path, self._sent, self._next = path, "", time.monotonic() + _EVERY_S
         self.write(text)
 
     def write(self, text: str) -> int:

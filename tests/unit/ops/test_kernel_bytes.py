@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from umv2_megatron.planning.launches import DENSE_BLOCK, MEMORY_LAYER
+
 pytest.importorskip("triton", reason="triton is not installed: pip install -r requirements-triton.txt")
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -79,8 +81,10 @@ def test_launches_and_programs(counted: dict[str, Any]) -> None:
 def test_operations_of_a_block(results: dict[str, Any]) -> None:
     """No more than when this was written."""
     ops = {name: sum(found["block"].values()) for name, found in results["ops"].items()}
-    assert ops["dense"] <= 80
-    assert ops["triton"] <= ops["dense"] + 63 and ops["scatter"] <= ops["dense"] + 101
+    assert ops["dense"] == DENSE_BLOCK, "the planner counts with it"
+    assert {name: ops[name] - DENSE_BLOCK for name in ("triton", "scatter")} == {
+        name: MEMORY_LAYER[name] for name in ("triton", "scatter")
+    }
     # A further layer adds none to the refresh of u and t.
     assert all(sum(found["refresh"].values()) == 0 for found in results["ops"].values())
 

@@ -199,3 +199,15 @@ def test_weight_decay_grows_over_the_run(style, halfway):
                         "--end-weight-decay", "0.25", "--memory-value-weight-decay", "0.7")  # fmt: skip
     tables.step(40)
     assert [group["weight_decay"] for group in tables.optimizer.param_groups] == [pytest.approx(halfway), 0.7]
+
+
+def test_weight_decay_reaches_its_end_with_a_growing_batch():
+    """The run has fewer samples than iterations x batch."""
+    dense = {"params": [], "lr": 0.0, "weight_decay": 0.1}
+    groups = SimpleNamespace(param_groups=[dense, {**dense, VALUE_GROUP: 3.0}])
+    flags = ["--model-preset", "umv2-tiny", "--mock-data", "--train-iters", "6", "--global-batch-size", "8"]
+    flags += ["--rampup-batch-size", "2", "2", "18", "--weight-decay-incr-style", "linear"]
+    run = resolve([*flags, "--start-weight-decay", "0.05", "--end-weight-decay", "0.25"], 1)
+    made = build_scheduler(run, groups)
+    made.step(run.samples)
+    assert run.samples == 20 and made.optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.25)
