@@ -56,7 +56,7 @@ from benchmarks.gpu_kit.report import (  # noqa: E402
     results,
     write_whole,
 )
-from umv2_megatron.planning.device import write_machine  # noqa: E402
+from umv2_megatron.planning.machine_file import write_machine  # noqa: E402
 
 LEAST = 3.0
 """Seconds below which no further step is begun."""

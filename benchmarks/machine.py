@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import describe_machine, load_warning  # noqa: E402
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
-from umv2_megatron.planning.device import write_machine  # noqa: E402
 from umv2_megatron.planning.device_bytes import lookup  # noqa: E402
 from umv2_megatron.planning.layout import Layout  # noqa: E402
+from umv2_megatron.planning.machine_file import write_machine  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK = ((768, 2304), (768, 768), (768, 4992), (2496, 768))

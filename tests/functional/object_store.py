@@ -54,6 +54,17 @@ class Server:
 
 
 @contextlib.contextmanager
+def known_here(folder: Path) -> Iterator[Server]:
+    """``running``, and this process finds it."""
+    import pytest
+
+    with running(folder) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@contextlib.contextmanager
 def running(folder: Path) -> Iterator[Server]:
     """The server, with an empty BUCKET, until the end of the block."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from umv2_megatron.planning.device import Device, read_machine
+from umv2_megatron.planning.device import Device
+from umv2_megatron.planning.machine_file import read_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,7 +18,7 @@ pytest.importorskip("s3fs", reason="requirements-storage.txt is not installed")
 pytest.importorskip("moto", reason="requirements-storage.txt is not installed")
 
 from conversions import ROOT, forked, to_hf  # noqa: E402
-from object_store import Server, files, running, use  # noqa: E402
+from object_store import Server, files, known_here, use  # noqa: E402
 from program_runs import Job, losses, tiny_run, train  # noqa: E402
 
 from umv2_megatron.checkpoint.store import CheckpointStore  # noqa: E402
@@ -30,9 +30,7 @@ SETTINGS: dict[str, Any] = {"num_layers": 1, "use_distributed_optimizer": True, 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("s3")) as made, pytest.MonkeyPatch.context() as patch:
-        for name, value in made.environment.items():
-            patch.setenv(name, value)
+    with known_here(tmp_path_factory.mktemp("s3")) as made:
         yield made
 
 

@@ -23,9 +23,10 @@ from umv2_megatron.config.presets import PRESETS, Preset
 from umv2_megatron.config.resolve import resolve
 from umv2_megatron.config.usage import OneLineParser
 from umv2_megatron.planning import bytes_touched_per_token, count_parameters, flops_per_token
-from umv2_megatron.planning.device import Device, read_machine
+from umv2_megatron.planning.device import Device
 from umv2_megatron.planning.exchange import FORWARD
 from umv2_megatron.planning.layout import Layout
+from umv2_megatron.planning.machine_file import read_machine
 from umv2_megatron.planning.search import GIB, Evaluation, Model, RankBytes, evaluate, search
 from umv2_megatron.planning.step_time import layer_exchange
 from umv2_megatron.planning.tables import layout_tables, model_tables, search_table
@@ -335,7 +336,8 @@ def _search(given: Any, run: Any, start: Layout, model: Model, device: Device, a
         "global_batch_size": batch,
         "legal": found.legal,
         "fitting": len(found.fitting),
-        "best": [{"layout": _layout(each.layout), "flags": each.layout.flags(), "gib": each.worst.all / GIB,
+        "best": [{"layout": _layout(each.layout), "flags": each.layout.flags(values["num_layers"]),
+                  "gib": each.worst.all / GIB,
                   "step": each.time.step, "mfu": each.time.mfu,
                   "tokens_per_second": each.time.tokens_per_second} for each in found.fitting[:top]],
         "smallest": None if smallest is None else {"layout": _layout(smallest.layout), "gib": smallest.worst.all / GIB},

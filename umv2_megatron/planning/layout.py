@@ -26,8 +26,7 @@ UNKNOWN_SPLITS = ("pipeline_model_parallel_layout",)
 class Layout:
     """Parallel sizes, batch, precision and recomputation of one run.
 
-    ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank,
-    ``per_chunk`` blocks each (None without virtual stages);
+    ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
     ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and
     step; ``engine``: Transformer Engine's attention and norms instead of the local ones; ``holds_scores``: local
     attention that writes the scores of all pairs of tokens (model/fused_attention.py says when); ``masked``: it gets
@@ -45,7 +44,6 @@ class Layout:
     pp: int = 1
     cp: int = 1
     chunks: int = 1
-    per_chunk: int | None = None
     memory_size: int = 1
     memory_mode: str = "dim"
     sequence_parallel: bool = False
@@ -107,7 +105,6 @@ class Layout:
         return cls(
             world=world_size, tp=tp, pp=pp, cp=cp,
             chunks=values["num_layers"] // pp // per_chunk if per_chunk else 1,
-            per_chunk=per_chunk,
             memory_size=values["memory_parallel_size"] if memory else 1,
             memory_mode=values["memory_parallel_mode"],
             sequence_parallel=bool(values["sequence_parallel"]) and tp > 1,
@@ -190,8 +187,8 @@ class Layout:
         """The part of every value table that rank ``rank`` of a memory-parallel group holds."""
         return TableShard(self.memory_mode, self.memory_size, rank)
 
-    def flags(self) -> str:
-        """The flags of pretrain_umv2.py that give this layout."""
+    def flags(self, num_layers: int) -> str:
+        """The flags of pretrain_umv2.py that give this layout to a model of so many blocks."""
         sizes = {
             "tensor-model-parallel-size": self.tp, "pipeline-model-parallel-size": self.pp,
             "context-parallel-size": self.cp, "memory-parallel-size": self.memory_size,
@@ -199,7 +196,7 @@ class Layout:
         }
         found = [f"--{name} {size}" for name, size in sizes.items() if size > 1 or "batch" in name]
         if self.chunks > 1:
-            found.append(f"--num-layers-per-virtual-pipeline-stage {self.per_chunk}")
+            found.append(f"--num-layers-per-virtual-pipeline-stage {num_layers // (self.pp * self.chunks)}")
         if self.memory_size > 1:
             found.append(f"--memory-parallel-mode {self.memory_mode}")
         switches = {

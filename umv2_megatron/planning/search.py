@@ -176,7 +176,7 @@ def _virtual_stages(layout: Layout, per_stage: int, fixed: Mapping[str, Any]) ->
         yield layout
         sizes = [size for size in _divisors(per_stage) if size < per_stage] if layout.pp > 1 else []
     for size in sizes:
-        yield dataclasses.replace(layout, chunks=per_stage // size, per_chunk=size)
+        yield dataclasses.replace(layout, chunks=per_stage // size)
 
 
 def _recomputations(layout: Layout, fixed: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:

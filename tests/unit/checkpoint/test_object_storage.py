@@ -21,7 +21,7 @@ pytest.importorskip("s3fs", reason="requirements-storage.txt is not installed")
 pytest.importorskip("moto", reason="requirements-storage.txt is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "functional"))
 
-from object_store import files, running  # noqa: E402
+from object_store import files, known_here  # noqa: E402
 
 from umv2_megatron import remote_path  # noqa: E402
 from umv2_megatron.checkpoint import lease, manifest, object_storage, store  # noqa: E402
@@ -41,9 +41,7 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("s3")) as made, pytest.MonkeyPatch.context() as patch:
-        for name, value in made.environment.items():
-            patch.setenv(name, value)
+    with known_here(tmp_path_factory.mktemp("s3")) as made:
         yield made
 
 

@@ -154,7 +154,8 @@ def test_flags_of_a_layout_are_accepted_and_give_it_back() -> None:
     found = list(candidates(model, start, 512, Device().gpus_per_node, {}))
     assert len(found) > 500 and all(each.complaint(model.shape(each.tp), model.memory) is None for each in found)
     for layout in random.Random(3).sample(found, 12):
-        run = resolve(["--model-preset", preset.name, "--transformer-impl", "local", *layout.flags().split()],
+        flags = layout.flags(preset.model["num_layers"]).split()
+        run = resolve(["--model-preset", preset.name, "--transformer-impl", "local", *flags],
                       layout.world, for_training=False)
         assert Layout.from_values(run.values, layout.world) == layout
 

@@ -14,7 +14,8 @@ import pytest
 from umv2_megatron.commands import plan as plan_tool
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.planning import count_parameters, flops_per_token
-from umv2_megatron.planning.device import Device, write_machine
+from umv2_megatron.planning.device import Device
+from umv2_megatron.planning.machine_file import write_machine
 
 ROOT = Path(__file__).resolve().parents[3]
 
