@@ -118,6 +118,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 for _key in ("eod_mask_loss", "split", "reset_position_ids", "data_path", "train_data_path", "mock_data", "vocab_size",
              "tokenizer_type", "num_dataset_builder_threads", "data_cache_path"):  # fmt: skip
     BESIDE[_key] = {"corpus": True}
+BESIDE["reset_position_ids"]["position_embedding_type"] = "learned_absolute"
 RANKS = {
     "expert_model_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": 2, "profile_ranks": 2,
     "average_in_collective": 2, "reduce_scatter_with_fp32_accumulation": 2, "num_distributed_optimizer_instances": 2,

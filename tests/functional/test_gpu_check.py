@@ -62,6 +62,7 @@ def steps(rehearsal: tuple[Path, str]) -> dict[str, dict[str, Any]]:
     return {step["name"]: step for step in document["steps"]}
 
 
+@pytest.mark.slow
 def test_every_step_runs_or_says_what_it_needs(steps: dict[str, dict[str, Any]]) -> None:
     assert list(steps) == [step.name for step in STEPS]
     for name, step in steps.items():
@@ -72,6 +73,7 @@ def test_every_step_runs_or_says_what_it_needs(steps: dict[str, dict[str, Any]])
             assert step["result"] == DONE and step["key"] and step["figures"], (name, step)
 
 
+@pytest.mark.slow
 def test_figures_of_the_rehearsal(steps: dict[str, dict[str, Any]]) -> None:
     figures = {name: step["figures"] for name, step in steps.items()}
     assert figures["roofline"]["copy_gb_per_s"] > 0 and figures["roofline"]["gemm_bfloat16_128_tflops"] > 0
@@ -88,6 +90,7 @@ def test_figures_of_the_rehearsal(steps: dict[str, dict[str, Any]]) -> None:
     assert figures["other-tests"]["skipped"] >= 38 and figures["other-tests"]["passed"] == 0
 
 
+@pytest.mark.slow
 def test_table_and_page_of_the_rehearsal(rehearsal: tuple[Path, str]) -> None:
     folder, output = rehearsal
     page = (folder / "page.md").read_text()
@@ -99,6 +102,7 @@ def test_table_and_page_of_the_rehearsal(rehearsal: tuple[Path, str]) -> None:
     assert str(ROOT) not in page and str(folder) not in page
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_the_results_alone(rehearsal: tuple[Path, str]) -> None:
     assert gpu_check.read_options(["--dry"]).docs is None
     assert gpu_check.read_options([]).docs == ROOT / "docs" / "gpu-results.md"

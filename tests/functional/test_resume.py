@@ -99,6 +99,7 @@ def test_killed_twice_at_random_on_two_ranks(corpus, tmp_path):
     check_killed_runs(2, corpus, tmp_path, iterations=24, kills=2, save_interval=4, **changes)
 
 
+@pytest.mark.slow  # make faults kills 40 times; the test above twice
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_200_steps_killed_three_times_at_random(world_size, corpus, tmp_path):
     check_killed_runs(world_size, corpus, tmp_path, iterations=200, kills=3, save_interval=10)

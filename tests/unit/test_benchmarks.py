@@ -222,3 +222,13 @@ def test_compiled_decode(tmp_path: Path) -> None:
     assert found["batch"] == 1 and found["difference"] < 1e-5
     assert len(found["as it is"]) == len(found["compiled"]) == 2 and min(found["as it is"] + found["compiled"]) > 0
     assert "as it is / compiled" in done.page
+
+
+def test_documents(tmp_path: Path) -> None:
+    done = run("documents", tmp_path)
+    assert done.results.keys() == {"16"}
+    ways = done.results["16"]
+    assert all(len(times) == 1 and times[0] > 0 for times in ways["seconds"].values())
+    assert list(ways["peak_bytes"]) == ["across documents", "packed", "masks [s, s]"]
+    assert all(peak > 0 for peak in ways["peak_bytes"].values())
+    assert "| 16 | packed |" in done.page

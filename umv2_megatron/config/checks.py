@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from umv2_megatron.config.document_checks import check_documents
 from umv2_megatron.config.fp8_checks import check_fp8
 from umv2_megatron.config.graph_checks import check_graphs
 from umv2_megatron.config.memory_checks import check_memory_layout, check_split_tokens
@@ -27,11 +28,8 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
     check_partners(run)
     _check_shapes(run)
     _check_windows(run)
-    if for_training and run.data.reset_attention_mask and run.transformer_impl == "transformer_engine":
-        raise UsageError(
-            "--reset-attention-mask is on; expected it left out, or --transformer-impl local: Transformer Engine's "
-            "causal attention ignores masks (Megatron-LM issue 2357)"
-        )
+    if for_training:
+        check_documents(run)
     _check_layout(run)
     _check_experts(run)
     check_fp8(run, for_training=for_training)

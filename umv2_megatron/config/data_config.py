@@ -82,19 +82,26 @@ class DataConfig:
     eod_mask_loss: bool = option(False, "leave the loss of positions that hold an end-of-document token out")
     reset_position_ids: bool = option(
         False,
-        "restart position ids after each end-of-document token",
-        needs=("position_embedding_type=learned_absolute",),
+        "count positions from 0 after each end-of-document token; with rotary positions --reset-attention-mask does so "
+        "already, and without it this flag is refused",
+        needs=(),  # config/checks.py says more
     )
     reset_attention_mask: bool = option(
         False,
-        "stop attention at end-of-document tokens (needs --create-attention-mask-in-dataloader)",
-        needs=("create_attention_mask_in_dataloader",),
+        "keep documents apart: attention looks at no token before the last end-of-document token, and rotary positions "
+        "count from 0 after it",
     )
     create_attention_mask_in_dataloader: bool = option(
         False,
-        "let the data loader build attention masks; without it attention is causal and no mask is passed",
+        "let the data loader build attention masks [s, s]; without it none exist, and --reset-attention-mask packs "
+        "documents instead",
         read_by="data/datasets.py: whether masks are made",
     )
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether the samples of a micro-batch are one row of documents, each attended to alone (``documents.py``)."""
+        return self.reset_attention_mask and not self.create_attention_mask_in_dataloader
 
     @property
     def has_split_paths(self) -> bool:
@@ -139,8 +146,6 @@ class DataConfig:
             raise ValueError(f"--num-workers is {self.num_workers}: expected 0 or more")
         if self.num_dataset_builder_threads < 1:
             raise ValueError(f"--num-dataset-builder-threads is {self.num_dataset_builder_threads}: expected 1 or more")
-        if self.reset_attention_mask and not self.create_attention_mask_in_dataloader:
-            raise ValueError("--reset-attention-mask needs --create-attention-mask-in-dataloader: add that flag")
 
     def _validate_tokenizer(self) -> None:
         if self.tokenizer_type is None:

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.utils.data import DataLoader, Dataset
 
+from umv2_megatron.data.documents import STARTS, collate_documents, packed
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.parallel.launch import STOP_SIGNALS
 
@@ -54,12 +55,17 @@ class RankSampler:
 
 
 def batch_iterator(
-    dataset: Dataset | None, consumed_samples: int, micro_batch_size: int, num_workers: int, stages: int | None = None
+    dataset: Dataset | None,
+    consumed_samples: int,
+    micro_batch_size: int,
+    num_workers: int,
+    stages: int | None = None,
+    apart_at: int | None = None,
 ) -> Any:
     """An iterator over this rank's micro-batches (a list of them, one per virtual stage, with ``stages``).
 
     Returns None on a pipeline stage that needs no data. Ranks of one tensor- or context-parallel group read the same
-    samples.
+    samples. ``apart_at``: the end-of-document token, where documents are kept apart (``documents.py``).
     """
     if dataset is None:
         return [None] * stages if stages else None
@@ -76,6 +82,7 @@ def batch_iterator(
             dataset,
             batch_sampler=sampler,
             num_workers=num_workers,
+            collate_fn=None if apart_at is None else collate_documents(apart_at),
             pin_memory=torch.cuda.is_available(),
             # a generator of its own, so that making a loader does not move the training's random state
             generator=torch.Generator(),
@@ -93,15 +100,18 @@ def _leave_signals_to_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def next_batch(iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | None]:
+def next_batch(iterator: Iterator[dict[str, torch.Tensor]]) -> dict[str, Any]:
     """The next micro-batch on this rank's device: tokens, labels, position_ids [b, s] int64, loss_mask [b, s] float32,
-    attention_mask (None: causal). Under context parallelism each rank keeps its part of the sequence."""
+    attention_mask (None: causal), packed_seq_params (None: one document a sample; otherwise b is 1 and s that of all
+    samples). Under context parallelism each rank keeps its part of the sequence."""
     loaded = next(iterator)
     batch: dict[str, torch.Tensor | None] = {
         key: loaded[key].to(cpu_platform.device(), non_blocking=True) for key in KEYS if key in loaded
     }
     batch.setdefault("attention_mask", None)
-    return part_of_context_rank(batch)
+    if STARTS in loaded:
+        return packed(batch, loaded[STARTS])
+    return {**part_of_context_rank(batch), "packed_seq_params": None}
 
 
 def part_of_context_rank(batch: dict[str, Any]) -> dict[str, Any]:

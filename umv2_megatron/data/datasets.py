@@ -174,7 +174,7 @@ def build_datasets(
         "tokenizer": tokenizer,
         "num_dataset_builder_threads": config.num_dataset_builder_threads,
         "reset_position_ids": config.reset_position_ids,
-        "reset_attention_mask": config.reset_attention_mask,
+        "reset_attention_mask": config.reset_attention_mask and not config.packs_documents,
         "eod_mask_loss": config.eod_mask_loss,
         "create_attention_mask": config.create_attention_mask_in_dataloader,
     }

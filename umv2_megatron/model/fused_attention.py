@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -58,10 +59,14 @@ class FusedAttention(DotProductAttention):
             key, value: [sk, b, ng/TP, hn]; ng divides np.
             attention_mask: bool, broadcast to [b, np/TP, sq, sk], True where not to look; None: what the module's own
                 mask type says.
+            packed_seq_params: documents one after the other (``data/documents.py``), each attended to alone; query, key
+                and value are [t, heads/TP, hn] then.
 
         Returns:
-            [sq, b, np/TP * hn], of the query's dtype; the softmax is float32.
+            [sq, b, np/TP * hn], or [t, np/TP * hn] of documents, of the query's dtype; the softmax is float32.
         """
+        if packed_seq_params is not None:
+            return self._each_document(query, key, value, packed_seq_params)
         causal = attention_mask is None and self.attn_mask_type == AttnMaskType.causal and query.shape[0] > 1
         dropout = self.training and self.attention_dropout.p > 0
         if (
@@ -70,11 +75,8 @@ class FusedAttention(DotProductAttention):
             or (self.config.deterministic_mode and query.is_cuda)
             or (causal and query.shape[0] != key.shape[0])
             or attention_bias is not None
-            or packed_seq_params is not None
         ):
-            return super().forward(
-                query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-            )
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
         heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context = F.scaled_dot_product_attention(
             *heads_first,
@@ -84,3 +86,9 @@ class FusedAttention(DotProductAttention):
             enable_gqa=query.shape[2] != key.shape[2],
         )
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _each_document(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedSeqParams) -> Tensor:
+        """Causal attention within each document of [t, heads/TP, hn]: a call for each, as a sample of its own."""
+        lengths = getattr(documents, "lengths", None) or documents.cu_seqlens_q.diff().tolist()
+        parts = [tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value)]
+        return torch.cat([self.forward(*document, None).squeeze(1) for document in zip(*parts)])

@@ -95,8 +95,8 @@ def pretrain(run: RunConfig) -> int:
         trainer = Trainer(
             run,
             state,
-            _iterator(run, train_set, state.progress.consumed_samples),
-            _eval_iterator(run, valid_set),
+            _iterator(run, train_set, state.progress.consumed_samples, tokenizer.eod),
+            _eval_iterator(run, valid_set, tokenizer.eod),
             reporter,
             events,
             saver,
@@ -106,7 +106,7 @@ def pretrain(run: RunConfig) -> int:
         if run.training.skip_train:
             trainer.evaluate()
         elif trainer.train():
-            trainer.make_eval_iterator = _eval_iterator(run, test_set)
+            trainer.make_eval_iterator = _eval_iterator(run, test_set, tokenizer.eod)
             trainer.evaluate("test")
         finished = state.progress.iteration >= trainer.last_iteration
         if saver is not None and finished:
@@ -135,15 +135,20 @@ def _samples(run: RunConfig, progress: Progress) -> tuple[int, int, int]:
     return trained, evaluated, tested
 
 
-def _iterator(run: RunConfig, dataset: Any, consumed: int) -> Any:
+def _iterator(run: RunConfig, dataset: Any, consumed: int, eod: int) -> Any:
     return batch_iterator(
-        dataset, consumed, run.training.micro_batch_size, run.data.num_workers, run.virtual_pipeline_size
+        dataset,
+        consumed,
+        run.training.micro_batch_size,
+        run.data.num_workers,
+        run.virtual_pipeline_size,
+        apart_at=eod if run.data.packs_documents else None,
     )
 
 
-def _eval_iterator(run: RunConfig, dataset: Any) -> Any:
+def _eval_iterator(run: RunConfig, dataset: Any, eod: int) -> Any:
     """Evaluations always read the same first batches, so that their losses compare and a resume needs no state."""
-    return None if dataset is None else lambda: _iterator(run, dataset, 0)
+    return None if dataset is None else lambda: _iterator(run, dataset, 0, eod)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

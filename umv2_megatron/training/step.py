@@ -50,7 +50,13 @@ def forward_step(iterator: Iterator, model: torch.nn.Module, *, ranges: NoRanges
     """mcore's ``forward_step_func``: one micro-batch through this stage."""
     with ranges("data"):
         batch = next_batch(iterator)
-    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        packed_seq_params=batch["packed_seq_params"],
+    )
     per_token = get_model_config(model).calculate_per_token_loss
     return output, functools.partial(loss_of_microbatch, batch["loss_mask"], per_token)
 
@@ -138,14 +144,15 @@ def _run_schedule(
     batch: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """One global batch through mcore's schedule; the last stage's reports, one per micro-batch."""
+    joined = run.training.micro_batch_size if run.data.packs_documents else 1  # samples in a row of the model's input
     return get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, ranges=ranges),
         data_iterator=iterator,
         model=chunks,
         num_microbatches=run.num_microbatches if batch is None else run.microbatches_of(batch),
-        seq_length=run.model.seq_length,
-        micro_batch_size=run.training.micro_batch_size,
-        decoder_seq_length=run.model.seq_length,
+        seq_length=run.model.seq_length * joined,
+        micro_batch_size=run.training.micro_batch_size // joined,
+        decoder_seq_length=run.model.seq_length * joined,
         forward_only=forward_only,
     )
 

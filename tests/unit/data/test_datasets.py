@@ -295,7 +295,6 @@ def test_blend_and_split_forms():
         ({"mock_data": True, "tokenizer_type": "NullTokenizer"}, "--vocab-size"),
         ({"data_path": ["p"], "num_workers": -1}, "--num-workers"),
         ({"data_path": ["p"], "num_dataset_builder_threads": 0}, "--num-dataset-builder-threads"),
-        ({"data_path": ["p"], "reset_attention_mask": True}, "--reset-attention-mask"),
         ({"data_path": ["p"], "split": "x"}, "--split"),
     ],
 )

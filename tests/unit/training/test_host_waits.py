@@ -21,12 +21,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "bf16": True, "use_distributed_optimizer": True, "memory_balance_loss_coeff": 0.1,
         "memory_tucker_penalty_coeff": 0.1,
     },
+    "tensor parallel": {**TWO_RANKS, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+}  # fmt: skip
+MORE_RUNS: dict[str, dict[str, Any]] = {
     "rank 3": {"memory_tucker_rank": 3},
     "read delay": {"memory_read_delay": 1, "memory_layer_freq": "[1,0]"},
     "product keys": {"ffn_variant": "memory-plus", "memory_balance_loss_coeff": 0.1},
     "dense": {"ffn_variant": "dense"},
     "recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "tensor parallel": {**TWO_RANKS, "tensor_model_parallel_size": 2, "sequence_parallel": True},
     "context parallel": {**TWO_RANKS, "context_parallel_size": 2},
     "tables by dimension": {**TWO_RANKS, "memory_parallel_size": 2, "memory_parallel_mode": "dim"},
 }  # fmt: skip
@@ -39,7 +41,17 @@ PLANTED = [["read", "bool", "tolist", "host", "list"], ["sizes"], ["mask"]]
 @pytest.fixture(scope="module")
 def waits() -> dict[str, dict[str, Any]]:
     """What the program says of every run, by its name."""
-    runs = {**RUNS, "by row": BY_ROW, **{str(kinds): {"planted": kinds} for kinds in PLANTED}}
+    return told_of({**RUNS, "by row": BY_ROW, **{str(kinds): {"planted": kinds} for kinds in PLANTED}})
+
+
+@pytest.fixture(scope="module")
+def more_waits() -> dict[str, dict[str, Any]]:
+    """The same of the runs that are not tried in every ``make test``."""
+    return told_of(MORE_RUNS)
+
+
+def told_of(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What ``fake_device.py`` prints of ``runs``, by their names."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("fake_device.py")), *map(json.dumps, runs.values())]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=280)
@@ -50,7 +62,16 @@ def waits() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_waits_once(name, waits):
-    told = waits[name]
+    check_one_wait(waits[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_RUNS)
+def test_a_step_of_more_runs_waits_once(name, more_waits):
+    check_one_wait(more_waits[name])
+
+
+def check_one_wait(told):
     assert "error" not in told, told["error"][-3000:]
     assert told["devices"] == ["gpu:0"]
     # The first step may make what later ones find on the device.
