@@ -90,5 +90,5 @@ class FusedAttention(DotProductAttention):
     def _each_document(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedSeqParams) -> Tensor:
         """Causal attention within each document of [t, heads/TP, hn]: a call for each, as a sample of its own."""
         lengths = getattr(documents, "lengths", None) or documents.cu_seqlens_q.diff().tolist()
-        parts = [tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value)]
-        return torch.cat([self.forward(*document, None).squeeze(1) for document in zip(*parts)])
+        queries, keys, values = (tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value))
+        return torch.cat([self.forward(q, k, v, None).squeeze(1) for q, k, v in zip(queries, keys, values)])
