@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import sys
@@ -43,9 +44,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from triton.runtime.interpreter import interpreter_builder as builder  # noqa: E402
 
-from umv2_megatron.ops import triton_launch, triton_lookup  # noqa: E402
+from umv2_megatron.ops import triton_launch, triton_lookup, triton_ragged  # noqa: E402
+from umv2_megatron.ops.interface import ListedPicks  # noqa: E402
 
 SIZES = {  # tokens, picks, rows, Dp, Dv, cores; rows per pick as with 8,192 tokens of the model
     "small": (6, 8, 40, 24, 48, 2),
@@ -54,11 +57,16 @@ SIZES = {  # tokens, picks, rows, Dp, Dv, cores; rows per pick as with 8,192 tok
     "shard": (32, 32, 506, 24, 24, 2),
     "few": (33, 8, 506, 192, 192, 2),
 }
+LISTS = {  # of a shard by row: tokens of all ranks, picks of each on average, rows of this rank, Dp, Dv, cores
+    "row": (64, 4, 18, 256, 768, 2),
+}
+"""As one of 64 ranks with 4,096 tokens each of umv2-2.5b-120b-top256: a row is picked 14 times."""
 KINDS = {
     **dict.fromkeys(("table", "values", "pre_values"), "rows"),
     "table_sum": "sums",
     **dict.fromkeys(("upstream", "projected"), "tokens"),
 }
+PRECISIONS = {"fp32": (), "bf16": ("--bf16",)}
 VIEWS = (
     *("view", "t.default", "transpose", "permute", "expand", "slice.", "select.", "detach", "alias", "unsqueeze"),
     *("squeeze", "as_strided", "unbind", "split", "_unsafe_view", "empty", "new_empty", "is_", "sym_", "lift_fresh"),
@@ -182,6 +190,36 @@ def bytes_of(size: str, deterministic: bool = True) -> dict[str, Any]:
     return result
 
 
+def bytes_of_list(size: str) -> dict[str, Any]:
+    """As ``bytes_of``, of the parts that a table sharded by row calls (``memory/row_sharded.py``), for picks in a list;
+    the operations of PyTorch between them are not counted."""
+    tokens, picks, rows, pre_columns, columns, cores = LISTS[size]
+    g = torch.Generator().manual_seed(1)
+    counts = torch.bincount(torch.randint(0, tokens, (tokens * picks,), generator=g), minlength=tokens)
+    owners = torch.arange(tokens).repeat_interleave(counts)
+    picked = ListedPicks(torch.randint(0, rows, (tokens * picks,), generator=g), owners, counts, None, 1)
+    tables = [torch.randn(rows, each, generator=g).bfloat16() for each in (pre_columns, columns)]
+    sums = [torch.zeros(table.shape) for table in tables]
+    projected = torch.randn(tokens, pre_columns, generator=g).bfloat16()
+    grad = torch.randn(tokens, 1, columns, generator=g).bfloat16()
+    weights = torch.randn(tokens * picks, cores, generator=g)
+    result: dict[str, Any] = {"size": size, "tokens": tokens, "picks": tokens * picks,
+                              "distinct": picked.rows.unique().numel()}  # fmt: skip
+    watch = Watch()
+    with watch.watching():
+        rho = triton_ragged.pre_scores(picked, projected, tables[0], torch.float32)
+        triton_ragged.weighted_sum(picked, weights, tables[1])
+        result["forward"] = {name: each.result() for name, each in watch.kernels.items()}
+        watch.kernels.clear()
+        triton_ragged.weighted_sum_backward(picked, weights, grad, tables[1], sums[1])
+        triton_ragged.pre_scores_backward(picked, rho, projected, tables[0], sums[0])
+        result["backward"] = {name: each.result() for name, each in watch.kernels.items()}
+    read = tokens * picks * (pre_columns + columns) * 2
+    added = result["distinct"] * (pre_columns + columns) * 4
+    result["least"] = {"forward": {"rows": read}, "backward": {"rows": read, "sums": 2 * added}}
+    return result
+
+
 def total(kernels: dict[str, Any], kind: Optional[str] = None) -> int:
     """Bytes that ``kernels`` move, of one kind or of all."""
     return sum(
@@ -245,45 +283,51 @@ def _one_norm(x: torch.Tensor, shape: Any, weight: Any = None, eps: Optional[flo
     return torch.nn.functional.layer_norm(x, list(shape), weight, None, eps or 1e-5)
 
 
-def ops_of(backend: str, layers: int) -> dict[str, collections.Counter]:
-    """Operations of a micro-batch of a model with ``layers`` blocks; "dense" is a backend without memory layers.
-
-    "refresh" are those of u and t, once per optimizer step.
-    """
+def model_of(
+    backend: str, layers: int, seq_length: int = 8, switches: tuple[str, ...] = ("--bf16",)
+) -> tuple[Any, Any, Iterator[dict[str, torch.Tensor]]]:
+    """Run, training state and batches of a narrow model with ``layers`` blocks; "dense" is a backend without memory
+    layers."""
     from umv2_megatron.config.resolve import resolve
     from umv2_megatron.memory import layer
-    from umv2_megatron.ops import scatter
     from umv2_megatron.training import initialize, step
 
-    torch.nn.functional.rms_norm = _one_norm  # numbers do not matter here
     layer.initialize_layer = lambda *_, **__: None  # it searches and looks up
-    scatter.CHUNK_ELEMENTS["cpu"] = scatter.CHUNK_ELEMENTS["cuda"]  # as on a GPU
     flags = {
         **{"model-preset": "umv2-227m-1.2b", "num-layers": layers, "tokenizer-type": "NullTokenizer"},
-        **{"vocab-size": 1000, "train-iters": 2, "micro-batch-size": 1, "global-batch-size": 1, "seq-length": 8},
-        **{"max-position-embeddings": 8, "transformer-impl": "local", "hidden-size": 96},
-        **{"num-attention-heads": 4, "num-query-groups": 4, "kv-channels": 24},
+        **{"vocab-size": 1000, "train-iters": 2, "micro-batch-size": 1, "global-batch-size": 1},
+        **{"seq-length": seq_length, "max-position-embeddings": seq_length, "transformer-impl": "local"},
+        **{"num-attention-heads": 4, "num-query-groups": 4, "kv-channels": 24, "hidden-size": 96},
         **({"ffn-variant": "dense"} if backend == "dense" else {"memory-backend": backend, "memory-num-keys": 40}),
     }
-    argv = ["--bf16", "--mock-data", "--use-distributed-optimizer"]
+    argv = [*switches, "--mock-data", "--use-distributed-optimizer"]
     argv += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     run = resolve(argv, 1, description="", checkpoint_values=None)
     if not torch.distributed.is_initialized():
         initialize.start_processes(run)
     state = initialize.build_training_state(run, 1000)
     step.connect(run, state.chunks, state.optimizer)
-    batch = {name: torch.zeros(1, 8, dtype=torch.long) for name in ("tokens", "labels")}
-    batch |= {"position_ids": torch.arange(8).unsqueeze(0), "loss_mask": torch.ones(1, 8)}
+    batch = {name: torch.zeros(1, seq_length, dtype=torch.long) for name in ("tokens", "labels")}
+    batch |= {"position_ids": torch.arange(seq_length).unsqueeze(0), "loss_mask": torch.ones(1, seq_length)}
+    return run, state, (dict(batch) for _ in itertools.repeat(None))
 
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        while True:
-            yield dict(batch)
 
+def ops_of(backend: str, layers: int) -> dict[str, collections.Counter]:
+    """Operations of a micro-batch of a model with ``layers`` blocks.
+
+    "refresh" are those of u and t, once per optimizer step.
+    """
+    from umv2_megatron.ops import scatter
+    from umv2_megatron.training import step
+
+    torch.nn.functional.rms_norm = _one_norm  # numbers do not matter here
+    scatter.CHUNK_ELEMENTS["cpu"] = scatter.CHUNK_ELEMENTS["cuda"]  # as on a GPU
+    run, state, batches = model_of(backend, layers)
     counted = {"unused": CountOps(), "block": CountOps(), "refresh": CountOps()}
     with counted["unused"].with_kernels():  # what is made once
-        step._run_schedule(run, state.chunks, batches(), forward_only=False)
+        step._run_schedule(run, state.chunks, batches, forward_only=False)
     with counted["block"].with_kernels():
-        step._run_schedule(run, state.chunks, batches(), forward_only=False)
+        step._run_schedule(run, state.chunks, batches, forward_only=False)
     with counted["refresh"].with_kernels():
         step.refresh_singular_vectors(state.chunks)
     return {name: each.counts for name, each in counted.items() if name != "unused"}
@@ -299,16 +343,64 @@ def ops_per_block(backend: str) -> dict[str, dict[str, float]]:
     }  # fmt: skip
 
 
+class CountBytes(TorchDispatchMode):
+    """Bytes that operations other than products of matrices and attention read and write, forward and backward."""
+
+    PRODUCTS = ("mm.", "bmm.", "addmm", "baddbmm", "_scaled_dot_product")
+    WRITE_ONLY = ("copy_", "fill_", "zero_", "zeros", "ones", "full", "new_zeros", "scalar_tensor", "arange")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = str(func).removeprefix("aten.")
+        if not name.startswith((*VIEWS, *self.PRODUCTS)):
+            read = list(args[1:] if name.startswith(self.WRITE_ONLY) else args)
+            moved = [each for each in (*tree_leaves(read), *tree_leaves(result)) if isinstance(each, torch.Tensor)]
+            count = sum(min(each.numel() * each.itemsize, each.untyped_storage().nbytes()) for each in moved)
+            if torch._C._current_graph_task_id() >= 0:
+                self.backward += count
+            else:
+                self.forward += count
+        return result
+
+
+def bytes_of_block(switches: tuple[str, ...]) -> dict[str, float]:
+    """What a block without a memory layer moves beside its products, as PyTorch runs megatron-core's own modules on a
+    CPU: bytes for each token, "forward" and "backward", and bytes for each parameter, "parameters"."""
+    from umv2_megatron.training import step
+
+    found: dict[tuple[int, int], CountBytes] = {}
+    elements: dict[int, int] = {}
+    for layers, length in itertools.product((1, 3), (32, 64)):
+        run, state, batches = model_of("dense", layers, length, switches)
+        elements[layers] = sum(each.numel() for chunk in state.chunks for each in chunk.parameters())
+        step._run_schedule(run, state.chunks, batches, forward_only=False)
+        with CountBytes() as found[layers, length]:
+            step._run_schedule(run, state.chunks, batches, forward_only=False)
+
+    def of_block(way: str, length: int) -> float:
+        return (getattr(found[3, length], way) - getattr(found[1, length], way)) / 2
+
+    per_token = {way: (of_block(way, 64) - of_block(way, 32)) / 32 for way in ("forward", "backward")}
+    fixed = of_block("backward", 32) - 32 * per_token["backward"]
+    return {**per_token, "parameters": fixed / ((elements[3] - elements[1]) / 2)}
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, action="append", help="sizes of the lookup; all without it")
+    parser.add_argument("--size", choices=[*SIZES, *LISTS], action="append",
+                        help="sizes of the lookup; all without it")  # fmt: skip
     parser.add_argument("--only", choices=("bytes", "ops"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     if options.only != "ops":
-        results["bytes"] = [bytes_of(size) for size in options.size or SIZES]
+        chosen = options.size or [*SIZES, *LISTS]
+        results["bytes"] = [bytes_of_list(size) if size in LISTS else bytes_of(size) for size in chosen]
         for each in results["bytes"]:
             print_bytes(each)
     if options.only != "bytes":
@@ -316,6 +408,10 @@ def main(argv: Optional[list[str]] = None) -> int:
 
         cpu_platform.install()
         results["ops"] = {}
+        results["block"] = {name: bytes_of_block(switches) for name, switches in PRECISIONS.items()}
+        for name, each in results["block"].items():
+            print(f"\na dense block in {name}, beside products: {each['forward']:,.0f} bytes per token forward, "
+                  f"{each['backward']:,.0f} backward, {each['parameters']:.1f} per parameter backward")  # fmt: skip
         print("\n| block with | operations and kernels, forward + backward | added to the refresh of u and t |")
         print("|---|---|---|")
         for backend in ("dense", "scatter", "triton"):

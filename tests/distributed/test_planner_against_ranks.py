@@ -229,7 +229,9 @@ def exchange_differences(changes: dict[str, Any]) -> list[str]:
     def recording(self: Any, *arguments: Any) -> Any:
         started = start(self, *arguments)
         rank = self.exchange.rank
-        passes.append(tuple(sum(each) - each[rank] for each in (started.call.send, started.call.receive)))
+        calls = [span.call for span in started.spans]
+        both = ([each.send for each in calls], [each.receive for each in calls])
+        passes.append(tuple(sum(sum(each) - each[rank] for each in every) for every in both))
         return started
 
     row_sharded.RowShardedLookup.start = recording  # type: ignore[method-assign, assignment]
@@ -252,7 +254,7 @@ def exchange_differences(changes: dict[str, Any]) -> list[str]:
 
 
 EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
-    (2, {**ROW2, "bf16": True}),
+    (2, {**ROW2, "bf16": True, "memory_exchange_parts": 3}),
     (2, {**ROW2, "memory_pre_value_dim": 0, "recompute_granularity": "full", "recompute_method": "uniform",
          "recompute_num_layers": 1, "memory_query_mode": "shared", "memory_key_expansion": 2,
          "memory_value_expansion": "per-block"}),

@@ -19,6 +19,8 @@ FIELDS = {
     "two-heads": {"num_heads": 2},
     "virtual-blocks": {"key_expansion": 2, "value_expansion": "per-block"},
 }
+PARTS = (2, 4, 9)
+"""--memory-exchange-parts: spans of 3, of 2, and of 1 of the TOKENS."""
 BACKENDS = ("cpu", "scatter")
 PICKS = ("random", "one-row", "first-rank", "last-rank")
 
@@ -57,7 +59,8 @@ def look_up(table, inputs: dict, rank: int, main_grad: bool):
             parameter.main_grad = torch.zeros_like(parameter)
     scores = inputs["scores"][rank].clone().requires_grad_()
     projected = None if inputs["projected"] is None else inputs["projected"][rank].clone().requires_grad_()
-    output = table(table.start(inputs["rows"][rank], inputs["blocks"][rank], scores, projected))
+    gathered = table.gather(scores, projected)
+    output = table(table.start(inputs["rows"][rank], inputs["blocks"][rank], scores, gathered))
     output.backward(inputs["grad"][rank])
     grads = [parameter.main_grad if main_grad else parameter.grad for parameter in table.tables()]
     return [output.detach(), scores.grad, None if projected is None else projected.grad, *grads]
@@ -111,10 +114,16 @@ def compare_on_ranks(size: int, mode: str, cases: list, dtype: torch.dtype) -> l
 def test_sharded_lookup_equals_the_whole_table(size, mode):
     cases = [({**fields, "backend": backend}, "random", True) for fields in FIELDS.values() for backend in BACKENDS]
     cases += [({}, picks, False) for picks in PICKS]
-    for errors in run_ranks(size, compare_on_ranks, size, mode, cases, torch.float64):
+    if mode == "row":
+        cases += [({**FIELDS["virtual-blocks"], "exchange_parts": parts, "backend": backend}, picks, True)
+                  for parts in PARTS for backend in BACKENDS for picks in ("random", "last-rank")]  # fmt: skip
+    ranks = run_ranks(size, compare_on_ranks, size, mode, cases, torch.float64)
+    for errors in ranks:
         for each in errors:
             assert all(each["shapes"]), each
             assert each["error"] < 1e-13, each
+    if mode == "row":
+        assert len({str(sorted(each["sent"].items())) for each in ranks[0][-6 * len(BACKENDS) :: 2]}) == 1
 
 
 @pytest.mark.parametrize("mode", ["dim", "row"])
@@ -132,7 +141,7 @@ def late_and_early(size: int) -> list[bool]:
     groups.initialize_groups(memory_parallel_size=size)
     rank = groups.get_memory_parallel_rank()
     same = []
-    for fields in FIELDS.values():
+    for fields in ({**each, "exchange_parts": parts} for each in FIELDS.values() for parts in (1, 2)):
         config = config_of(fields)
         inputs = inputs_of(config, size, "random", torch.float32)
         found = []
@@ -145,7 +154,7 @@ def late_and_early(size: int) -> list[bool]:
 
 
 def test_picks_that_are_sent_late_give_the_same_bits():
-    assert run_ranks(3, late_and_early, 3) == [[True] * len(FIELDS)] * 3
+    assert run_ranks(3, late_and_early, 3) == [[True] * 2 * len(FIELDS)] * 3
 
 
 def calls_alive_after_backward(mode: str) -> int:
@@ -157,8 +166,9 @@ def calls_alive_after_backward(mode: str) -> int:
 
     groups.initialize_groups(memory_parallel_size=2)
     rank = groups.get_memory_parallel_rank()
-    inputs = inputs_of(config_of({}), 2, "random", torch.float32)
-    table = filled_table(config_of({}), inputs, TableShard(mode, 2, rank), torch.float32)
+    config = config_of({"exchange_parts": 2 if mode == "row" else 1})
+    inputs = inputs_of(config, 2, "random", torch.float32)
+    table = filled_table(config, inputs, TableShard(mode, 2, rank), torch.float32)
     for _ in range(3):
         look_up(table, inputs, rank, True)
     gc.collect()

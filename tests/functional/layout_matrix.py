@@ -37,6 +37,8 @@ SEEDS = (7, 8, 9)
 """Of the starts. Where the best K keys or cells tie but for the last bits, a layout may pick another row than one rank
 does, and losses part by 1e-5 or more from one step to the next: fp32 cannot tell which pick is right. A layout that
 parts is therefore tried from the next start; an error in it would show from each."""
+IN_PARTS = (("memory_exchange_parts", 3),)
+"""Of layouts by row with the distributed optimizer; those without it send everything at once."""
 LEARNING_RATE = 1e-4
 """Small, because Adam turns rounding errors of gradients near 0 into steps of this size."""
 
@@ -107,13 +109,15 @@ def all_layouts() -> list[Layout]:
     for (tp, sp), pp, cp, (m, mode), distributed, sharing in itertools.product(
         tensor, (1, 2), (1, 2), shards, (False, True), ("none", "block")
     ):
+        extra = IN_PARTS if mode == "row" and distributed else ()
         fitting = [
             layout
             for world in (1, 2, 4)
-            if (layout := Layout(world, tp, sp, pp, cp, m, mode, distributed, sharing)).is_legal
+            if (layout := Layout(world, tp, sp, pp, cp, m, mode, distributed, sharing, extra)).is_legal
         ]
         if not fitting and distributed:
-            fitting = [layout for layout in [Layout(8, tp, sp, pp, cp, m, mode, True, sharing)] if layout.is_legal]
+            layout = Layout(8, tp, sp, pp, cp, m, mode, True, sharing, extra)
+            fitting = [layout] if layout.is_legal else []
         found += fitting[-1:]
     return [layout for layout in found if layout.world > 1]
 

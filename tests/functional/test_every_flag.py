@@ -105,6 +105,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "memory_value_expansion": {"memory_key_expansion": 2},
     "memory_read_delay": {"memory_layer_freq": "[1,0]"},
     "memory_parallel_mode": {"memory_parallel_size": 2},
+    "memory_exchange_parts": {"memory_parallel_size": 2, "memory_parallel_mode": "row"},
     "lr_warmup_init": {"lr_warmup_iters": 1},
     "lr_warmup_init_fraction": {"lr_warmup_iters": 1},
     "lr_wsd_decay_style": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "train_iters": 5},
@@ -120,7 +121,8 @@ for _key in ("eod_mask_loss", "split", "reset_position_ids", "data_path", "train
     BESIDE[_key] = {"corpus": True}
 BESIDE["reset_position_ids"]["position_embedding_type"] = "learned_absolute"
 RANKS = {
-    "expert_model_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": 2, "profile_ranks": 2,
+    "expert_model_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": 2, "memory_exchange_parts": 2,
+    "profile_ranks": 2,
     "average_in_collective": 2, "reduce_scatter_with_fp32_accumulation": 2, "num_distributed_optimizer_instances": 2,
     "pad_buckets_for_high_nccl_busbw": 2, "overlap_param_gather": 2, "overlap_grad_reduce": 2, "bucket_size": 2,
     "use_distributed_optimizer": 2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from layout_matrix import Layout, Matrix, all_layouts
+from layout_matrix import IN_PARTS, Layout, Matrix, all_layouts
 
 FULL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
 SELECTIVE = (("recompute_granularity", "selective"), ("recompute_modules", "mlp"))
@@ -17,9 +17,9 @@ def slow(layout: Layout) -> object:
 
 PRUNED = [
     Layout(2, m=2, mode="dim", distributed_optimizer=True, extra=FULL),
-    Layout(2, m=2, mode="row", sharing="block", extra=SELECTIVE),
+    Layout(2, m=2, mode="row", sharing="block", extra=(*SELECTIVE, *IN_PARTS)),
     slow(Layout(2, tp=2, m=2, mode="row", distributed_optimizer=True)),
-    Layout(4, tp=2, sp=True, m=4, mode="row", distributed_optimizer=True, sharing="block"),
+    Layout(4, tp=2, sp=True, m=4, mode="row", distributed_optimizer=True, sharing="block", extra=IN_PARTS),
     Layout(4, tp=2, sp=True, cp=2, m=2, mode="dim"),
     slow(Layout(4, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="block")),
     Layout(4, pp=2, m=2, mode="dim", extra=INTERLEAVED),

@@ -46,7 +46,8 @@ MODEL_KEYS = (
 SEARCHED: dict[str, tuple[str, Any]] = {
     "tensor_model_parallel_size": ("tp", int), "pipeline_model_parallel_size": ("pp", int),
     "context_parallel_size": ("cp", int), "memory_parallel_size": ("memory_size", int),
-    "memory_parallel_mode": ("memory_mode", ("dim", "row")), "micro_batch_size": ("micro_batch", int),
+    "memory_parallel_mode": ("memory_mode", ("dim", "row")), "memory_exchange_parts": ("exchange_parts", int),
+    "micro_batch_size": ("micro_batch", int),
     "recompute_granularity": ("recompute", ("none", "selective", "full")),
     "num_layers_per_virtual_pipeline_stage": ("per_chunk", int),
 }
@@ -59,6 +60,7 @@ DEVICE_HELP = {
     "--memory-bandwidth": "GB/s of the device's memory, read and written, as reached",
     "--row-bandwidth": "GB/s of rows read at random places of a table, as reached",
     "--update-bandwidth": "GB/s of the optimizer's state, gradients and weights in an update, as reached",
+    "--cache-bytes": "bytes that the device's shared cache (L2) keeps of data that all programs read",
     "--intra-node-bandwidth": "GB/s from a device to others of its node, as reached",
     "--inter-node-bandwidth": "GB/s from a device to other nodes, as reached",
     "--gpus-per-node": "devices in a node",
@@ -327,8 +329,9 @@ def _search(given: Any, run: Any, start: Layout, model: Model, device: Device, a
     sharded = start.distributed_optimizer or "use_distributed_optimizer" not in run.sources
     reducing = start.overlap_grad_reduce or "overlap_grad_reduce" not in run.sources
     gathering = sharded and reducing and (start.overlap_param_gather or "overlap_param_gather" not in run.sources)
+    stream = start.memory_stream or (run.has_memory and not start.graphs and "memory_stream" not in run.sources)
     start = dataclasses.replace(start, distributed_optimizer=sharded, overlap_grad_reduce=reducing,
-                                overlap_param_gather=gathering)
+                                overlap_param_gather=gathering, memory_stream=stream)
     found = search(model, start, batch, device, available, fixed)
     top = _number("top", given.top, int)
     smallest = found.smallest

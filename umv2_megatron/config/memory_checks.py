@@ -13,6 +13,12 @@ def check_memory_layout(run: RunConfig) -> None:
         refuse(
             "memory-parallel-mode", memory.parallel_mode, "no value with --memory-parallel-size 1: nothing is sharded"
         )
+    if memory.exchange_parts > 1 and (memory.parallel_size == 1 or memory.parallel_mode != "row"):
+        refuse(
+            "memory-exchange-parts",
+            memory.exchange_parts,
+            "1 without tables shared out by row (--memory-parallel-size above 1, --memory-parallel-mode row)",
+        )
     for key in ("memory_balance_loss_coeff", "memory_tucker_penalty_coeff"):
         if run.calculate_per_token_loss and run.values[key] > 0:
             refuse(

@@ -156,6 +156,11 @@ class MemoryConfig:
     )
     parallel_size: int = option(1, "M: ranks over which a value table is sharded")
     parallel_mode: str = option("dim", "how a table is sharded: by dimension or by row", choices=("dim", "row"))
+    exchange_parts: int = option(
+        1,
+        "spans of tokens whose rows are added up and sent one after the other with --memory-parallel-mode row, so that "
+        "the sums of one travel beside the lookup of the next",
+    )
     seed: int = option(
         1234, "seed of the row shuffle and of the initialisation of memory layers", at_least=0, at_most=2**31 - 1
     )
@@ -258,6 +263,7 @@ class MemoryConfig:
             "key_expansion",
             "sharing_size",
             "parallel_size",
+            "exchange_parts",
         ):
             if getattr(self, name) < 1:
                 refuse(name, "an integer of at least 1")

@@ -119,6 +119,7 @@ def _is_layout(key: str) -> bool:
         "backend",
         "memory_backward",
         "memory_stream",
+        "memory_exchange_parts",
         "impl",
         "initialization",
         "deterministic",

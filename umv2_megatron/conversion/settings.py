@@ -64,7 +64,7 @@ OF_EXPERTS = {
     },
 }
 # Fields of MemoryConfig that say how a run computes, not what.
-_OF_A_RUN = ("backend", "backward", "stream", "parallel_size", "parallel_mode", "value_second_moment",
+_OF_A_RUN = ("backend", "backward", "stream", "parallel_size", "parallel_mode", "exchange_parts", "value_second_moment",
              "value_optimizer_offload")
 # Settings that change what the model computes and that the Hugging Face model does not know, with the value it has.
 _FIXED = {

@@ -4,15 +4,15 @@ Every rank works on the picks of all ranks, with its own columns, so the load is
 tokens of one rank, P picks of a token, C cores, C' of them (counted as in ``TableShard.cores``) that touch one rank's
 columns, E virtual blocks. Exchanges, each named by its step, with what one rank has before and after:
 
+    gather     projected      all-to-all      [T, Dp]                      -> [M*T, Dp/M], before the search for picks
     start      rows           all-gather      [T, P] cells                 -> [M*T, P]
-               projected      all-to-all      [T, Dp]                      -> [M*T, Dp/M]
     finish     pre_scores     reduce-scatter  [M*T, P] parts of rho        -> [T, P]
                weights        all-to-all      [T, P, C] score * rho        -> [M*T, P, C']
                output         all-to-all      [M*T, E * Dv/M]              -> [T, E * Dv]
     backward   output_grad    all-to-all      [T, E * Dv]                  -> [M*T, E * Dv/M]
     of finish  weight_grads   all-to-all      [M*T, P, C'] parts           -> [T, P, C], summed here
                rho_grads      all-gather      [T, P]                       -> [M*T, P]
-               projected_grad all-to-all      [M*T, Dp/M]                  -> [T, Dp], awaited by the backward of start
+               projected_grad all-to-all      [M*T, Dp/M]                  -> [T, Dp], awaited by the backward of gather
 
 The paper gathers the scores and sums the pre-scores on every rank; summing them at the token's own rank, which then
 sends finished weights to the ranks whose columns need them, moves about half as many bytes (docs/memory-parallel.md).
@@ -47,9 +47,17 @@ class _Call:
     """[M, C'] int64: the core of each slice of each rank's columns."""
     num_blocks: int
     activation: str
-    cells: Pending
+    cells: Optional[Pending] = None
     projected: Optional[Pending] = None
     projected_grad: Optional[Pending] = None
+
+
+@dataclass
+class Gathered:
+    """Projected inputs on their way, for ``start``: [M * T, Dp/M], None without pre-values."""
+
+    call: _Call
+    slices: Optional[Tensor]
 
 
 @dataclass
@@ -69,23 +77,21 @@ class DimShardedLookup:
         ranks = [TableShard(shard.mode, shard.size, rank) for rank in range(shard.size)]
         self._cores = torch.tensor([each.cores(config.value_dim, config.num_cores) for each in ranks], device="cpu")
 
-    def start(self, rows: Tensor, blocks: Optional[Tensor], scores: Tensor, projected: Optional[Tensor]) -> Started:
-        """Send picks and projected inputs off; arguments as in ``ops.interface.TableLookup``."""
+    def gather(self, x: Tensor, projected: Optional[Tensor]) -> Gathered:
+        """Send the columns of the projected inputs [T, Dp] of the tokens ``x`` [T, ...] off, if there are any."""
         config = self.config
-        self._cores = self._cores.to(rows.device)  # moved once
-        cells = encode(rows, blocks, config.num_blocks, self.rows)
-        parts = get_backend(config.backend, rows.device, config.backward).grid
+        self._cores = self._cores.to(x.device)  # moved once
+        parts = get_backend(config.backend, x.device, config.backward).grid
         assert parts is not None, config.backend
-        call = _Call(
-            self.exchange,
-            parts,
-            self._cores,
-            config.num_blocks,
-            config.pre_value_activation,
-            cells=self.exchange.all_gather("rows", cells),
-        )
-        slices = _SendProjected.apply(projected, call) if projected is not None else None
-        return Started(call, scores, slices)
+        call = _Call(self.exchange, parts, self._cores, config.num_blocks, config.pre_value_activation)
+        return Gathered(call, _SendProjected.apply(projected, call) if projected is not None else None)
+
+    def start(self, rows: Tensor, blocks: Optional[Tensor], scores: Tensor, gathered: Gathered) -> Started:
+        """Send picks off; arguments as in ``ops.interface.TableLookup``, but for what ``gather`` made of the projected
+        inputs."""
+        call = gathered.call
+        call.cells = self.exchange.all_gather("rows", encode(rows, blocks, self.config.num_blocks, self.rows))
+        return Started(call, scores, gathered.slices)
 
     def finish(self, started: Started, pre_values: Optional[Tensor], values: Tensor) -> Tensor:
         """The summed rows of this rank's tokens, [T, E * Dv]."""
@@ -116,6 +122,7 @@ class _Finish(torch.autograd.Function):
     ) -> Tensor:
         exchange, size = call.exchange, call.exchange.size
         tokens, picks, _ = scores.shape
+        assert call.cells is not None
         cells = call.cells.wait()
         rows, blocks = decode(cells, call.num_blocks)
         rho: Optional[Tensor] = None

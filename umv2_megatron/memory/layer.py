@@ -138,13 +138,14 @@ class MemoryLayer(nn.Module):
     def start(self, x: Tensor) -> Started:
         """Pick rows for ``x`` [..., H] and start to exchange them; the FFN may be computed before ``finish``."""
         flat = x.reshape(-1, self.hidden_size)
-        picks: Picks = self.retrieval(flat)
-        virtual = self.perm[picks.grid].long()
-        rows, block = self.window.locate(virtual, self.config.key_expansion**2)
         projected = None
         if self.config.has_pre_values:
             projected = self.pre_proj(flat) if self.pre_proj is not None else flat
-        lookup = self.table.start(rows, block, picks.scores, projected)
+        gathered = self.table.gather(flat, projected)
+        picks: Picks = self.retrieval(flat)
+        virtual = self.perm[picks.grid].long()
+        rows, block = self.window.locate(virtual, self.config.key_expansion**2)
+        lookup = self.table.start(rows, block, picks.scores, gathered)
         gate = self.gate_proj(flat) if self.gate_proj is not None else None
         return Started(x.shape, lookup, picks, virtual, gate)
 

@@ -42,6 +42,7 @@ class WholeLookup:
 
 
 StartedLookup = Union[WholeLookup, dim_sharded.Started, row_sharded.Started]
+GatheredInputs = Union[Tensor, None, dim_sharded.Gathered, row_sharded.Gathered]
 
 
 class ValueTable(nn.Module):
@@ -92,18 +93,23 @@ class ValueTable(nn.Module):
         left, right = self.shard.columns(columns)
         return torch.empty(bottom - top, right - left, dtype=dtype, device=device)
 
+    def gather(self, x: Tensor, projected: Optional[Tensor]) -> GatheredInputs:
+        """Begin to exchange the projected inputs [T, Dp] of the tokens ``x`` [T, H], for ``start``: they travel while
+        rows are searched for. ``projected`` is None without pre-values. Nothing happens for a whole table."""
+        return projected if self._sharded is None else self._sharded.gather(x, projected)
+
     def start(
-        self, rows: Tensor, blocks: Optional[Tensor], scores: Tensor, projected: Optional[Tensor]
+        self, rows: Tensor, blocks: Optional[Tensor], scores: Tensor, gathered: GatheredInputs
     ) -> StartedLookup:
-        """Begin a lookup; arguments as in ``ops.interface.TableLookup``, rows are those of the whole table. ``blocks``
-        may be any numbers where E is 1.
+        """Begin a lookup; arguments as in ``ops.interface.TableLookup``, rows are those of the whole table, and
+        ``gathered`` is what ``gather`` gave. ``blocks`` may be any numbers where E is 1.
 
         The exchanges of a sharded table are under way on return; the table itself is not touched yet. Every rank of the
         memory-parallel group must call this with the same number of tokens.
         """
         if self._sharded is None:
-            return WholeLookup(rows, blocks, scores, projected)
-        return self._sharded.start(rows, blocks, scores, projected)
+            return WholeLookup(rows, blocks, scores, gathered)  # type: ignore[arg-type]
+        return self._sharded.start(rows, blocks, scores, gathered)  # type: ignore[arg-type]
 
     def forward(self, started: StartedLookup) -> Tensor:
         """Finish a lookup: the picked rows added up, [T, E * Dv].

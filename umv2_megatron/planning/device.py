@@ -11,8 +11,10 @@ class Device:
     """Figures of a rank's device and links; bandwidths in GB/s (1e9 bytes), in one direction, as achieved.
 
     ``row_bandwidth``: of rows read at random places of a table; ``update_bandwidth``: of the optimizer, whose state is
-    read and written; ``launch_us``: microseconds that the host takes to start an operation; ``starts_ahead``: 1 where
-    the host starts operations while the device computes (a GPU), 0 where it computes itself.
+    read and written; ``cache_bytes``: what the cache that all programs share keeps of data that any of them reads (an
+    H100's L2 of 50 MB has two halves, each of which keeps what its own programs read); ``launch_us``: microseconds
+    that the host takes to start an operation; ``starts_ahead``: 1 where the host starts operations while the device
+    computes (a GPU), 0 where it computes itself.
     """
 
     peak_tflops: float = 989.0
@@ -20,6 +22,7 @@ class Device:
     memory_bandwidth: float = 2500.0
     row_bandwidth: float = 2000.0
     update_bandwidth: float = 2500.0
+    cache_bytes: float = 25e6
     intra_node_bandwidth: float = 360.0
     inter_node_bandwidth: float = 40.0
     gpus_per_node: int = 8
@@ -40,3 +43,7 @@ class Device:
             crossing /= here
         longest = max(inside / self.intra_node_bandwidth, crossing / self.inter_node_bandwidth)
         return self.link_latency_us * 1e-6 + longest / 1e9
+
+    def crosses_nodes(self, ranks: int, stride: int) -> bool:
+        """Whether a group of ``ranks`` that are ``stride`` apart has members on several nodes."""
+        return ranks > 1 and ranks * stride > self.gpus_per_node

@@ -29,6 +29,8 @@ INT32 = 4
 INT64 = 8
 # A radix sort of keys of 4 bytes with places of 8, 8 bits in a pass, read and written: an assumption.
 SORT_BYTES = 4 * 2 * (INT32 + INT64)
+# Picks of one row that a program sums, ``ops/triton_launch.py``; the sums of further ones are written and read.
+PIECE = 128
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,18 @@ class Moved:
 # -- memory layer ----------------------------------------------------------------------------------------------------
 
 
-def memory_layer(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
-    """One memory layer for ``tokens`` tokens of each rank: lookup and key scores."""
-    return lookup(memory, layout, tokens) + key_scores(memory, layout, tokens)
+def memory_layer(memory: MemoryConfig, layout: Layout, tokens: int, cache: float = math.inf) -> Moved:
+    """One memory layer for ``tokens`` tokens of each rank: lookup and key scores; ``cache`` as for ``lookup``."""
+    return lookup(memory, layout, tokens, cache) + key_scores(memory, layout, tokens)
 
 
-def lookup(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
+def lookup(memory: MemoryConfig, layout: Layout, tokens: int, cache: float = math.inf) -> Moved:
     """The lookup of one layer, when ``tokens`` tokens of every rank pick rows at random.
 
     Picks of the memory-parallel group's M ranks reach a rank's tables: all of them by column, an Mth by row.
+    ``cache``: bytes that a cache of the device keeps of what is read again (``Device.cache_bytes``).
     """
+    served = layout.memory_size * tokens
     by_column = layout.memory_size if layout.memory_mode == "dim" else 1
     share = 1 / by_column
     picks = by_column * tokens * memory.num_heads * memory.topk
@@ -80,7 +84,7 @@ def lookup(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
     pre, values = memory.pre_value_dim * share, memory.value_dim * share
     backend = layout.lookup
     if backend == "triton":
-        return by_triton(memory, layout, picks, held, pre, values)
+        return by_triton(memory, layout, picks, served, held, pre, values, cache)
     if backend == "cpu":
         return _by_cpu_kernels(layout, picks, pre + values)
     return _by_torch(layout, picks, pre, values)
@@ -91,19 +95,46 @@ def distinct_rows(rows: float, picks: float) -> float:
     return -rows * math.expm1(picks * math.log1p(-1 / rows)) if rows > 1 else min(rows, picks)
 
 
-def by_triton(memory: MemoryConfig, layout: Layout, picks: float, held: float, pre: float, values: float) -> Moved:
-    """Rows once in the forward and once in the backward; the gradient of each distinct row read and written once."""
+def by_triton(
+    memory: MemoryConfig, layout: Layout, picks: float, served: float, held: float, pre: float, values: float,
+    cache: float = math.inf,
+) -> Moved:  # fmt: skip
+    """Rows once in the forward and once in the backward; the gradient of each distinct row read and written once.
+
+    The tokens' own vectors (projected input, gradient of the output) are read once in the order of tokens, and once
+    more for every pick, in the order of rows, by the sum of gradients. The latter comes from memory where the vectors
+    of all ``served`` tokens are more than ``cache``: by row M ranks send whole vectors, M * T of them.
+    """
     size, cores = layout.weight_bytes, memory.num_cores
-    per_token = picks / (memory.num_heads * memory.topk)
     read = picks * (pre + values) * size
     added = 2 * layout.grad_bytes * (pre + values) * distinct_rows(held, picks)
-    # row ids, scores of each core, rho; the tokens' own vectors
-    small = picks * (INT64 + (cores + 1) * FP32) + per_token * (pre + memory.num_blocks * values) * size
-    # the same, with the gradients of scores and rho, weights; places and ends of the segments of equal rows
-    lists = picks * (2 * INT64 + 3 * (cores + 1) * FP32 + 47 + cores * FP32 + SORT_BYTES)
-    # the projected input and the gradient of the output are read, the gradient of the former is written
-    vectors = per_token * (2 * pre + memory.num_blocks * values) * size
-    return Moved(read, read + added, small, lists + vectors)
+    projected, output = served * pre * size, served * memory.num_blocks * values * size
+    missed = picks * size * (pre * _missed(projected, cache) + values * _missed(output, cache))
+    small, lists = _triton_lists(cores, layout.memory_size > 1 and layout.memory_mode == "row", picks, pre + values)
+    return Moved(read, read + added + missed, small + projected + output, lists + 2 * projected + output)
+
+
+def _missed(held: float, cache: float) -> float:
+    """Share of reads at random places among ``held`` bytes that a cache does not serve."""
+    return max(0.0, 1 - cache / held) if held else 0.0
+
+
+def _triton_lists(cores: int, listed: bool, picks: float, columns: float) -> tuple[float, float]:
+    """Forward and backward: row ids, scores, rho and their gradients, places and ends of the segments of equal rows.
+
+    Of a grid of picks by fused kernels; of a list (tables by row) by one kernel for each table, with the owner of each
+    pick, and PyTorch's products of scores and rho between them.
+    """
+    scores, ids = cores * FP32, INT64
+    if not listed:
+        return picks * (ids + scores + FP32), picks * (2 * ids + 3 * (scores + FP32) + 47 + scores + SORT_BYTES)
+    scaled = 2 * scores + FP32  # scores times rho: read, read, written
+    forward = 2 * ids + FP32 + ids + scores + scaled
+    dots = (2 * ids + scores) + (ids + FP32)
+    added = 2 * (2 * ids) + scores + FP32 + 3 * INT32
+    pieces = 2 * FP32 * columns / PIECE
+    products = 2 * scaled + 4 * scores + FP32
+    return picks * forward, picks * (dots + added + pieces + 9 + products + SORT_BYTES)
 
 
 def _by_cpu_kernels(layout: Layout, picks: float, columns: float) -> Moved:

@@ -21,7 +21,11 @@ from umv2_megatron.config.table_shard import TableShard
 SCORE_BYTES = 4
 FORWARD = ("pick_counts", "rows", "scores", "projected", "pre_scores", "weights", "output")
 # Under way while the FFN of the same block computes: its forward, or its backward.
-OVERLAPPED = ("rows", "scores", "projected", "score_grads", "projected_grad")
+OVERLAPPED = ("pick_counts", "rows", "scores", "score_grads")
+# Under way while keys are scored and searched, forward or backward, and, what is left of them, beside the FFN.
+EARLY = ("projected", "projected_grad")
+# Sent at once, whatever --memory-exchange-parts is.
+WHOLE = ("pick_counts",)
 
 
 def exchange_bytes(

@@ -27,7 +27,8 @@ class Layout:
     """Parallel sizes, batch, precision and recomputation of one run.
 
     ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
-    ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``micro_batch`` in samples, ``micro_batches`` per rank and
+    ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``memory_stream``: --memory-stream; ``exchange_parts``: spans
+    of --memory-exchange-parts; ``micro_batch`` in samples, ``micro_batches`` per rank and
     step; ``engine``: Transformer Engine's attention and norms instead of the local ones; ``holds_scores``: local
     attention that writes the scores of all pairs of tokens (model/fused_attention.py says when); ``masked``: it gets
     masks from the data loader; ``fused_activation``: bias-SwiGLU, on by default on a GPU; ``fused_accumulation``:
@@ -46,6 +47,8 @@ class Layout:
     chunks: int = 1
     memory_size: int = 1
     memory_mode: str = "dim"
+    memory_stream: bool = False
+    exchange_parts: int = 1
     sequence_parallel: bool = False
     micro_batch: int = 1
     micro_batches: int = 1
@@ -107,6 +110,8 @@ class Layout:
             chunks=values["num_layers"] // pp // per_chunk if per_chunk else 1,
             memory_size=values["memory_parallel_size"] if memory else 1,
             memory_mode=values["memory_parallel_mode"],
+            exchange_parts=values.get("memory_exchange_parts") or 1,
+            memory_stream=memory and bool(values.get("memory_stream")),
             sequence_parallel=bool(values["sequence_parallel"]) and tp > 1,
             micro_batch=micro,
             micro_batches=batch // (micro * replicas),
@@ -199,10 +204,12 @@ class Layout:
             found.append(f"--num-layers-per-virtual-pipeline-stage {num_layers // (self.pp * self.chunks)}")
         if self.memory_size > 1:
             found.append(f"--memory-parallel-mode {self.memory_mode}")
+        if self.exchange_parts > 1:
+            found.append(f"--memory-exchange-parts {self.exchange_parts}")
         switches = {
             "sequence-parallel": self.sequence_parallel, "bf16": self.bf16,
             "use-distributed-optimizer": self.distributed_optimizer, "overlap-grad-reduce": self.overlap_grad_reduce,
-            "overlap-param-gather": self.overlap_param_gather,
+            "overlap-param-gather": self.overlap_param_gather, "memory-stream": self.memory_stream,
         }
         found += [f"--{name}" for name, on in switches.items() if on]
         if self.bf16 and not self.grads_in_fp32:

@@ -2,7 +2,7 @@
 
 ``evaluate`` looks at the first, a middle and the last pipeline stage (the embedding and most micro-batches in flight
 are on the first, the output matrix is on the last). ``search`` tries TP x PP x virtual stages x CP x M x mode x
-micro-batch x recomputation x precision of gradients.
+parts of exchanges x micro-batch x recomputation x precision of gradients.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from umv2_megatron.planning.step_time import StepTime, step_time
 
 GIB = 2**30
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+EXCHANGE_PARTS = (1, 4)
 # Context parallelism pays for long sequences only.
 SHORTEST_PART = 2048
 
@@ -146,9 +147,9 @@ def candidates(
                 if world % (tp * pp * cp):
                     continue
                 dp = world // (tp * pp * cp)
-                for size, mode in _table_splits(model.memory, world // pp, fixed):
+                for size, mode, parts in _table_splits(model.memory, world // pp, fixed):
                     layout = dataclasses.replace(start, tp=tp, pp=pp, cp=cp, memory_size=size, memory_mode=mode,
-                                                 sequence_parallel=sequence)
+                                                 exchange_parts=parts, sequence_parallel=sequence)
                     for staged in _virtual_stages(layout, base.num_layers // pp, fixed):
                         yield from _batches(model, staged, global_batch, dp, fixed)
 
@@ -188,12 +189,17 @@ def _recomputations(layout: Layout, fixed: Mapping[str, Any]) -> list[tuple[str,
     return [("none", ()), *attention, ("selective", ("mlp",)), ("full", ())]
 
 
-def _table_splits(memory: MemoryConfig | None, per_stage: int, fixed: Mapping[str, Any]) -> list[tuple[int, str]]:
+def _table_splits(
+    memory: MemoryConfig | None, per_stage: int, fixed: Mapping[str, Any]
+) -> list[tuple[int, str, int]]:
+    """M, mode and --memory-exchange-parts."""
     if memory is None:
-        return [(1, "dim")]
+        return [(1, "dim", 1)]
     modes = _choice(fixed, "memory_mode", ["dim", "row"])
     sizes = _choice(fixed, "memory_size", _divisors(per_stage))
-    return [(size, mode) for size in sizes for mode in (modes if size > 1 else ["dim"])]
+    parts = {"dim": [1], "row": _choice(fixed, "exchange_parts", EXCHANGE_PARTS)}
+    return [(size, mode, each) for size in sizes for mode in (modes if size > 1 else ["dim"])
+            for each in parts[mode if size > 1 else "dim"]]  # fmt: skip
 
 
 def _context_sizes(shape: ModelShape) -> list[int]:

@@ -23,11 +23,12 @@ from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.planning import device_bytes
 from umv2_megatron.planning.device import Device
 from umv2_megatron.planning.device_bytes import Moved
-from umv2_megatron.planning.exchange import FORWARD, OVERLAPPED, exchange_bytes
+from umv2_megatron.planning.exchange import EARLY, FORWARD, OVERLAPPED, WHOLE, exchange_bytes
 from umv2_megatron.planning.flops import FlopsPerToken
 from umv2_megatron.planning.launches import FORWARD_SHARE, micro_batch_launches
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.model_shape import ModelShape
+from umv2_megatron.planning.overlap import Sent, Work, slot_seconds
 from umv2_megatron.planning.rank_parameters import table_rows
 from umv2_megatron.planning.state_bytes import FP32, StateBytes
 from umv2_megatron.planning.traffic import Traffic, traffic
@@ -37,6 +38,7 @@ ALL_TO_ALL = {
     "dim": ("projected", "weights", "output", "output_grad", "weight_grads", "projected_grad"),
     "row": ("pick_counts", "rows", "scores", "score_grads"),
 }
+KINDS = ("early", "beside", "waited")
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,10 @@ def step_time(
     slowest = max(stages, key=lambda each: each.forward + each.backward)
     both = slowest.forward + slowest.backward
     bubble = (layout.pp - 1) / layout.chunks * both
+    idle = [max(0.0, total - busy) for total, busy in zip((slowest.forward, slowest.backward), slowest.links())]
     hidden_by = {
-        "gradients": slowest.backward if layout.overlap_grad_reduce else 0.0,
-        "weights": slowest.forward if layout.overlap_param_gather else 0.0,
+        "gradients": idle[1] if layout.overlap_grad_reduce else 0.0,
+        "weights": idle[0] if layout.overlap_param_gather else 0.0,
     }
     data_parallel = max(each.data_parallel(hidden_by) for each in stages)
     optimizer = max(each.optimizer() for each in stages)
@@ -115,23 +118,20 @@ class _Stage:
         self._communicate(stage)
 
     def _compute(self, flops: FlopsPerToken, has_logits: bool) -> None:
-        """Seconds of products, memory traffic and launches, ``forward`` and ``backward``."""
+        """Seconds of products, memory traffic, exchanges and launches, ``forward`` and ``backward``."""
         layout, count = self.layout, self.shape.num_layers
         rate = self.device.peak_tflops * 1e12 * self.device.flops_efficiency
         tokens = layout.tokens(self.shape.seq_length) / layout.tp / rate
         attention = tokens * (flops.attention_projections + flops.attention_scores) / count
-        self.ffn = tokens * flops.ffn / count
+        ffn = tokens * flops.ffn / count
         core = tokens * flops.attention_scores / count
-        products = tokens * flops.memory / max(1, self.all_memory_layers)
         rest = self._seconds(device_bytes.block(self.shape, layout, self.shape.seq_length))
-        layer = (0.0, 0.0)
-        if self.memory is not None:
-            own = layout.own_tokens(self.shape.seq_length)
-            layer = self._seconds(device_bytes.memory_layer(self.memory, layout, own))
-        block = (attention + self.ffn + rest[0], 2 * (attention + self.ffn) + rest[1])
-        memory = (products + layer[0], 2 * products + layer[1])
-        self.forward = forward = self.blocks * block[0] + self.memory_layers * memory[0]
-        self.backward = self.blocks * block[1] + self.memory_layers * memory[1]
+        self.forward = self.blocks * (attention + rest[0])
+        self.backward = self.blocks * (2 * attention + rest[1])
+        alone = (self.blocks - self.memory_layers) * ffn
+        self.forward, self.backward = self.forward + alone, self.backward + 2 * alone
+        slot = self._slots(tokens, flops, ffn)
+        blocks = self.forward
         dense = (self.state.gradients - self.state.table_gradients) / layout.grad_bytes
         self.backward += self._seconds(device_bytes.accumulation(dense, layout))[1]
         if has_logits:
@@ -144,13 +144,56 @@ class _Stage:
             if layout.recompute_method == "block":
                 share = min(1.0, layout.recompute_layers * layout.chunks / max(1, self.blocks))
             self.again = share
-            self.backward += share * forward
+            self.backward += share * blocks
         elif layout.recompute == "selective":
             if "core_attn" in layout.recompute_modules:
                 self.backward += self.blocks * core
             if "mlp" in layout.recompute_modules:
-                self.backward += self.blocks * self.ffn + self.memory_layers * memory[0]
+                self.backward += alone + self.memory_layers * slot
         self._launch()
+
+    def _slots(self, tokens: float, flops: FlopsPerToken, ffn: float) -> float:
+        """Add FFNs with memory layers to ``forward`` and ``backward``; returns the forward of one.
+
+        ``tokens``: a micro-batch's over products per second.
+        """
+        self.exchange, self.busy = 0.0, (0.0, 0.0)
+        m, layout, layers = self.memory, self.layout, self.memory_layers
+        if m is None or not layers:
+            return 0.0
+        own = layout.own_tokens(self.shape.seq_length)
+        rows = self._seconds(device_bytes.lookup(m, layout, own, self.device.cache_bytes))
+        scores = self._seconds(device_bytes.key_scores(m, layout, own))
+        products = tokens / self.all_memory_layers
+        found = products * flops.memory_lookup
+        last = tokens * (0 if m.value_expansion == "none" else 2 * self.shape.hidden_size * m.summed_dim)
+        search = products * (flops.memory - flops.memory_lookup) - last
+        forward = Work(search + scores[0], found + rows[0], last, ffn)
+        backward = Work(2 * search + scores[1], 2 * found + rows[1], 2 * last, 2 * ffn)
+        sent = self._sent(m)
+        hides = bool(self.device.starts_ahead)
+        taken = [slot_seconds(work, each, layout.exchange_parts, stream=layout.memory_stream, hides=hides)
+                 for work, each in zip((forward, backward), sent)]  # fmt: skip
+        again = 1 + (layout.recompute == "full" or "mlp" in layout.recompute_modules)
+        self.forward += layers * taken[0]
+        self.backward += layers * taken[1]
+        self.exchange = layers * (again * (taken[0] - forward.all) + taken[1] - backward.all)
+        self.busy = (layers * sent[0].all, layers * (sent[1].all + (again - 1) * sent[0].all))
+        return taken[0]
+
+    def _sent(self, m: MemoryConfig) -> tuple[Sent, Sent]:
+        """Seconds of one memory layer's exchanges, forward and backward."""
+        layout, device = self.layout, self.device
+        if layout.memory_size == 1:
+            return Sent(), Sent()
+        seconds = {True: dict.fromkeys(KINDS, 0.0), False: dict.fromkeys(KINDS, 0.0)}
+        for name, count in layer_exchange(self.shape, m, layout).items():
+            kind = "early" if name in EARLY else "beside" if name in OVERLAPPED else "waited"
+            taken = device.seconds(count, layout.memory_size, 1, all_to_all=name in ALL_TO_ALL[layout.memory_mode])
+            if name not in WHOLE:
+                taken += (layout.exchange_parts - 1) * device.link_latency_us * 1e-6
+            seconds[name in FORWARD][kind] += taken
+        return Sent(**seconds[True]), Sent(**seconds[False])
 
     def _seconds(self, moved: Moved) -> tuple[float, float]:
         """Forward and backward of operations that move so many bytes."""
@@ -182,28 +225,18 @@ class _Stage:
         if layout.pp > 1 and layout.chunks == 1:  # with virtual stages messages are sent beside the computation
             hop = device.seconds(sent.pipeline, 2, layout.world // layout.pp)
         self.collectives = forward + backward + 2 * hop
-        exchange = self._exchange_seconds()
-        again = self.again
-        if layout.recompute == "selective" and "mlp" in layout.recompute_modules:
-            again = 1.0
-        exposed = (self.memory_layers * exchange[0], self.memory_layers * (exchange[1] + again * exchange[0]))
-        self.exchange = sum(exposed)
-        self.forward += forward + hop + exposed[0]
-        self.backward += backward + hop + exposed[1]
+        self.between_layers = (forward, backward)
+        self.forward += forward + hop
+        self.backward += backward + hop
 
-    def _exchange_seconds(self) -> tuple[float, float]:
-        """Seconds that the FFN does not hide of one memory layer's exchanges, forward and backward."""
-        m, layout = self.memory, self.layout
-        if m is None or layout.memory_size == 1:
-            return 0.0, 0.0
-        steps = layer_exchange(self.shape, m, layout)
-        waited = {True: 0.0, False: 0.0}
-        beside = {True: 0.0, False: 0.0}
-        for name, count in steps.items():
-            kind = name in ALL_TO_ALL[layout.memory_mode]
-            seconds = self.device.seconds(count, layout.memory_size, 1, all_to_all=kind)
-            (beside if name in OVERLAPPED else waited)[name in FORWARD] += seconds
-        return waited[True] + max(0.0, beside[True] - self.ffn), waited[False] + max(0.0, beside[False] - 2 * self.ffn)
+    def links(self) -> tuple[float, float]:
+        """Seconds of a micro-batch's forward and backward in which other communication keeps the links busy that data
+        parallelism needs: those between nodes, or those inside the only node."""
+        layout, device = self.layout, self.device
+        crosses = device.crosses_nodes(layout.world // layout.pp, 1)
+        groups = ((layout.memory_size, self.busy), (layout.tp * layout.cp, self.between_layers))
+        both = [busy for ranks, busy in groups if device.crosses_nodes(ranks, 1) == crosses]
+        return sum(each[0] for each in both), sum(each[1] for each in both)
 
     def data_parallel(self, hidden_by: dict[str, float]) -> float:
         """Seconds that reducing gradients and gathering weights take beside the computation."""

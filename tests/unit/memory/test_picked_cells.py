@@ -54,7 +54,8 @@ def test_rows_of_a_huge_table_reach_their_owner(rows: int) -> None:
     lookup = RowShardedLookup(MemoryConfig(backend="scatter", topk=2, num_cores=1), rows, shard, TwoRanks())  # type: ignore[arg-type]
     picked = torch.tensor([[ranges[0][0], ranges[0][1] - 1], [ranges[1][0], ranges[1][1] - 1]])
     with pytest.raises(Sent) as caught:
-        lookup.start(picked, torch.zeros_like(picked), torch.ones(2, 2, 1), None)
+        scores = torch.ones(2, 2, 1)
+        lookup.start(picked, torch.zeros_like(picked), scores, lookup.gather(scores, None))
     cells, send = caught.value.args
     assert send == [2, 2]
     largest = max(stop - start for start, stop in ranges)

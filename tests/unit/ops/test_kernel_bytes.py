@@ -24,6 +24,7 @@ LOADED, STORED = "loaded", "stored"
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bytes") / "bytes.json"
     command = [sys.executable, "benchmarks/kernel_bytes.py", "--json", str(path), "--size", "small", "--size", "227m"]
+    command += ["--size", "row"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -99,7 +100,7 @@ def test_planner_counts_the_same_bytes(counted: dict[str, Any]) -> None:
 
     tokens, picks, rows, pre, values, cores = LOOKUPS[counted["size"]]
     memory = MemoryConfig(num_keys=picks, topk=picks, num_cores=cores, pre_value_dim=pre, value_dim=values)
-    planned = by_triton(memory, Layout(bf16=True), counted["picks"], rows, pre, values)
+    planned = by_triton(memory, Layout(bf16=True), counted["picks"], tokens, rows, pre, values)
     forward, backward = (
         counted["least"][part]["rows"] + moved(counted[part], "sums") + moved(counted[part], "others")
         for part in ("forward", "backward")
@@ -107,3 +108,23 @@ def test_planner_counts_the_same_bytes(counted: dict[str, Any]) -> None:
     assert planned.forward == pytest.approx(forward + moved(counted["forward"], "tokens"), rel=0.05)
     not_counted = SORT_BYTES * counted["picks"] + tokens * (pre + values) * 2
     assert planned.backward - not_counted == pytest.approx(backward, rel=0.05)
+
+
+def test_planner_counts_the_same_bytes_of_a_shard_by_row(results: dict[str, Any]) -> None:
+    """Tokens' vectors once in the order of tokens and once for each pick; PyTorch's products are not counted."""
+    from benchmarks.kernel_bytes import LISTS
+    from umv2_megatron.config.memory_config import MemoryConfig
+    from umv2_megatron.planning.device_bytes import FP32, SORT_BYTES, by_triton
+    from umv2_megatron.planning.layout import Layout
+
+    counted = next(each for each in results["bytes"] if each["size"] == "row")
+    tokens, _, rows, pre, values, cores = LISTS["row"]
+    picks = counted["picks"]
+    memory = MemoryConfig(num_keys=64, topk=64, num_cores=cores, pre_value_dim=pre, value_dim=values)
+    layout = Layout(world=64, bf16=True, memory_size=64, memory_mode="row")
+    planned = by_triton(memory, layout, picks, tokens, rows, pre, values, cache=0.0)
+    scaled, others = (2 * cores + 1) * FP32, (4 * cores + 1) * FP32
+    forward, backward = (counted["least"][part]["rows"] + moved(counted[part], "sums") + moved(counted[part], "others")
+                         + moved(counted[part], "tokens") for part in ("forward", "backward"))  # fmt: skip
+    assert planned.forward - picks * scaled == pytest.approx(forward, rel=0.05)
+    assert planned.backward - picks * (2 * scaled + others + SORT_BYTES) == pytest.approx(backward, rel=0.05)

@@ -377,12 +377,12 @@ def test_picks_of_a_table_shared_out_by_row_do_not_wait_for_the_ffn() -> None:
             for name, tensor in found["plain"].items():
                 assert torch.equal(tensor, found[kind][name]), (kind, name)
         assert [name for _, name in found["plain events"]] == [
-            "pick_counts", "projected", "rows", "scores", "ffn", "output",
+            "projected", "pick_counts", "rows", "scores", "ffn", "output",
         ]  # fmt: skip
         assert found["exchanges events"] == [
+            ("main", "projected"),
             ("side", "wait for main"),
             ("side", "pick_counts"),
-            ("main", "projected"),
             ("side", "wait for main"),
             ("main", "ffn"),
             ("side", "rows"),
@@ -393,6 +393,6 @@ def test_picks_of_a_table_shared_out_by_row_do_not_wait_for_the_ffn() -> None:
         assert found["exchanges kept"] == ["side", "side", "main", "side", "side", "main", "main"]
         on_branch = [event for event in found["branch events"] if "wait" not in event[1]]
         assert on_branch == [
-            ("side", "pick_counts"), ("side", "projected"), ("main", "ffn"), ("side", "rows"), ("side", "scores"),
+            ("side", "projected"), ("side", "pick_counts"), ("main", "ffn"), ("side", "rows"), ("side", "scores"),
             ("side", "output"),
         ]  # fmt: skip

@@ -101,5 +101,11 @@ def test_rows_of_a_sharded_table() -> None:
     picks, held = 4096 * 128, memory.window_rows / 8
     gradients = 2 * 4 * (384 + 768) * device_bytes.distinct_rows(held, picks)
     assert row.rows_backward == pytest.approx(row.rows_forward + gradients) and row.rows_backward < alone.rows_backward
+    # The vectors of 8 * 4,096 tokens, 50 and 25 MB, are read for every pick; a cache keeps a part of them.
+    layout = Layout(world=8, bf16=True, backend="triton", memory_size=8, memory_mode="row")
+    every = device_bytes.lookup(memory, layout, 4096, cache=0.0)
+    half = device_bytes.lookup(memory, layout, 4096, cache=8 * 4096 * 384.0)
+    assert every.rows_backward - row.rows_backward == picks * (384 + 768) * 2
+    assert half.rows_backward - row.rows_backward == pytest.approx(picks * (384 * 0.5 + 768 * 0.75) * 2)
     torch_made = device_bytes.lookup(memory, Layout(bf16=True, backend="scatter"), 4096)
     assert torch_made.backward > 2 * alone.backward

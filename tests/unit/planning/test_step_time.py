@@ -12,9 +12,11 @@ from umv2_megatron.planning.activations import micro_batches_in_flight
 from umv2_megatron.planning.device import Device
 from umv2_megatron.planning.exchange import exchange_bytes
 from umv2_megatron.planning.layout import Layout
+from umv2_megatron.planning.overlap import Sent, Work, slot_seconds
 from umv2_megatron.planning.rank_parameters import Parameter
 from umv2_megatron.planning.search import Model, evaluate, search
 from umv2_megatron.planning.state_bytes import Bucket, StateBytes, buckets_of, owned_elements, state_bytes
+from umv2_megatron.planning.step_time import ALL_TO_ALL
 from umv2_megatron.planning.traffic import traffic
 
 PRESET = PRESETS["umv2-1b-7b"]
@@ -134,12 +136,46 @@ def test_exchange_is_hidden_behind_the_ffn_only_where_it_runs_beside_it() -> Non
     slow = dataclasses.replace(IDEAL, intra_node_bandwidth=1e3)
     base = Layout(world=8, micro_batches=1, bf16=True, memory_size=8, memory_mode="row")
     sent = exchange_bytes(MEMORY, "row", 8, TOKENS, 552**2, 2)
-    waited = sum(sent[name] for name in ("pick_counts", "output", "output_grad"))
+    waited = sum(sent[name] for name in ("output", "output_grad"))
     beside = sum(sent.values()) - waited
     time = evaluate(MODEL, base, slow).time
     ffn = TOKENS * MODEL.flops.ffn / 16 / 1e14
     assert beside / 1e12 < ffn
     assert time.exchange == pytest.approx(16 * waited / 1e12)
+    itself = evaluate(MODEL, base, dataclasses.replace(slow, starts_ahead=0)).time
+    assert itself.exchange == pytest.approx(16 * (waited + beside) / 1e12), "a CPU that sends does not compute"
+
+
+def test_order_of_a_slot() -> None:
+    """Lookup 4 s, FFN 3 s, 2 s of search and projection; 1 s of picks and 6 s of sums are sent."""
+    work, sent = Work(search=1.0, lookup=4.0, rest=1.0, ffn=3.0), Sent(beside=1.0, waited=6.0)
+    usual = {"stream": False, "hides": True}
+    assert slot_seconds(work, Sent(), 1, **usual) == slot_seconds(work, Sent(), 1, stream=True, hides=True) == 9
+    assert slot_seconds(work, sent, 1, **usual) == 1 + 3 + (4 + 6) + 1, "picks hide behind the FFN, sums behind nothing"
+    assert slot_seconds(work, sent, 2, **usual) == 1 + 3 + (2 + 6) + 1, "half of the lookup behind the other's sums"
+    assert slot_seconds(work, dataclasses.replace(sent, waited=2.0), 2, **usual) == 1 + 3 + (4 + 1) + 1
+    assert slot_seconds(work, sent, 1, stream=True, hides=True) == 1 + (1 + 4 + 6) + 1, "the FFN in what is left idle"
+    assert slot_seconds(work, Sent(early=3.0, waited=6.0), 1, **usual) == 1 + 3 + (4 + 6) + 1
+    assert slot_seconds(work, Sent(early=5.0, waited=6.0), 1, **usual) == 1 + (5 - 1) + (4 + 6) + 1
+    assert slot_seconds(work, sent, 2, stream=True, hides=False) == 9 + 7
+
+
+def test_exchanges_and_data_parallelism_share_the_links() -> None:
+    """Weights and gradients travel while the exchanges of the same links do not."""
+    between = dataclasses.replace(IDEAL, inter_node_bandwidth=1.0, gpus_per_node=4)
+    layout = Layout(world=16, bf16=True, memory_size=8, memory_mode="row", distributed_optimizer=True,
+                    overlap_grad_reduce=True, overlap_param_gather=True, backend="triton")
+    time = evaluate(MODEL, layout, between).time
+    sent = exchange_bytes(MEMORY, "row", 8, TOKENS, 552**2, 2)
+    state = state_bytes(MODEL.shape(1), MEMORY, layout, 0)
+    found = traffic(MODEL.shape(1), MEMORY, layout, state)
+    links = 16 * sum(between.seconds(count, 8, 1, all_to_all=name in ALL_TO_ALL["row"]) for name, count in sent.items())
+    links += sum(between.seconds(count, ranks, stride) for count, ranks, stride in (
+        (found.dense_gradients + found.dense_weights, 16, 1), (found.table_gradients + found.table_weights, 2, 8)))
+    compute = MODEL.flops.training * TOKENS / 1e14
+    assert time.step == pytest.approx(links, rel=0.01) and time.step > 2 * compute
+    inside = evaluate(MODEL, dataclasses.replace(layout, memory_size=4), between).time
+    assert inside.exchange < 0.01 * time.exchange, "inside a node they use other links"
 
 
 def test_micro_batches_in_flight() -> None:

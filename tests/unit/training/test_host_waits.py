@@ -93,7 +93,7 @@ def test_tables_by_row_wait_behind_the_ffn(waits):
     """The host waits for the sizes once the FFN has been launched, and a backward does not wait."""
     told = waits["by row"]
     layers, micro_batches = told["layers"], told["micro_batches"]
-    forward = ["start pick_counts", "wait pick_counts", "start projected", "ffn", "read", "start rows", "start scores"]
+    forward = ["start projected", "start pick_counts", "wait pick_counts", "ffn", "read", "start rows", "start scores"]
     forward += ["wait rows", "wait scores", "wait projected", "start output", "wait output"]
     backward = ["start output_grad", "wait output_grad", "start score_grads", "start projected_grad", "ffn backward"]
     backward += ["wait score_grads", "wait projected_grad"]
