@@ -8,6 +8,7 @@ TRITON_READY := $(VENV)/.triton-ready
 SERVE_READY := $(VENV)/.serve-ready
 HF_TOOLS_READY := $(VENV)/.hf-tools-ready
 STORAGE_READY := $(VENV)/.storage-ready
+INPUTS_READY := $(VENV)/.inputs-ready
 
 .PHONY: test-mcore-next demo compare faults flags-page fuzz test test-flags test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
 
@@ -55,6 +56,11 @@ $(STORAGE_READY): requirements-storage.txt $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-storage.txt \
 		&& touch $(STORAGE_READY) || echo "fsspec, s3fs or moto could not be installed: their tests will be skipped"
 
+# Only the tests of some formats of corpora need them; without them they are skipped.
+$(INPUTS_READY): requirements-inputs.txt $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-inputs.txt \
+		&& touch $(INPUTS_READY) || echo "lz4 could not be installed: its tests will be skipped"
+
 demo: $(READY)
 	$(PY) tools/demo.py
 
@@ -70,14 +76,14 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
 
-test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY) lint
+test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY) $(INPUTS_READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
 
 # Not with a file for each worker: it is one file.
 test-flags: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/functional/test_every_flag.py
 
-test-slow: $(READY) $(HF_TOOLS_READY) $(STORAGE_READY)
+test-slow: $(READY) $(HF_TOOLS_READY) $(STORAGE_READY) $(INPUTS_READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow and not faults" --timeout 1800
 
 # The table at its end goes into docs/reliability.md.
@@ -110,7 +116,7 @@ AS_BASELINE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_I
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 UMV2_CPU_ARCH=x86-64-v3
 AS_AVX512 := ATEN_CPU_CAPABILITY=avx512 UMV2_CPU_ARCH=native
 
-test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY)
+test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY) $(INPUTS_READY)
 	failed=0; \
 	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
 		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \

@@ -1,6 +1,6 @@
 """Compressed corpora: which compression a file has, and its content as a stream.
 
-gzip, bzip2, xz (and .lzma) and zstd are told by their first bytes, whatever the file's name. Three things are kept
+gzip, bzip2, xz (and .lzma), zstd and lz4 are told by their first bytes, whatever the file's name. Three things are kept
 apart, because they ask different things of a user:
 
 - ``Damaged``: the data themselves are wrong, or end too early;
@@ -19,6 +19,7 @@ import re
 import zlib
 from typing import Any, BinaryIO
 
+INSTALL = "pip install -r requirements-inputs.txt, or umv2_megatron[inputs]"
 LARGEST_WINDOW = 1 << 31
 """Bytes of the largest zstd window that is read, that of ``zstd --ultra --long=31``; the library's limit."""
 
@@ -27,19 +28,23 @@ _SUFFIXES = {
     "bzip2": (".bz2", ".bzip2"),
     "xz": (".xz", ".lzma"),
     "zstd": (".zst", ".zstd"),
+    "lz4": (".lz4",),
 }
-# zstd frames may follow a frame that is to be skipped (pzstd begins with one).
+# zstd frames may follow a frame that is to be skipped (pzstd begins with one); lz4 frames may, too.
+_SKIPPED = rb"[\x50-\x5f]\x2a\x4d\x18"
 _BEGINNINGS = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "bzip2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
     "xz": re.compile(rb"\xfd7zXZ\x00"),
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|" + _SKIPPED),
+    "lz4": re.compile(rb"\x04\x22\x4d\x18"),
 }
 # Beginnings that no text has, and what they are; the tar mark stands 257 bytes after the beginning.
 _OTHERS = (
     (re.compile(rb".{257}ustar", re.DOTALL), "a tar archive", "unpack it first"),
     (re.compile(rb"PK\x03\x04|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07"), "a zip, 7z or rar archive", "unpack it first"),
-    (re.compile(rb"\x04\x22\x4d\x18|\xff\x06\x00\x00sNaPpY"), "compressed by lz4 or snappy", "recompress it"),
+    (re.compile(rb"\x02\x21\x4c\x18"), "compressed by lz4 in its old format (lz4 -l)", "recompress it without -l"),
+    (re.compile(rb"\xff\x06\x00\x00sNaPpY"), "compressed by snappy", "recompress it"),
     (re.compile(rb"LZIP[\x00\x01]|\x89LZO\x00|\x1f[\x9d\xa0]"), "compressed by lzip, lzop or compress",
      "recompress it"),
     (re.compile(rb"PAR1[\x00-\x1f]|ARROW1\x00|Obj\x01|\x89HDF\r\n"), "a Parquet, Arrow, Avro or HDF5 file",
@@ -91,16 +96,18 @@ def opened(file: BinaryIO, path: str, stride: int = 0) -> BinaryIO:
 
 def _kind(start: bytes, path: str) -> str:
     """The compression of a file that begins with ``start``; "" for none."""
+    name = path.lower()
+    if name.endswith(_SUFFIXES["lz4"]) and re.match(_SKIPPED, start):
+        return "lz4"
     for kind, beginning in _BEGINNINGS.items():
         if beginning.match(start):
             return kind
-    name = path.lower()
     if name.endswith(".lzma") and start[:1] == b"\x5d":
         return "xz"  # the old format has no mark; the decompressor knows both
     if name.endswith(".br"):
         raise Unsupported("the name says brotli, which is not supported: recompress the file")
     for kind, suffixes in _SUFFIXES.items():
-        if name.endswith(suffixes):
+        if name.endswith(suffixes) and not any(beginning.match(start) for beginning, _, _ in _OTHERS):
             found = f"does not begin as {kind} data" if start else "is empty, which compressed data never is"
             raise Damaged(f"the name says {kind}, but the file {found}")
     return ""
@@ -118,7 +125,9 @@ class Decompressed(io.RawIOBase):
         try:
             self._start, self._errors = _library(kind)
         except ImportError as error:
-            raise Unsupported(f"reading {kind} needs a Python module that is not installed ({error.name})") from error
+            module = str(error.name).partition(".")[0]
+            advice = f": {INSTALL}" if kind == "lz4" else ""
+            raise Unsupported(f"reading {kind} needs the module {module}, which is not installed{advice}") from error
         self._file = file
         self._kind = kind
         # bzip2 and xz expand without bound, so their output is asked for in pieces; the others cannot give pieces.
@@ -180,7 +189,7 @@ class Decompressed(io.RawIOBase):
         self.produced += len(output)
         self._input = b""
         if frame.eof:
-            self._input, self._frame = frame.unused_data, None
+            self._input, self._frame = frame.unused_data or b"", None
             if self._kind in ("gzip", "xz"):
                 self._input = self._input.lstrip(b"\x00")
         return output
@@ -210,6 +219,15 @@ def _library(kind: str) -> tuple[Any, tuple[type[Exception], ...]]:
         import lzma
 
         return lambda start: lzma.LZMADecompressor(), (lzma.LZMAError,)
+    if kind == "lz4":
+        import lz4.frame
+
+        def start_lz4(start: bytes) -> Any:
+            if _BEGINNINGS["lz4"].match(start) and start[4:5] and start[4] & 1:
+                raise Unsupported("it was compressed with an lz4 dictionary: recompress it without one")
+            return lz4.frame.LZ4FrameDecompressor()
+
+        return start_lz4, (RuntimeError,)
     import zstandard
 
     def start_zstd(start: bytes) -> Any:

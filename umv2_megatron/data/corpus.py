@@ -140,12 +140,31 @@ def _values_of(line: str, keys: Sequence[str]) -> list[str]:
         raise ValueError("its brackets are nested more deeply than this reader follows (some hundreds)") from None
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object, found {type(document).__name__}")
-    for key in keys:
-        if key not in document:
-            raise ValueError(f"the key {key!r} is missing")
-        if not isinstance(document[key], str):
-            raise ValueError(f"the value of {key!r} is not a string but {type(document[key]).__name__}")
-    return [document[key] for key in keys]
+    return [_string_of(document, key) for key in keys]
+
+
+def _string_of(document: dict[str, Any], key: str) -> str:
+    value = _value_of(document, key)
+    if not isinstance(value, str):
+        raise ValueError(f"the value of {key!r} is not a string but {type(value).__name__}")
+    return value
+
+
+def _value_of(document: dict[str, Any], key: str) -> Any:
+    """The value under ``key``. One that is no key itself is a path: in ``a.b``, the key b of the object under a.
+
+    Of the ways to read a path the one with the longest first key is taken, so that a key with dots in it is found
+    wherever it stands.
+    """
+    within: Any = document
+    rest = key
+    while rest not in within:
+        ends = [end for end, letter in enumerate(rest) if letter == "." and isinstance(within.get(rest[:end]), dict)]
+        if not ends:
+            there = f": {key[: -len(rest) - 1]!r} holds no {rest!r}" if rest != key else ""
+            raise ValueError(f"the key {key!r} is missing{there}")
+        within, rest = within[rest[: ends[-1]]], rest[ends[-1] + 1 :]
+    return within[rest]
 
 
 def _json_of(line: str) -> Any:

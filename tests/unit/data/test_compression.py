@@ -6,7 +6,9 @@ import io
 import json
 import lzma
 import random
+import sys
 import tarfile
+from importlib.util import find_spec
 
 import pytest
 import zstandard
@@ -22,7 +24,14 @@ COMPRESS = {
     "bz2": bz2.compress,
     "xz": lzma.compress,
     "zst": lambda data: zstandard.ZstdCompressor(write_checksum=True).compress(data),
+    "lz4": lambda data: lz4_frame(data),
 }
+FORMATS = [
+    pytest.param(name, marks=pytest.mark.skipif(find_spec("lz4") is None, reason="lz4 is not installed"))
+    if name == "lz4"
+    else name
+    for name in COMPRESS
+]
 BYTES = ("--tokenizer-type", "ByteLevelTokenizer", "--append-eod")
 
 
@@ -30,6 +39,12 @@ def read(path):
     """[(line, bytes, fault)] of one file."""
     chunks = read_chunks([str(path)], CorpusOptions())
     return [tuple(record) for chunk in chunks for record in chunk.records]
+
+
+def lz4_frame(data):
+    import lz4.frame
+
+    return lz4.frame.compress(data, content_checksum=True)
 
 
 def zstd_frame(window_log, data, dictionary=b""):
@@ -48,7 +63,7 @@ def archive():
     return file.getvalue()
 
 
-@pytest.mark.parametrize("name", COMPRESS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_two_frames(tmp_path, name):
     path = tmp_path / f"corpus.jsonl.{name}"
     lines = b"".join(json.dumps({"text": str(i) * 20}).encode() + b"\n" for i in range(20_000))
@@ -93,7 +108,8 @@ def test_a_long_window_of_the_real_compressor(tmp_path):
 UNSUPPORTED = {
     "window.jsonl.zst": (zstd_frame(32, GOOD), "its zstd window is larger than 2048 MiB"),
     "dictionary.jsonl.zst": (zstd_frame(20, GOOD, b"\x07"), "the zstd dictionary 7"),
-    "corpus.jsonl.lz4": (b"\x04\x22\x4d\x18 frames", "compressed by lz4 or snappy"),
+    "corpus.jsonl.lz4": (b"\x02\x21\x4c\x18 blocks", "compressed by lz4 in its old format"),
+    "corpus.jsonl.sz": (b"\xff\x06\x00\x00sNaPpY", "compressed by snappy"),
     "corpus.jsonl.br": (b"anything", "the name says brotli"),
     "corpus.jsonl.zip": (b"PK\x03\x04 files", "a zip, 7z or rar archive"),
     "corpus.jsonl.Z": (b"\x1f\x9d codes", "lzip, lzop or compress"),
@@ -115,6 +131,27 @@ def test_what_is_not_supported_is_said_and_never_left_out(tmp_path, name):
         read(path)
 
 
+def test_lz4_frames_that_are_skipped_and_dictionaries(tmp_path):
+    pytest.importorskip("lz4")
+    path = tmp_path / "corpus.jsonl.lz4"
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
+    path.write_bytes(skipped + lz4_frame(GOOD) + skipped + lz4_frame(GOOD))
+    assert len(read(path)) == 2
+    frame = bytearray(lz4_frame(GOOD))
+    frame[4] |= 1
+    path.write_bytes(frame)
+    with pytest.raises(CorpusError, match="with an lz4 dictionary"):
+        expand_inputs([str(path)])
+
+
+def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lz4", None)
+    path = tmp_path / "corpus.jsonl.lz4"
+    path.write_bytes(b"\x04\x22\x4d\x18 frames")
+    with pytest.raises(CorpusError, match="reading lz4 needs the module lz4, .* requirements-inputs.txt"):
+        expand_inputs([str(path)])
+
+
 def test_a_second_frame_that_is_not_supported(tmp_path):
     path = tmp_path / "corpus.jsonl.zst"
     path.write_bytes(zstd_frame(20, GOOD) + zstd_frame(32, GOOD))
@@ -128,7 +165,7 @@ def test_memory_that_is_missing_is_no_damage():
     assert isinstance(stream._fault(ValueError("Data corruption detected")), compression.Damaged)
 
 
-@pytest.mark.parametrize("name", COMPRESS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("damage", ["truncated", "end cut", "flipped", "empty", "not compressed", "garbage after"])
 def test_damaged_files(tmp_path, name, damage):
     path = tmp_path / f"corpus.jsonl.{name}"
@@ -192,14 +229,14 @@ def test_quarantine_tells_of_files_that_lose_their_end_or_all(tmp_path):
 @pytest.mark.parametrize("tool", ["preprocess_data.py", "train_tokenizer.py"])
 def test_a_file_that_is_not_supported_stops_the_tools(tmp_path, tool):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    (tmp_path / "b.jsonl.lz4").write_bytes(b"\x04\x22\x4d\x18 frames")
+    (tmp_path / "b.jsonl.lz4").write_bytes(b"\x02\x21\x4c\x18 blocks")
     flags = (*BYTES, "--on-bad-line", "quarantine")
     if tool == "train_tokenizer.py":
         flags = ("--vocab-size", 300, "--on-bad-line", "skip")
     done = run_tool(tool, "--input", tmp_path / "*.jsonl*", *flags, "--output-prefix", tmp_path / "p")
     assert done.returncode == 1
     assert done.stderr == (
-        f"{tool}: error: {tmp_path}/b.jsonl.lz4: the file is compressed by lz4 or snappy, which is not supported: "
-        "recompress it; or leave the file out of --input\n"
+        f"{tool}: error: {tmp_path}/b.jsonl.lz4: the file is compressed by lz4 in its old format (lz4 -l), which is "
+        "not supported: recompress it without -l; or leave the file out of --input\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl.lz4"]

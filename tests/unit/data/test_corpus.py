@@ -55,6 +55,29 @@ def test_bad_lines(tmp_path, name):
     assert reason in found[2][2]
 
 
+# Key, record, and the text or words of the reason for which there is none.
+NESTED = [
+    ("data.text", {"data": {"text": "inner"}}, "inner"),
+    ("data.text", {"data.text": "whole", "data": {"text": "inner"}}, "whole"),
+    ("a.b.c", {"a": {"b": {"c": "deep"}}}, "deep"),
+    ("a.b.c", {"a.b": {"c": "longest"}, "a": {"b": {"c": "deep"}, "b.c": "other"}}, "longest"),
+    ("a.b.c", {"a": {"b.c": "whole", "b": {"c": "deep"}}}, "whole"),
+    (".text", {".text": "x"}, "x"),
+    ("data.text", {"data": {"body": "x"}}, "the key 'data.text' is missing: 'data' holds no 'text'"),
+    ("data.text", {"text": "x"}, "the key 'data.text' is missing"),
+    ("data.text", {"data": "x"}, "the key 'data.text' is missing"),
+    ("data.text", {"data": {"text": ["x"]}}, "the value of 'data.text' is not a string but list"),
+]
+
+
+@pytest.mark.parametrize(("key", "record", "expected"), NESTED)
+def test_keys_of_objects_in_objects(tmp_path, key, record, expected):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps(record))
+    ((_, text, fault),) = read(path, (key,))
+    assert (text or fault) == expected
+
+
 def test_what_is_accepted(tmp_path):
     path = tmp_path / "corpus.jsonl"
     paired = json.dumps({"text": "\U0001f600"}).encode()  # escaped as a pair of surrogates

@@ -103,6 +103,19 @@ def test_several_keys(tmp_path):
     assert read_tokens(str(tmp_path / "p_title_document")).tolist() == [98, 256]
 
 
+def test_a_key_with_dots_names_files(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"data": {"text": "a"}}\n{"data.text": "b"}\n')
+    flags = ["--output-prefix", tmp_path / "p", "--json-keys", "data.text"]
+    done = run_tool("preprocess_data.py", "--input", corpus, *BYTES, *flags)
+    assert done.returncode == 0, done.stderr
+    prefix = str(tmp_path / "p_data.text_document")
+    dataset = IndexedDataset(prefix)
+    assert dataset[1].tolist() == [98, 256] and check_corpus(prefix, 257).lengths.tolist() == [2, 2]
+
+
 BAD = {
     "invalid JSON": b'{"text": "x"',
     "bad UTF-8": b'{"text": "\xff"}',
