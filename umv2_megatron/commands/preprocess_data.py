@@ -1,4 +1,4 @@
-"""Turn a corpus (JSONL or plain text, compressed or not) into the token files that --data-path reads.
+"""Turn a corpus (JSONL or plain text, compressed or not, or Parquet) into the token files that --data-path reads.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model --append-eod --workers 2
@@ -31,10 +31,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--input-format",
         choices=FORMATS,
         default="auto",
-        help="auto takes .jsonl, .ndjson and .json files for JSONL and all others for plain text (default: auto)",
+        help="auto takes .jsonl, .ndjson and .json files for JSONL, .parquet files for Parquet and all others for "
+        "plain text (default: auto)",
     )
     group.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold the texts (default: text)"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="keys or columns that hold the texts; data.text is the key text of the object under data (default: text)",
+    )
+    group.add_argument(
+        "--filter",
+        metavar="EXPRESSION",
+        help="Parquet: read the rows for which this is true, such as 'language == \"en\" and score >= 0.5'",
     )
     group.add_argument(
         "--text-split",
@@ -108,7 +118,12 @@ def main(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         on_bad_line=arguments.on_bad_line,
         log_interval=arguments.log_interval,
-        corpus=CorpusOptions(arguments.input_format, arguments.text_split, int(arguments.max_line_mb * (1 << 20))),
+        corpus=CorpusOptions(
+            arguments.input_format,
+            arguments.text_split,
+            int(arguments.max_line_mb * (1 << 20)),
+            row_filter=arguments.filter,
+        ),
         part_bytes=None if arguments.part_mb is None else max(1, int(arguments.part_mb * (1 << 20))),
         rank_timeout=arguments.rank_timeout,
     )
@@ -119,6 +134,8 @@ def main(arguments: argparse.Namespace) -> None:
     bad = f", {done.bad} bad lines in {arguments.output_prefix}_quarantine.jsonl" if done.bad else ""
     if done.files_left_out:
         bad += f", {done.files_left_out} files left out whole"
+    if arguments.filter is not None:
+        bad = f", {done.rows_left_out} rows left out by --filter" + bad
     print(
         f"wrote {', '.join(done.prefixes)}: {done.documents} documents, {done.tokens} tokens, "
         f"{done.text_bytes / 1e6:.2f} MB of text ({done.text_bytes / max(done.tokens, 1):.2f} bytes per token), "

@@ -31,7 +31,7 @@ from umv2_megatron.data.corpus import (
     expand_inputs,
     texts_of,
 )
-from umv2_megatron.data.records import read_chunks
+from umv2_megatron.data.readers import check_columns, read_chunks
 from umv2_megatron.training.tool_entry import run_tool
 
 # Longer lines are cut: a line is a unit of training, and one of megabytes would dominate it.
@@ -50,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--input-format", choices=FORMATS, default="auto", help="see preprocess_data.py (default: auto)")
     group.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys that hold the texts")
+    group.add_argument("--filter", metavar="EXPRESSION", help="Parquet: rows to read; see preprocess_data.py")
     group.add_argument("--text-split", choices=TEXT_SPLITS, default="line", help="plain text: what is read at a time")
     group.add_argument(
         "--on-bad-line", choices=("fail", "skip"), default="fail", help="stop at a bad line, or leave it out"
@@ -191,9 +192,11 @@ def main(arguments: argparse.Namespace) -> None:
     if not directory.is_dir():
         raise ValueError(f"--output-prefix {arguments.output_prefix}: create the directory {directory} first")
     started = time.monotonic()
-    paths = expand_inputs([path for group in arguments.input for path in group])
+    paths = expand_inputs([path for group in arguments.input for path in group], arguments.input_format)
     skipped: list[str] = []
-    options = CorpusOptions(arguments.input_format, arguments.text_split)
+    columns = tuple(arguments.json_keys)
+    options = CorpusOptions(arguments.input_format, arguments.text_split, columns=columns, row_filter=arguments.filter)
+    check_columns(paths, options)
     lines = corpus_lines(paths, options, arguments.json_keys, arguments.on_bad_line, skipped)
     drawn = draw(lines, arguments.input_sentence_size, arguments.seed)
     if not drawn:

@@ -47,8 +47,8 @@ _OTHERS = (
     (re.compile(rb"\xff\x06\x00\x00sNaPpY"), "compressed by snappy", "recompress it"),
     (re.compile(rb"LZIP[\x00\x01]|\x89LZO\x00|\x1f[\x9d\xa0]"), "compressed by lzip, lzop or compress",
      "recompress it"),
-    (re.compile(rb"PAR1[\x00-\x1f]|ARROW1\x00|Obj\x01|\x89HDF\r\n"), "a Parquet, Arrow, Avro or HDF5 file",
-     "convert it to JSONL"),
+    (re.compile(rb"PAR1[\x00-\x1f]"), "a Parquet file", "name it .parquet, or give --input-format parquet"),
+    (re.compile(rb"ARROW1\x00|Obj\x01|\x89HDF\r\n"), "an Arrow, Avro or HDF5 file", "convert it to JSONL or Parquet"),
     (re.compile(rb"\xff\xfe|\xfe\xff"), "text in UTF-16 or UTF-32", "convert it to UTF-8 with iconv"),
 )  # fmt: skip
 _INPUT_BYTES = 1 << 14
@@ -90,7 +90,7 @@ def opened(file: BinaryIO, path: str, stride: int = 0) -> BinaryIO:
     for beginning, what, advice in _OTHERS:
         if beginning.match(start):
             where = "the content of the file" if kind else "the file"
-            raise Unsupported(f"{where} is {what}, which is not supported: {advice}")
+            raise Unsupported(f"{where} is {what}, which is not supported as it is: {advice}")
     return content
 
 

@@ -1,9 +1,10 @@
 """Raw corpora: which files belong to one, what a record of a file is, and which text a record holds.
 
-A corpus is a list of files. JSONL files (``.jsonl .ndjson .json``) hold one document per line; any other file is plain
-text and holds one document, or one per line, or one per paragraph. Either may be compressed (``compression.py``).
-``records.py`` reads the files; this one makes text of what it read. Faults are records too: the caller decides whether
-one ends the run. A file that cannot be read at all is no fault of a record, and always ends the run.
+A corpus is a list of files. JSONL files (``.jsonl .ndjson .json``) hold one document per line, Parquet files
+(``.parquet``) one per row; any other file is plain text and holds one document, or one per line, or one per paragraph.
+All but Parquet may be compressed (``compression.py``). ``readers.py`` reads the files; this one makes text of what it
+read. Faults are records too: the caller decides whether one ends the run. A file that cannot be read at all is no fault
+of a record, and always ends the run.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ import json
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TextIO
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Optional, TextIO
 
 from umv2_megatron.data.compression import Damaged, Unsupported, opened, without_suffix
+from umv2_megatron.data.parquet import ParquetFile
 
-FORMATS = ("auto", "jsonl", "text")
+FORMATS = ("auto", "jsonl", "text", "parquet")
 TEXT_SPLITS = ("file", "line", "blank-line")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 EXCERPT_BYTES = 200
+CHUNK_BYTES = 1 << 20
+CHUNK_RECORDS = 1024
 DAMAGED = "the file is truncated or damaged here"
+DAMAGED_ROWS = "the row group is damaged here"
+_LOST = {DAMAGED: "file", DAMAGED_ROWS: "row group"}
 
 
 class CorpusError(Exception):
@@ -41,16 +47,41 @@ class Record(NamedTuple):
     fault: str
 
 
+class Segment(NamedTuple):
+    """The bytes ``begin`` to ``end`` (None: the rest) of a file as stored on disk."""
+
+    path: str
+    begin: int = 0
+    end: Optional[int] = None
+
+
+@dataclass
+class Chunk:
+    """Consecutive records of one file. ``position`` counts the bytes read of all files so far, as stored on disk;
+    ``left_out`` the rows among them that --filter leaves out."""
+
+    path: str
+    is_json: bool
+    records: list[Record] = field(default_factory=list)
+    position: int = 0
+    left_out: int = 0
+
+
 @dataclass(frozen=True)
 class CorpusOptions:
-    """How files become records; the fields are the flags of tools/preprocess_data.py."""
+    """How files become records; the fields are the flags of tools/preprocess_data.py.
+
+    ``columns``: what is read of a Parquet file (--json-keys); ``row_filter``: of which of its rows (--filter).
+    """
 
     input_format: str = "auto"
     text_split: str = "file"
     max_line_bytes: int = 64 << 20
+    columns: tuple[str, ...] = ("text",)
+    row_filter: Optional[str] = None
 
 
-def expand_inputs(patterns: Sequence[str]) -> list[str]:
+def expand_inputs(patterns: Sequence[str], input_format: str = "auto") -> list[str]:
     """Files that the paths and globs of --input name: globs sorted, patterns in the order given.
 
     Raises ``ValueError`` for a pattern without a match, a directory or pipe, and a file that is named twice; and
@@ -77,12 +108,14 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"--input {path} is not a regular file: expected a file on a disk, write the data to one")
     for path in paths:
-        _check_beginning(path)
+        _check_beginning(path, input_format)
     return paths
 
 
-def _check_beginning(path: str) -> None:
+def _check_beginning(path: str, input_format: str) -> None:
     try:
+        if format_of(path, input_format) == "parquet":
+            return ParquetFile(path).close()
         with open(path, "rb") as file:
             opened(file, path).read(1)
     except (Damaged, Unsupported) as error:
@@ -91,11 +124,13 @@ def _check_beginning(path: str) -> None:
         raise CorpusError(f"{path}: the file cannot be read: {error.strerror}") from error
 
 
-def is_json_file(path: str, input_format: str = "auto") -> bool:
-    """Whether the lines of ``path`` are JSON objects, by --input-format or by the file's name."""
+def format_of(path: str, input_format: str = "auto") -> str:
+    """"jsonl", "parquet" or "text", by --input-format or by the file's name."""
     if input_format != "auto":
-        return input_format == "jsonl"
-    return without_suffix(path).endswith(_JSON_SUFFIXES)
+        return input_format
+    if path.lower().endswith(".parquet"):
+        return "parquet"
+    return "jsonl" if without_suffix(path).endswith(_JSON_SUFFIXES) else "text"
 
 
 def texts_of(record: Record, is_json: bool, keys: Sequence[str]) -> list[str]:
@@ -124,6 +159,11 @@ def texts_of(record: Record, is_json: bool, keys: Sequence[str]) -> list[str]:
         except UnicodeEncodeError as error:
             raise ValueError(f"the text contains a lone surrogate at character {error.start + 1}") from None
     return texts
+
+
+def too_long(what: str, limit: int) -> str:
+    """The fault of a record that is longer than ``limit`` bytes."""
+    return f"the {what} is longer than --max-line-mb {limit / (1 << 20):g}"
 
 
 def excerpt(record: Record) -> str:
@@ -196,8 +236,9 @@ class LeftOut:
         self._bad += len(bad)
         for line, reason in bad:
             self._first = self._first or f"line {line}: {reason}"
-            if reason.startswith(DAMAGED):
-                print(f"error: {path}:{line}: {reason}; the rest of the file is lost", file=self._log, flush=True)
+            for beginning, lost in _LOST.items():
+                if reason.startswith(beginning):
+                    print(f"error: {path}:{line}: {reason}; the rest of the {lost} is lost", file=self._log, flush=True)
 
     def finish(self) -> None:
         """The last file has been added."""

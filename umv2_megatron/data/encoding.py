@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
 import numpy as np
 
-from umv2_megatron.data.corpus import CorpusError, CorpusOptions, excerpt, texts_of
+from umv2_megatron.data.corpus import Chunk, CorpusError, CorpusOptions, excerpt, texts_of
 from umv2_megatron.data.indexing import token_dtype
 from umv2_megatron.data.parts import Part, PartsDirectory, PartWriter
-from umv2_megatron.data.records import Chunk, FileReader
+from umv2_megatron.data.readers import Reader, reader_of
 from umv2_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -33,6 +33,10 @@ class Job:
     corpus: CorpusOptions = CorpusOptions()
     part_bytes: Optional[int] = None
     rank_timeout: float = 300.0
+
+    def read_options(self) -> CorpusOptions:
+        """How files are read: ``corpus`` with the columns that hold the texts."""
+        return replace(self.corpus, columns=self.json_keys)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this job; loaded once per process."""
@@ -60,7 +64,7 @@ class Encoder:
         self._directory = directory
         self._stride = stride
         self._sizes = sizes
-        self._reader: Optional[FileReader] = None
+        self._reader: Optional[Reader] = None
 
     def make(self, part: Part) -> Iterator[Work]:
         """Tokenize a part and publish it in the directory; yields what was done since the last time.
@@ -85,6 +89,7 @@ class Encoder:
                         kept += sum(len(texts.lengths) for texts in encoded.keys)
                         bad += len(encoded.bad)
                         writer.record.empty += encoded.empty
+                        writer.record.left_out += chunk.left_out
                         position = min(chunk.position, part.size - reached)
                         text_bytes = sum(texts.text_bytes for texts in encoded.keys)
                         yield Work(len(encoded.keys[0].lengths), text_bytes, position - before)
@@ -107,10 +112,10 @@ class Encoder:
             self._reader.close()
         self._reader = None
 
-    def _reader_of(self, path: str) -> FileReader:
+    def _reader_of(self, path: str) -> Reader:
         if self._reader is None or self._reader.path != path:
             self.close()
-            self._reader = FileReader(path, self._job.corpus, self._stride)
+            self._reader = reader_of(path, self._job.read_options(), self._stride)
         return self._reader
 
 

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, Optional
 
 import numpy as np
 
-from umv2_megatron.data.records import Segment
+from umv2_megatron.data.corpus import Segment
 from umv2_megatron.durable_files import sha256_of
 
 PLAN_VERSION = 1
@@ -116,11 +116,13 @@ class KeyRecord:
 
 @dataclass
 class Record:
-    """What a finished part holds. ``segments``: documents kept, lines read and bad records of each of its segments."""
+    """What a finished part holds. ``left_out``: rows that --filter left out; ``segments``: documents kept, lines read
+    and bad records of each of its segments."""
 
     keys: list[KeyRecord]
     empty: int = 0
     bad: int = 0
+    left_out: int = 0
     segments: list[tuple[int, int, int]] = field(default_factory=list)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
 

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional, TextIO
 
-from umv2_megatron.data.corpus import CorpusError, LeftOut, expand_inputs, is_json_file
+from umv2_megatron.data.corpus import CorpusError, LeftOut, expand_inputs, format_of
 from umv2_megatron.data.encoding import Encoder, Job
 from umv2_megatron.data.indexing import IndexWriter, token_dtype
 from umv2_megatron.data.meeting import Meeting
 from umv2_megatron.data.parts import PLAN_VERSION, Input, Part, PartsDirectory, cut, default_part_bytes, shares
 from umv2_megatron.data.parts import Record as PartRecord
+from umv2_megatron.data.readers import check_columns
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.data.workers import Workers
 from umv2_megatron.parallel.launch import rank_and_size, start_of_slurm
@@ -44,6 +45,7 @@ class Summary:
     text_bytes: int = 0
     empty: int = 0
     bad: int = 0
+    rows_left_out: int = 0
     files_left_out: int = 0
     parts: int = 0
     parts_before: int = 0
@@ -198,12 +200,12 @@ def _locked(directory: PartsDirectory, output_prefix: str, refuse: Callable[[str
 
 
 def _plan(job: Job) -> Plan:
-    paths = expand_inputs(job.inputs)
+    paths = expand_inputs(job.inputs, job.corpus.input_format)
     _refuse_impossible(job, paths)
     inputs = []
     for path in paths:
         found = os.stat(path)
-        divisible = is_json_file(path, job.corpus.input_format) or job.corpus.text_split != "file"
+        divisible = format_of(path, job.corpus.input_format) != "text" or job.corpus.text_split != "file"
         inputs.append(Input(path, found.st_size, found.st_mtime_ns, divisible))
     part_bytes = job.part_bytes or default_part_bytes(sum(file.size for file in inputs))
     return Plan(inputs, part_bytes, _options(job))
@@ -212,6 +214,7 @@ def _plan(job: Job) -> Plan:
 def _options(job: Job) -> dict[str, Any]:
     """What decides the content of parts beside the inputs, by the names of flags."""
     tokenizer = job.tokenizer()
+    filtered = {} if job.corpus.row_filter is None else {"--filter": job.corpus.row_filter}
     return {
         "version": PLAN_VERSION,
         "--tokenizer-type": job.tokenizer_type,
@@ -223,6 +226,7 @@ def _options(job: Job) -> dict[str, Any]:
         "--input-format": job.corpus.input_format,
         "--text-split": job.corpus.text_split,
         "--max-line-mb": job.corpus.max_line_bytes / (1 << 20),
+        **filtered,
     }
 
 
@@ -242,8 +246,9 @@ def _refuse_impossible(job: Job, paths: list[str]) -> None:
             raise ValueError(f"--json-keys {key!r} cannot be part of a file name: expected a key without '/'")
     if len(job.json_keys) > 1:
         for path in paths:
-            if not is_json_file(path, job.corpus.input_format):
+            if format_of(path, job.corpus.input_format) == "text":
                 raise ValueError(f"--json-keys has {len(job.json_keys)} keys but {path} is plain text: give one key")
+    check_columns(paths, job.read_options())
 
 
 # -- joining the parts ------------------------------------------------------------------------------------------------
@@ -273,6 +278,7 @@ def _join(job: Job, directory: PartsDirectory, plan: Plan, log: TextIO, summary:
                 largest[i] = max(largest[i], key.largest)
             summary.empty += record.empty
             summary.bad += record.bad
+            summary.rows_left_out += record.left_out
             _tell_of_bad(directory, part, record, lines, quarantine, left_out)
         left_out.finish()
         summary.files_left_out = left_out.files

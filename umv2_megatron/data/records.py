@@ -1,4 +1,4 @@
-"""Files of a corpus, whole or by ranges of bytes, as a stream of records.
+"""Text files of a corpus, whole or by ranges of bytes, as a stream of records.
 
 A file is read front to back and never held whole, so memory does not grow with the corpus: the largest thing kept is
 one record, whose size is limited. Several processes can read one file together: the file's bytes, as stored, are cut
@@ -11,51 +11,25 @@ belongs to the range in which the bytes lie that were read when its first byte c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Optional
 
 from umv2_megatron.data.compression import Damaged, Decompressed, Unsupported, opened
-from umv2_megatron.data.corpus import DAMAGED, EXCERPT_BYTES, CorpusError, CorpusOptions, Record, is_json_file
+from umv2_megatron.data.corpus import (
+    CHUNK_BYTES,
+    CHUNK_RECORDS,
+    DAMAGED,
+    EXCERPT_BYTES,
+    Chunk,
+    CorpusError,
+    CorpusOptions,
+    Record,
+    Segment,
+    format_of,
+    too_long,
+)
 
 _BOM = b"\xef\xbb\xbf"
-_CHUNK_BYTES = 1 << 20
-_CHUNK_RECORDS = 1024
-
-
-class Segment(NamedTuple):
-    """The bytes ``begin`` to ``end`` (None: the rest) of a file as stored on disk."""
-
-    path: str
-    begin: int = 0
-    end: Optional[int] = None
-
-
-@dataclass
-class Chunk:
-    """Consecutive records of one file. ``position`` counts the bytes read of all files so far, as stored on disk."""
-
-    path: str
-    is_json: bool
-    records: list[Record] = field(default_factory=list)
-    position: int = 0
-
-
-def read_chunks(paths: Sequence[str], options: CorpusOptions) -> Iterator[Chunk]:
-    """All records of ``paths`` in order, in chunks of about 1 MiB that do not cross files.
-
-    Raises ``CorpusError`` for a file that is not supported, and one that the system fails to read.
-    """
-    done = 0
-    for path in paths:
-        reader = FileReader(path, options)
-        try:
-            for chunk in reader.chunks(Segment(path)):
-                chunk.position += done
-                yield chunk
-        finally:
-            reader.close()
-        done += reader.size
 
 
 class FileReader:
@@ -66,7 +40,7 @@ class FileReader:
 
     def __init__(self, path: str, options: CorpusOptions, stride: int = 0) -> None:
         self.path = path
-        self.is_json = is_json_file(path, options.input_format)
+        self.is_json = format_of(path, options.input_format) == "jsonl"
         self.size = 0
         self._options = options
         self._stride = stride
@@ -96,7 +70,7 @@ class FileReader:
             for record in self._records(segment):
                 chunk.records.append(record)
                 size += len(record.data)
-                if size >= _CHUNK_BYTES or len(chunk.records) >= _CHUNK_RECORDS:
+                if size >= CHUNK_BYTES or len(chunk.records) >= CHUNK_RECORDS:
                     chunk.position = max(0, self._file.tell() - segment.begin)
                     yield chunk
                     chunk, size = Chunk(self.path, self.is_json), 0
@@ -116,7 +90,7 @@ class FileReader:
             return self._begin_line
         left, lines = self._begin_offset, 0
         with open(self.path, "rb") as file:
-            while left and (data := file.read(min(left, _CHUNK_BYTES))):
+            while left and (data := file.read(min(left, CHUNK_BYTES))):
                 lines += data.count(b"\n")
                 left -= len(data)
         return lines
@@ -223,7 +197,7 @@ class _Lines:
     def seek(self, begin: int) -> None:
         """Go to the first line that begins at or after ``begin``, in a file that is not compressed."""
         self.stream.seek(begin - 1)
-        while (data := self.stream.readline(_CHUNK_BYTES)) and not data.endswith(b"\n"):
+        while (data := self.stream.readline(CHUNK_BYTES)) and not data.endswith(b"\n"):
             pass
         self.offset = self.stream.tell()
 
@@ -254,14 +228,14 @@ class _Lines:
         ended = data.endswith(b"\n")
         content = _without_ending(data)
         whole = len(content) <= limit
-        while not whole and not ended and (rest := self.stream.readline(_CHUNK_BYTES)):
+        while not whole and not ended and (rest := self.stream.readline(CHUNK_BYTES)):
             ended = rest.endswith(b"\n")
             size += len(rest)
         self.offset += size
         self.number += 1
         if whole:
             return Record(self.number, content, "")
-        return Record(self.number, content[:EXCERPT_BYTES], _too_long("line", limit))
+        return Record(self.number, content[:EXCERPT_BYTES], too_long("line", limit))
 
 
 def _is_blank(record: Record) -> bool:
@@ -285,7 +259,7 @@ def _paragraphs(lines: Iterator[Record], limit: int) -> Iterator[Record]:
             if size <= limit:
                 parts.append(record.data)
                 size += len(record.data) + 1
-            fault = fault or record.fault or (_too_long("paragraph", limit) if size > limit + 1 else "")
+            fault = fault or record.fault or (too_long("paragraph", limit) if size > limit + 1 else "")
         elif parts:
             yield _paragraph(first, parts, fault)
             parts, size, fault = [], 0, ""
@@ -301,10 +275,6 @@ def _paragraph(first: int, parts: list[bytes], fault: str) -> Record:
 def _whole_file(stream: BinaryIO, limit: int) -> Iterator[Record]:
     data = stream.read(limit + 1)
     if len(data) > limit:
-        yield Record(1, data[:EXCERPT_BYTES], _too_long("file", limit) + "; or cut it by --text-split")
+        yield Record(1, data[:EXCERPT_BYTES], too_long("file", limit) + "; or cut it by --text-split")
     elif data:
         yield Record(1, data, "")
-
-
-def _too_long(what: str, limit: int) -> str:
-    return f"the {what} is longer than --max-line-mb {limit / (1 << 20):g}"

@@ -30,9 +30,9 @@ from itertools import islice
 import numpy as np
 import torch
 
-from umv2_megatron.data.corpus import CorpusError, CorpusOptions, is_json_file, texts_of
+from umv2_megatron.data.corpus import CorpusError, CorpusOptions, texts_of
 from umv2_megatron.data.indexing import check_corpus, read_tokens
-from umv2_megatron.data.records import read_chunks
+from umv2_megatron.data.readers import read_chunks
 from umv2_megatron.data.tokenizers import ByteLevelTokenizer, NullTokenizer, Tokenizer
 from umv2_megatron.evaluation.evaluate_flags import DATA_FORMS
 from umv2_megatron.evaluation.scoring_model import ScoringModel
@@ -93,7 +93,7 @@ def documents_of(source: str, tokenizer: Tokenizer, append_eod: bool = True) -> 
     for chunk in read_chunks([source], CorpusOptions(max_line_bytes=_LONGEST_DOCUMENT)):
         for record in chunk.records:
             try:
-                texts = texts_of(record, is_json_file(source), ["text"])
+                texts = texts_of(record, chunk.is_json, ["text"])
                 ids = tokenizer.tokenize(texts[0])
             except (ValueError, CorpusError) as error:
                 raise ValueError(f"{source}:{record.line}: {error}") from None

@@ -16,7 +16,7 @@ from data_helpers import run_tool
 
 from umv2_megatron.data import compression
 from umv2_megatron.data.corpus import CorpusError, CorpusOptions, expand_inputs
-from umv2_megatron.data.records import read_chunks
+from umv2_megatron.data.readers import read_chunks
 
 GOOD = b'{"text": "good"}\n'
 COMPRESS = {
@@ -113,7 +113,8 @@ UNSUPPORTED = {
     "corpus.jsonl.br": (b"anything", "the name says brotli"),
     "corpus.jsonl.zip": (b"PK\x03\x04 files", "a zip, 7z or rar archive"),
     "corpus.jsonl.Z": (b"\x1f\x9d codes", "lzip, lzop or compress"),
-    "corpus.parquet": (b"PAR1\x15\x04\x15", "a Parquet, Arrow, Avro or HDF5 file"),
+    "corpus.jsonl": (b"PAR1\x15\x04\x15", "a Parquet file, .*: name it .parquet"),
+    "corpus.arrow": (b"ARROW1\x00\x00", "an Arrow, Avro or HDF5 file"),
     "corpus.tar": (archive(), "the file is a tar archive"),
     "corpus.tar.gz": (gzip.compress(archive()), "the content of the file is a tar archive"),
     "corpus.txt": ("text".encode("utf-16"), "text in UTF-16 or UTF-32"),
@@ -237,6 +238,6 @@ def test_a_file_that_is_not_supported_stops_the_tools(tmp_path, tool):
     assert done.returncode == 1
     assert done.stderr == (
         f"{tool}: error: {tmp_path}/b.jsonl.lz4: the file is compressed by lz4 in its old format (lz4 -l), which is "
-        "not supported: recompress it without -l; or leave the file out of --input\n"
+        "not supported as it is: recompress it without -l; or leave the file out of --input\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl.lz4"]

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from umv2_megatron.data.corpus import CorpusOptions, expand_inputs, texts_of
-from umv2_megatron.data.records import read_chunks
+from umv2_megatron.data.readers import read_chunks
 
 GOOD = b'{"text": "good"}\n'
 

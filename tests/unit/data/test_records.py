@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from umv2_megatron.data.corpus import CorpusOptions
-from umv2_megatron.data.records import FileReader, Segment
+from umv2_megatron.data.corpus import CorpusOptions, Segment
+from umv2_megatron.data.records import FileReader
 
 SPLITS = {"jsonl": {}, "line": {"text_split": "line"}, "blank-line": {"text_split": "blank-line"}}
 
