@@ -1,4 +1,4 @@
-"""Turn a corpus (JSONL or plain text, compressed or not, or Parquet) into the token files that --data-path reads.
+"""Turn a corpus (JSONL, plain text, Parquet, or token ids of dolma) into the token files that --data-path reads.
 
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model data/tokenizer.model --append-eod --workers 2
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from umv2_megatron.config.data_config import TOKENIZER_TYPES
-from umv2_megatron.data.corpus import FORMATS, TEXT_SPLITS, CorpusOptions
+from umv2_megatron.data.corpus import FORMATS, TEXT_SPLITS, TOKEN_DTYPES, CorpusOptions
 from umv2_megatron.data.preprocessing import Job, preprocess
 from umv2_megatron.training.tool_entry import run_tool
 
@@ -31,8 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--input-format",
         choices=FORMATS,
         default="auto",
-        help="auto takes .jsonl, .ndjson and .json files for JSONL, .parquet files for Parquet and all others for "
-        "plain text (default: auto)",
+        help="auto takes .jsonl, .ndjson and .json files for JSONL, .parquet files for Parquet, .npy files for token "
+        "ids and all others for plain text (default: auto)",
     )
     group.add_argument(
         "--json-keys",
@@ -45,6 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--filter",
         metavar="EXPRESSION",
         help="Parquet: read the rows for which this is true, such as 'language == \"en\" and score >= 0.5'",
+    )
+    group.add_argument(
+        "--token-dtype",
+        choices=TOKEN_DTYPES,
+        default="auto",
+        help="token ids: their type in files without a header; auto is uint16 for up to 65,536 ids (default: auto)",
     )
     group.add_argument(
         "--text-split",
@@ -124,6 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
             int(arguments.max_line_mb * (1 << 20)),
             row_filter=arguments.filter,
         ),
+        token_dtype=arguments.token_dtype,
         part_bytes=None if arguments.part_mb is None else max(1, int(arguments.part_mb * (1 << 20))),
         rank_timeout=arguments.rank_timeout,
     )
@@ -136,11 +143,14 @@ def main(arguments: argparse.Namespace) -> None:
         bad += f", {done.files_left_out} files left out whole"
     if arguments.filter is not None:
         bad = f", {done.rows_left_out} rows left out by --filter" + bad
+    text, rate = "", f"{done.tokens / 1e6 / done.seconds:.2f} M tokens/s"
+    if done.text_bytes:  # none is known where token ids were read
+        text = f"{done.text_bytes / 1e6:.2f} MB of text ({done.text_bytes / max(done.tokens, 1):.2f} bytes per token), "
+        rate = f"{done.text_bytes / 1e6 / done.seconds:.2f} MB/s"
     print(
-        f"wrote {', '.join(done.prefixes)}: {done.documents} documents, {done.tokens} tokens, "
-        f"{done.text_bytes / 1e6:.2f} MB of text ({done.text_bytes / max(done.tokens, 1):.2f} bytes per token), "
+        f"wrote {', '.join(done.prefixes)}: {done.documents} documents, {done.tokens} tokens, {text}"
         f"{done.empty} empty texts left out{bad}, {done.seconds:.1f} s "
-        f"({done.documents / done.seconds:.1f} documents/s, {done.text_bytes / 1e6 / done.seconds:.2f} MB/s)"
+        f"({done.documents / done.seconds:.1f} documents/s, {rate})"
     )
 
 

@@ -31,7 +31,7 @@ from umv2_megatron.data.corpus import (
     expand_inputs,
     texts_of,
 )
-from umv2_megatron.data.readers import check_columns, read_chunks
+from umv2_megatron.data.readers import check_files, read_chunks
 from umv2_megatron.training.tool_entry import run_tool
 
 # Longer lines are cut: a line is a unit of training, and one of megabytes would dominate it.
@@ -196,7 +196,7 @@ def main(arguments: argparse.Namespace) -> None:
     skipped: list[str] = []
     columns = tuple(arguments.json_keys)
     options = CorpusOptions(arguments.input_format, arguments.text_split, columns=columns, row_filter=arguments.filter)
-    check_columns(paths, options)
+    check_files(paths, options)
     lines = corpus_lines(paths, options, arguments.json_keys, arguments.on_bad_line, skipped)
     drawn = draw(lines, arguments.input_sentence_size, arguments.seed)
     if not drawn:

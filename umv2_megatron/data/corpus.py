@@ -1,10 +1,10 @@
 """Raw corpora: which files belong to one, what a record of a file is, and which text a record holds.
 
 A corpus is a list of files. JSONL files (``.jsonl .ndjson .json``) hold one document per line, Parquet files
-(``.parquet``) one per row; any other file is plain text and holds one document, or one per line, or one per paragraph.
-All but Parquet may be compressed (``compression.py``). ``readers.py`` reads the files; this one makes text of what it
-read. Faults are records too: the caller decides whether one ends the run. A file that cannot be read at all is no fault
-of a record, and always ends the run.
+(``.parquet``) one per row, files of token ids (``.npy``) one after another; any other file is plain text and holds one
+document, or one per line, or one per paragraph. Text and JSONL may be compressed (``compression.py``). ``readers.py``
+reads the files; this one makes text of what it read. Faults are records too: the caller decides whether one ends the
+run. A file that cannot be read at all is no fault of a record, and always ends the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Optional, TextIO
 from umv2_megatron.data.compression import Damaged, Unsupported, opened, without_suffix
 from umv2_megatron.data.parquet import ParquetFile
 
-FORMATS = ("auto", "jsonl", "text", "parquet")
+FORMATS = ("auto", "jsonl", "text", "parquet", "tokens")
+TOKEN_DTYPES = ("auto", "uint16", "uint32")
 TEXT_SPLITS = ("file", "line", "blank-line")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 EXCERPT_BYTES = 200
@@ -67,11 +68,20 @@ class Chunk:
     left_out: int = 0
 
 
+class TokenIds(NamedTuple):
+    """How files of token ids are read: the type of an id, and the vocabulary that they belong to."""
+
+    dtype: str
+    vocab_size: int
+    eod: int
+
+
 @dataclass(frozen=True)
 class CorpusOptions:
     """How files become records; the fields are the flags of tools/preprocess_data.py.
 
-    ``columns``: what is read of a Parquet file (--json-keys); ``row_filter``: of which of its rows (--filter).
+    ``columns``: what is read of a Parquet file (--json-keys); ``row_filter``: of which of its rows (--filter);
+    ``ids``: how token ids are read.
     """
 
     input_format: str = "auto"
@@ -79,6 +89,7 @@ class CorpusOptions:
     max_line_bytes: int = 64 << 20
     columns: tuple[str, ...] = ("text",)
     row_filter: Optional[str] = None
+    ids: Optional[TokenIds] = None
 
 
 def expand_inputs(patterns: Sequence[str], input_format: str = "auto") -> list[str]:
@@ -114,8 +125,11 @@ def expand_inputs(patterns: Sequence[str], input_format: str = "auto") -> list[s
 
 def _check_beginning(path: str, input_format: str) -> None:
     try:
-        if format_of(path, input_format) == "parquet":
+        kind = format_of(path, input_format)
+        if kind == "parquet":
             return ParquetFile(path).close()
+        if kind == "tokens":
+            return open(path, "rb").close()
         with open(path, "rb") as file:
             opened(file, path).read(1)
     except (Damaged, Unsupported) as error:
@@ -125,11 +139,12 @@ def _check_beginning(path: str, input_format: str) -> None:
 
 
 def format_of(path: str, input_format: str = "auto") -> str:
-    """"jsonl", "parquet" or "text", by --input-format or by the file's name."""
+    """"jsonl", "parquet", "tokens" or "text", by --input-format or by the file's name."""
     if input_format != "auto":
         return input_format
-    if path.lower().endswith(".parquet"):
-        return "parquet"
+    for suffix, name in ((".parquet", "parquet"), (".npy", "tokens")):
+        if path.lower().endswith(suffix):
+            return name
     return "jsonl" if without_suffix(path).endswith(_JSON_SUFFIXES) else "text"
 
 

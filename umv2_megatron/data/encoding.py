@@ -9,10 +9,11 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from umv2_megatron.data.corpus import Chunk, CorpusError, CorpusOptions, excerpt, texts_of
+from umv2_megatron.data.corpus import Chunk, CorpusError, CorpusOptions, excerpt, texts_of, too_long
 from umv2_megatron.data.indexing import token_dtype
 from umv2_megatron.data.parts import Part, PartsDirectory, PartWriter
 from umv2_megatron.data.readers import Reader, reader_of
+from umv2_megatron.data.token_records import TokenChunk, excerpt_of, ids_by_size
 from umv2_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -31,12 +32,15 @@ class Job:
     on_bad_line: str = "fail"
     log_interval: int = 1000
     corpus: CorpusOptions = CorpusOptions()
+    token_dtype: str = "auto"
     part_bytes: Optional[int] = None
     rank_timeout: float = 300.0
 
     def read_options(self) -> CorpusOptions:
-        """How files are read: ``corpus`` with the columns that hold the texts."""
-        return replace(self.corpus, columns=self.json_keys)
+        """How files are read: ``corpus`` with the columns that hold the texts, and what token ids are."""
+        tokenizer = self.tokenizer()
+        ids = ids_by_size(self.token_dtype, tokenizer.vocab_size, tokenizer.eod)
+        return replace(self.corpus, columns=self.json_keys, ids=ids)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this job; loaded once per process."""
@@ -138,6 +142,8 @@ class Encoded(NamedTuple):
 
 def encode_chunk(job: Job, chunk: Chunk) -> Encoded:
     """Tokenize the records of one chunk. A record with a fault under any key is left out under all of them."""
+    if isinstance(chunk, TokenChunk):
+        return _checked(job, chunk)
     tokenizer = job.tokenizer()
     dtype = token_dtype(tokenizer.vocab_size)
     documents: list[list[np.ndarray]] = [[] for _ in job.json_keys]
@@ -158,6 +164,57 @@ def encode_chunk(job: Job, chunk: Chunk) -> Encoded:
                 text_bytes[i] += len(texts[i].encode("utf-8"))
     keys = [_join(parts, dtype, size) for parts, size in zip(documents, text_bytes)]
     return Encoded(keys, empty, bad)
+
+
+def _checked(job: Job, chunk: TokenChunk) -> Encoded:
+    """Documents that are token ids already. What is left out: those that are empty but for their end, and bad ones."""
+    tokenizer = job.tokenizer()
+    limit = job.corpus.max_line_bytes
+    bad = [(record.line, record.fault, record.data.decode()) for record in chunk.records]
+    documents: list[np.ndarray] = []
+    empty = 0
+    if chunk.tokens is not None and chunk.lengths is not None:
+        ends = np.cumsum(chunk.lengths)
+        starts = ends - chunk.lengths
+        largest = np.maximum.reduceat(chunk.tokens, starts)
+        smallest = np.minimum.reduceat(chunk.tokens, starts)
+        wrong = (largest >= tokenizer.vocab_size) | (smallest < 0)
+        wrong |= chunk.lengths * chunk.tokens.itemsize > limit
+        empty = int((chunk.lengths == 1).sum())
+        for i in np.flatnonzero(wrong):
+            ids = chunk.tokens[starts[i] : ends[i]]
+            bad.append((chunk.first + int(i), _fault_of(ids, tokenizer, limit), excerpt_of(ids).decode()))
+        kept = ~wrong & (chunk.lengths > 1)
+        lengths = chunk.lengths[kept]
+        documents.append(chunk.tokens if kept.all() else chunk.tokens[np.repeat(kept, chunk.lengths)])
+    else:
+        lengths = np.empty(0, np.int64)
+    if chunk.rest is not None:
+        line = chunk.first + (0 if chunk.lengths is None else len(chunk.lengths))
+        fault = _fault_of(chunk.rest, tokenizer, limit)
+        if not fault and not job.append_eod:
+            fault = f"the last document does not end with the end-of-document token {tokenizer.eod}: is the file whole?"
+        if fault:
+            bad.append((line, fault, excerpt_of(chunk.rest).decode()))
+        else:
+            documents += [chunk.rest, np.array([tokenizer.eod])]
+            lengths = np.append(lengths, len(chunk.rest) + 1)
+    if not len(lengths):
+        texts = Texts(b"", np.empty(0, np.int32), 0, 0)
+    else:
+        tokens = documents[0] if len(documents) == 1 else np.concatenate(documents)
+        tokens = tokens.astype(token_dtype(tokenizer.vocab_size))
+        texts = Texts(tokens.tobytes(), lengths.astype(np.int32), 0, int(tokens.max()))
+    return Encoded([texts], empty, sorted(bad))
+
+
+def _fault_of(ids: np.ndarray, tokenizer: Tokenizer, limit: int) -> str:
+    if ids.nbytes > limit:
+        return too_long("document", limit)
+    for extreme in (int(ids.max()), int(ids.min())):
+        if not 0 <= extreme < tokenizer.vocab_size:
+            return f"the token id {extreme} is outside of the vocabulary of {tokenizer.vocab_size} ids"
+    return ""
 
 
 def _encode(tokenizer: Tokenizer, text: str, append_eod: bool) -> np.ndarray:

@@ -26,7 +26,7 @@ from umv2_megatron.data.indexing import IndexWriter, token_dtype
 from umv2_megatron.data.meeting import Meeting
 from umv2_megatron.data.parts import PLAN_VERSION, Input, Part, PartsDirectory, cut, default_part_bytes, shares
 from umv2_megatron.data.parts import Record as PartRecord
-from umv2_megatron.data.readers import check_columns
+from umv2_megatron.data.readers import check_files
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.data.workers import Workers
 from umv2_megatron.parallel.launch import rank_and_size, start_of_slurm
@@ -215,6 +215,8 @@ def _options(job: Job) -> dict[str, Any]:
     """What decides the content of parts beside the inputs, by the names of flags."""
     tokenizer = job.tokenizer()
     filtered = {} if job.corpus.row_filter is None else {"--filter": job.corpus.row_filter}
+    if job.token_dtype != "auto":
+        filtered["--token-dtype"] = job.token_dtype
     return {
         "version": PLAN_VERSION,
         "--tokenizer-type": job.tokenizer_type,
@@ -244,11 +246,14 @@ def _refuse_impossible(job: Job, paths: list[str]) -> None:
     for key in job.json_keys:
         if not key or "/" in key or "\x00" in key:
             raise ValueError(f"--json-keys {key!r} cannot be part of a file name: expected a key without '/'")
-    if len(job.json_keys) > 1:
-        for path in paths:
-            if format_of(path, job.corpus.input_format) == "text":
-                raise ValueError(f"--json-keys has {len(job.json_keys)} keys but {path} is plain text: give one key")
-    check_columns(paths, job.read_options())
+    kinds = {format_of(path, job.corpus.input_format): path for path in reversed(paths)}
+    for kind, what in (("text", "plain text"), ("tokens", "a file of token ids")):
+        if len(job.json_keys) > 1 and kind in kinds:
+            raise ValueError(f"--json-keys has {len(job.json_keys)} keys but {kinds[kind]} is {what}: give one key")
+    if "tokens" in kinds and len(kinds) > 1:
+        other = next(path for kind, path in kinds.items() if kind != "tokens")
+        raise ValueError(f"--input names token ids ({kinds['tokens']}) and text ({other}): make a data set of each")
+    check_files(paths, job.read_options())
 
 
 # -- joining the parts ------------------------------------------------------------------------------------------------
@@ -288,7 +293,8 @@ def _join(job: Job, directory: PartsDirectory, plan: Plan, log: TextIO, summary:
                 where = f"{plan.inputs[0].path}: no usable document with the key {name!r}"
                 raise CorpusError(f"{where} in {len(plan.inputs)} file(s)")
         for i, writer in enumerate(writers):
-            writer.publish(_meta(job, tokenizer, job.json_keys[i], text_bytes[i], largest[i]))
+            of_ids = format_of(plan.inputs[0].path, job.corpus.input_format) == "tokens"
+            writer.publish(_meta(job, tokenizer, job.json_keys[i], None if of_ids else text_bytes[i], largest[i]))
             summary.prefixes.append(writer.prefix)
         if quarantine is not None:
             quarantine.publish()
@@ -339,7 +345,8 @@ def _tell_of_bad(
         lines[segment.path] += read
 
 
-def _meta(job: Job, tokenizer: Tokenizer, key: str, text_bytes: int, largest: int) -> dict:
+def _meta(job: Job, tokenizer: Tokenizer, key: str, text_bytes: Optional[int], largest: int) -> dict:
+    """``text_bytes``: None where token ids were read, all of whose documents end with the end-of-document token."""
     return {
         "tokenizer": {
             "type": job.tokenizer_type,
@@ -348,7 +355,7 @@ def _meta(job: Job, tokenizer: Tokenizer, key: str, text_bytes: int, largest: in
             "eod": tokenizer.eod,
         },
         "json_key": key,
-        "append_eod": job.append_eod,
+        "append_eod": job.append_eod or text_bytes is None,
         "text_bytes": text_bytes,
         "max_token_id": largest,
     }

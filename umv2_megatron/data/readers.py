@@ -12,6 +12,7 @@ from umv2_megatron.data.parquet import ParquetFile
 from umv2_megatron.data.parquet_records import ParquetReader
 from umv2_megatron.data.records import FileReader
 from umv2_megatron.data.row_filter import parse_filter
+from umv2_megatron.data.token_records import TokenReader
 
 
 class Reader(Protocol):
@@ -31,8 +32,13 @@ class Reader(Protocol):
 
 def reader_of(path: str, options: CorpusOptions, stride: int = 0) -> Reader:
     """``stride``: the ends of segments of a compressed file are multiples of it."""
-    if format_of(path, options.input_format) == "parquet":
+    kind = format_of(path, options.input_format)
+    if kind == "parquet":
         return ParquetReader(path, options)
+    if kind == "tokens":
+        if options.ids is None:
+            raise CorpusError(f"{path}: it holds token ids, and text is needed here; or leave the file out of --input")
+        return TokenReader(path, options)
     return FileReader(path, options, stride)
 
 
@@ -53,13 +59,17 @@ def read_chunks(paths: Sequence[str], options: CorpusOptions) -> Iterator[Chunk]
         done += reader.size
 
 
-def check_columns(paths: Sequence[str], options: CorpusOptions) -> None:
-    """Raise ``ValueError`` for a Parquet file without the columns asked for and a filter that does not fit.
+def check_files(paths: Sequence[str], options: CorpusOptions) -> None:
+    """Raise ``ValueError`` for a Parquet file without the columns asked for, and a filter that does not fit.
 
-    Raises ``CorpusError`` for a file that cannot be read.
+    Raises ``CorpusError`` for a file that cannot be read, and for one of token ids that looks like another.
     """
     for path in paths:
-        if format_of(path, options.input_format) != "parquet":
+        kind = format_of(path, options.input_format)
+        if kind == "tokens" and options.ids is not None:
+            with contextlib.closing(TokenReader(path, options)) as reader:
+                reader.check()
+        if kind != "parquet":
             if options.row_filter is not None:
                 raise ValueError(f"--filter is for rows of Parquet files, and {path} is none: give one or the other")
             continue

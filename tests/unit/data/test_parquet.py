@@ -12,7 +12,7 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from umv2_megatron.data.corpus import CorpusError, CorpusOptions, Segment, expand_inputs, texts_of  # noqa: E402
 from umv2_megatron.data.indexing import read_tokens  # noqa: E402
-from umv2_megatron.data.readers import check_columns, read_chunks, reader_of  # noqa: E402
+from umv2_megatron.data.readers import check_files, read_chunks, reader_of  # noqa: E402
 from umv2_megatron.data.row_filter import parse_filter  # noqa: E402
 
 BYTES = ("--tokenizer-type", "ByteLevelTokenizer", "--append-eod")
@@ -150,7 +150,7 @@ WRONG = {
 def test_wrong_filters(tmp_path, text):
     path = write(tmp_path / "a.parquet", {"text": ["a"], "language": ["en"], "n": [1]})
     with pytest.raises(ValueError, match="filter|column") as raised:
-        check_columns([str(path)], CorpusOptions(row_filter=text))
+        check_files([str(path)], CorpusOptions(row_filter=text))
     assert WRONG[text] in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -161,10 +161,10 @@ def test_wrong_columns_and_files(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith(f"error: {path}: there is no column 'body': the file has text, n\n")
     with pytest.raises(ValueError, match="the column 'n' holds int64: expected strings"):
-        check_columns([str(path)], CorpusOptions(columns=("n",)))
+        check_files([str(path)], CorpusOptions(columns=("n",)))
     lines = write_jsonl(tmp_path / "b.jsonl", ["x"])
     with pytest.raises(ValueError, match=f"--filter is for rows of Parquet files, and {lines} is none"):
-        check_columns([str(path), str(lines)], CorpusOptions(row_filter="n > 0"))
+        check_files([str(path), str(lines)], CorpusOptions(row_filter="n > 0"))
     with pytest.raises(CorpusError, match=f"{path}: --filter fails: divide by zero"):
         read(path, row_filter="n / 0 > 1")
     for content in (b"", b"PAR1", b"PAR1 and no more PAR1", path.read_bytes()[:-9]):
