@@ -31,7 +31,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
 from umv2_megatron.config.data_config import Blend, DataConfig
-from umv2_megatron.data.indexing import Index, check_corpus, fingerprint
+from umv2_megatron.data.indexing import Index, check_corpus, ends_with, fingerprint, read_meta
 from umv2_megatron.data.tokenizers import Tokenizer
 
 _SPLITS = ("train", "validation", "test")
@@ -206,7 +206,16 @@ def check_corpora(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Index]:
     """
     blends = [config.blend(), *config.split_blends()]
     prefixes = [prefix for blend in blends if blend is not None for prefix in blend[0]]
-    return {prefix: check_corpus(prefix, tokenizer.vocab_size, tokenizer.sha256) for prefix in dict.fromkeys(prefixes)}
+    found = {prefix: check_corpus(prefix, tokenizer.vocab_size, tokenizer.sha256) for prefix in dict.fromkeys(prefixes)}
+    for prefix, index in found.items():
+        if read_meta(prefix) is None and not ends_with(prefix, index, tokenizer.eod):
+            logging.getLogger(__name__).warning(
+                "%s: no document looked at ends with the end-of-document token %d of the run's tokenizer, and no "
+                ".meta.json says which tokenizer made the corpus: was it this one?",
+                prefix,
+                tokenizer.eod,
+            )
+    return found
 
 
 def data_identity(config: DataConfig, tokenizer: Tokenizer, seq_length: int, seed: int) -> dict[str, Any]:

@@ -268,6 +268,15 @@ def check_corpus(prefix: str, vocab_size: int, tokenizer_sha256: Optional[str] =
     return index
 
 
+def ends_with(prefix: str, index: Index, token: int, sample: int = 256) -> bool:
+    """Whether any of ``sample`` documents, spread over the corpus, ends with ``token``."""
+    tokens = read_tokens(prefix, index)
+    chosen = np.unique(np.linspace(0, len(index.lengths) - 1, sample).astype(np.int64))
+    chosen = chosen[index.lengths[chosen] > 0]
+    ends = index.offsets[chosen] // index.dtype.itemsize + index.lengths[chosen] - 1
+    return bool((tokens[ends] == token).any())
+
+
 def _check_offsets(prefix: str, index: Index) -> None:
     size = os.path.getsize(prefix + ".bin")
     end = 0
