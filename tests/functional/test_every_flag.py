@@ -48,7 +48,10 @@ GIVEN: dict[str, dict[str, Any]] = {
         "recompute_granularity": "selective", "vocab_size": 300, "num_distributed_optimizer_instances": 2,
     }.items()
 }  # fmt: skip
+SENTINELS = {f"fim_{part}_token": str(256 + i) for i, part in enumerate(("prefix", "middle", "suffix"), 1)}
 GIVEN |= {
+    "fim_rate": {"fim_rate": 0.9, **SENTINELS, "vocab_size": 270},
+    **{key: {key: "265"} for key in SENTINELS},
     "qk_layernorm": GIVEN.pop("no_qk_layernorm"),
     "num_moe_experts": GIVEN.pop("num_experts"),
     "group_query_attention": {"group_query_attention": True, "num_query_groups": 2},
@@ -120,6 +123,9 @@ for _key in ("eod_mask_loss", "split", "reset_position_ids", "data_path", "train
              "tokenizer_type", "num_dataset_builder_threads", "data_cache_path"):  # fmt: skip
     BESIDE[_key] = {"corpus": True}
 BESIDE["reset_position_ids"]["position_embedding_type"] = "learned_absolute"
+for _key in ("fim_rate", "fim_spm_rate", *SENTINELS):
+    BESIDE[_key] = {"corpus": True, "fim_rate": 0.9, **SENTINELS, "vocab_size": 270}
+BESIDE["fim_rate"] = {"corpus": True, "vocab_size": 270}
 RANKS = {
     "expert_model_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": 2, "memory_exchange_parts": 2,
     "profile_ranks": 2,

@@ -98,6 +98,29 @@ class DataConfig:
         read_by="data/datasets.py: whether masks are made",
     )
 
+    fim_rate: float = option(
+        0.0,
+        "share of the documents of a training sample that are rearranged to teach filling in the middle",
+        at_least=0,
+        at_most=1,
+    )
+    fim_spm_rate: float = option(
+        0.5,
+        "share of the rearranged documents whose suffix comes before the prefix (SPM); the others are PSM",
+        at_least=0,
+        at_most=1,
+        needs=("fim_rate>0",),
+    )
+    fim_prefix_token: Optional[str] = option(
+        None, "token before the prefix: a token of the tokenizer, or its number", needs=("fim_rate>0",)
+    )
+    fim_middle_token: Optional[str] = option(
+        None, "token before the middle: a token of the tokenizer, or its number", needs=("fim_rate>0",)
+    )
+    fim_suffix_token: Optional[str] = option(
+        None, "token before the suffix: a token of the tokenizer, or its number", needs=("fim_rate>0",)
+    )
+
     @property
     def packs_documents(self) -> bool:
         """Whether the samples of a micro-batch are one row of documents, each attended to alone (``documents.py``)."""
@@ -141,11 +164,23 @@ class DataConfig:
         if self.has_split_paths and self.train_data_path is None:
             raise ValueError("--train-data-path is missing: it is needed beside --valid-data-path or --test-data-path")
         self.blend(), self.split_blends(), self.split_shares()
+        self._validate_infilling()
         self._validate_tokenizer()
         if self.num_workers < 0:
             raise ValueError(f"--num-workers is {self.num_workers}: expected 0 or more")
         if self.num_dataset_builder_threads < 1:
             raise ValueError(f"--num-dataset-builder-threads is {self.num_dataset_builder_threads}: expected 1 or more")
+
+    def _validate_infilling(self) -> None:
+        if not self.fim_rate:
+            return
+        if self.mock_data:
+            raise ValueError(f"--fim-rate is {self.fim_rate:g}: expected 0 with --mock-data, which has no documents")
+        for part, token in (
+            ("prefix", self.fim_prefix_token), ("middle", self.fim_middle_token), ("suffix", self.fim_suffix_token)
+        ):  # fmt: skip
+            if token is None:
+                raise ValueError(f"--fim-{part}-token is missing: --fim-rate {self.fim_rate:g} needs it")
 
     def _validate_tokenizer(self) -> None:
         if self.tokenizer_type is None:

@@ -8,6 +8,7 @@ orders as ``.npy`` files. Added here, because weeks-long runs need them:
   without tokens, and a bad offset would only show when its sample is drawn.
 - A cached order belongs to the content of a corpus, not only to its path: mcore names cache files after the path, so a
   corpus made anew under the old name would be read in the order, and by the offsets, of the former one.
+- Documents of training samples can be rearranged to teach filling in the middle (``infilling.py``).
 - Cache files appear at once and complete, so a run killed while writing them can start again; they are read without
   pickle, which mcore allows; and a blend can be built without torch.distributed.
 """
@@ -29,9 +30,11 @@ import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
 
 from umv2_megatron.config.data_config import Blend, DataConfig
 from umv2_megatron.data.indexing import Index, check_corpus, ends_with, fingerprint, read_meta
+from umv2_megatron.data.infilling import Infilling, draws_of, infill, infilling_of
 from umv2_megatron.data.tokenizers import Tokenizer
 
 _SPLITS = ("train", "validation", "test")
@@ -40,9 +43,11 @@ _PATH_FLAGS = ("--train-data-path", "--valid-data-path", "--test-data-path")
 
 @dataclass
 class _Config(GPTDatasetConfig):
-    """mcore's options, and the content of each corpus, which becomes part of the names of cache files."""
+    """mcore's options, the content of each corpus, which becomes part of the names of cache files, and how documents
+    are rearranged."""
 
     fingerprints: Optional[dict[str, str]] = None
+    infilling: Optional[Infilling] = None
 
 
 # -- cached sample orders -----------------------------------------------------------------------------------------
@@ -127,6 +132,16 @@ class CorpusDataset(GPTDataset):
 
         return _cached(self, self.index_split.name, ("document_index", "sample_index", "shuffle_index"), build)
 
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of sample ``idx`` [seq_length + 1] and the documents that they are from."""
+        sample, documents = super()._query_document_sample_shuffle_indices(idx)
+        config = self.config
+        # losses of validation stay those of texts as they are
+        if config.infilling is not None and self.index_split is Split.train:
+            draws = draws_of(config.random_seed, config.fingerprints[self.dataset_path], int(idx))
+            sample = infill(sample, config.infilling, draws)
+        return sample, documents
+
 
 class CorpusBlend(BlendedDataset):
     """mcore's BlendedDataset with the same cache."""
@@ -182,6 +197,7 @@ def build_datasets(
         mcore_config = _Config(**options)
         _leave_out_empty(mcore_config, sizes)
         return _Builder(MockGPTDataset, list(sizes), is_built_on_rank, mcore_config).build()
+    options["infilling"] = infilling_of(config, tokenizer)
     indices = check_corpora(config, tokenizer)
     options["fingerprints"] = {prefix: fingerprint(prefix) for prefix in indices}
     options["path_to_cache"] = config.data_cache_path or f"{next(iter(indices))}.cache"
@@ -234,6 +250,7 @@ def data_identity(config: DataConfig, tokenizer: Tokenizer, seq_length: int, see
         "tokenizer": dict(tokenizer.unique_identifiers),
         "seq_length": seq_length,
         "seed": seed,
+        "infilling": list(infilling) if (infilling := infilling_of(config, tokenizer)) else None,
     }
 
 

@@ -51,6 +51,17 @@ class Tokenizer:
         """The text of ``ids``; the end-of-document token has no text."""
         raise NotImplementedError
 
+    def id_of(self, token: str) -> Optional[int]:
+        """The id of a token of the vocabulary, special ones too; otherwise that of which ``token`` is the number. None
+        where there is none."""
+        found = self._id_of(token)
+        if found is None and token.isdecimal() and int(token) < self.vocab_size:
+            found = int(token)
+        return found
+
+    def _id_of(self, token: str) -> Optional[int]:
+        return None
+
     @property
     def unique_identifiers(self) -> OrderedDict[str, Any]:
         """What mcore's datasets hash into the names of their cached indices."""
@@ -110,6 +121,10 @@ class SentencePieceTokenizer(Tokenizer):
     def detokenize(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
+    def _id_of(self, token: str) -> Optional[int]:
+        found = self._processor.piece_to_id(token)
+        return found if self._processor.id_to_piece(found) == token else None
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` file, or a local directory that holds one. Nothing is downloaded and no code is run."""
@@ -168,6 +183,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def detokenize(self, ids: Iterable[int]) -> str:
         kept = [i for i in map(int, ids) if i != self.eod]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def _id_of(self, token: str) -> Optional[int]:
+        return self._tokenizer.token_to_id(token)
 
 
 class ByteLevelTokenizer(Tokenizer):
