@@ -163,6 +163,8 @@ ON_HOST = {"memory_value_optimizer_offload": True}
 STATE_CASES += [
     (2, {**SHARDED, **ON_HOST, "bf16": True}),
     (3, {**SHARDED, **ON_HOST, **BY_ROW, "global_batch_size": 3}),
+    (2, {**SHARDED, "bf16": True, "trainable": "memory"}),
+    (2, {"tensor_model_parallel_size": 2, "norm_placement": "post", "qk_norm_span": "projection"}),
 ]
 RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {}),

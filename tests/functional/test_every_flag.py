@@ -37,7 +37,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     for key, value in {
         "ffn_variant": "dense", "seq_length": 16, "max_position_embeddings": 64, "num_layers": 3, "hidden_size": 128,
         "kv_channels": 32, "no_qk_layernorm": True, "window_size": "[5, 0]", "window_attn_skip_freq": 2,
-        "no_rope_freq": 2, "attention_backend": "unfused", "recompute_modules": "mlp", "num_experts": 8,
+        "no_rope_freq": 2, "rotary_seq_len_interpolation_factor": 2,
+        "attention_backend": "unfused", "recompute_modules": "mlp", "num_experts": 8,
         "cp_comm_type": "all_gather", "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.5,
         "moe_router_dtype": "fp64", "moe_expert_capacity_factor": 0.5,
         "memory_value_dim": 96, "memory_topk": 8, "memory_key_topk_cap": 2, "memory_layer_freq": "[1,0]",

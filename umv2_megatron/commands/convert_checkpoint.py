@@ -1,12 +1,15 @@
-"""Checkpoints to Hugging Face exports and back.
+"""Checkpoints to Hugging Face exports and back, and dense models to checkpoints with memory layers.
 
     python tools/convert_checkpoint.py to-hf --load runs/demo/checkpoints --save exports/demo
     python tools/convert_checkpoint.py verify --load runs/demo/checkpoints --hf exports/demo
     python tools/convert_checkpoint.py from-hf --load exports/demo --save runs/from_hf
+    python tools/convert_checkpoint.py upcycle --hf models/llama --save runs/upcycled --memory-num-keys 256
+    python tools/convert_checkpoint.py verify --load runs/upcycled --hf models/llama
 
-No flag describes the model: checkpoint and export each say what they hold. Tensors pass through in blocks, so memory
-does not grow with the model. A conversion that was killed goes on when the same command is given again. See
-docs/hugging-face.md.
+No flag describes the model: checkpoint and export each say what they hold. upcycle alone takes flags, of the memory
+layers that it adds to a Llama, Mistral, Qwen2, Qwen3 or OLMo 2. Tensors pass through in blocks, so memory does not grow
+with the model. A conversion that was killed goes on when the same command is given again. See docs/hugging-face.md and
+docs/upcycling.md.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from umv2_megatron.config.flags import add_options, read_options
+from umv2_megatron.config.upcycle_options import OPTIONS, STARTS
 from umv2_megatron.training.tool_entry import program_name, read_text, run_tool
 from umv2_megatron.user_paths import is_url, user_path
 
@@ -34,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     from umv2_megatron.parallel import cpu_platform
 
     cpu_platform.install()  # before megatron.core is imported
-    {"to-hf": to_hf, "from-hf": from_hf, "verify": verify}[arguments.command](arguments)
+    {"to-hf": to_hf, "from-hf": from_hf, "verify": verify, "upcycle": upcycle}[arguments.command](arguments)
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
@@ -71,6 +76,25 @@ def from_hf(arguments: argparse.Namespace) -> None:
     print(f"wrote {made}; train from it with pretrain_umv2.py --use-checkpoint-args --load {arguments.save} --finetune")
 
 
+def upcycle(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint of a dense model with memory layers."""
+    from umv2_megatron.conversion.plan import parse_size
+    from umv2_megatron.conversion.upcycle import UpcycleOptions
+    from umv2_megatron.conversion.upcycle import upcycle as write
+
+    settings = read_options({key: value for key, value in vars(arguments).items() if key in OPTIONS})
+    options = UpcycleOptions(
+        arguments.model_preset,
+        settings,
+        arguments.start,
+        _dtype(arguments.dtype),
+        parse_size(arguments.max_shard_size),
+        arguments.tokenizer,
+    )
+    made = write(local_export("--hf", arguments.hf), user_path(arguments.save, "--save"), options)
+    print(f"wrote {made}; train from it with pretrain_umv2.py --use-checkpoint-args --load {arguments.save} --finetune")
+
+
 def local_export(flag: str, where: str) -> Path:
     """The directory of an export. Raises ``ValueError`` for a URL."""
     if is_url(where):
@@ -93,18 +117,25 @@ def verify(arguments: argparse.Namespace) -> None:
     """Compare weights and logits; exit code 1 where they differ."""
     from umv2_megatron.checkpoint.contents import locate
     from umv2_megatron.checkpoint.saved_config import read_config
+    from umv2_megatron.config.variants import has_memory
+    from umv2_megatron.conversion.dense_models import is_dense_source
     from umv2_megatron.conversion.verify import compare, compare_weights  # imports the models
+    from umv2_megatron.conversion.verify_source import compare_source, compare_source_weights
 
     store, iteration = locate(arguments.load, arguments.ckpt_step)
+    values = read_config(store, iteration)["values"]
     text = None if arguments.text is None else read_text("--text", arguments.text)
     if text == "":
         raise ValueError(f"--text is {arguments.text}; expected a file with text in it")
-    if text is not None and read_config(store, iteration)["values"]["tokenizer_type"] == "NullTokenizer":
+    if text is not None and values["tokenizer_type"] == "NullTokenizer":
         raise ValueError(
             f"--text is {arguments.text}, but the checkpoint has no tokenizer to read it; leave --text away"
         )
     load, export = str(store.root), local_export("--hf", arguments.hf)
-    weights = compare_weights(load, iteration, export)
+    dense = is_dense_source(export, has_memory(values["ffn_variant"]))
+    weights = (
+        compare_source_weights(load, iteration, export) if dense else compare_weights(load, iteration, export)
+    )
     failed = bool(weights.different)
     print(
         f"weights: {weights.numbers:,} numbers in {weights.tensors} tensors, "
@@ -114,13 +145,13 @@ def verify(arguments: argparse.Namespace) -> None:
         flush=True,
     )
     if not arguments.weights_only:
-        for result in compare(
-            load, iteration, export, text, arguments.tokens, arguments.tolerance, arguments.tokenizer_model
-        ):
+        how = (load, iteration, export, text, arguments.tokens, arguments.tolerance, arguments.tokenizer_model)
+        for result in [compare_source(*how)] if dense else compare(*how):
             failed |= not result.good
             print(_line(result), flush=True)
     if failed:
-        print(f"{program_name()}: error: the export does not compute what the checkpoint does", file=sys.stderr)
+        what = "the model that was upcycled" if dense else "the export"
+        print(f"{program_name()}: error: {what} does not compute what the checkpoint does", file=sys.stderr)
         sys.exit(1)
 
 
@@ -149,7 +180,7 @@ def _dtype(name: str) -> torch.dtype | None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = made.add_subparsers(dest="command", required=True, metavar="to-hf | from-hf | verify")
+    commands = made.add_subparsers(dest="command", required=True, metavar="to-hf | from-hf | verify | upcycle")
     out = commands.add_parser("to-hf", help="checkpoint to export")
     out.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one iter_* in it")
     out.add_argument("--save", required=True, metavar="DIR", help="the export; must not exist yet")
@@ -158,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     back.add_argument("--save", required=True, metavar="DIR", help="directory of checkpoints, without any yet")
     check = commands.add_parser("verify", help="compare the weights and the logits of a checkpoint and an export")
     check.add_argument("--load", required=True, metavar="DIR", help="directory of checkpoints, or one iter_* in it")
-    check.add_argument("--hf", required=True, metavar="DIR", help="the export")
+    check.add_argument("--hf", required=True, metavar="DIR", help="the export, or the model that was upcycled")
     check.add_argument("--weights-only", action="store_true", help="compare no logits: needs little memory")
     check.add_argument("--text", metavar="FILE", help="text to compare on (default: a paragraph of our own)")
     check.add_argument("--tokens", type=int, default=256, help="tokens of it to compare on, at most (default: 256)")
@@ -174,13 +205,41 @@ def parser() -> argparse.ArgumentParser:
         )
     out.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer out")
     out.add_argument("--license", metavar="ID", help="licence of the weights, for the model card (default: not stated)")
-    for command in (out, back, check):
+    dense = _add_upcycle(commands)
+    for command in (out, back, check, dense):
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
-    choices = {out: ["auto", "float32", "bfloat16", "float16"], back: ["auto", "float32", "bfloat16"]}
+    trained = ["auto", "float32", "bfloat16"]
+    choices = {out: [*trained, "float16"], back: trained, dense: trained}
     for command, dtypes in choices.items():
         command.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: as they are)")
         command.add_argument("--max-shard-size", default="4GB", metavar="SIZE", help="largest file (default: 4GB)")
     return made
+
+
+def _add_upcycle(commands: Any) -> argparse.ArgumentParser:
+    """The command that takes flags of the memory layers, too."""
+    dense: argparse.ArgumentParser = commands.add_parser(
+        "upcycle",
+        help="dense model to checkpoint with memory layers",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    dense.add_argument("--hf", required=True, metavar="DIR", help="the model: config.json and safetensors")
+    dense.add_argument("--save", required=True, metavar="DIR", help="directory of checkpoints, without any yet")
+    dense.add_argument("--model-preset", default=None, metavar="NAME", help="take the memory layers of a known model")
+    dense.add_argument(
+        "--start",
+        choices=STARTS,
+        default="silent",
+        help="how memory layers begin: without an effect, by zeros in the projection of their values (silent),\n"
+        "or as --memory-init says, as in a run from scratch (default: silent)",
+    )
+    dense.add_argument(
+        "--no-tokenizer", dest="tokenizer", action="store_false", default=True, help="leave the tokenizer where it is"
+    )
+    add_options(dense, OPTIONS)
+    return dense
 
 
 def run() -> NoReturn:

@@ -8,7 +8,7 @@ import os
 from umv2_megatron.config.document_checks import check_documents
 from umv2_megatron.config.fp8_checks import check_fp8
 from umv2_megatron.config.graph_checks import check_graphs
-from umv2_megatron.config.memory_checks import check_memory_layout, check_split_tokens
+from umv2_megatron.config.memory_checks import check_memory_layout, check_split_tokens, check_trainable
 from umv2_megatron.config.optimizer_checks import check_optimizer
 from umv2_megatron.config.option_checks import check_limits, check_partners
 from umv2_megatron.config.run_config import RunConfig
@@ -43,6 +43,9 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
         check_memory_layout(run)
         if for_training:
             check_split_tokens(run)
+            check_trainable(run)
+    elif for_training and run.training.trainable == "memory":
+        refuse("trainable", "memory", f"all with --ffn-variant {run.model.ffn_variant}, which has no memory layers")
     elif run.memory.parallel_size != 1 and not run.has_experts:
         refuse("memory-parallel-size", run.memory.parallel_size, "1 without memory layers: no tables to shard")
     if for_training:
@@ -67,8 +70,37 @@ def _check_shapes(run: RunConfig) -> None:
         refuse("num-query-groups", run.num_query_groups, "no value without --group-query-attention")
     if run.model.seq_length > run.max_position_embeddings:
         refuse("seq-length", run.model.seq_length, f"at most --max-position-embeddings ({run.max_position_embeddings})")
+    if run.model.use_rope_scaling and run.model.rotary_seq_len_interpolation_factor is not None:
+        refuse(
+            "rotary-seq-len-interpolation-factor",
+            run.model.rotary_seq_len_interpolation_factor,
+            "no value with --use-rope-scaling: either stretches the rotary embedding",
+        )
+    _check_norms(run)
     if run.kv_channels and run.kv_channels % 2:
         refuse("kv-channels", run.kv_channels, "an even number: the rotary embedding turns pairs")
+
+
+def _check_norms(run: RunConfig) -> None:
+    """Norms of other places or spans than mcore's: what they were not made for."""
+    post, wide = run.model.norm_placement == "post", run.model.qk_norm_span == "projection"
+    placed = (("norm-placement", "post", "pre"),) if post else ()
+    for flag, value, usual in (*placed, *((("qk-norm-span", "projection", "head"),) if wide else ())):
+        if run.has_experts:
+            refuse(flag, value, f"{usual} with --ffn-variant moe")
+        if run.fp8:
+            refuse(flag, value, f"{usual} with --fp8-format")
+        if run.cuda_graph_impl != "none":
+            refuse(flag, value, f"{usual} with --cuda-graph-impl {run.cuda_graph_impl}")
+    if wide and (run.normalization != "RMSNorm" or run.layernorm_zero_centered_gamma):
+        refuse("qk-norm-span", "projection", "head, or --normalization RMSNorm without --apply-layernorm-1p")
+    groups = run.num_query_groups if run.model.group_query_attention else run.num_attention_heads
+    if wide and groups % run.tensor_model_parallel_size:
+        refuse(
+            "tensor-model-parallel-size",
+            run.tensor_model_parallel_size,
+            f"a divisor of the {groups} heads of keys with --qk-norm-span projection",
+        )
 
 
 def _check_windows(run: RunConfig) -> None:

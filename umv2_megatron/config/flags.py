@@ -118,12 +118,28 @@ def build_parser(program: str, description: str) -> OneLineParser:
         "--model-preset", metavar="NAME", help="sizes of a known model; tools/plan.py --list shows all"
     )
     general.add_argument("--config", metavar="FILE", help="YAML file with flag names as keys")
+    add_options(parser, option_table())
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, keys: Iterable[str]) -> None:
+    """Add the flags of these options, in groups by section. The parser's default must be ``argparse.SUPPRESS``;
+    ``read_options`` reads what was given."""
     groups: dict[str, Any] = {}
-    for made in option_table().values():
+    for key in keys:
+        made = option_table()[key]
         if made.section not in groups:
             groups[made.section] = parser.add_argument_group(made.section)
         _add_to_parser(groups[made.section], made)
-    return parser
+
+
+def read_options(raw: dict[str, Any]) -> dict[str, Any]:
+    """Values by key from what the flags of ``add_options`` were given; raises ``UsageError`` as ``parse_flags``."""
+    values: dict[str, Any] = {}
+    for key, text in raw.items():
+        made = option_table()[key]
+        values[key] = text if isinstance(text, bool) else _check(made, text, None, f"--{made.flag}")
+    return values
 
 
 def _add_to_parser(group: Any, made: Option) -> None:
@@ -179,9 +195,4 @@ def parse_flags(argv: list[str], program: str, description: str) -> tuple[dict[s
         raise UsageError(_unknown(flag, f"--{flag}", "flag"))
     raw = vars(given)
     preset, config = raw.pop("model_preset", None), raw.pop("config", None)
-    values: dict[str, Any] = {}
-    for key, text in raw.items():
-        made = option_table()[key]
-        where = f"--{made.flag}"
-        values[key] = text if isinstance(text, bool) else _check(made, text, None, where)
-    return values, preset, config
+    return read_options(raw), preset, config

@@ -99,6 +99,25 @@ def check_split_tokens(run: RunConfig) -> None:
         )
 
 
+def check_trainable(run: RunConfig) -> None:
+    """Whether every pipeline stage has something to learn where memory layers alone do."""
+    pp = run.pipeline_model_parallel_size
+    if run.training.trainable == "all" or pp == 1:
+        return
+    if run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage:
+        refuse("trainable", "memory", "all where pipeline stages have different numbers of layers")
+    here = run.memory.memory_layers(run.num_layers)
+    size = run.num_layers // (pp * (run.virtual_pipeline_size or 1))
+    for first in range(0, run.num_layers, size):
+        if not any(here[first : first + size]):
+            refuse(
+                "trainable",
+                "memory",
+                f"a memory layer in every pipeline stage of {size} layers, and blocks {first} to {first + size - 1} "
+                "have none; change --memory-layer-freq or --pipeline-model-parallel-size",
+            )
+
+
 def _check_table_shards(run: RunConfig) -> None:
     """Whether every value table can be shared out over the memory-parallel group."""
     memory, size = run.memory, run.memory.parallel_size

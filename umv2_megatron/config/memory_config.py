@@ -13,11 +13,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Optional
 
 from umv2_megatron.config.option import option
 from umv2_megatron.config.text_numbers import whole_number
+
+OF_A_RUN = ("backend", "backward", "stream", "parallel_size", "parallel_mode", "exchange_parts", "value_second_moment",
+            "value_optimizer_offload")  # fmt: skip
+"""Fields of ``MemoryConfig`` that say how a run computes, not what."""
 
 
 @dataclass
@@ -347,6 +351,11 @@ class MemoryConfig:
             refuse("query_mode", "per_head or shared when --memory-scoring is additive")
         if self.tucker_penalty_coeff > 0:
             refuse("tucker_penalty_coeff", "0 when --memory-scoring is additive: there are no cores")
+
+
+def model_keys() -> list[str]:
+    """Keys of the settings that belong to the model."""
+    return [f"memory_{field.name}" for field in fields(MemoryConfig) if field.name not in OF_A_RUN]
 
 
 def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:

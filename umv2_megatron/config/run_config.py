@@ -184,6 +184,8 @@ class RunConfig:
             arguments["moe_ffn_hidden_size"] = self.moe_ffn_hidden_size or self.ffn_hidden_size
         else:  # value tables are split over mcore's expert groups, but mcore is to know of no experts
             arguments["expert_model_parallel_size"] = 1
+        # mcore sums gradients of norms of heads over tensor-parallel ranks; a norm over all heads is split over them
+        arguments["qk_layernorm"] = self.qk_layernorm and self.model.qk_norm_span == "head"
         arguments["num_query_groups"] = self.num_query_groups if self.model.group_query_attention else None
         arguments["virtual_pipeline_model_parallel_size"] = self.virtual_pipeline_size
         arguments["fp8_param"] = self.fp8_param_gather

@@ -34,6 +34,33 @@ class ModelConfig:
     rotary_percent: float = option(
         1.0, "share of the head dimension that is rotated", above=0, at_most=1, needs=("position_embedding_type=rope",)
     )
+    use_rope_scaling: bool = option(
+        False,
+        "low frequencies of the rotary embedding divided by --rope-scaling-factor, those in between less, as in Llama "
+        "3.1 for contexts beyond 8192 tokens",
+        needs=("position_embedding_type=rope",),
+    )
+    rope_scaling_factor: float = option(
+        8.0, "by what --use-rope-scaling divides low frequencies", above=0, needs=("use_rope_scaling",)
+    )
+    rotary_seq_len_interpolation_factor: Optional[int] = option(
+        None,
+        "positions are divided by this in the rotary embedding",
+        at_least=1,
+        needs=("position_embedding_type=rope",),
+    )
+    norm_placement: str = option(
+        "pre",
+        "norms of a block: before attention and FFN, or behind them (OLMo 2), where memory layers read the residual "
+        "stream divided by its root mean square",
+        choices=("pre", "post"),
+    )
+    qk_norm_span: str = option(
+        "head",
+        "what --qk-layernorm normalises together: each head, or all heads of a token (projection, OLMo 2)",
+        choices=("head", "projection"),
+        needs=("qk_layernorm",),
+    )
     swiglu: bool = option(True, "SwiGLU in the FFN (SiLU gate); without it the FFN uses GELU")
     group_query_attention: bool = option(False, "grouped-query attention with --num-query-groups groups")
     untie_embeddings_and_output_weights: bool = option(False, "separate weights for input and output embedding")
@@ -62,6 +89,11 @@ class TrainingConfig:
     )
     train_iters: Optional[int] = option(None, "optimizer steps of the whole run", at_least=1)
     train_samples: Optional[int] = option(None, "samples of the whole run, instead of --train-iters", at_least=1)
+    trainable: str = option(
+        "all",
+        "parameters that learn: all, or those of memory layers alone (tables, and what else the layers have)",
+        choices=("all", "memory"),
+    )
     seed: int = option(1234, "seed of initialisation, dropout and data order", at_least=0, at_most=2**31 - 1)
     empty_unused_memory_level: int = option(
         0,

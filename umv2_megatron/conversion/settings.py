@@ -6,14 +6,13 @@ the model. A setting that would change what the model computes and that the othe
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.memory_config import MemoryConfig, model_keys
 from umv2_megatron.config.option_table import option_table
 from umv2_megatron.config.variants import has_memory
 from umv2_megatron.conversion.safetensors_files import ConversionError
@@ -39,6 +38,8 @@ SAME = {
     "attention_dropout": "attention_dropout",
     "hidden_dropout": "hidden_dropout",
 }
+# What mcore's --use-rope-scaling has beside its factor: the values of Llama 3.1.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # The same for the settings of experts, which other models do not have.
 OF_EXPERTS = {
     "num_moe_experts": "num_experts",
@@ -63,9 +64,6 @@ OF_EXPERTS = {
         )
     },
 }
-# Fields of MemoryConfig that say how a run computes, not what.
-_OF_A_RUN = ("backend", "backward", "stream", "parallel_size", "parallel_mode", "exchange_parts", "value_second_moment",
-             "value_optimizer_offload")
 # Settings that change what the model computes and that the Hugging Face model does not know, with the value it has.
 _FIXED = {
     "activation_func_clamp_value": None,
@@ -75,23 +73,17 @@ _FIXED = {
     "qk_l2_norm": False,
     "softmax_scale": None,
     "softmax_type": "vanilla",
-    "window_size": None,
     # of experts: what one token gets would depend on the others in its batch, or on chance
     "moe_expert_capacity_factor": None,
     "moe_input_jitter_eps": None,
 }
 
 
-def memory_keys() -> list[str]:
-    """Keys of the settings of memory layers that belong to the model; the same on both sides."""
-    return [f"memory_{field.name}" for field in dataclasses.fields(MemoryConfig) if field.name not in _OF_A_RUN]
-
-
 def refuse_unsupported(config: dict[str, Any]) -> None:
     """Raise ``ConversionError`` naming a setting of a checkpoint's ``config`` that an export cannot express."""
     values = config["values"]
     known, table = UMv2Config().to_dict(), option_table()
-    fixed = {**_FIXED, **{key: table[key].default for key in memory_keys() if key not in known}}
+    fixed = {**_FIXED, **{key: table[key].default for key in model_keys() if key not in known}}
     if values["ffn_variant"] == "moe" and values["moe_router_load_balancing_type"] == "sinkhorn":
         raise ConversionError(
             "the model was trained with --moe-router-load-balancing-type sinkhorn, which the Hugging Face model does "
@@ -129,7 +121,7 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
     experts = _expert_settings(values)
     made = UMv2Config(
         **{theirs: values[ours] for ours, theirs in SAME.items()},
-        **{key: values[key] for key in memory_keys() if key in known and key in values},
+        **{key: values[key] for key in model_keys() if key in known and key in values},
         **{theirs: experts[ours] for ours, theirs in OF_EXPERTS.items() if ours in experts},
         # variants with memory layers differ in the fields of those only
         ffn_variant="umv2" if with_memory else values["ffn_variant"],
@@ -138,11 +130,11 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
         num_key_value_heads=_groups(values),
         hidden_act="silu" if values["swiglu"] else "gelu",
         tie_word_embeddings=not values["untie_embeddings_and_output_weights"],
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": float(values["rotary_base"]),
-            "partial_rotary_factor": values["rotary_percent"],
-        },
+        rope_parameters=rope_parameters(values),
+        **_window_of(values),
+        # older checkpoints know neither
+        norm_placement=values.get("norm_placement", "pre"),
+        qk_norm_span=values.get("qk_norm_span", "head"),
         attention_bias=values["add_bias_linear"] or values["add_qkv_bias"],
         attention_out_bias=values["add_bias_linear"],
         mlp_bias=values["add_bias_linear"],
@@ -158,6 +150,81 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
         },
     )
     return made
+
+
+def _window_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The window of attention in transformers' words, which count the token itself."""
+    window, skipped = values.get("window_size"), values.get("window_attn_skip_freq")
+    if window is None:
+        return {}
+    if window[0] < 0 or window[1] != 0:
+        raise ConversionError(
+            f"the model was trained with --window-size {list(window)}, which the Hugging Face model does not know; "
+            "expected 0 or more tokens before each, and 0 behind it"
+        )
+    blocks = range(1, values["num_layers"] + 1)
+    here = skipped if isinstance(skipped, list) else [skipped is None or block % skipped != 0 for block in blocks]
+    kinds = ["sliding_attention" if each else "full_attention" for each in here]
+    return {"sliding_window": window[0] + 1, "layer_types": None if all(here) else kinds}
+
+
+def window_values(window: int | None, kinds: list[str] | None) -> dict[str, Any]:
+    """The reverse: settings by key for transformers' ``sliding_window`` and ``layer_types``, {} without a window."""
+    unknown = set(kinds or ()) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise ConversionError(f"layer_types name {unknown.pop()!r}; expected sliding_attention or full_attention")
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return {}
+    here = [int(kind == "sliding_attention") for kind in kinds or ()]
+    return {"window_size": [window - 1, 0], "window_attn_skip_freq": None if all(here) else here}
+
+
+def rope_parameters(values: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of settings by key in transformers' words."""
+    made = {
+        "rope_type": "default",
+        "rope_theta": float(values["rotary_base"]),
+        "partial_rotary_factor": values["rotary_percent"],
+    }
+    if values.get("use_rope_scaling"):  # older checkpoints know neither
+        made |= {"rope_type": "llama3", "factor": float(values["rope_scaling_factor"]), **LLAMA3}
+    elif values.get("rotary_seq_len_interpolation_factor") is not None:
+        made |= {"rope_type": "linear", "factor": float(values["rotary_seq_len_interpolation_factor"])}
+    return made
+
+
+def rotary_values(rope: dict[str, Any]) -> dict[str, Any]:
+    """The reverse: settings by key for transformers' ``rope_parameters``.
+
+    Raises ``ConversionError`` naming a value that training does not know.
+    """
+    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 10000)
+    values: dict[str, Any] = {
+        "rotary_base": int(theta),
+        "rotary_percent": float(rope.get("partial_rotary_factor") or 1.0),
+        "use_rope_scaling": kind == "llama3",
+        "rotary_seq_len_interpolation_factor": None,
+    }
+    if int(theta) != float(theta):
+        raise ConversionError(f"rope_theta is {theta}; expected a whole number, as --rotary-base takes")
+    if kind == "llama3":
+        for name, expected in LLAMA3.items():
+            if rope.get(name) != expected:
+                raise ConversionError(
+                    f"rope_parameters say {name} {rope.get(name)}; expected {expected} with rope_type llama3, which is "
+                    "what megatron-core's --use-rope-scaling has"
+                )
+        values["rope_scaling_factor"] = float(rope["factor"])
+    elif kind == "linear":
+        values["rotary_seq_len_interpolation_factor"] = int(rope["factor"])
+        if int(rope["factor"]) != rope["factor"]:
+            raise ConversionError(
+                f"rope_parameters say factor {rope['factor']}; expected a whole number with rope_type linear, as "
+                "--rotary-seq-len-interpolation-factor takes"
+            )
+    elif kind != "default":
+        raise ConversionError(f"rope_parameters say rope_type {kind!r}; expected default, linear or llama3")
+    return values
 
 
 def _expert_settings(values: dict[str, Any]) -> dict[str, Any]:
@@ -189,9 +256,6 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
 
     Raises ``ConversionError`` naming a value that training does not know.
     """
-    rope = dict(config.rope_parameters or {})
-    if rope.get("rope_type", "default") != "default":
-        raise ConversionError(f"rope_parameters say rope_type {rope['rope_type']!r}; expected default")
     if config.hidden_act != ("silu" if config.gated_mlp else "gelu"):
         raise ConversionError(
             f"hidden_act is {config.hidden_act!r} with gated_mlp {config.gated_mlp}; expected silu where it is true, "
@@ -204,7 +268,7 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
         )
     theirs = config.to_dict()
     values = {ours: theirs[name] for ours, name in SAME.items()}
-    values.update({key: theirs[key] for key in memory_keys() if key in theirs})
+    values.update({key: theirs[key] for key in model_keys() if key in theirs})
     if config.ffn_variant == "moe":
         values.update({ours: theirs[name] for ours, name in OF_EXPERTS.items()})
     grouped = config.num_key_value_heads != config.num_attention_heads
@@ -215,15 +279,15 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
         group_query_attention=grouped,
         num_query_groups=config.num_key_value_heads,
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
-        rotary_base=int(rope.get("rope_theta", 10000)),
-        rotary_percent=float(rope.get("partial_rotary_factor", 1.0)),
+        **rotary_values(dict(config.rope_parameters or {})),
+        **window_values(config.sliding_window, config.layer_types),
+        norm_placement=config.norm_placement,
+        qk_norm_span=config.qk_norm_span,
         add_bias_linear=config.mlp_bias,
         add_qkv_bias=config.attention_bias and not config.mlp_bias,
         vocab_size=config.vocab_size,
     )
     values["memory_layer_freq"] = str(values["memory_layer_freq"])
-    if values["rotary_base"] != float(rope.get("rope_theta", 10000)):
-        raise ConversionError(f"rope_theta is {rope['rope_theta']}; expected a whole number, as --rotary-base takes")
     return values
 
 
@@ -266,6 +330,8 @@ def sizes_of(values: dict[str, Any], vocabulary: int, chunk_rows: int | None) ->
         qkv_bias=values["add_bias_linear"] or values["add_qkv_bias"],
         norm_bias=values["normalization"] == "LayerNorm",
         qk_norm=values["qk_layernorm"],
+        post_norm=values.get("norm_placement") == "post",
+        wide_qk_norm=values.get("qk_norm_span") == "projection",
         memory=tuple(layers),
         chunk_rows=chunk_rows or largest,
         experts=_expert_sizes(values),
@@ -289,7 +355,7 @@ def memory_config(values: dict[str, Any]) -> MemoryConfig | None:
     """The memory layers of a model, None where it has none."""
     if not has_memory(values["ffn_variant"]):
         return None
-    return MemoryConfig(**{key.removeprefix("memory_"): values[key] for key in memory_keys() if key in values})
+    return MemoryConfig(**{key.removeprefix("memory_"): values[key] for key in model_keys() if key in values})
 
 
 def chunk_rows_below(values: dict[str, Any], max_bytes: int, itemsize: int) -> int:

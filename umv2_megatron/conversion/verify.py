@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from umv2_megatron.checkpoint.contents import locate
+from umv2_megatron.conversion.checkpoint_files import RowSource
 from umv2_megatron.conversion.export_files import ExportTensors, verify_manifest
 from umv2_megatron.conversion.from_hf import dtype_of
 from umv2_megatron.conversion.pick_recording import recorded_picks
@@ -97,14 +98,15 @@ def compare_weights(load: str, ckpt_step: int | None, export: Path, say: Callabl
         config = read_hf_config(export)
         source = open_source(store, iteration, dtype_of(export, config, exported), config.memory_table_chunk_rows)
         try:
-            return _compare_weights(source, exported)
+            return compare_tensors(source, exported)
         finally:
             source.tensors.close()
     finally:
         exported.close()
 
 
-def _compare_weights(source: Source, exported: ExportTensors) -> Weights:
+def compare_tensors(source: Source, exported: RowSource) -> Weights:
+    """Compare the tensors of ``source`` with those of the same names on the other side."""
     expected = {part.name: (part_shape(p, part), p.dtype, False) for p in source.pairings for part in p.parts}
     check_source(exported.tensors, expected, source.dtype, str(exported.directory))
     copies = copies_to_hf(source.pairings, source.tensors.tensors, source.dtype)
@@ -150,7 +152,7 @@ def compare(
     trained, vocabulary = unwrap(restored.chunks[0]).eval(), restored.tokenizer.vocab_size
     if vocabulary != config.vocab_size:
         raise ConversionError(f"{export} has {config.vocab_size} tokens, the checkpoint's tokenizer {vocabulary}")
-    ids = _token_ids(restored.tokenizer, PARAGRAPH if text is None else text, tokens, config.max_position_embeddings)
+    ids = token_ids(restored.tokenizer, PARAGRAPH if text is None else text, tokens, config.max_position_embeddings)
     _round_weights(trained, dtype)
     precise = precise_dtype(trained)
     exact, found, picks = followed_logits(
@@ -162,12 +164,12 @@ def compare(
         "largest difference of logits",
         float((exact - found).abs().max() / largest),
         LIMITS[precise] if limit is None else limit,
-        _same_choice(exact, found),
+        same_choice(exact, found),
         ids.numel(),
         picks,
     )
     if dtype != torch.float32:
-        expected = _trained_logits(trained.to(dtype), ids, config.vocab_size)
+        expected = trained_logits(trained.to(dtype), ids, config.vocab_size)
         found = _export_logits(_load(export, dtype), ids)
         own = float((exact - expected).abs().mean(-1).median() / largest)
         yield Comparison(
@@ -175,7 +177,7 @@ def compare(
             f"median token's difference from the logits in {name_of(precise)} (the checkpoint's: {own:.1e})",
             float((exact - found).abs().mean(-1).median() / largest),
             HALF_FACTOR * own,
-            _same_choice(expected, found),
+            same_choice(expected, found),
             ids.numel(),
         )
 
@@ -195,7 +197,7 @@ def precise_dtype(model: torch.nn.Module) -> torch.dtype:
     return torch.float64 if needed < 0.8 * available else torch.float32
 
 
-def _token_ids(tokenizer: Tokenizer, text: str, count: int, context: int) -> torch.Tensor:
+def token_ids(tokenizer: Tokenizer, text: str, count: int, context: int) -> torch.Tensor:
     """At most ``count`` tokens [windows, s] int64 on the device, s at most ``context``; numbers drawn with a fixed seed
     where there is no tokenizer."""
     if isinstance(tokenizer, NullTokenizer):
@@ -224,14 +226,14 @@ def followed_logits(
     ``trained`` is mcore's model, in evaluation mode and of the dtype to compute in; ``load`` makes the other one.
     """
     with recorded_picks(trained, ids.shape[0]) as recorded:
-        expected = _trained_logits(trained, ids, vocabulary)
+        expected = trained_logits(trained, ids, vocabulary)
     model = load()
     with followed_picks(model, recorded) as picks:
         return expected, _export_logits(model, ids), picks
 
 
 @torch.no_grad()
-def _trained_logits(trained: torch.nn.Module, ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def trained_logits(trained: torch.nn.Module, ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Logits [windows, s, vocabulary], float32 or better."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     return at_least_float32(trained(ids, positions, None)[..., :vocabulary])
@@ -248,5 +250,6 @@ def _load(export: Path, dtype: torch.dtype) -> UMv2ForCausalLM:
     return model.eval().to(cpu_platform.device())
 
 
-def _same_choice(one: torch.Tensor, other: torch.Tensor) -> float:
+def same_choice(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Share of the positions at which both logits [windows, s, vocabulary] are largest for the same token."""
     return float((one.argmax(-1) == other.argmax(-1)).float().mean())

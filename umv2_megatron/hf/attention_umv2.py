@@ -45,7 +45,11 @@ class UMv2RotaryEmbedding(nn.Module):
         self.rope_type: str = (config.rope_parameters or {})["rope_type"]
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         compute = self.compute_default_rope_parameters
-        if self.rope_type != "default":
+        self.position_scale = 1.0
+        if self.rope_type == "linear":  # positions are scaled, not frequencies: as megatron-core rounds
+            self.position_scale = 1 / (config.rope_parameters or {})["factor"]
+            self.rope_type = "default"  # by which transformers computes frequencies again
+        elif self.rope_type != "default":
             compute = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = compute(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -74,7 +78,8 @@ class UMv2RotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """What ``rotate`` takes: both [b, 1, s, d] for ``position_ids`` [b, s], in the dtype of ``x``."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        positions = position_ids[:, None, :, None].float() * self.position_scale
+        angles = positions * self.inv_freq.to(device=x.device, dtype=torch.float32)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         pairs = torch.stack if self.config.rope_interleaved else torch.cat
         cos, sin = pairs([cos, cos], dim=-1), pairs([-sin, sin], dim=-1)
@@ -144,13 +149,16 @@ class UMv2Attention(nn.Module):
         self.is_causal = True
         self.dropout = config.attention_dropout
         self.rope_interleaved = config.rope_interleaved
+        self.sliding_window = config.sliding_window if config.has_window(layer_idx) else None
         inner, shared = config.num_attention_heads * self.head_dim, groups * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, shared, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = UMv2Norm(config, self.head_dim) if config.qk_norm else None
-        self.k_norm = UMv2Norm(config, self.head_dim) if config.qk_norm else None
+        self.norms_heads = config.qk_norm_span == "head"
+        sizes = (self.head_dim, self.head_dim) if self.norms_heads else (inner, shared)
+        self.q_norm = UMv2Norm(config, sizes[0]) if config.qk_norm else None
+        self.k_norm = UMv2Norm(config, sizes[1]) if config.qk_norm else None
 
     def forward(
         self,
@@ -161,10 +169,12 @@ class UMv2Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = project(self.q_proj, hidden_states).view(shape)
-        key = project(self.k_proj, hidden_states).view(shape)
+        query, key = project(self.q_proj, hidden_states), project(self.k_proj, hidden_states)
         value = project(self.v_proj, hidden_states).view(shape).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
+        if not self.norms_heads and self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(shape), key.view(shape)
+        if self.norms_heads and self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if position_embeddings is not None:
@@ -185,6 +195,7 @@ class UMv2Attention(nn.Module):
             attention_mask,
             dropout=self.dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         return project(self.o_proj, output.reshape(*hidden_states.shape[:-1], -1)), weights

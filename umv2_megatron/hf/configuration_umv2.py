@@ -21,6 +21,8 @@ from transformers.configuration_utils import PreTrainedConfig
 _CHOICES: dict[str, tuple] = {
     "normalization": ("RMSNorm", "LayerNorm"),
     "position_embedding_type": ("rope", "learned_absolute", "none"),
+    "norm_placement": ("pre", "post"),
+    "qk_norm_span": ("head", "projection"),
     "ffn_variant": ("umv2", "moe", "dense"),
     "moe_router_score_function": ("softmax", "sigmoid"),
     "moe_router_dtype": (None, "fp32", "fp64"),
@@ -50,11 +52,15 @@ class UMv2Config(PreTrainedConfig):
         vocab_size, hidden_size (H), intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
             head_dim, max_position_embeddings, initializer_range, hidden_act, attention_dropout: as in other models.
         normalization: "RMSNorm" or "LayerNorm", with ``norm_eps``; ``norm_zero_centered`` adds 1 to the gains.
-        qk_norm: norms of each head's queries and keys.
+        norm_placement: "pre": norms before attention and FFN; "post": behind them.
+        qk_norm: norms of queries and keys, of each head ("head") or of all heads together ("projection") by
+            ``qk_norm_span``.
         attention_bias: biases of the query, key and value projections; ``attention_out_bias``: of the output's.
         mlp_bias: biases of the FFN. ``gated_mlp``: act(gate) * up, otherwise act(up).
         position_embedding_type: "rope" (see ``rope_parameters``), "learned_absolute" or "none".
         rope_interleaved: rotate pairs of neighbours instead of halves.
+        sliding_window: tokens that a token attends to, itself among them; None: all before it. ``layer_types``: of each
+            block, "sliding_attention" or "full_attention"; None: the window in every block.
         hidden_dropout: dropout of what attention and FFN add to the residual, and of the embeddings.
         ffn_variant: "umv2", "moe" (experts in the FFN's place, no memory layers) or "dense" (neither).
         num_experts, num_experts_per_tok, moe_intermediate_size: of "moe", otherwise None; where they are not given, 64
@@ -85,7 +91,9 @@ class UMv2Config(PreTrainedConfig):
     normalization: str = "RMSNorm"
     norm_eps: float = 1e-5
     norm_zero_centered: bool = False
+    norm_placement: str = "pre"
     qk_norm: bool = True
+    qk_norm_span: str = "head"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -94,6 +102,8 @@ class UMv2Config(PreTrainedConfig):
     position_embedding_type: str = "rope"
     rope_parameters: dict | None = None
     rope_interleaved: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
@@ -204,6 +214,16 @@ class UMv2Config(PreTrainedConfig):
                 f"num_key_value_heads is {self.num_key_value_heads}; expected a divisor of num_attention_heads "
                 f"({self.num_attention_heads})"
             )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window is {self.sliding_window}; expected 1 or more, or None")
+        kinds = self.layer_types or []
+        if self.layer_types is not None and (
+            len(kinds) != self.num_hidden_layers or set(kinds) - {"sliding_attention", "full_attention"}
+        ):
+            raise ValueError(
+                f"layer_types is {kinds}; expected sliding_attention or full_attention for each of the "
+                f"{self.num_hidden_layers} blocks"
+            )
         if self.ffn_variant == "umv2":
             self._check_memory()
         elif self.ffn_variant == "moe":
@@ -286,9 +306,12 @@ class UMv2Config(PreTrainedConfig):
         """How transformers shards the modules of UMv2Model over ranks. Memory layers stay whole on each rank: their
         work is small, and tables that do not fit lie in host memory (``memory_tables``)."""
         plan = {f"layers.*.self_attn.{side}_proj": "colwise" for side in "qkv"}
-        if self.qk_norm:
+        if self.qk_norm and self.qk_norm_span == "projection":  # which needs all heads
+            plan = {f"layers.*.self_attn.{side}_proj": "colwise_gather_output" for side in "qkv"}
+        elif self.qk_norm:
             plan |= {f"layers.*.self_attn.{side}_norm": "replicated_with_grad_allreduce" for side in "qk"}
-        plan["layers.*.self_attn.o_proj"] = "rowwise"
+        wide = self.qk_norm and self.qk_norm_span == "projection"
+        plan["layers.*.self_attn.o_proj"] = "rowwise_split_input" if wide else "rowwise"
         dense = "layers.*.mlp"
         if self.ffn_variant == "moe":
             # experts with biases stay whole: transformers has no rule that adds the second bias once
@@ -307,7 +330,10 @@ class UMv2Config(PreTrainedConfig):
 
     def _pipeline_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
         """What goes into and comes out of the modules of UMv2Model, for tools that put them on several devices one
-        after the other; None where blocks are not independent: they share a table, or one adds what another read."""
+        after the other; None where blocks are not independent or alike: they share a table, one adds what another read,
+        or they differ in their masks."""
+        if self.layer_types is not None and len(set(self.layer_types)) > 1:
+            return None
         if self.ffn_variant == "umv2" and (self.memory_sharing != "none" or self.memory_read_delay):
             return None
         return {
@@ -324,6 +350,11 @@ class UMv2Config(PreTrainedConfig):
         if self.ffn_variant != "umv2":
             return [False] * self.num_hidden_layers
         return parse_layer_freq(self.memory_layer_freq, self.num_hidden_layers)
+
+    def has_window(self, block: int) -> bool:
+        """Whether attention of this block sees the last ``sliding_window`` tokens alone."""
+        here = self.layer_types is None or self.layer_types[block] == "sliding_attention"
+        return here and self.sliding_window is not None
 
     @property
     def memory_window_side(self) -> int:

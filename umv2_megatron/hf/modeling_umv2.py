@@ -3,6 +3,10 @@ also the dense decoder, and one with a sparse layer of experts in the FFN's plac
 
     s' = s + attention(norm(s)),   s'' = s' + FFN(x) + Memory(x),   x = norm(s')
 
+or, with ``norm_placement`` "post",
+
+    s' = s + norm(attention(s)),   s'' = s' + norm(FFN(s') + Memory(s' / rms(s')))
+
 Self-contained: an export carries this file, the other files of this folder named
 ``*_umv2.py``. The parameters of the decoder are named as in transformers' other models, those of the memory layers as
 in training.
@@ -21,7 +25,7 @@ from torch.nn import functional
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -56,8 +60,11 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = UMv2Attention(config, layer_idx)
         self.mlp = UMv2SparseMLP(config) if config.ffn_variant == "moe" else UMv2MLP(config)
         self.memory = memory
-        self.input_layernorm = UMv2Norm(config, config.hidden_size)
+        self.epsilon = config.norm_eps
+        post = config.norm_placement == "post"
+        self.input_layernorm = None if post else UMv2Norm(config, config.hidden_size)
         self.post_attention_layernorm = UMv2Norm(config, config.hidden_size)
+        self.post_feedforward_layernorm = UMv2Norm(config, config.hidden_size) if post else None
 
     @property
     def adds(self) -> nn.Module | None:
@@ -78,17 +85,23 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         """The next hidden states. With a read delay ``begun`` is what the memory layer ``adds`` started in its block,
         and what this block's own has started is returned after them; side by side, because checkpointing of activations
         finds gradients of plain arguments only."""
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
-        )
+        x = hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(x, position_embeddings, attention_mask, past_key_values, **kwargs)
+        if self.post_feedforward_layernorm is not None:
+            attended = self.post_attention_layernorm(attended)
         hidden_states = hidden_states + self._dropped(attended)
-        x = self.post_attention_layernorm(hidden_states)
+        if self.post_feedforward_layernorm is None:
+            x = read = self.post_attention_layernorm(hidden_states)
+        else:
+            x, read = hidden_states, functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.epsilon)
         # Rows that lie outside the device are on their way while the FFN computes.
-        started = self.memory(x) if self.memory is not None else None
+        started = self.memory(read) if self.memory is not None else None
         added = self.mlp(x)
         adds = self.adds
         if adds is not None:
             added = added + adds(None, begun if self.delayed else started).to(added.device)
+        if self.post_feedforward_layernorm is not None:
+            added = self.post_feedforward_layernorm(added)
         hidden_states = hidden_states + self._dropped(added)
         return (hidden_states, *(started or ())) if self.delayed else hidden_states
 
@@ -270,6 +283,7 @@ class UMv2Model(UMv2PreTrainedModel):
             self.layers.append(layer)
             if has_memory:
                 blocks.append(UMv2Elsewhere(layer))
+        self.windows = [config.has_window(block) for block in range(config.num_hidden_layers)]
         self.norm = UMv2Norm(config, config.hidden_size)
         self.rotary_emb = UMv2RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
         self.gradient_checkpointing = False
@@ -307,13 +321,15 @@ class UMv2Model(UMv2PreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        given_masks: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        mask = None if all(self.windows) else create_causal_mask(**given_masks)
+        window_mask = create_sliding_window_causal_mask(**given_masks) if any(self.windows) else None
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
@@ -322,11 +338,11 @@ class UMv2Model(UMv2PreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
         delay = self.config.memory_read_delay
         begun: list[tuple[Tensor, ...]] = [()] * delay
-        for layer in self.layers:
+        for layer, has_window in zip(self.layers, self.windows):
             output = layer(
                 hidden_states,
                 *(begun.pop(0) if delay else ()),
-                attention_mask=mask,
+                attention_mask=window_mask if has_window else mask,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,

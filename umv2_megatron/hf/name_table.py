@@ -75,6 +75,10 @@ class Sizes:
     """One for each block; None in blocks without a memory layer."""
     chunk_rows: int
     """Rows of a chunk of a value table; the last one may have fewer."""
+    post_norm: bool = False
+    """Whether norms stand behind attention and FFN, and not before them."""
+    wide_qk_norm: bool = False
+    """Whether the norms of queries and keys have a gain for each element of all heads."""
     experts: Optional[ExpertSizes] = None
     """What every block has in the place of the FFN; None with an FFN."""
 
@@ -168,27 +172,38 @@ _FIRST = (
          lambda s: (s.positions, s.hidden), lambda s: s.positions > 0),
 )  # fmt: skip
 _OF_A_LAYER = (
-    _Row("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), lambda s: (s.hidden,)),
+    _Row("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), lambda s: (s.hidden,),
+         lambda s: not s.post_norm),
     _Row("self_attention.linear_qkv.layer_norm_bias", ("input_layernorm.bias",), lambda s: (s.hidden,),
-         lambda s: s.norm_bias),
+         lambda s: not s.post_norm and s.norm_bias),
     _Row("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _QKV),
          lambda s: (_qkv_rows(s), s.hidden), split=_qkv),
     _Row("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _QKV),
          lambda s: (_qkv_rows(s),), lambda s: s.qkv_bias, split=_qkv),
-    _Row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), lambda s: (s.head_dim,),
-         lambda s: s.qk_norm),
+    _Row("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",),
+         lambda s: (s.head_dim * (s.heads if s.wide_qk_norm else 1),), lambda s: s.qk_norm),
     _Row("self_attention.q_layernorm.bias", ("self_attn.q_norm.bias",), lambda s: (s.head_dim,),
          lambda s: s.qk_norm and s.norm_bias),
-    _Row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), lambda s: (s.head_dim,),
-         lambda s: s.qk_norm),
+    _Row("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",),
+         lambda s: (s.head_dim * (s.groups if s.wide_qk_norm else 1),), lambda s: s.qk_norm),
     _Row("self_attention.k_layernorm.bias", ("self_attn.k_norm.bias",), lambda s: (s.head_dim,),
          lambda s: s.qk_norm and s.norm_bias),
     _Row("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",),
          lambda s: (s.hidden, s.heads * s.head_dim)),
     _Row("self_attention.linear_proj.bias", ("self_attn.o_proj.bias",), lambda s: (s.hidden,),
          lambda s: s.linear_bias),
-    _Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), lambda s: (s.hidden,)),
-    _Row("pre_mlp_layernorm.bias", ("post_attention_layernorm.bias",), lambda s: (s.hidden,), lambda s: s.norm_bias),
+    _Row("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), lambda s: (s.hidden,),
+         lambda s: not s.post_norm),
+    _Row("pre_mlp_layernorm.bias", ("post_attention_layernorm.bias",), lambda s: (s.hidden,),
+         lambda s: not s.post_norm and s.norm_bias),
+    _Row("self_attention.post_layernorm.weight", ("post_attention_layernorm.weight",), lambda s: (s.hidden,),
+         lambda s: s.post_norm),
+    _Row("self_attention.post_layernorm.bias", ("post_attention_layernorm.bias",), lambda s: (s.hidden,),
+         lambda s: s.post_norm and s.norm_bias),
+    _Row("mlp.post_layernorm.weight", ("post_feedforward_layernorm.weight",), lambda s: (s.hidden,),
+         lambda s: s.post_norm),
+    _Row("mlp.post_layernorm.bias", ("post_feedforward_layernorm.bias",), lambda s: (s.hidden,),
+         lambda s: s.post_norm and s.norm_bias),
 )  # fmt: skip
 _OF_AN_FFN = (
     _Row("mlp.ffn.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"),

@@ -171,8 +171,7 @@ def _initialize_paper(layer: Initialized, target_variance: float) -> None:
     if layer.owns_table:
         score_scale = 1.0 if softmax else 1 / mean_score
         power = output_power * score_scale**2
-        layer.table.initial_std = _rounded(_table_std(layer, target_variance, power, projected_square))
-        _draw_table(layer, layer.table.initial_std)
+        _draw_table(layer, _rounded(_table_std(layer, target_variance, power, projected_square)))
     elif softmax:
         return
     else:
@@ -283,13 +282,28 @@ def _draw_projections(layer: Initialized, query: float, linear: Optional[float])
 
 
 def _draw_table(layer: Initialized, std: float) -> None:
-    """Draw this rank's part of the tables that ``layer`` owns."""
+    """Draw this rank's part of the tables that ``layer`` owns; of a table that holds shapes only, keep ``std``."""
     shard, config = layer.table.shard, layer.config
-    columns = {"values": config.value_dim, "pre_values": config.pre_value_dim}
+    layer.table.initial_std = std
     for name, table in layer.table.named_parameters():
-        seed = derived_seed(config.seed, name, layer.layer_index)
-        top, left = shard.rows(layer.table.rows)[0], shard.columns(columns[name])[0]
-        init_table_(table, top, left, columns[name], std, seed)
+        if table.is_meta:
+            continue
+        columns = _table_columns(config, name)
+        top, left = shard.rows(layer.table.rows)[0], shard.columns(columns)[0]
+        init_table_(table, top, left, columns, std, derived_seed(config.seed, name, layer.layer_index))
+
+
+def _table_columns(config: MemoryConfig, name: str) -> int:
+    return config.value_dim if name == "values" else config.pre_value_dim
+
+
+def draw_table_rows(
+    tensor: Tensor, config: MemoryConfig, layer_index: int, name: str, first_row: int, std: float
+) -> None:
+    """Fill ``tensor`` [rows, Dv or Dp] with the rows from ``first_row`` on of memory layer ``layer_index``'s own table
+    ``name`` (values or pre_values), as the layer itself draws them with ``std``."""
+    seed = derived_seed(config.seed, name, layer_index)
+    init_table_(tensor, first_row, 0, _table_columns(config, name), std, seed)
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class ValueTable(nn.Module):
         self.rows = rows
         self.shard = shard or TableShard()
         self.initial_std: Optional[float] = None
-        """Standard deviation the rows were drawn with under the "paper" initialisation; sharing layers read it."""
+        """Standard deviation the rows were drawn with; layers that share them read it."""
         self.values = nn.Parameter(self._part(config.value_dim, params_dtype, device))
         self.pre_values: Optional[nn.Parameter] = None
         if config.has_pre_values:

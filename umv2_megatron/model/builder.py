@@ -33,7 +33,13 @@ def build_model(
     config = config or run.transformer_config()
     model = GPTModel(
         config=config,
-        transformer_layer_spec=umv2_layer_spec(config, run.memory, with_memory=run.has_memory),
+        transformer_layer_spec=umv2_layer_spec(
+            config,
+            run.memory,
+            with_memory=run.has_memory,
+            post_norm=run.model.norm_placement == "post",
+            wide_qk_norm=run.model.qk_norm_span == "projection",
+        ),
         vocab_size=run.padded_vocab_size(vocab_size),
         max_sequence_length=run.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -43,6 +49,9 @@ def build_model(
         position_embedding_type=run.model.position_embedding_type,
         rotary_percent=run.model.rotary_percent,
         rotary_base=run.model.rotary_base,
+        rope_scaling=run.model.use_rope_scaling,
+        rope_scaling_factor=run.model.rope_scaling_factor,
+        seq_len_interpolation_factor=run.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
     leave_padding_out(model, vocab_size)
@@ -70,6 +79,9 @@ def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool =
                 layer.refresh_singular_vectors()
     if not wrap_with_ddp:
         return chunks
+    if run.training.trainable == "memory":
+        for chunk in chunks:
+            _leave_to_memory_layers(unwrap(chunk))
     ddp_config = run.ddp_config()
     wrapped: list[torch.nn.Module] = []
     for index, chunk in enumerate(chunks):
@@ -86,6 +98,18 @@ def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool =
         for chunk in wrapped:
             chunk.broadcast_params()
     return wrapped
+
+
+def _leave_to_memory_layers(model: GPTModel) -> None:
+    """Let nothing but the memory layers of ``model`` learn; mcore keeps neither gradients nor state of the rest."""
+    learning = {id(parameter) for _, layer in memory_layers(model) for parameter in layer.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in learning)
+    if model.pre_process:
+        # Recomputed blocks have gradients only where their input has; those of other stages get such inputs.
+        model.embedding.register_forward_hook(
+            lambda module, given, output: output.requires_grad_() if torch.is_grad_enabled() else output
+        )
 
 
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:

@@ -24,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
+from torch.nn.functional import rms_norm
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
@@ -32,6 +33,7 @@ from umv2_megatron.memory.losses import microbatch_scale
 from umv2_megatron.memory.sharing import table_windows
 from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, ValueTable
 from umv2_megatron.model.delayed_outputs import DelayedOutputs
+from umv2_megatron.model.post_norm import build_post_norm
 from umv2_megatron.parallel import cpu_platform, groups, streams
 
 
@@ -89,6 +91,8 @@ class FFNWithMemory(MegatronModule):
             "none".
         standalone: True when no training program of ours is there to refresh u, t; every forward then does it
             (used by stock Megatron-LM, see docs/megatron-lm.md).
+        post_norm: spec of a norm of this module's output; the memory layer then reads its input divided by its root
+            mean square (``post_norm.py``). None: the input is normalised, the output is not.
         delayed: where outputs wait for a later block; needed when ``memory_config.read_delay`` is not 0.
         pg_collection, is_mtp_layer, name: what layers of mcore 0.17 and later say to every module in this slot; the
             groups are those of the process, of which mcore's own collection consists.
@@ -102,6 +106,7 @@ class FFNWithMemory(MegatronModule):
         tables: SharedTables | None = None,
         standalone: bool = False,
         delayed: DelayedOutputs | None = None,
+        post_norm: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
@@ -121,6 +126,7 @@ class FFNWithMemory(MegatronModule):
             ffn_hidden_size=config.ffn_hidden_size,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
+        self.post_layernorm = None if post_norm is None else build_post_norm(post_norm, config)
         self.memory: MemoryLayer | None = None
         self.layer_number: int | None = None
         self.before_fork: Callable[[], None] | None = None
@@ -177,6 +183,16 @@ class FFNWithMemory(MegatronModule):
 
         ``padding_mask`` is what mcore passes to experts; a memory layer treats every token alike.
         """
+        if self.post_layernorm is None:
+            return self._added_up(hidden_states, hidden_states)
+        size = self.config.hidden_size
+        output, bias = self._added_up(hidden_states, rms_norm(hidden_states, [size], eps=self.config.layernorm_epsilon))
+        return self.post_layernorm(output if bias is None else output + bias), None
+
+    def _added_up(
+        self, hidden_states: torch.Tensor, memory_input: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """FFN and memory of their inputs [s, b, H]: (output [s, b, H], bias [H] or None)."""
         if self.memory is None:
             output, bias = self.ffn(hidden_states)
             return self._with_delayed(output), bias
@@ -187,7 +203,7 @@ class FFNWithMemory(MegatronModule):
         branch = streams.branch_for(hidden_states.device, self.memory_config.stream)
         if self.before_fork is not None:
             self.before_fork()
-        seen = branch.fork(hidden_states, self.memory.table.tables())
+        seen = branch.fork(memory_input, self.memory.table.tables())
         with branch.beside():
             # The exchanges of sharded tables run while the FFN computes.
             started = self._start_memory(seen)

@@ -29,6 +29,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -43,6 +44,7 @@ from umv2_megatron.model.context_parallel_attention import ContextParallelAttent
 from umv2_megatron.model.delayed_outputs import DelayedOutputs
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
 from umv2_megatron.model.fused_attention import FusedAttention
+from umv2_megatron.model.post_norm import PostNormAttention, ProjectionNorm
 
 MEMORY_CONFIG_VARIABLE = "UMV2_MEMORY_CONFIG"
 
@@ -59,14 +61,23 @@ def umv2_layer_spec(
     *,
     with_memory: bool = True,
     standalone: bool = False,
+    post_norm: bool = False,
+    wide_qk_norm: bool = False,
 ) -> ModuleSpec:
     """The spec of one transformer layer for ``config.transformer_impl`` ("local" or "transformer_engine").
 
     ``with_memory=False`` leaves the FFN alone in the slot, with the same initialisation and parameter names. Where
-    ``config.num_moe_experts`` is set, mcore's experts stand in the slot, without memory.
+    ``config.num_moe_experts`` is set, mcore's experts stand in the slot, without memory. ``post_norm``: norms behind
+    attention and FFN; ``wide_qk_norm``: norms of queries and keys over all heads (``post_norm.py``).
     """
     use_engine = config.transformer_impl == "transformer_engine"
     spec = _base_spec(config, use_engine)
+    if wide_qk_norm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = ModuleSpec(module=ProjectionNorm, params={"heads": config.num_attention_heads})
+        attention.k_layernorm = ModuleSpec(module=ProjectionNorm, params={"heads": config.num_query_groups})
+    if post_norm:
+        _move_norms_behind(spec, use_engine)
     if config.num_moe_experts is not None:
         spec.submodules.mlp = _experts_spec(config, use_engine)
         return spec
@@ -122,6 +133,22 @@ def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
         ),
     )
     return ModuleSpec(module=spec.module, submodules=submodules, params=dict(spec.params))
+
+
+def _move_norms_behind(spec: ModuleSpec, use_engine: bool) -> None:
+    """Change a layer's spec: no norm before attention and the slot, one behind each."""
+    submodules = spec.submodules
+    norm = submodules.pre_mlp_layernorm
+    submodules.pre_mlp_layernorm = submodules.input_layernorm = IdentityOp
+    attention = submodules.self_attention
+    if use_engine:  # whose first linear layer has the norm in it
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        attention.submodules.linear_qkv = TESpecProvider().column_parallel_linear()
+    attention.module = PostNormAttention
+    attention.params = {**attention.params, "post_norm": norm}
+    submodules.sharded_state_dict_keys_map = {}
+    submodules.mlp.params["post_norm"] = norm
 
 
 class Experts(MoELayer):

@@ -58,6 +58,11 @@ class FlopsPerToken:
         """Forward and backward: 3 forward passes."""
         return 3 * self.forward
 
+    @property
+    def training_of_memory(self) -> int:
+        """The same where memory layers alone learn: outputs, gradients of inputs, and those of the layers' weights."""
+        return 2 * self.forward + self.memory
+
 
 def flops_per_token(model_fields: Mapping[str, Any], memory_config: MemoryConfig | None) -> FlopsPerToken:
     """Operations per token in sequences of --seq-length tokens; arguments and errors as ``count_parameters``."""

@@ -36,8 +36,8 @@ class Layout:
     --cross-entropy-loss-fusion; ``graphs``: blocks are captured (--cuda-graph-impl);
     ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size; ``first_stage``, ``last_stage``: blocks
     there, None for an even split; ``row_moments``: second moments of value tables by row; ``tables_on_host``:
-    --memory-value-optimizer-offload; ``main_param_bytes``, ``exp_avg_bytes``, ``exp_avg_sq_bytes``: of an element of
-    the optimizer's state.
+    --memory-value-optimizer-offload; ``memory_alone``: --trainable memory; ``main_param_bytes``, ``exp_avg_bytes``,
+    ``exp_avg_sq_bytes``: of an element of the optimizer's state.
     """
 
     world: int = 1
@@ -75,6 +75,7 @@ class Layout:
     last_stage: int | None = None
     row_moments: bool = False
     tables_on_host: bool = False
+    memory_alone: bool = False
     main_param_bytes: int = 4
     exp_avg_bytes: int = 4
     exp_avg_sq_bytes: int = 4
@@ -138,6 +139,7 @@ class Layout:
             last_stage=values.get("num_layers_in_last_pipeline_stage"),
             row_moments=memory and values.get("memory_value_second_moment") == "row",
             tables_on_host=memory and bool(values.get("memory_value_optimizer_offload")),
+            memory_alone=memory and values.get("trainable") == "memory",
             main_param_bytes=DTYPE_BYTES[values.get("main_params_dtype") or "fp32"],
             exp_avg_bytes=DTYPE_BYTES[values.get("exp_avg_dtype") or "fp32"],
             exp_avg_sq_bytes=DTYPE_BYTES[values.get("exp_avg_sq_dtype") or "fp32"],

@@ -23,6 +23,7 @@ class ModelShape:
     """Sizes of a decoder-only model without its memory layers. ``vocab_size`` is the padded one.
 
     ``num_experts`` is 0 where blocks have an FFN; ``shared_expert_hidden_size`` is 0 without a shared expert.
+    ``post_norm``, ``wide_qk_norm``: --norm-placement post, --qk-norm-span projection.
     ``query_size`` is heads * head dim, ``key_value_size`` groups * head dim; all sizes are counts of elements.
     """
 
@@ -41,6 +42,8 @@ class ModelShape:
     qkv_bias: bool
     norm_bias: bool
     qk_norm: bool
+    post_norm: bool
+    wide_qk_norm: bool
     has_memory: bool
     num_experts: int
     experts_per_token: int
@@ -57,6 +60,14 @@ class ModelShape:
     def key_value_size(self) -> int:
         """Output size of the key projection, and of the value projection."""
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """Gains of the norm of queries, and of that of keys; both 0 without."""
+        if not self.qk_norm:
+            return 0, 0
+        wide = self.query_size, self.key_value_size
+        return wide if self.wide_qk_norm else (self.kv_channels, self.kv_channels)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> ModelShape:
@@ -105,6 +116,8 @@ class ModelShape:
             qkv_bias=linear_bias or bool(fields.get("add_qkv_bias", False)),
             norm_bias=fields.get("normalization", "LayerNorm") == "LayerNorm",
             qk_norm=bool(fields.get("qk_layernorm", False)),
+            post_norm=fields.get("norm_placement") == "post",
+            wide_qk_norm=fields.get("qk_norm_span") == "projection",
             has_memory=has_memory(variant),
             num_experts=_size(fields, "num_experts", fields.get("num_moe_experts")) if has_experts else 0,
             experts_per_token=_size(fields, "moe_router_topk", 2) if has_experts else 0,

@@ -198,7 +198,7 @@ def _attention(shape: ModelShape) -> int:
     qkv = shape.query_size + 2 * shape.key_value_size
     weights = shape.hidden_size * qkv + shape.query_size * shape.hidden_size
     biases = (qkv if shape.qkv_bias else 0) + (shape.hidden_size if shape.linear_bias else 0)
-    qk_norms = 2 * shape.kv_channels * (2 if shape.norm_bias else 1) if shape.qk_norm else 0
+    qk_norms = sum(shape.qk_norm_sizes) * (2 if shape.norm_bias else 1)
     return weights + biases + qk_norms
 
 

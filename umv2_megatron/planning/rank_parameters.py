@@ -84,18 +84,23 @@ def _block(
 def _dense_block(shape: ModelShape, tp: int) -> Iterator[Parameter]:
     hidden = shape.hidden_size
     qkv = (shape.query_size + 2 * shape.key_value_size) // tp
-    yield from _norm("input_layernorm", hidden, shape.norm_bias)
+    if not shape.post_norm:
+        yield from _norm("input_layernorm", hidden, shape.norm_bias)
     yield from _linear("self_attention.linear_proj", shape.query_size // tp * hidden, hidden, shape.linear_bias,
                        "attention")
     yield from _linear("self_attention.linear_qkv", qkv * hidden, qkv, shape.qkv_bias, "attention")
     if shape.qk_norm:
-        for side in ("q", "k"):
-            yield from _norm(f"self_attention.{side}_layernorm", shape.kv_channels, shape.norm_bias, "attention")
-    yield from _norm("pre_mlp_layernorm", hidden, shape.norm_bias)
+        for side, size in zip("qk", shape.qk_norm_sizes):
+            here = size // tp if shape.wide_qk_norm else size
+            yield from _norm(f"self_attention.{side}_layernorm", here, shape.norm_bias, "attention")
+    yield from _norm("self_attention.post_layernorm" if shape.post_norm else "pre_mlp_layernorm", hidden,
+                     shape.norm_bias)
     inner = shape.ffn_hidden_size // tp
     up = inner * (2 if shape.gated else 1)
     yield from _linear("mlp.ffn.linear_fc1", up * hidden, up, shape.linear_bias, "ffn")
     yield from _linear("mlp.ffn.linear_fc2", inner * hidden, hidden, shape.linear_bias, "ffn")
+    if shape.post_norm:
+        yield from _norm("mlp.post_layernorm", hidden, shape.norm_bias)
 
 
 def _memory_layer(shape: ModelShape, m: MemoryConfig, shard: TableShard, rows: int) -> Iterator[Parameter]:

@@ -148,6 +148,10 @@ def state_bytes(
     for chunk in range(layout.chunks):
         parameters = chunk_parameters(shape, memory, layout, stage, chunk, memory_rank)
         totals["parameters"] += sum(each.elements for each in parameters)
+        if layout.memory_alone:  # the rest has weights, and nothing that learning needs
+            frozen = [each for each in parameters if each.kind not in ("memory", "tables")]
+            totals["weights"] += layout.weight_bytes * sum(each.elements for each in frozen)
+            parameters = [each for each in parameters if each.kind in ("memory", "tables")]
         for is_table, replicas, replica in (
             (False, layout.dense_replicas, dense_replica), (True, layout.table_replicas, table_replica)
         ):

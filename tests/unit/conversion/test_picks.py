@@ -22,7 +22,7 @@ from umv2_megatron.commands.convert_checkpoint import _line  # noqa: E402
 from umv2_megatron.conversion.pick_recording import RecordedPicks, RetrievalPicks, Seen, recorded_picks  # noqa: E402
 from umv2_megatron.conversion.picks import PickReport, _FollowCells, _inside, followed_picks  # noqa: E402
 from umv2_megatron.conversion.safetensors_files import ConversionError  # noqa: E402
-from umv2_megatron.conversion.verify import LIMITS, Comparison, _export_logits, _trained_logits  # noqa: E402
+from umv2_megatron.conversion.verify import LIMITS, Comparison, _export_logits, trained_logits  # noqa: E402
 from umv2_megatron.hf.attention_umv2 import UMv2Norm, UMv2RotaryEmbedding  # noqa: E402
 from umv2_megatron.hf.modeling_umv2 import UMv2ForCausalLM  # noqa: E402
 from umv2_megatron.hf.retrieval_umv2 import UMv2Retrieval  # noqa: E402
@@ -66,7 +66,7 @@ class Pair:
     def record(self) -> RecordedPicks:
         """Run mcore's model."""
         with recorded_picks(self.trained, len(self.ids)) as self.recorded:
-            self.expected = _trained_logits(self.trained, self.ids, self.model.config.vocab_size)
+            self.expected = trained_logits(self.trained, self.ids, self.model.config.vocab_size)
         return self.recorded
 
     def follow(self, model: UMv2ForCausalLM | None = None) -> tuple[float, PickReport]:

@@ -50,6 +50,15 @@ def test_smoke_shortens_every_trial(tmp_path: Path) -> None:
     assert run.train_iters == 2 and run.model.seq_length == 32 and run.data.mock_data and run.world_size == 1
 
 
+def test_trials_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    common = {**CONTENT["common"], "load": "somewhere", "finetune": True}
+    for trial in plan_of(tmp_path, common=common).trials:
+        assert trial.settings["load"] == "somewhere" and trial.run.training.load == "somewhere"
+        assert trial.settings["save"] == str(trial.directory / "checkpoints")
+    for trial in plan_of(tmp_path, smoke=True, common=common).trials:
+        assert trial.run.training.load is None and not trial.run.training.finetune
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -60,6 +69,7 @@ def test_smoke_shortens_every_trial(tmp_path: Path) -> None:
         ({"baseline": "moe"}, "baseline is 'moe'; expected one of dense, umv2"),
         ({"runs": {"a/b": {}}, "baseline": None}, "run 'a/b': expected a name of letters"),
         ({"common": {"save": "x"}, "baseline": None}, "save is set; expected it left out"),
+        ({"common": {**CONTENT["common"], "load": "x"}}, "load is set; expected finetune: true too"),
         ({"common": {**CONTENT["common"], "memory-topkk": 3}}, "unknown key 'memory_topkk'; did you mean"),
         ({"common": {**CONTENT["common"], "memory-num-cores": 5}}, "run 'umv2': --memory-value-dim is"),
         ({"ranks": 2}, "ranks is 2; expected the number of ranks that launcher starts"),
@@ -364,9 +374,12 @@ def task(score: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples/ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_plans_compare_models_of_equal_operations(path: Path, tmp_path: Path) -> None:
+    """Of a step, in which one model may see more tokens than another."""
     plan = read_plan(path, tmp_path / "out")
     cost = {
         trial.label: flops_per_token(trial.run.values, trial.run.memory if trial.run.has_memory else None).blocks
+        * trial.run.global_batch_size
+        * trial.run.model.seq_length
         for trial in plan.trials
     }
     assert plan.baseline in cost

@@ -24,8 +24,8 @@ from umv2_megatron.hf import UMv2Config, UMv2ForCausalLM  # noqa: E402
 from umv2_megatron.model.builder import build_model  # noqa: E402
 from umv2_megatron.model.ffn_with_memory import memory_layers  # noqa: E402
 
-NOT_EXPORTED = {"backend", "backward", "stream", "parallel_size", "parallel_mode", "value_second_moment",
-                "value_optimizer_offload"}
+NOT_EXPORTED = {"backend", "backward", "stream", "parallel_size", "parallel_mode", "exchange_parts",
+                "value_second_moment", "value_optimizer_offload"}
 
 
 def start() -> None:
@@ -65,15 +65,18 @@ def hf_config(run: RunConfig, **changes: Any) -> UMv2Config:
         "max_position_embeddings": run.max_position_embeddings,
         "normalization": config.normalization,
         "norm_eps": config.layernorm_epsilon,
-        "qk_norm": config.qk_layernorm,
+        "qk_norm": run.qk_layernorm,
         "tie_word_embeddings": not run.model.untie_embeddings_and_output_weights,
         "position_embedding_type": run.model.position_embedding_type,
         "rope_interleaved": config.rotary_interleaved,
         "rope_parameters": {
-            "rope_type": "default",
             "rope_theta": float(run.model.rotary_base),
             "partial_rotary_factor": run.model.rotary_percent,
+            **rope_scaling(run),
         },
+        "norm_placement": run.model.norm_placement,
+        "qk_norm_span": run.model.qk_norm_span,
+        "sliding_window": None if config.window_size is None else config.window_size[0] + 1,
         "attention_bias": config.add_bias_linear or config.add_qkv_bias,
         "attention_out_bias": config.add_bias_linear,
         "mlp_bias": config.add_bias_linear,
@@ -83,6 +86,16 @@ def hf_config(run: RunConfig, **changes: Any) -> UMv2Config:
         **changes,
     }
     return UMv2Config(**values)
+
+
+def rope_scaling(run: RunConfig) -> dict[str, Any]:
+    """The part of it that says how the rotary embedding is stretched."""
+    if run.model.use_rope_scaling:
+        return {"rope_type": "llama3", "factor": run.model.rope_scaling_factor, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    if run.model.rotary_seq_len_interpolation_factor:
+        return {"rope_type": "linear", "factor": float(run.model.rotary_seq_len_interpolation_factor)}
+    return {"rope_type": "default"}
 
 
 def experts_config(config: Any) -> dict[str, Any]:
@@ -165,6 +178,8 @@ SIMPLE = {
     "self_attention.linear_proj": "self_attn.o_proj",
     "self_attention.q_layernorm": "self_attn.q_norm",
     "self_attention.k_layernorm": "self_attn.k_norm",
+    "self_attention.post_layernorm": "post_attention_layernorm",
+    "mlp.post_layernorm": "post_feedforward_layernorm",
     "mlp.ffn.linear_fc1": "mlp.up_proj",
     "mlp.ffn.linear_fc2": "mlp.down_proj",
 }

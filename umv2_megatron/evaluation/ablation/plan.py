@@ -32,7 +32,7 @@ from umv2_megatron.config.usage import UsageError
 from umv2_megatron.evaluation.ablation.evaluation_flags import evaluation_words
 
 KEYS = ("common", "seeds", "baseline", "runs", "launcher", "ranks", "evaluate", "slurm")
-OURS = ("save", "load", "seed", "config")
+OURS = ("save", "seed", "config")
 SMOKE = {
     "train-iters": 2, "lr-decay-iters": 2, "lr-warmup-iters": 0, "eval-interval": 2, "eval-iters": 1,
     "save-interval": 2, "log-interval": 1, "global-batch-size": None, "micro-batch-size": 1, "seq-length": 32,
@@ -152,6 +152,13 @@ def _trial(path: Path, output: Path, label: str, given: dict[str, Any], seed: in
         given.update({key: value for key, value in SMOKE.items() if value is not None})
     named = {key.replace("-", "_"): value for key, value in given.items()}
     preset = named.pop("model_preset", None)
+    if smoke:
+        for key in ("load", "finetune"):
+            named.pop(key, None)
+    if named.get("load") is not None and not named.get("finetune"):
+        raise ValueError(
+            f"{where}: load is set; expected finetune: true too, with which every trial begins with those weights"
+        )
     for key in OURS:
         if key in named:
             raise ValueError(f"{where}: {key} is set; expected it left out, because every trial gets its own")
