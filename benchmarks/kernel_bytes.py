@@ -215,8 +215,9 @@ def bytes_of_list(size: str) -> dict[str, Any]:
         triton_ragged.pre_scores_backward(picked, rho, projected, tables[0], sums[0])
         result["backward"] = {name: each.result() for name, each in watch.kernels.items()}
     read = tokens * picks * (pre_columns + columns) * 2
+    again = (tokens * picks * pre_columns + result["distinct"] * columns) * 2
     added = result["distinct"] * (pre_columns + columns) * 4
-    result["least"] = {"forward": {"rows": read}, "backward": {"rows": read, "sums": 2 * added}}
+    result["least"] = {"forward": {"rows": read}, "backward": {"rows": again, "sums": 2 * added}}
     return result
 
 

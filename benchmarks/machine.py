@@ -7,7 +7,9 @@ All ranks measure at the same time, because they share the machine's memory; a r
 slowest rank's. GPUs are measured by tools/gpu_check.sh.
 
     peak_tflops, flops_efficiency   the best square product; products of a block of umv2-227m, relative to it
-    memory_bandwidth                a copy of 128 MiB, read and written
+    attention_efficiency            attention of 12 heads of 64 over 512 tokens, forward and backward, relative to it
+    search_rate                     the search for picks among 240 keys a side, by keys and cells that it looks at
+    memory_bandwidth                products of 10 MiB, element by element, into new memory, read and written
     row_bandwidth                   the lookup's forward and backward, by the bytes that the planner counts
     update_bandwidth                fused Adam over 16M weights, by the bytes that the planner counts
     launch_us                       small operations with autograd, forward and backward
@@ -70,7 +72,9 @@ class Bench:
         """All of them."""
         peak = self._products()
         links = self._links() if self.options.ranks > 1 else {}
-        memory = {"memory_bandwidth": self._copy(), "row_bandwidth": self._lookup(), "update_bandwidth": self._update()}
+        peak |= {"attention_efficiency": self._attention() / peak["peak_tflops"] / 1e12, "search_rate": self._search()}
+        memory = {"memory_bandwidth": self._elements(), "row_bandwidth": self._lookup()}
+        memory["update_bandwidth"] = self._update()
         return {**peak, **memory, "launch_us": self._launch(), "starts_ahead": 0, **links}
 
     def _products(self) -> dict[str, float]:
@@ -92,10 +96,36 @@ class Bench:
         peak = max(best, reached)
         return {"peak_tflops": peak / 1e12, "flops_efficiency": reached / peak}
 
-    def _copy(self) -> float:
-        source = torch.zeros((1 if self.small else 128) << 20, dtype=torch.int8)
-        target = torch.empty_like(source)
-        return 2 * source.numel() / self.seconds(lambda: target.copy_(source)) / 1e9
+    def _attention(self) -> float:
+        """Operations per second, counted as the planner counts: half of the pairs, twice in the backward."""
+        heads, length, width = (2, 32, 16) if self.small else (12, 512, 64)
+        query, key, value, grad = (torch.randn(2, heads, length, width).to(self.dtype).requires_grad_(index < 3)
+                                   for index in range(4))  # fmt: skip
+
+        def once() -> None:
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            torch.autograd.grad(out, (query, key, value), grad)
+
+        return 3 * 2 * heads * 2 * length**2 * width / self.seconds(once)
+
+    def _search(self) -> float:
+        """1e9 keys and cells per second."""
+        from umv2_megatron.ops import get_backend
+
+        tokens, keys, kept = (8, 40, 8) if self.small else (1024, 240, 32)
+        search = get_backend("auto", torch.device("cpu")).search
+        scores, vector, cores = torch.randn(2, 2, tokens, 1, keys), torch.ones(1, 2), torch.randn(2, 1, 2, 2)
+
+        def once() -> None:
+            best = search.best_keys(scores, vector, vector, kept)
+            search.cell_scores(scores, *search.best_cells(scores, best, cores.sum(0), kept), cores)
+
+        return tokens * (2 * keys + kept**2) / self.seconds(once) / 1e9
+
+    def _elements(self) -> float:
+        shape = (8, 64) if self.small else (1024, 2496)
+        left, right = torch.ones(shape, dtype=self.dtype), torch.ones(shape, dtype=self.dtype)
+        return 3 * left.numel() * left.itemsize / self.seconds(lambda: left * right, 4) / 1e9
 
     def _lookup(self) -> float:
         """Also what is not at random places: the planner counts nothing else of it on a CPU."""

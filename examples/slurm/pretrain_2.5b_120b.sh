@@ -10,21 +10,28 @@
 #SBATCH --open-mode=append
 #SBATCH --output=umv2-120b-%j.log
 # umv2-2.5b-120b-top256 on 1,024 GPUs of 80 GB under SLURM, 8 to a node. A test makes a dry run of these flags at 1,024
-# and 4,096 ranks. Sizes are our choice for the paper's counts, and the layout, the
+# ranks, and with a larger batch at 4,096. Sizes are our choice for the paper's counts, and the layout, the
 # learning rate and the batch are a starting point, not the paper's.
 #
 # To see what every rank would hold, on any machine and in seconds:
 #
 #   DATA=x TOKENIZER=x LAUNCH=python examples/slurm/pretrain_2.5b_120b.sh --dry-run --dry-run-world-size 1024
 #
-# Why this layout: 116 billion of the 119 billion parameters are value tables. With 4 pipeline stages of 6 blocks and
-# each table sharded over the 8 GPUs of a node (consecutive ranks, so the memory-parallel group stays inside the node),
-# a GPU holds 3.6 billion of them. In GB of 80: weights 8.1, main gradients 16.3, optimizer state 1.4 and shuffles 0.1
-# by the dry run, and activations and exchange buffers of 7.5 by the planner (10.6 without Transformer Engine). More
-# GPUs per table (--memory-parallel-size 16, 64, 256) make the first three smaller, but send more, and from node to
-# node. The planner predicts 9.2% MFU for this layout and 16.4% for --memory-parallel-size 64 --memory-parallel-mode row
-# without tensor and pipeline parallelism, if the network gives every GPU the 50 GB/s that it assumes: measure both
-# before a long run.
+# Why this layout: 116 billion of the 119 billion parameters are value tables. Each is shared out by row over 64 GPUs, 8
+# nodes, so that a GPU holds 1.8 billion of them and there are 16 replicas. With fewer GPUs per table the replicas'
+# gradients and weights are more (3.4 GB per GPU and step each way as it is), with more of them the sums of rows. All
+# GPUs are data-parallel. What travels between nodes hides behind computation: --memory-stream and
+# --memory-exchange-parts (docs/memory-parallel.md). 4,096 sequences a step, 17 million tokens, are two micro-batches of
+# two: with fewer, a step waits for the weights to be gathered and the gradients to be reduced.
+#
+# The planner predicts for an H100 of 80 GiB (docs/planning.md, "Search"; none of it has run on GPUs), with
+# --cross-entropy-fusion-impl te, 31.3% MFU and 46 GiB; 34.4% and 74 GiB in one micro-batch of four with
+# --memory-parallel-size 32 and --memory-exchange-parts 1, and 35.0% with twice the sequences: try it once the smaller
+# one has shown what activations really take. 1,024 sequences reach 25%. It takes 40 GB/s from every GPU to other nodes
+# for granted: measure before a long run.
+#
+# Gradients are kept and reduced in bfloat16. In float32 (--accumulate-allreduce-grads-in-fp32) the prediction is 30.1%
+# and 54 GiB.
 #
 # A checkpoint of 1.7 TB takes 28 minutes to save where all ranks together write 1 GB/s, so SLURM's signal comes 90
 # minutes before the end, and ranks wait for the slowest one for 60 (docs/checkpoints.md, "Large checkpoints and many
@@ -46,25 +53,26 @@ source examples/slurm/requeue.sh || { echo "submit the job from the repository r
 
 : "${DATA:?set DATA to the token files, without extension}" "${TOKENIZER:?set TOKENIZER to the SentencePiece model}"
 RUN=${RUN:-runs/120b}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # tensor parallelism wants it; see docs/gpu.md
 
 ARGS=(
     --model-preset umv2-2.5b-120b-top256
     --bf16
-    --tensor-model-parallel-size 2
-    --sequence-parallel
-    --pipeline-model-parallel-size 4
-    --memory-parallel-size 8
-    --memory-parallel-mode dim
+    --memory-parallel-size 64
+    --memory-parallel-mode row
+    --memory-exchange-parts 2
+    --memory-stream
     --use-distributed-optimizer
     --overlap-grad-reduce
     --overlap-param-gather
+    --no-accumulate-allreduce-grads-in-fp32
+    --ddp-average-in-collective
+    --cross-entropy-loss-fusion
     --data-path "$DATA"
     --tokenizer-type SentencePieceTokenizer
     --tokenizer-model "$TOKENIZER"
-    --micro-batch-size 1
-    --global-batch-size 2048
-    --train-iters 120000
+    --micro-batch-size 2
+    --global-batch-size 4096
+    --train-iters 60000
     --lr 3e-4
     --lr-warmup-iters 2000
     --lr-decay-style cosine

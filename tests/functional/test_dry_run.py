@@ -37,6 +37,16 @@ SHARDED = {
     "pipeline_model_parallel_size": 2,
     "memory_parallel_size": 8,
 }
+STAGES = {
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+    "pipeline_model_parallel_size": 4,
+    "memory_parallel_size": 8,
+    "memory_parallel_mode": "dim",
+    "memory_exchange_parts": 1,
+    "micro_batch_size": 1,
+}
+"""Another layout of the 120B example, with a part of the model on each rank."""
 # name: changes of TINY, number of ranks, ranks to build
 LAYOUTS: dict[str, tuple[dict[str, Any], int, list[int]]] = {
     "one rank in fp32": ({}, 1, [0]),
@@ -179,16 +189,17 @@ def example_flags(tmp_path_factory) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "world, ranks, changes",
+    "world, ranks, expected, changes",
     [
-        (1024, [0, 256, 511, 512, 768, 1023], {}),
-        (4096, [0, 2047, 4095], {}),
-        (1024, [0, 1023], {"memory_parallel_size": 64}),
-        (1024, [1023], {"memory_parallel_size": 256, "memory_parallel_mode": "row"}),
+        (1024, [0, 63, 64, 511, 1023], 2, {}),
+        (4096, [0, 4095], 2, {"global_batch_size": 16384}),
+        (1024, [0, 256, 512, 768, 1023], 32, STAGES),
+        (1024, [0, 1023], 4, {"memory_parallel_mode": "dim", "memory_exchange_parts": 1, "micro_batch_size": 1}),
+        (1024, [1023], 2, {"memory_parallel_size": 256}),
     ],
-    ids=["1024", "4096", "1024 with M 64", "1024 by row"],
+    ids=["1024", "4096", "1024 with stages", "1024 by column", "1024 with M 256"],
 )
-def test_the_example_at_scale(example_flags, world, ranks, changes):
+def test_the_example_at_scale(example_flags, world, ranks, expected, changes):
     from umv2_megatron.config.resolve import resolve
     from umv2_megatron.planning.parameters import count_parameters
 
@@ -196,7 +207,7 @@ def test_the_example_at_scale(example_flags, world, ranks, changes):
     [results] = run_ranks(1, reports_and_plans, argv, world, ranks)
     for report, planned, micro_batches in results:
         assert_equal(report, planned)
-        assert micro_batches == 2048 * 8 // world
+        assert micro_batches == expected
         # on GPUs of 80 GB, with room for CUDA, communication and fragments
         assert report.total_bytes + planned["activations"] < 76e9
     stages = [report for report, _, _ in results if report.rank % (world // 4) == 0]
@@ -208,7 +219,8 @@ def test_the_example_at_scale(example_flags, world, ranks, changes):
 
 
 def test_time_and_memory_of_a_whole_dry_run(example_flags):
-    command = [sys.executable, "pretrain_umv2.py", *example_flags, "--dry-run", "--dry-run-world-size", "4096"]
+    flags = [*example_flags, *command_line(STAGES)]
+    command = [sys.executable, "pretrain_umv2.py", *flags, "--dry-run", "--dry-run-world-size", "4096"]
     start = time.monotonic()
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

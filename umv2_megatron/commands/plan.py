@@ -57,10 +57,13 @@ ALONE |= {"global_batch_size": None, "num_layers_per_virtual_pipeline_stage": No
 DEVICE_HELP = {
     "--peak-tflops": "dense bf16 TFLOP/s of a device; MFU is relative to it",
     "--flops-efficiency": "share of the peak that matrix products reach",
+    "--attention-efficiency": "share of the peak that the products inside attention reach",
+    "--search-rate": "1e9 keys and cells per second that the search for picks looks at, beside its passes over scores",
     "--memory-bandwidth": "GB/s of the device's memory, read and written, as reached",
     "--row-bandwidth": "GB/s of rows read at random places of a table, as reached",
     "--update-bandwidth": "GB/s of the optimizer's state, gradients and weights in an update, as reached",
     "--cache-bytes": "bytes that the device's shared cache (L2) keeps of data that all programs read",
+    "--cache-bandwidth": "GB/s of rows read from that cache",
     "--intra-node-bandwidth": "GB/s from a device to others of its node, as reached",
     "--inter-node-bandwidth": "GB/s from a device to other nodes, as reached",
     "--gpus-per-node": "devices in a node",
@@ -114,6 +117,8 @@ def build_parser(searching: bool) -> OneLineParser:
     parser.add_argument("--transformer-impl", choices=("auto", "transformer_engine", "local"), default="auto",
                         help="whose activations to count: Transformer Engine's, as on a GPU (auto), or megatron-core's "
                         "own modules")
+    parser.add_argument("--cross-entropy-fusion-impl", choices=("native", "te"), default="native",
+                        help="as for pretrain_umv2.py; te, which a run on this machine may lack, can be planned for")
     device = parser.add_argument_group("device and links (defaults: H100 SXM, NVLink, 400 Gb/s per device)")
     device.add_argument("--machine", metavar="FILE", help="measured rates, from benchmarks/machine.py or "
                         "tools/gpu_check.sh; flags given beside it count before it")
@@ -140,7 +145,8 @@ def plan(argv: list[str]) -> dict[str, Any]:
     if capacity is not None and capacity <= reserve:
         raise ValueError(f"--gpu-memory-gib is {capacity:g}; expected more than --memory-reserve-gib ({reserve:g})")
     run = _resolve(rest, world)
-    values = {**run.values, "transformer_impl": "local" if given.transformer_impl == "local" else "transformer_engine"}
+    values = {**run.values, "transformer_impl": "local" if given.transformer_impl == "local" else "transformer_engine",
+              "cross_entropy_fusion_impl": given.cross_entropy_fusion_impl}
     memory = run.memory if run.has_memory else None
     preset = _preset(rest)
     layout = Layout.from_values({**values, **({} if not given.search else ALONE)}, world)

@@ -127,10 +127,10 @@ class Retrieval(QueriesAndKeys):
         """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
         if self.refresh_due:
             self.refresh_singular_vectors()
-        scores = self.key_scores(x)
         search = self.search(x.device)
+        scores = self.key_scores(x, as_computed=reads_halves(search))
         keys = search.best_keys(scores, self.u, self.t, self.config.key_topk)
-        total = self.cores.detach().sum(0, dtype=scores.dtype)
+        total = self.cores.detach().sum(0, dtype=torch.promote_types(scores.dtype, torch.float32))
         rows, columns = search.best_cells(scores, keys, total, self.config.topk)
         return Picks(
             grid=torch.add(columns, rows, alpha=self.num_keys).flatten(1),
@@ -142,17 +142,22 @@ class Retrieval(QueriesAndKeys):
         """The first-stage scores of all keys, [T, h, N] for each side, differentiable; computed when asked for."""
         # Copies, because autograd keeps what it is given until the backward, and the next refresh may come earlier:
         # under pipeline parallelism other forwards run first. The buffers themselves stay where they are.
-        u, t = self.u.clone(), self.t.clone()
+        u, t, scores = self.u.clone(), self.t.clone(), at_least_float32(scores)
         for side in (0, 1):
             yield first_stage_scores(scores, u, t, side)
 
-    def key_scores(self, x: Tensor) -> Tensor:
-        """Scores of every key, [2, R, T, h, N], of ``x`` [T, H]: step 1 and 2 of docs/memory-layer.md."""
+    def key_scores(self, x: Tensor, as_computed: bool = False) -> Tensor:
+        """Scores of every key, [2, R, T, h, N], of ``x`` [T, H]: step 1 and 2 of docs/memory-layer.md.
+
+        In float32 or better, or ``as_computed``, in the dtype of the parameters, for a search that converts what it
+        reads: the same numbers in half the memory.
+        """
         config = self.config
         tokens, rank = x.shape[0], config.tucker_rank
         query = self.query(x).view(tokens, 2, config.query_rows // (2 * config.key_dim), config.key_dim)
         scores = key_scores(query, self.keys, self.query_norm, self.key_norm, config.norm_epsilon)
-        return at_least_float32(scores).view(2, rank, tokens, config.num_heads, self.num_keys)
+        scores = scores if as_computed else at_least_float32(scores)
+        return scores.view(2, rank, tokens, config.num_heads, self.num_keys)
 
     def refresh_singular_vectors(self) -> None:
         """Set u and t to the leading singular pair of the summed cores; call once per optimizer step, and after load.
@@ -197,6 +202,11 @@ def refresh_together(layers: Sequence[QueriesAndKeys]) -> None:
     pair = pair * torch.where(flipped < kept, -1.0, 1.0).unsqueeze(-1)
     buffers = [vector for each in tucker for vector in (each.u, each.t)]
     torch._foreach_copy_(buffers, [part for each in pair.split(heads, dim=1) for part in each])
+
+
+def reads_halves(search: Search) -> bool:
+    """Whether ``search`` takes key scores of 16 bits and computes with them in float32."""
+    return bool(getattr(search, "READS_HALVES", False))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

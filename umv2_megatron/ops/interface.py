@@ -161,7 +161,8 @@ class RaggedParts(Protocol):
 class Search(Protocol):
     """The two stages of retrieval and the scores of what they pick; ``search.py`` has the equations and letters.
 
-    ``key_scores`` is [2, R, T, h, N], float32 or float64, contiguous.
+    ``key_scores`` is [2, R, T, h, N], float32 or float64, contiguous; of a module with READS_HALVES also bfloat16 or
+    float16, for the same results as with their values in float32.
     """
 
     def best_keys(self, key_scores: Tensor, u: Tensor, t: Tensor, kept: int) -> Tensor:

@@ -52,7 +52,7 @@ def cell_scores(key_scores: Tensor, rows: Tensor, columns: Tensor, cores: Tensor
     """See ``interface.Search``."""
     # Both sides at once: the backward of a part would fill the rest of the largest tensor of the layer with zeros.
     left, right = gather_keys(key_scores, torch.stack([rows, columns])).unbind(0)
-    return torch.einsum("rthk,chrs,sthk->thkc", left, cores.to(key_scores.dtype), right)
+    return torch.einsum("rthk,chrs,sthk->thkc", left, cores.to(left.dtype), right)
 
 
 def first_stage_scores(key_scores: Tensor, u: Tensor, t: Tensor, side: int) -> Tensor:
@@ -61,7 +61,8 @@ def first_stage_scores(key_scores: Tensor, u: Tensor, t: Tensor, side: int) -> T
 
 
 def gather_keys(key_scores: Tensor, index: Tensor) -> Tensor:
-    """Scores [..., R, T, h, K] of the keys ``index`` [..., T, h, K] among ``key_scores`` [..., R, T, h, N].
+    """Scores [..., R, T, h, K] of the keys ``index`` [..., T, h, K] among ``key_scores`` [..., R, T, h, N], in float32
+    where those have 16 bits; gradients are summed in it and rounded once.
 
     Keeps the index alone for the backward: torch's own ``gather`` would keep the scores of all keys, the largest tensor
     of the layer.
@@ -73,8 +74,9 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key_scores: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index.int())  # at most N: half the bytes
-        ctx.num_keys = key_scores.shape[-1]
-        return key_scores.gather(-1, _of_every_rank(index, key_scores))
+        ctx.num_keys, ctx.dtype = key_scores.shape[-1], key_scores.dtype
+        picked = key_scores.gather(-1, _of_every_rank(index, key_scores))
+        return picked.to(torch.promote_types(picked.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
@@ -82,7 +84,7 @@ class _GatherKeys(torch.autograd.Function):
         index = ctx.saved_tensors[0].long()
         every = grads[0].new_zeros(*grads[0].shape[:-1], ctx.num_keys)
         # A key that is part of several cells gets the sum of theirs.
-        return every.scatter_add_(-1, _of_every_rank(index, every), grads[0]), None
+        return every.scatter_add_(-1, _of_every_rank(index, every), grads[0]).to(ctx.dtype), None
 
 
 def _of_every_rank(index: Tensor, key_scores: Tensor) -> Tensor:

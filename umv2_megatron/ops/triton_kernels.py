@@ -248,6 +248,7 @@ def row_dots(
     picks,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr, SCALED: tl.constexpr, GELU: tl.constexpr,
     TOKENS: tl.constexpr, PICKS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr,
+    STRETCHED: tl.constexpr,
     DP: tl.constexpr, PRE_PICKS: tl.constexpr, PRE_COLUMNS: tl.constexpr, PRE_REST: tl.constexpr,
 ):  # fmt: skip
     """dots[n, c] = <table[rows[n], slice c], upstream[token, block, slice c]>, which is the gradient of the weights.
@@ -257,9 +258,15 @@ def row_dots(
     SCALED (grids only): the weights are score * activation(rho), so ``dots`` becomes the gradient of ``scores``
     [n, C], and the weights [n, C] and the gradient of rho [n] are written as well. With DP > 0 the program goes on to
     the gradient of the projected input, [T, DP], the sum of the gradients of rho times rows of ``pre_values``.
+    STRETCHED (not SCALED): a program takes the columns of one tile only, and ``dots`` is [stretches, n, C].
     """
     first = tl.program_id(0).to(tl.int64) * TOKENS
     dtype: tl.constexpr = dots.dtype.element_ty
+    WIDTH: tl.constexpr = COLUMNS + REST if STRETCHED else DC
+    first_column = 0
+    if STRETCHED:
+        first_column = tl.program_id(1) * WIDTH
+        dots += tl.program_id(1) * picks.to(tl.int64) * C
     SPAN: tl.constexpr = P if P > 0 else PICKS
     token, place = tile_places(TOKENS, PICKS)
     token += first
@@ -275,7 +282,8 @@ def row_dots(
         if E > 1:
             from_row += tl.load(blocks + pick, mask=mine, other=0)
         dot = tl.zeros([TOKENS * PICKS, CORES], dtype=dtype)
-        for column in range(0, DC, COLUMNS + REST):
+        for offset in range(0, WIDTH, COLUMNS + REST):
+            column = first_column + offset
             dot += slice_dots(
                 table, upstream, row, from_row, mine, own, real, column, P > 0 and E == 1,
                 C, DC, TOKENS, PICKS, CORES, COLUMNS, dtype,

@@ -40,6 +40,10 @@ PIECE = 128
 """Picks of one row that a single program sums (see ``triton_segments.py``)."""
 SEARCH_SPAN = 1024
 """Sorted picks among which one program of ``find_segments`` looks for the beginnings of rows."""
+LEAST_BYTES = 64
+"""Of a slice of a row that are read at once where a cache decides on the columns of a tile: two sectors of 32 bytes."""
+REUSED = 2
+"""Picks per row of a table from which on it pays to read it tile by tile: every tile reads all row ids and weights."""
 LONG_ROW_STEPS = 24
 """Bisections of ``add_long_rows``: enough for 2^24 * PIECE picks, the most that 32-bit counts can hold."""
 
@@ -121,20 +125,44 @@ def cut(columns: int) -> tuple[int, int]:
     return (padded // 2, rest) if 16 <= rest < padded // 2 else (padded, 0)
 
 
+def cache_bytes(device: torch.device) -> int:
+    """What the cache of ``device`` keeps of data that all programs read: half of the L2, because large ones have two
+    halves, each of which keeps what its own multiprocessors read. 0 on a CPU."""
+    return torch.cuda.get_device_properties(device).L2_cache_size // 2 if device.type == "cuda" else 0
+
+
+def cached_columns(table: Tensor, cores: int, picks: int) -> int:
+    """Columns of each of the ``cores`` slices, a power of two, so that these columns of all rows of ``table`` fit the
+    cache; 0 where that is no question: all columns fit, not even few do, or ``picks`` do not come back to a row.
+
+    Programs of one stretch of columns are started one after the other, before those of the next stretch, so that a
+    row is read from memory once for each stretch and not for each pick.
+    """
+    held, size = table.shape[0] * cores * table.element_size(), table.element_size()
+    cache = cache_bytes(table.device)
+    slice_columns = table.shape[1] // cores
+    if cache == 0 or held == 0 or held * slice_columns <= cache or picks < REUSED * table.shape[0]:
+        return 0
+    columns = _power_below(cache // held)
+    return columns if columns * size >= LEAST_BYTES else 0
+
+
 def tile_for(
     cores: int, slice_columns: int, most_picks: int, other_columns: int = 0, in_two: bool = True,
-    element_size: int = 0, most_tokens: int = NO_TILE.tokens,
+    element_size: int = 0, most_tokens: int = NO_TILE.tokens, most_columns: int = 0,
 ) -> Tile:  # fmt: skip
     """The tile for rows of ``cores`` slices of ``slice_columns``, at most ``most_picks`` of a token at once.
 
     ``other_columns``: of rows of a second table that the same program holds. ``in_two``: whether the kernel can take
     slices that are ``cut``. ``element_size``: bytes of an element of the rows, for a kernel that can take several
-    tokens, at most ``most_tokens``; 0: one.
+    tokens, at most ``most_tokens``; 0: one. ``most_columns``: of a slice, a power of two; 0: any.
     """
     padded_cores = triton.next_power_of_2(cores)
     columns, rest = cut(slice_columns) if in_two else (triton.next_power_of_2(slice_columns), 0)
     if padded_cores * (columns + rest) > WIDEST_ROW:
         columns, rest = max(1, WIDEST_ROW // padded_cores), 0
+    if 0 < most_columns < columns + rest:
+        columns, rest = most_columns, 0
     width = max(padded_cores * (columns + rest), sum(cut(max(1, other_columns))))
     picks = max(1, min(_power_below(TILE_ELEMENTS // width), triton.next_power_of_2(max(1, most_picks))))
     tokens = 1
@@ -199,7 +227,9 @@ def row_sums(picks: PickList, weights: Tensor, table: Tensor) -> Tensor:
     out = table.new_empty(picks.num_tokens, picks.num_blocks * table.shape[1])
     if picks.num_tokens == 0:
         return out
-    tile = tile_for(cores, slice_columns, picks.per_token or LISTED_PICKS, element_size=table.element_size())
+    most_columns = cached_columns(table, cores, picks.rows.shape[0])
+    tile = tile_for(cores, slice_columns, picks.per_token or LISTED_PICKS, element_size=table.element_size(),
+                    most_columns=most_columns)  # fmt: skip
     grid = (triton.cdiv(picks.num_tokens, tile.tokens), picks.num_blocks, tile.stretches(slice_columns))
     tensors = {
         **{"rows": picks.rows, "blocks": picks.blocks, "starts": picks.starts, "weights": weights},
@@ -212,9 +242,12 @@ def row_sums(picks: PickList, weights: Tensor, table: Tensor) -> Tensor:
 
 def row_dots(picks: PickList, upstream: Tensor, table: Tensor, cores: int, dtype: torch.dtype) -> Tensor:
     """Dot products of the slices of each picked row with those of ``upstream`` [T * E, D]: [n, C] in ``dtype``."""
-    dots = torch.empty(picks.rows.shape[0], cores, dtype=dtype, device=table.device)
-    _row_dots(picks, upstream, table, dots, {"SCALED": False, "GELU": False})
-    return dots
+    count, slice_columns = picks.rows.shape[0], table.shape[1] // cores
+    most_columns = cached_columns(table, cores, count)
+    stretches = triton.cdiv(slice_columns, most_columns) if most_columns else 1
+    dots = torch.empty(stretches, count, cores, dtype=dtype, device=table.device)
+    _row_dots(picks, upstream, table, dots, {"SCALED": False, "GELU": False}, most_columns)
+    return dots[0] if stretches == 1 else dots.sum(0)
 
 
 def score_gradients(
@@ -230,14 +263,15 @@ def score_gradients(
     if pre_values is not None:
         projected_grad = pre_values.new_empty(picks.num_tokens, pre_values.shape[1])
         extra |= {"pre_values": pre_values.detach(), "projected_grad": projected_grad}
-    _row_dots(picks, upstream, values, score_grad.flatten(0, 1), {"SCALED": True, "GELU": gelu}, **extra)
+    _row_dots(picks, upstream, values, score_grad.flatten(0, 1).unsqueeze(0), {"SCALED": True, "GELU": gelu}, **extra)
     return weights, score_grad, rho_grad, projected_grad
 
 
 def _row_dots(
-    picks: PickList, upstream: Tensor, table: Tensor, dots: Tensor, epilogue: dict[str, bool], **extra: Tensor
-) -> None:
-    count, cores = dots.shape
+    picks: PickList, upstream: Tensor, table: Tensor, dots: Tensor, epilogue: dict[str, bool], most_columns: int = 0,
+    **extra: Tensor,
+) -> None:  # fmt: skip
+    stretches, count, cores = dots.shape
     if count == 0:
         return
     slice_columns = table.shape[1] // cores
@@ -245,16 +279,17 @@ def _row_dots(
     # Of a list, a program takes as many picks as fill the tile; whose they are does not matter.
     most_picks, size = (picks.per_token, table.element_size()) if picks.per_token else (TILE_ELEMENTS, 0)
     pre_tile = tile_for(1, pre_columns, most_picks, element_size=size) if pre_columns > 0 else NO_TILE
-    tile = tile_for(cores, slice_columns, most_picks, element_size=size, most_tokens=pre_tile.tokens)
+    tile = tile_for(cores, slice_columns, most_picks, element_size=size, most_tokens=pre_tile.tokens,
+                    most_columns=most_columns)  # fmt: skip
     programs = triton.cdiv(picks.num_tokens, tile.tokens) if picks.per_token else triton.cdiv(count, tile.picks)
     names = ("scores", "rho_in", "weights_out", "rho_grad", "pre_values", "projected_grad")
     tensors: dict[str, Any] = dict.fromkeys(names)
     tensors |= {**picks.places, "upstream": upstream, "table": table.detach(), "dots": dots, "picks": count, **extra}
     constants = {"P": picks.per_token, "C": cores, "E": picks.num_blocks, "DC": slice_columns, **tile.constants}
-    constants |= {"DP": pre_columns, "PRE_PICKS": pre_tile.picks}
+    constants |= {"DP": pre_columns, "PRE_PICKS": pre_tile.picks, "STRETCHED": stretches > 1}
     constants |= {"PRE_COLUMNS": pre_tile.columns, "PRE_REST": pre_tile.rest}
     warps = max(tile.warps, _warps(tile.tokens * pre_tile.picks * (pre_tile.columns + pre_tile.rest)))
-    launch(kernels.row_dots, (programs,), tensors, {**constants, **epilogue}, warps)
+    launch(kernels.row_dots, (programs, stretches), tensors, {**constants, **epilogue}, warps)
 
 
 @dataclass
@@ -308,6 +343,8 @@ class Addition:
     """[A, D], contiguous."""
     num_blocks: int = 1
     """E; 1 for pre-values, which know no blocks."""
+    table: Optional[Tensor] = None
+    """[A, D], of the first addition only: the dot products of its rows with ``upstream`` are wanted, too."""
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -316,19 +353,26 @@ class Addition:
         return cores, self.table_sum.shape[1] // cores
 
 
-def add_to_rows(picks: PickList, additions: Sequence[Addition], in_order: Optional[Segments]) -> None:
-    """Do one or two ``additions`` of the same picks.
+def add_to_rows(
+    picks: PickList, additions: Sequence[Addition], in_order: Optional[Segments]
+) -> Optional[Tensor]:
+    """Do one or two ``additions`` of the same picks; returns the dot products [n, C] that the first one asks for.
 
-    With the sorted picks ``in_order`` the sums have a fixed order; with None they are atomic, in any order.
+    With the sorted picks ``in_order`` the sums have a fixed order; with None they are atomic, in any order, and there
+    are no dot products.
     """
     count = picks.rows.shape[0]
-    if count == 0 or not additions:
-        return
+    if not additions:
+        return None
+    wanted = additions[0].table is not None
+    assert not wanted or in_order is not None, "dot products by way of atomic additions"
+    if count == 0:
+        return additions[0].weights.new_empty(additions[0].weights.shape) if wanted else None
     assert all(each.table_sum.is_contiguous() for each in additions)
     if in_order is None:
         for each in additions:
             _add_atomically(picks, each)
-        return
+        return None
     tiles = [tile_for(*each.sizes, 1) for each in additions]
     width = max(tile.cores * (tile.columns + tile.rest) for tile in tiles)
     segments = max(1, min(_power_below(SEGMENT_ELEMENTS // width), max(SEGMENTS, ELEMENTS_PER_WARP // width)))
@@ -338,7 +382,7 @@ def add_to_rows(picks: PickList, additions: Sequence[Addition], in_order: Option
         **{"counter": in_order.counter, "order": in_order.order},
         **{"blocks": picks.blocks, "owners": picks.owners},
     }
-    constants: dict[str, int] = {"P": picks.per_token, "SEGMENTS": segments}
+    constants: dict[str, int] = {"P": picks.per_token, "SEGMENTS": segments, "DOTS": wanted}
     long_rows: dict[str, Any] = {"sorted_rows": in_order.sorted_rows, "picks": count}
     columns = []
     for number, suffix in enumerate(("", "_2")):
@@ -347,15 +391,22 @@ def add_to_rows(picks: PickList, additions: Sequence[Addition], in_order: Option
         constants |= {f"{name}{suffix}": each for name, each in made[1].items()}
         long_rows |= {f"{name}{suffix}": made[0][name] for name in ("table_sum", "pieces")}
         columns.append(made[1]["C"] * made[1]["DC"])
+    first, stretches = additions[0], constants["STRETCHES"]
+    dots = first.weights.new_empty(stretches, *first.weights.shape) if wanted else None
+    tensors |= {"sorted_rows": in_order.sorted_rows, "picks": count, "dots": dots}
+    tensors["table"] = first.table.detach() if first.table is not None else None
     grid = (triton.cdiv(in_order.starts.shape[0], segments), constants["STRETCHES"] + constants["STRETCHES_2"])
     launch(segment_kernels.add_to_rows, grid, tensors, constants, _warps(segments * width))
     if count > PIECE:
         stretch = min(triton.next_power_of_2(max(columns)), 512)
-        stretches = [triton.cdiv(each, stretch) for each in columns]
-        constants = {"D": columns[0], "D_2": columns[1], "STRETCHES": stretches[0]}
+        parts = [triton.cdiv(each, stretch) for each in columns]
+        constants = {"D": columns[0], "D_2": columns[1], "STRETCHES": parts[0]}
         constants |= {"PIECE": PIECE, "STEPS": LONG_ROW_STEPS, "COLUMNS": stretch}
-        grid = (triton.cdiv(count, PIECE), sum(stretches))
+        grid = (triton.cdiv(count, PIECE), sum(parts))
         launch(segment_kernels.add_long_rows, grid, long_rows, constants, 2)
+    if dots is None:
+        return None
+    return dots[0] if stretches == 1 else dots.sum(0)
 
 
 NO_TABLE: tuple[dict[str, Any], dict[str, int]] = (

@@ -235,6 +235,9 @@ def _weighted_sum_backward(
     exact = weights.to(launches.exact_dtype(weights, values)).contiguous()
     upstream = grad_out.reshape(-1, values.shape[1]).contiguous()
     if value_sum is not None:
-        addition = Addition(exact, upstream, value_sum, picks.num_blocks)
-        launches.add_to_rows(picks, [addition], _sorted(picks, values.shape[0], deterministic, order))
+        in_order = _sorted(picks, values.shape[0], deterministic, order)
+        table = values if in_order is not None else None
+        dots = launches.add_to_rows(picks, [Addition(exact, upstream, value_sum, picks.num_blocks, table)], in_order)
+        if dots is not None:
+            return dots.to(weights.dtype)
     return launches.row_dots(picks, upstream, values, weights.shape[1], exact.dtype).to(weights.dtype)

@@ -8,6 +8,9 @@ A segment is a run of sorted picks of one row, at most up to the next multiple o
 belongs to one program, so that results are repeatable bit by bit, in whatever order the segments are listed. A
 segment that continues a row goes into ``pieces`` [multiples of PIECE, D].
 
+With DOTS a program also takes the dot products of its picks' upstream rows with the row of the table, which are the
+gradients of the weights: upstream is there, and the row is loaded once for all picks of the segment.
+
 A program of ``add_to_rows`` takes SEGMENTS segments: their rows of the sum are requested at once, and the first
 pick of every one, then the second, and so on. Both tables of a lookup go through one launch: they have the same picks.
 Letters, tile edges and precision as in ``triton_kernels.py``.
@@ -49,11 +52,11 @@ def load_pick(
     order, blocks, owners, weights, position, mine,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, CORES: tl.constexpr,
 ):  # fmt: skip
-    """Of the pick at each sorted ``position``: weights [segments, CORES, 1] and the row of ``upstream``."""
+    """The pick at each sorted ``position``, its weights [segments, CORES, 1] and the row of ``upstream``."""
     pick = tl.load(order + position, mask=mine, other=0).to(tl.int64)
     offsets, within = core_offsets(pick, C, CORES)
     weight = tl.load(weights + offsets, mask=mine[:, None] & within, other=0.0)
-    return weight[:, :, None], upstream_places(pick, owners, blocks, mine, P, E)
+    return pick, weight[:, :, None], upstream_places(pick, owners, blocks, mine, P, E)
 
 
 @triton.jit
@@ -72,10 +75,11 @@ def store_segments(
 @triton.jit
 def add_segments(
     starts, ends, targets, known, order, blocks, owners, weights, upstream, table_sum, pieces, column,
+    sorted_rows, table, dots, DOTS: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr,
     SEGMENTS: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """What one program of ``add_to_rows`` does, for one table."""
+    """What one program of ``add_to_rows`` does, for one table; with DOTS ``dots`` [n, C] of its columns are stored."""
     dtype: tl.constexpr = weights.dtype.element_ty
     segment = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
     mine = segment < known
@@ -87,29 +91,43 @@ def add_segments(
     total = load_rows(table_sum, target, to_row, column, C, DC, CORES, COLUMNS).to(dtype)
     if REST > 0:
         total_rest = load_rows(table_sum, target, to_row, column + COLUMNS, C, DC, CORES, REST).to(dtype)
+    if DOTS:
+        own_row = tl.load(sorted_rows + position, mask=mine, other=0).to(tl.int64)
+        held = load_rows(table, own_row, mine, column, C, DC, CORES, COLUMNS).to(dtype)
+        if REST > 0:
+            held_rest = load_rows(table, own_row, mine, column + COLUMNS, C, DC, CORES, REST).to(dtype)
     longest = tl.max(end - position, axis=0)
-    weight, place = load_pick(order, blocks, owners, weights, position, position < end, P, C, E, CORES)
+    pick, weight, place = load_pick(order, blocks, owners, weights, position, position < end, P, C, E, CORES)
     for _ in range(0, longest):
         now = position < end
         part = load_rows(upstream, place, now, column, C, DC, CORES, COLUMNS)
         if REST > 0:
             part_rest = load_rows(upstream, place, now, column + COLUMNS, C, DC, CORES, REST)
         position += 1
-        next_weight, place = load_pick(order, blocks, owners, weights, position, position < end, P, C, E, CORES)
+        next_pick, next_weight, place = load_pick(
+            order, blocks, owners, weights, position, position < end, P, C, E, CORES
+        )  # fmt: skip
         total += weight * part.to(dtype)
         if REST > 0:
             total_rest += weight * part_rest.to(dtype)
-        weight = next_weight
+        if DOTS:
+            dot = tl.sum(part.to(dtype) * held, axis=2)
+            if REST > 0:
+                dot += tl.sum(part_rest.to(dtype) * held_rest, axis=2)
+            offsets, within = core_offsets(pick, C, CORES)
+            tl.store(dots + offsets, dot, mask=now[:, None] & within)
+        pick, weight = next_pick, next_weight
     store_segments(table_sum, pieces, total, target, mine, column, C, DC, CORES, COLUMNS)
     if REST > 0:
         store_segments(table_sum, pieces, total_rest, target, mine, column + COLUMNS, C, DC, CORES, REST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["picks"])
 def add_to_rows(
     starts, ends, targets, counter, order, blocks, owners,
     weights, upstream, table_sum, pieces, weights_2, upstream_2, table_sum_2, pieces_2,
-    P: tl.constexpr, SEGMENTS: tl.constexpr,
+    sorted_rows, table, dots, picks,
+    P: tl.constexpr, SEGMENTS: tl.constexpr, DOTS: tl.constexpr,
     C: tl.constexpr, E: tl.constexpr, DC: tl.constexpr, CORES: tl.constexpr, COLUMNS: tl.constexpr, REST: tl.constexpr,
     STRETCHES: tl.constexpr,
     C_2: tl.constexpr, E_2: tl.constexpr, DC_2: tl.constexpr, CORES_2: tl.constexpr, COLUMNS_2: tl.constexpr,
@@ -118,20 +136,26 @@ def add_to_rows(
     """table_sum[row, slice c] += sum of weights[n, c] * upstream[place of n, slice c] over the picks n of the row.
 
     One program per SEGMENTS segments and stretch of columns: STRETCHES of the first table, then STRETCHES_2 of the
-    second one, if there is one.
+    second one, if there is one. With DOTS also dots[stretch, n, c], the part of <table[row of n, slice c],
+    upstream[place of n, slice c]> that lies in the columns of a stretch of the first table.
     """
     known = tl.load(counter)
     if tl.program_id(0) * SEGMENTS < known:
         stretch = tl.program_id(1)
         if stretch < STRETCHES:
+            own_dots = dots
+            if DOTS:
+                own_dots += stretch * picks.to(tl.int64) * C
             add_segments(
                 starts, ends, targets, known, order, blocks, owners, weights, upstream, table_sum, pieces,
-                stretch * (COLUMNS + REST), P, C, E, DC, SEGMENTS, CORES, COLUMNS, REST,
+                stretch * (COLUMNS + REST), sorted_rows, table, own_dots, DOTS,
+                P, C, E, DC, SEGMENTS, CORES, COLUMNS, REST,
             )  # fmt: skip
         elif STRETCHES_2 > 0:
             add_segments(
                 starts, ends, targets, known, order, blocks, owners, weights_2, upstream_2, table_sum_2, pieces_2,
-                (stretch - STRETCHES) * (COLUMNS_2 + REST_2), P, C_2, E_2, DC_2, SEGMENTS, CORES_2, COLUMNS_2, REST_2,
+                (stretch - STRETCHES) * (COLUMNS_2 + REST_2), sorted_rows, table, dots, False,
+                P, C_2, E_2, DC_2, SEGMENTS, CORES_2, COLUMNS_2, REST_2,
             )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from umv2_megatron.ops import triton_launch as launches
 
 SPAN = 1024
 """Candidates sorted at once: 8 of 64 bits for each thread of 4 warps."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOWEST = tl.constexpr(-(2**63))
 
 
@@ -72,7 +73,8 @@ def best_keys_kernel(
         score = tl.zeros([SPAN], dtype=tl.float32)
         for r in tl.static_range(R):
             factor = tl.load(vectors + (side * H + head) * R + r)
-            score += factor * tl.load(key_scores + ((side * R + r) * plane + place) * N + key, mask=key < N, other=0.0)
+            row = key_scores + ((side * R + r) * plane + place) * N
+            score += factor * tl.load(row + key, mask=key < N, other=0.0).to(tl.float32)
         best = merge_best(best, tl.where(key < N, pack(score, key), LOWEST), KEPT)
     kept = tl.arange(0, KEPT)
     tl.store(keys + (side * plane + place) * K + kept, place_of(best), mask=kept < K)
@@ -99,8 +101,10 @@ def best_cells_kernel(
             left = tl.zeros([STRIPE], dtype=tl.float32)
             for r in tl.static_range(R):
                 core = tl.load(cores + (head * R + r) * R + s)
-                left += core * tl.load(key_scores + (r * plane + place) * N + row_key, mask=i < SIDE, other=0.0)
-            right = tl.load(key_scores + ((R + s) * plane + place) * N + column_key, mask=j < SIDE, other=0.0)
+                of_rows = key_scores + (r * plane + place) * N
+                left += core * tl.load(of_rows + row_key, mask=i < SIDE, other=0.0).to(tl.float32)
+            of_columns = key_scores + ((R + s) * plane + place) * N
+            right = tl.load(of_columns + column_key, mask=j < SIDE, other=0.0).to(tl.float32)
             cell += left[:, None] * right[None, :]
         index = i[:, None] * SIDE + j[None, :]
         real = (i < SIDE)[:, None] & (j < SIDE)[None, :]
@@ -119,12 +123,12 @@ def best_keys(key_scores: Tensor, u: Tensor, t: Tensor, kept: int) -> Tensor:
     """The ``kept`` best keys of each side, [2, T, h, K'] int64, in descending order of their summed score.
 
     Args:
-        key_scores: [2, R, T, h, N] float32 (``Retrieval.key_scores``).
+        key_scores: [2, R, T, h, N], float32 or 16 bits (``Retrieval.key_scores``).
         u, t: [h, R], the weights of the ranks on either side.
         kept: K', at most N.
     """
     _, rank, tokens, heads, num_keys = key_scores.shape
-    assert key_scores.dtype == torch.float32 and 1 <= kept <= num_keys, (key_scores.dtype, kept, num_keys)
+    assert key_scores.dtype in DTYPES and 1 <= kept <= num_keys, (key_scores.dtype, kept, num_keys)
     keys = torch.empty(2, tokens, heads, kept, dtype=torch.int64, device=key_scores.device)
     padded = _padded(kept)
     vectors = torch.stack([u, t]).float()
@@ -142,14 +146,14 @@ def best_cells(key_scores: Tensor, keys: Tensor, cores: Tensor, topk: int) -> tu
     """Row and column keys, [T, h, K] int64 each, of the K best cells, in descending order of score.
 
     Args:
-        key_scores: [2, R, T, h, N] float32.
+        key_scores: [2, R, T, h, N], float32 or 16 bits.
         keys: [2, T, h, K'] int64, what ``best_keys`` returned.
         cores: [h, R, R], the sum of all cores.
         topk: K, at most K' * K'.
     """
     _, rank, tokens, heads, num_keys = key_scores.shape
     side = keys.shape[-1]
-    assert key_scores.dtype == torch.float32 and 1 <= topk <= side * side, (key_scores.dtype, topk, side)
+    assert key_scores.dtype in DTYPES and 1 <= topk <= side * side, (key_scores.dtype, topk, side)
     rows = torch.empty(tokens, heads, topk, dtype=torch.int64, device=key_scores.device)
     columns = torch.empty_like(rows)
     padded, side_padded = _padded(topk), triton.next_power_of_2(side)

@@ -10,19 +10,25 @@ from dataclasses import dataclass
 class Device:
     """Figures of a rank's device and links; bandwidths in GB/s (1e9 bytes), in one direction, as achieved.
 
-    ``row_bandwidth``: of rows read at random places of a table; ``update_bandwidth``: of the optimizer, whose state is
-    read and written; ``cache_bytes``: what the cache that all programs share keeps of data that any of them reads (an
-    H100's L2 of 50 MB has two halves, each of which keeps what its own programs read); ``launch_us``: microseconds
-    that the host takes to start an operation; ``starts_ahead``: 1 where the host starts operations while the device
-    computes (a GPU), 0 where it computes itself.
+    ``flops_efficiency``, ``attention_efficiency``: shares of the peak that products reach, and those inside attention;
+    ``search_rate``: 1e9 keys and cells that a search for picks looks at in a second, so many where only its passes over
+    the scores are known; ``memory_bandwidth``: of operations that read and write whole tensors; ``row_bandwidth``: of
+    rows read at random places of a table; ``update_bandwidth``: of the optimizer, whose state is read and written;
+    ``cache_bytes``: what the cache that all programs share keeps of data that any of them reads (an H100's L2 of 50 MB
+    has two halves, each of which keeps what its own programs read); ``cache_bandwidth``: of rows that it has;
+    ``launch_us``: microseconds that the host takes to start an operation; ``starts_ahead``: 1 where the host starts
+    operations while the device computes (a GPU), 0 where it computes itself.
     """
 
     peak_tflops: float = 989.0
     flops_efficiency: float = 0.6
+    attention_efficiency: float = 0.6
+    search_rate: float = 1e6
     memory_bandwidth: float = 2500.0
     row_bandwidth: float = 2000.0
     update_bandwidth: float = 2500.0
     cache_bytes: float = 25e6
+    cache_bandwidth: float = 4000.0
     intra_node_bandwidth: float = 360.0
     inter_node_bandwidth: float = 40.0
     gpus_per_node: int = 8

@@ -17,6 +17,7 @@ s bytes of a weight, g of an element of the gradient buffer.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -29,36 +30,44 @@ INT32 = 4
 INT64 = 8
 # A radix sort of keys of 4 bytes with places of 8, 8 bits in a pass, read and written: an assumption.
 SORT_BYTES = 4 * 2 * (INT32 + INT64)
+# Passes over each element of a norm's input, forward and backward, by bytes of a weight: PyTorch's operations on a CPU,
+# of which those of a 16-bit run work on float32 copies (in passes of 2 bytes).
+LOCAL_NORM = {4: (7.0, 23.0), 2: (20.5, 52.5)}
+FUSED_NORM = (2.0, 3.0)
 # Picks of one row that a program sums, ``ops/triton_launch.py``; the sums of further ones are written and read.
 PIECE = 128
+# Of ``ops/triton_launch.py``, too: picks per row, and bytes of a slice, from which on columns are read in turn.
+REUSED = 2
+LEAST_BYTES = 64
 
 
 @dataclass(frozen=True)
 class Moved:
     """Bytes read and written for one micro-batch. ``rows``: at random places, a row of a table at a time;
-    ``streamed``: everything else."""
+    ``streamed``: everything else; ``cached``: rows that a cache of the device has, which no memory moves."""
 
     rows_forward: float = 0.0
     rows_backward: float = 0.0
     streamed_forward: float = 0.0
     streamed_backward: float = 0.0
+    cached_forward: float = 0.0
+    cached_backward: float = 0.0
+
+    def times(self, number: float) -> Moved:
+        """So often."""
+        return Moved(*(number * each for each in dataclasses.astuple(self)))
 
     def __add__(self, other: Moved) -> Moved:
-        return Moved(
-            self.rows_forward + other.rows_forward,
-            self.rows_backward + other.rows_backward,
-            self.streamed_forward + other.streamed_forward,
-            self.streamed_backward + other.streamed_backward,
-        )
+        return Moved(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other))))
 
     @property
     def forward(self) -> float:
-        """Everything moved by the forward."""
+        """Everything that memory moves in the forward."""
         return self.rows_forward + self.streamed_forward
 
     @property
     def backward(self) -> float:
-        """Everything moved by the backward."""
+        """Everything that memory moves in the backward."""
         return self.rows_backward + self.streamed_backward
 
 
@@ -67,7 +76,7 @@ class Moved:
 
 def memory_layer(memory: MemoryConfig, layout: Layout, tokens: int, cache: float = math.inf) -> Moved:
     """One memory layer for ``tokens`` tokens of each rank: lookup and key scores; ``cache`` as for ``lookup``."""
-    return lookup(memory, layout, tokens, cache) + key_scores(memory, layout, tokens)
+    return lookup(memory, layout, tokens, cache) + retrieval(memory, layout, tokens)
 
 
 def lookup(memory: MemoryConfig, layout: Layout, tokens: int, cache: float = math.inf) -> Moved:
@@ -84,7 +93,8 @@ def lookup(memory: MemoryConfig, layout: Layout, tokens: int, cache: float = mat
     pre, values = memory.pre_value_dim * share, memory.value_dim * share
     backend = layout.lookup
     if backend == "triton":
-        return by_triton(memory, layout, picks, served, held, pre, values, cache)
+        parts = layout.exchange_parts  # each reads and writes the gradients of its own distinct rows
+        return by_triton(memory, layout, picks / parts, served / parts, held, pre, values, cache).times(parts)
     if backend == "cpu":
         return _by_cpu_kernels(layout, picks, pre + values)
     return _by_torch(layout, picks, pre, values)
@@ -101,17 +111,56 @@ def by_triton(
 ) -> Moved:  # fmt: skip
     """Rows once in the forward and once in the backward; the gradient of each distinct row read and written once.
 
+    A shard's kernels read in the backward a row of values once for all of its picks (``ops/triton_segments.py``), and
+    take columns of all rows that fit ``cache`` one after the other (``ops/triton_launch.cached_columns``), where picks
+    come back to rows.
+
     The tokens' own vectors (projected input, gradient of the output) are read once in the order of tokens, and once
     more for every pick, in the order of rows, by the sum of gradients. The latter comes from memory where the vectors
     of all ``served`` tokens are more than ``cache``: by row M ranks send whole vectors, M * T of them.
     """
     size, cores = layout.weight_bytes, memory.num_cores
-    read = picks * (pre + values) * size
-    added = 2 * layout.grad_bytes * (pre + values) * distinct_rows(held, picks)
+    sharded = layout.memory_size > 1
+    rows = distinct_rows(held, picks)
+    added = 2 * layout.grad_bytes * (pre + values) * rows
     projected, output = served * pre * size, served * memory.num_blocks * values * size
-    missed = picks * size * (pre * _missed(projected, cache) + values * _missed(output, cache))
-    small, lists = _triton_lists(cores, layout.memory_size > 1 and layout.memory_mode == "row", picks, pre + values)
-    return Moved(read, read + added + missed, small + projected + output, lists + 2 * projected + output)
+    shares = (_missed(projected, cache), _missed(output, cache))
+    missed = picks * size * (pre * shares[0] + values * shares[1])
+    small, lists = _triton_lists(cores, sharded and layout.memory_mode == "row", picks, pre + values)
+    if not sharded:
+        read = picks * (pre + values) * size
+        return Moved(read, read + added + missed, small + projected + output, lists + 2 * projected + output)
+    pre_tiles = _stretches(held, 1, pre, size, picks, cache)
+    tiles = _stretches(held, cores, values, size, picks, cache)
+    from_pre = (rows * pre * size, picks * pre * size) if pre_tiles else (picks * pre * size, 0.0)
+    from_values = (rows * values * size, picks * values * size) if tiles else (picks * values * size, 0.0)
+    # every further stretch reads row ids and weights, or owners, again, and writes further dot products
+    again = picks * (max(0, pre_tiles - 1) * (2 * INT64 + FP32) + max(0, tiles - 1) * (INT64 + cores * FP32))
+    if memory.backward == "ordered":  # one kernel reads a row and the outputs' gradients of its picks
+        by_dots, vectors = (rows * values * size, 0.0), (1 - shares[1]) * output
+    else:
+        by_dots, vectors = from_values, output
+    vectors += (2 - shares[0]) * projected  # its gradient is written
+    return Moved(
+        rows_forward=from_pre[0] + from_values[0],
+        rows_backward=from_pre[0] + by_dots[0] + added + missed,
+        streamed_forward=small + projected + output + again,
+        streamed_backward=lists + vectors + picks * max(0, pre_tiles - 1) * (INT64 + FP32),
+        cached_forward=from_pre[1] + from_values[1],
+        cached_backward=from_pre[1] + by_dots[1],
+    )
+
+
+def _stretches(held: float, cores: int, width: float, size: int, picks: float, cache: float) -> int:
+    """Stretches of columns in which ``held`` rows are read so that each fits ``cache``; 0: not by way of the cache.
+    ``ops/triton_launch.cached_columns`` in arithmetic."""
+    whole = held * width * size
+    if picks < REUSED * held or not whole:
+        return 0
+    if whole <= cache:
+        return 1
+    columns = 2 ** math.floor(math.log2(max(1.0, cache / (held * cores * size))))
+    return math.ceil(width / cores / columns) if columns * size >= LEAST_BYTES else 0
 
 
 def _missed(held: float, cache: float) -> float:
@@ -130,7 +179,7 @@ def _triton_lists(cores: int, listed: bool, picks: float, columns: float) -> tup
         return picks * (ids + scores + FP32), picks * (2 * ids + 3 * (scores + FP32) + 47 + scores + SORT_BYTES)
     scaled = 2 * scores + FP32  # scores times rho: read, read, written
     forward = 2 * ids + FP32 + ids + scores + scaled
-    dots = (2 * ids + scores) + (ids + FP32)
+    dots = scores + (ids + FP32)
     added = 2 * (2 * ids) + scores + FP32 + 3 * INT32
     pieces = 2 * FP32 * columns / PIECE
     products = 2 * scaled + 4 * scores + FP32
@@ -155,18 +204,34 @@ def _by_torch(layout: Layout, picks: float, pre: float, values: float) -> Moved:
                  backward - picks * (pre + values) * (size + 2 * layout.grad_bytes))  # fmt: skip
 
 
+def retrieval(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
+    """Key scores, and the norms of queries and keys; the backward computes the norms again, and copies their gradients
+    to the order of the parameters."""
+    size = layout.weight_bytes
+    forward, backward = FUSED_NORM if layout.engine else LOCAL_NORM[size]
+    queries = tokens * memory.query_rows if memory.qk_norm != "none" else 0
+    keys = 2 * memory.num_heads * memory.scored_keys * memory.key_dim * memory.tucker_rank
+    keys = keys if memory.qk_norm == "both" else 0
+    norms = Moved(
+        streamed_forward=(queries * forward + keys * (forward + 2)) * size,
+        streamed_backward=(queries * (forward + backward + 2) + keys * (forward + backward + 4)) * size,
+    )
+    return norms + key_scores(memory, layout, tokens)
+
+
 def key_scores(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
     """Passes over the scores of all keys.
 
-    Forward: the product writes them in the weights' precision, a 16-bit run copies them to float32, the search reads
-    them; PyTorch's search also writes and reads its sums over ranks. Backward: zeros with the gradients of the picked
-    ones in float32, in a 16-bit run a copy, and two products that read it.
+    Forward: the product writes them in the weights' precision, a 16-bit run copies them to float32 unless the search
+    is Triton's, the search reads them; PyTorch's also writes and reads its sums over ranks. Backward: zeros with the
+    gradients of the picked ones in float32, in a 16-bit run a copy, and two products that read it.
     """
     size = layout.weight_bytes
     elements = 2 * memory.tucker_rank * tokens * memory.num_heads * memory.scored_keys
     converted = 0 if size == FP32 else size + FP32
     summed = 2 * FP32 / memory.tucker_rank if layout.lookup == "scatter" and memory.scoring != "additive" else 0.0
-    forward = elements * (size + converted + FP32 + summed)
+    read = size if layout.lookup == "triton" else converted + FP32 + summed
+    forward = elements * (size + read)
     backward = elements * (FP32 + converted + 2 * size)
     return Moved(streamed_forward=forward, streamed_backward=backward)
 
@@ -177,8 +242,8 @@ def key_scores(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
 def block(shape: ModelShape, layout: Layout, seq_length: int) -> Moved:
     """Norms, rotation, attention's operands, activation and residual additions of one block; its memory layer not.
 
-    Transformer Engine's and fused operations read their inputs and write their outputs once. megatron-core's own norms
-    (--transformer-impl local) work on float32 copies; an activation that is not fused writes the gate.
+    Transformer Engine's and fused operations read their inputs and write their outputs once. megatron-core's own
+    modules (--transformer-impl local) are made of many: those that PyTorch runs on a CPU are counted.
     """
     size = layout.weight_bytes
     tokens = layout.tokens(seq_length) / layout.tp
@@ -187,13 +252,17 @@ def block(shape: ModelShape, layout: Layout, seq_length: int) -> Moved:
     hidden = resident * shape.hidden_size
     query, keys = (group * width / layout.tp for width in (shape.query_size, shape.key_value_size))
     inner = tokens * shape.ffn_hidden_size
-    copies = 1 if layout.engine or size == FP32 else 2 * FP32 / size
     norms = 2 * hidden + (query + keys if shape.qk_norm else 0)
-    forward = 2 * norms * copies + 6 * hidden + 2 * (query + keys) + 2 * (query + keys)
-    backward = 3 * norms * copies + 6 * hidden + 2 * (query + keys) + 4 * (query + keys)
+    once, again = FUSED_NORM if layout.engine else LOCAL_NORM[size]
+    rotated = (4, 6) if layout.engine else (10, 14)
+    forward = once * norms + 6 * hidden + rotated[0] * (query + keys)
+    backward = again * norms + 6 * hidden + rotated[1] * (query + keys)
+    if not layout.engine:
+        backward += 2 * (query + 2 * keys)  # gradients of queries, keys and values, put together
     if shape.gated:
-        forward += (3 if layout.fused_activation else 5) * inner
-        backward += (5 if layout.fused_activation else 9) * inner
+        # silu 2, the other half plus an offset 2, their product 3
+        forward += (3 if layout.fused_activation else 7) * inner
+        backward += (5 if layout.fused_activation else 13) * inner
     else:
         forward, backward = forward + 2 * inner, backward + 3 * inner
     return Moved(streamed_forward=forward * size, streamed_backward=backward * size)
@@ -214,8 +283,12 @@ def loss(shape: ModelShape, layout: Layout, seq_length: int) -> Moved:
     return Moved(streamed_forward=logits * (copied + passes * FP32), streamed_backward=logits * (2 * FP32 + copied))
 
 
-def accumulation(parameters: float, layout: Layout) -> Moved:
-    """Gradients of ``parameters`` dense weights, written by the products, read, and added to the buffer."""
-    if layout.fused_accumulation:
-        return Moved(streamed_backward=parameters * layout.grad_bytes)
-    return Moved(streamed_backward=parameters * (2 * layout.weight_bytes + 2 * layout.grad_bytes))
+def accumulation(parameters: float, layout: Layout, fused: float = 0.0) -> Moved:
+    """Gradients of ``parameters`` dense weights, written by the products, read, and added to the buffer.
+
+    ``fused``: how many of them belong to linear layers of megatron-core, whose products add to the buffer themselves
+    with --gradient-accumulation-fusion; those of memory layers, norms and embeddings do not.
+    """
+    fused = fused if layout.fused_accumulation else 0.0
+    moved = (parameters - fused) * (2 * layout.weight_bytes + 2 * layout.grad_bytes)
+    return Moved(streamed_backward=moved + fused * 2 * layout.grad_bytes)

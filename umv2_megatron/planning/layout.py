@@ -28,16 +28,17 @@ class Layout:
 
     ``tp``, ``pp``, ``cp``: tensor-, pipeline- and context-parallel sizes; ``chunks``: virtual stages per rank;
     ``memory_size``: M; ``memory_mode``: "dim" or "row"; ``memory_stream``: --memory-stream; ``exchange_parts``: spans
-    of --memory-exchange-parts; ``micro_batch`` in samples, ``micro_batches`` per rank and
-    step; ``engine``: Transformer Engine's attention and norms instead of the local ones; ``holds_scores``: local
-    attention that writes the scores of all pairs of tokens (model/fused_attention.py says when); ``masked``: it gets
-    masks from the data loader; ``fused_activation``: bias-SwiGLU, on by default on a GPU; ``fused_accumulation``:
-    --gradient-accumulation-fusion; ``fused_loss``: --cross-entropy-fusion-impl, None without
-    --cross-entropy-loss-fusion; ``graphs``: blocks are captured (--cuda-graph-impl);
-    ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size; ``first_stage``, ``last_stage``: blocks
-    there, None for an even split; ``row_moments``: second moments of value tables by row; ``tables_on_host``:
-    --memory-value-optimizer-offload; ``memory_alone``: --trainable memory; ``main_param_bytes``, ``exp_avg_bytes``,
-    ``exp_avg_sq_bytes``: of an element of the optimizer's state.
+    of --memory-exchange-parts; ``micro_batch`` in samples, ``micro_batches`` per rank and step; ``engine``: Transformer
+    Engine's attention and norms instead of the local ones; ``holds_scores``: local attention that writes the scores of
+    all pairs of tokens (model/fused_attention.py says when); ``masked``: it gets masks from the data loader;
+    ``fused_activation``: bias-SwiGLU, on by default on a GPU; ``fused_accumulation``: --gradient-accumulation-fusion;
+    ``fused_loss``: --cross-entropy-fusion-impl, None without --cross-entropy-loss-fusion; ``graphs``: blocks are
+    captured (--cuda-graph-impl); ``backend``: --memory-backend; ``bucket_elements``: --ddp-bucket-size;
+    ``average_in_collective``, ``gradients_all_to_all``: --ddp-average-in-collective and
+    --ddp-reduce-scatter-with-fp32-accumulation; ``first_stage``, ``last_stage``: blocks there, None for an even split;
+    ``row_moments``: second moments of value tables by row; ``tables_on_host``: --memory-value-optimizer-offload;
+    ``memory_alone``: --trainable memory; ``main_param_bytes``, ``exp_avg_bytes``, ``exp_avg_sq_bytes``: of an element
+    of the optimizer's state.
     """
 
     world: int = 1
@@ -56,6 +57,8 @@ class Layout:
     grads_in_fp32: bool = True
     distributed_optimizer: bool = False
     optimizer_instances: int = 1
+    average_in_collective: bool = False
+    gradients_all_to_all: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     bucket_elements: int | None = None
@@ -120,6 +123,8 @@ class Layout:
             grads_in_fp32=bool(values["grad_reduce_in_fp32"]),
             distributed_optimizer=bool(values["use_distributed_optimizer"]),
             optimizer_instances=values.get("num_distributed_optimizer_instances") or 1,
+            average_in_collective=bool(values.get("average_in_collective")),
+            gradients_all_to_all=bool(values.get("reduce_scatter_with_fp32_accumulation")),
             overlap_grad_reduce=bool(values["overlap_grad_reduce"]),
             overlap_param_gather=bool(values["overlap_param_gather"]),
             bucket_elements=values.get("bucket_size"),

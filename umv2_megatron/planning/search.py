@@ -23,7 +23,7 @@ from umv2_megatron.planning.step_time import StepTime, step_time
 
 GIB = 2**30
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-EXCHANGE_PARTS = (1, 4)
+EXCHANGE_PARTS = (1, 2, 4)
 # Context parallelism pays for long sequences only.
 SHORTEST_PART = 2048
 

@@ -122,9 +122,9 @@ class _Stage:
         layout, count = self.layout, self.shape.num_layers
         rate = self.device.peak_tflops * 1e12 * self.device.flops_efficiency
         tokens = layout.tokens(self.shape.seq_length) / layout.tp / rate
-        attention = tokens * (flops.attention_projections + flops.attention_scores) / count
+        core = tokens * flops.attention_scores / count * self.device.flops_efficiency / self.device.attention_efficiency
+        attention = tokens * flops.attention_projections / count + core
         ffn = tokens * flops.ffn / count
-        core = tokens * flops.attention_scores / count
         rest = self._seconds(device_bytes.block(self.shape, layout, self.shape.seq_length))
         self.forward = self.blocks * (attention + rest[0])
         self.backward = self.blocks * (2 * attention + rest[1])
@@ -133,7 +133,7 @@ class _Stage:
         slot = self._slots(tokens, flops, ffn)
         blocks = self.forward
         dense = (self.state.gradients - self.state.table_gradients) / layout.grad_bytes
-        self.backward += self._seconds(device_bytes.accumulation(dense, layout))[1]
+        self.backward += self._seconds(device_bytes.accumulation(dense, layout, self._linear(has_logits)))[1]
         if has_logits:
             logits = tokens * flops.logits
             passes = self._seconds(device_bytes.loss(self.shape, layout, self.shape.seq_length))
@@ -152,6 +152,14 @@ class _Stage:
                 self.backward += alone + self.memory_layers * slot
         self._launch()
 
+    def _linear(self, has_logits: bool) -> float:
+        """Weights of megatron-core's linear layers on this rank."""
+        shape, tp = self.shape, self.layout.tp
+        attention = shape.hidden_size * (2 * shape.query_size + 2 * shape.key_value_size)
+        ffn = shape.hidden_size * shape.ffn_hidden_size * (3 if shape.gated else 2)
+        logits = shape.hidden_size * shape.vocab_size if has_logits else 0
+        return (self.blocks * (attention + ffn) + logits) / tp
+
     def _slots(self, tokens: float, flops: FlopsPerToken, ffn: float) -> float:
         """Add FFNs with memory layers to ``forward`` and ``backward``; returns the forward of one.
 
@@ -163,12 +171,13 @@ class _Stage:
             return 0.0
         own = layout.own_tokens(self.shape.seq_length)
         rows = self._seconds(device_bytes.lookup(m, layout, own, self.device.cache_bytes))
-        scores = self._seconds(device_bytes.key_scores(m, layout, own))
+        scores = self._seconds(device_bytes.retrieval(m, layout, own))
+        looked_at = own * m.num_heads * (2 * m.scored_keys + m.key_topk**2) / (self.device.search_rate * 1e9)
         products = tokens / self.all_memory_layers
         found = products * flops.memory_lookup
         last = tokens * (0 if m.value_expansion == "none" else 2 * self.shape.hidden_size * m.summed_dim)
         search = products * (flops.memory - flops.memory_lookup) - last
-        forward = Work(search + scores[0], found + rows[0], last, ffn)
+        forward = Work(search + scores[0] + looked_at, found + rows[0], last, ffn)
         backward = Work(2 * search + scores[1], 2 * found + rows[1], 2 * last, 2 * ffn)
         sent = self._sent(m)
         hides = bool(self.device.starts_ahead)
@@ -197,9 +206,12 @@ class _Stage:
 
     def _seconds(self, moved: Moved) -> tuple[float, float]:
         """Forward and backward of operations that move so many bytes."""
-        rows, streamed = self.device.row_bandwidth * 1e9, self.device.memory_bandwidth * 1e9
-        return (moved.rows_forward / rows + moved.streamed_forward / streamed,
-                moved.rows_backward / rows + moved.streamed_backward / streamed)  # fmt: skip
+        device = self.device
+        forward = (moved.rows_forward, moved.streamed_forward, moved.cached_forward)
+        backward = (moved.rows_backward, moved.streamed_backward, moved.cached_backward)
+        rates = (device.row_bandwidth, device.memory_bandwidth, device.cache_bandwidth)
+        once, again = (sum(count / rate for count, rate in zip(way, rates)) / 1e9 for way in (forward, backward))
+        return once, again
 
     def _launch(self) -> None:
         """The host's time to start operations: beside the device's own, or in addition to it."""
@@ -242,15 +254,27 @@ class _Stage:
         """Seconds that reducing gradients and gathering weights take beside the computation."""
         layout, device, sent = self.layout, self.device, self.sent
         dense, tables = (layout.dense_replicas, layout.tp), (layout.table_replicas, layout.memory_size)
-        gradients = device.seconds(sent.dense_gradients, *dense) + device.seconds(sent.table_gradients, *tables)
+        whole = layout.gradients_all_to_all  # every pair of ranks: nothing is summed inside a node first
+        gradients = device.seconds(sent.dense_gradients, *dense, all_to_all=whole)
+        gradients += device.seconds(sent.table_gradients, *tables, all_to_all=whole)
         weights = device.seconds(sent.dense_weights, *dense) + device.seconds(sent.table_weights, *tables)
         return max(0.0, gradients - hidden_by["gradients"]) + max(0.0, weights - hidden_by["weights"])
 
     def optimizer(self) -> float:
-        """Seconds that Adam and the passes over the gradient buffer (set to zero, scale) take."""
+        """Seconds that Adam and the passes over gradients take.
+
+        The buffer is set to zero and, where there are replicas, divided by their number (with
+        --ddp-average-in-collective only that of tables: it is reduced over fewer ranks than share a loss). Of what is
+        updated here, gradients are copied to float32 in 16-bit runs; their norm is taken, and they are scaled
+        (megatron-core without Apex and Transformer Engine: into a copy, which is copied back).
+        """
         state, layout = self.state, self.layout
-        written = state.updated * (layout.grad_bytes + layout.weight_bytes)
-        moved = 2 * state.optimizer + written + 3 * state.gradients
+        divided = state.table_gradients if layout.average_in_collective else state.gradients
+        buffer = state.gradients + (0 if layout.dense_replicas == 1 else 2 * divided)
+        copied = 0 if layout.weight_bytes == FP32 else layout.grad_bytes + FP32
+        clipped = (1 + (2 if layout.engine else 4)) * FP32
+        weights = layout.weight_bytes * (2 if layout.weight_bytes == FP32 else 1)
+        moved = 2 * state.optimizer + state.updated * (copied + clipped + FP32 + weights) + buffer
         return moved / (self.device.update_bandwidth * 1e9) + self._on_host()
 
     def _on_host(self) -> float:

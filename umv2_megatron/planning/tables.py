@@ -107,16 +107,17 @@ def search_table(found: dict[str, Any]) -> str:
             lines += [f"no layout of {found['world_size']} ranks agrees with the sizes that were given; leave some of "
                       "the parallel sizes to the search, or change --world-size"]
         return "\n".join(lines)
-    head = ("TP", "PP", "V", "CP", "DP", "M", "mode", "micro", "times", "recompute", "grads", "GiB", "step ms", "MFU")
-    widths = (4, 4, 4, 4, 6, 5, 5, 6, 6, 10, 6, 7, 10, 7)
+    head = ("TP", "PP", "V", "CP", "DP", "M", "mode", "parts", "micro", "times", "recompute", "grads", "GiB", "step ms",
+            "MFU")
+    widths = (4, 4, 4, 4, 6, 5, 5, 6, 6, 6, 10, 6, 7, 10, 7)
     lines += ["", "".join(f"{text:>{width}}" for text, width in zip(head, widths))]
     for item in found["best"]:
         layout = item["layout"]
         mode = layout["memory_mode"] if layout["memory_size"] > 1 else "-"
         grads = "fp32" if layout["grads_in_fp32"] or not layout["bf16"] else "bf16"
         row = (layout["tp"], layout["pp"], layout["chunks"], layout["cp"], layout["dp"], layout["memory_size"], mode,
-               layout["micro_batch"], layout["micro_batches"], _recomputed(layout), grads, f"{item['gib']:.1f}",
-               f"{1000 * item['step']:.1f}", f"{100 * item['mfu']:.1f}%")
+               layout["exchange_parts"], layout["micro_batch"], layout["micro_batches"], _recomputed(layout), grads,
+               f"{item['gib']:.1f}", f"{1000 * item['step']:.1f}", f"{100 * item['mfu']:.1f}%")
         lines += ["".join(f"{value!s:>{width}}" for value, width in zip(row, widths))]
     return "\n".join([*lines, "", "flags of the first:", "  " + found["best"][0]["flags"]])
 

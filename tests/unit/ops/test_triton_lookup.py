@@ -145,6 +145,51 @@ def test_programs_of_several_tokens_compile(
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_parts_of_a_shard_by_row_compile(
+    capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes of umv2-2.5b-120b-top256 (Dp 256, Dv 768) in bfloat16: dot products beside the sums of gradients, and
+    columns in turn."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    picks, values, pre_values = shard_by_row(torch.bfloat16)
+    monkeypatch.setattr(triton_launch, "cache_bytes", lambda _: 9 * 128 * 2)
+    weights, grad_out = torch.zeros(300, 2), torch.zeros(64, 1, 768, dtype=torch.bfloat16)
+    triton_ragged.weighted_sum(picks, weights, values)
+    triton_ragged.weighted_sum_backward(picks, weights, grad_out, values, torch.zeros(9, 768))
+    projected = torch.zeros(64, 256, dtype=torch.bfloat16)
+    triton_ragged.pre_scores(picks, projected, pre_values, torch.float32)
+    triton_ragged.pre_scores_backward(picks, weights[:, 0].contiguous(), projected, pre_values, torch.zeros(9, 256))
+    calls = distinct(launched)
+    in_turn = {call[0].__name__: call[1] for call in calls if call[0].__name__ in ("row_sums", "row_dots")}
+    assert in_turn["row_dots"][1] == 2, "128 of 256 columns"
+    assert [call[3]["DOTS"] for call in calls if call[0].__name__ == "add_to_rows"] == [True, False]
+    limits = {**REGISTERS, "add_to_rows": 168}
+    assert check_compiled(calls, capability, tmp_path, limits) == {
+        "row_sums", "row_dots", "find_segments", "add_to_rows", "add_long_rows",
+    }  # fmt: skip
+
+
+def shard_by_row(dtype: torch.dtype) -> tuple[ListedPicks, Tensor, Tensor]:
+    """300 picks of 9 rows by 64 tokens, values and pre-values."""
+    rows = torch.zeros(300, dtype=torch.int64)
+    picks = ListedPicks(rows, rows, torch.zeros(64, dtype=torch.int64))
+    return picks, torch.zeros(9, 768, dtype=dtype), torch.zeros(9, 256, dtype=dtype)
+
+
+def test_columns_in_turn_follow_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """umv2-2.5b-120b-top256 over 64 ranks: 73,984 rows of 1,536 and of 512 bytes, half of an H100's L2 of 50 MB."""
+    monkeypatch.setattr(triton_launch, "cache_bytes", lambda _: 25_000_000)
+    values, pre_values = (torch.empty(73_984, width, dtype=torch.bfloat16, device="meta") for width in (768, 256))
+    assert triton_launch.cached_columns(values, 2, 2**20) == 64 and 73_984 * 2 * 64 * 2 <= 25_000_000
+    assert triton_launch.cached_columns(pre_values, 1, 2**20) == 128
+    assert triton_launch.cached_columns(values, 2, 100_000) == 0, "few picks come back to a row"
+    assert triton_launch.cached_columns(values[:8000], 2, 2**20) == 0, "all columns fit"
+    assert triton_launch.cached_columns(torch.empty(600_000, 768, device="meta"), 2, 2**22) == 0, "not even 64 bytes do"
+    monkeypatch.setattr(triton_launch, "cache_bytes", lambda _: 0)
+    assert triton_launch.cached_columns(values, 2, 2**20) == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_top_k_compiles_ahead_of_time(
     capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,16 +12,27 @@ import weakref
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder as builder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from golden_support import golden_pairs, read_pair  # noqa: E402
 from test_golden import test_golden_pair as check_golden_pair  # noqa: E402
 
-from umv2_megatron.ops import ragged, reference, scatter, triton_launch, triton_lookup, triton_ragged, triton_topk  # noqa: E402
+from umv2_megatron.ops import (  # noqa: E402
+    ragged,
+    reference,
+    scatter,
+    triton_launch,
+    triton_lookup,
+    triton_ragged,
+    triton_search,
+    triton_topk,
+)
 from umv2_megatron.ops.interface import ListedPicks, PickOrder  # noqa: E402
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -325,6 +336,76 @@ def test_parts_on_a_list_equal_ragged(blocks: int, deterministic: bool) -> None:
     out = triton_ragged.weighted_sum(none, weights[:0], values)
     assert out.shape == (6, blocks * 8) and not out.any()
     assert not triton_ragged.pre_scores_backward(none, rows[:0].double(), projected, pre_values, None).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_search_among_scores_of_16_bits(dtype: torch.dtype) -> None:
+    """The same picks, scores and gradients to the bit as with float32 copies of them."""
+    g = torch.Generator().manual_seed(11)
+    half = torch.randn(2, 2, 3, 2, 20, generator=g).to(dtype)
+    u, t = torch.randn(2, 2, 2, generator=g)
+    cores = torch.randn(2, 2, 2, 2, generator=g)
+    results = []
+    for scores in (half.clone().requires_grad_(), half.float().requires_grad_()):
+        keys = triton_search.best_keys(scores, u, t, 6)
+        rows, columns = triton_search.best_cells(scores, keys, cores.sum(0), 8)
+        picked = triton_search.cell_scores(scores, rows, columns, cores)
+        (grad,) = torch.autograd.grad(picked.square().sum(), scores)
+        results.append((keys, rows, columns, picked.detach(), grad.to(dtype)))
+    assert results[0][3].dtype == torch.float32
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_columns_that_fit_the_cache_are_read_in_turn(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache of 1,100 bytes: results are the same; programs of a stretch load no more of the table than that,
+    the same columns of every row, and start before those of the next stretch, whose number is the slowest index."""
+    monkeypatch.setattr(triton_launch, "LEAST_BYTES", 16)
+    g = torch.Generator().manual_seed(7)
+    tokens, rows, columns = 12, 8, 96
+    counts = torch.randint(0, 6, (tokens,), generator=g)
+    owners = torch.arange(tokens).repeat_interleave(counts)
+    total = int(counts.sum())
+    assert total >= triton_launch.REUSED * rows
+    picks = ListedPicks(torch.randint(0, rows, (total,), generator=g), owners, counts)
+    table = torch.randn(rows, columns, generator=g, dtype=torch.float64)
+    upstream = torch.randn(tokens, columns, generator=g, dtype=torch.float64)
+    weights = torch.randn(total, cores, generator=g, dtype=torch.float64)
+
+    def both() -> tuple[Tensor, Tensor]:
+        dots = triton_launch.row_dots(triton_ragged._rows(picks), upstream, table, cores, torch.float64)
+        return triton_ragged.weighted_sum(picks, weights, table), dots
+
+    expected = both()
+    grids: dict[str, tuple] = {}
+    seen: dict[tuple[str, int], set[int]] = {}
+    load, launch, now = builder.create_masked_load, triton_launch.launch, [""]
+    first, last = table.data_ptr(), table.data_ptr() + table.nbytes
+
+    def counted_load(ptrs: Any, mask: Any, *rest: Any) -> Any:
+        active = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)]
+        stretch = builder.grid_idx[{"row_sums": 2, "row_dots": 1}[now[0]]]
+        seen.setdefault((now[0], stretch), set()).update(int(x) for x in active.flat if first <= x < last)
+        return load(ptrs, mask, *rest)
+
+    def noted(kernel: Any, grid: tuple, *rest: Any) -> None:
+        now[0] = kernel.fn.__name__
+        grids[now[0]] = grid
+        launch(kernel, grid, *rest)
+
+    monkeypatch.setattr(triton_launch, "cache_bytes", lambda _: 1100)
+    monkeypatch.setattr(triton_launch, "launch", noted)
+    monkeypatch.setattr(builder, "create_masked_load", counted_load, raising=False)
+    found = both()
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, **TIGHT)
+    stretches = {"row_sums": grids["row_sums"][2], "row_dots": grids["row_dots"][1]}
+    picked = picks.rows.unique().numel()
+    for name, count in stretches.items():
+        assert count == 96 // 16
+        parts = [seen[name, stretch] for stretch in range(count)]
+        assert all(8 * len(part) <= 1100 for part in parts)
+        assert sum(map(len, parts)) == len(set().union(*parts)) == picked * columns, "each element in one stretch"
 
 
 def test_which_sums_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -92,20 +93,45 @@ def test_distinct_rows_by_drawing() -> None:
 def test_rows_of_a_sharded_table() -> None:
     """By row and by column a rank reads as much; by row each of its few rows is picked often, and added to once."""
     memory = PRESETS["umv2-1b-7b"].memory_config()
-    alone = device_bytes.lookup(memory, Layout(bf16=True, backend="triton"), 4096)
-    row, dim = (
-        device_bytes.lookup(memory, Layout(world=8, bf16=True, backend="triton", memory_size=8, memory_mode=mode), 4096)
-        for mode in ("row", "dim")
-    )
+    alone = device_bytes.lookup(memory, Layout(bf16=True, backend="triton"), 4096, cache=0.0)
+
+    def by(mode: str, cache: float) -> device_bytes.Moved:
+        layout = Layout(world=8, bf16=True, backend="triton", memory_size=8, memory_mode=mode)
+        return device_bytes.lookup(memory, layout, 4096, cache)
+
+    row, dim = by("row", 0.0), by("dim", 0.0)
     assert row.rows_forward == dim.rows_forward == alone.rows_forward
     picks, held = 4096 * 128, memory.window_rows / 8
-    gradients = 2 * 4 * (384 + 768) * device_bytes.distinct_rows(held, picks)
-    assert row.rows_backward == pytest.approx(row.rows_forward + gradients) and row.rows_backward < alone.rows_backward
-    # The vectors of 8 * 4,096 tokens, 50 and 25 MB, are read for every pick; a cache keeps a part of them.
-    layout = Layout(world=8, bf16=True, backend="triton", memory_size=8, memory_mode="row")
-    every = device_bytes.lookup(memory, layout, 4096, cache=0.0)
-    half = device_bytes.lookup(memory, layout, 4096, cache=8 * 4096 * 384.0)
-    assert every.rows_backward - row.rows_backward == picks * (384 + 768) * 2
-    assert half.rows_backward - row.rows_backward == pytest.approx(picks * (384 * 0.5 + 768 * 0.75) * 2)
+    distinct = device_bytes.distinct_rows(held, picks)
+    added = 2 * 4 * (384 + 768) * distinct
+    # Pre-values for each pick, values for each row, and the tokens' vectors for each pick.
+    assert row.rows_backward == pytest.approx(picks * (384 + 1152) * 2 + distinct * 768 * 2 + added)
+    assert row.rows_backward < alone.rows_backward
+    # A cache of 13 MB keeps a part of the vectors of 8 * 4,096 tokens, 25 and 50 MB, and columns of all rows.
+    half = by("row", 8 * 4096 * 384.0)
+    assert half.rows_forward == pytest.approx(distinct * 1152 * 2) and half.cached_forward == row.rows_forward
+    missed = picks * (384 * 0.5 + 768 * 0.75) * 2
+    assert half.rows_backward == pytest.approx(distinct * 1152 * 2 + added + missed)
     torch_made = device_bytes.lookup(memory, Layout(bf16=True, backend="scatter"), 4096)
-    assert torch_made.backward > 2 * alone.backward
+    assert torch_made.backward > 1.5 * alone.backward
+
+
+def test_parts_of_a_lookup_add_to_their_own_rows() -> None:
+    """Each reads the gradient of its distinct rows, and writes it."""
+    memory = PRESETS["umv2-1b-7b"].memory_config()
+    layout = Layout(world=8, bf16=True, backend="triton", memory_size=8, memory_mode="row")
+    one, four = (device_bytes.lookup(memory, dataclasses.replace(layout, exchange_parts=parts), 4096, cache=0.0)
+                 for parts in (1, 4))  # fmt: skip
+    assert one.rows_forward == four.rows_forward and one.forward == pytest.approx(four.forward)
+    picks, held = 4096 * 128, memory.window_rows / 8
+    more = 4 * device_bytes.distinct_rows(held, picks / 4) - device_bytes.distinct_rows(held, picks)
+    assert four.rows_backward - one.rows_backward == pytest.approx(more * (2 * 4 * 1152 + 2 * 768))
+
+
+def test_stretches_as_the_launches_choose_them() -> None:
+    """umv2-2.5b-120b-top256 over 64 ranks; tests/unit/ops/test_triton_lookup.py has the same numbers."""
+    assert device_bytes._stretches(73_984, 2, 768, 2, 2**20, 25e6) == 384 / 64
+    assert device_bytes._stretches(73_984, 1, 256, 2, 2**20, 25e6) == 256 / 128
+    assert device_bytes._stretches(73_984, 2, 768, 2, 100_000, 25e6) == 0
+    assert device_bytes._stretches(8_000, 2, 768, 2, 2**20, 25e6) == 1
+    assert device_bytes._stretches(600_000, 2, 768, 4, 2**22, 25e6) == 0

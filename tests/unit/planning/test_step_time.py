@@ -22,7 +22,8 @@ from umv2_megatron.planning.traffic import traffic
 PRESET = PRESETS["umv2-1b-7b"]
 MEMORY = PRESET.memory_config()
 MODEL = Model(PRESET.model, MEMORY)
-IDEAL = Device(peak_tflops=100.0, flops_efficiency=1.0, memory_bandwidth=1e9, row_bandwidth=1e9, update_bandwidth=1e9,
+IDEAL = Device(peak_tflops=100.0, flops_efficiency=1.0, attention_efficiency=1.0, memory_bandwidth=1e9,
+               row_bandwidth=1e9, update_bandwidth=1e9, cache_bandwidth=1e9,
                intra_node_bandwidth=1e9, inter_node_bandwidth=1e9, link_latency_us=0.0, launch_us=0.0)
 TOKENS, HIDDEN = 4096, 2048
 

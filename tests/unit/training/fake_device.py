@@ -272,8 +272,8 @@ def _plant(kinds: list[str]) -> None:
         "list": lambda scores: torch.tensor([1, 2], device=scores.device),
     }
 
-    def with_wait(self: Any, x: torch.Tensor) -> torch.Tensor:
-        scores = key_scores(self, x)
+    def with_wait(self: Any, x: torch.Tensor, **settings: Any) -> torch.Tensor:
+        scores = key_scores(self, x, **settings)
         for kind in kinds:
             waits[kind](scores.detach())
         return scores
