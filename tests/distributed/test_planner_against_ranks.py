@@ -198,7 +198,7 @@ def batches(run: Any) -> Any:
         tokens = torch.randint(0, run.values["vocab_size"], (size, length), generator=generator)
         positions = torch.arange(length).expand(size, length).contiguous()
         yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(size, length), "position_ids": positions,
-               "attention_mask": mask}
+               "attention_mask": mask, "packed_seq_params": None}
 
 
 def forward_backward(run: Any, state: Any) -> None:

@@ -1,8 +1,8 @@
 """--rampup-batch-size: the batch of each step while it grows, from the samples that the run has used.
 
 As megatron-core counts (``num_microbatches_calculator.py``): from ``start`` samples a step to ``full``, ``increment``
-more after every ``samples`` / ((full - start) / increment) samples. Its calculator serves the steps; here the same is
-known before megatron-core is loaded, and summed up over steps. tests/unit/config/test_batch_rampup.py compares the two.
+more after every ``samples`` / ((full - start) / increment) samples. Here the same is known before megatron-core is
+loaded, and summed up over steps; 0.19 no longer has it. tests/unit/config/test_batch_rampup.py compares the two.
 """
 
 from __future__ import annotations

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import refuse
+
+REPAIRED = "0.16."
+"""How the versions of megatron-core begin whose graphs ``parallel/mcore_repairs.py`` mends."""
 
 
 def check_graphs(run: RunConfig, *, for_training: bool) -> None:
@@ -16,6 +20,15 @@ def check_graphs(run: RunConfig, *, for_training: bool) -> None:
         refuse(flag, value, f"{expected} with --cuda-graph-impl local")
     if for_training and not on_cuda():
         refuse("cuda-graph-impl", run.cuda_graph_impl, "none on a machine without a CUDA device")
+
+
+    version = importlib.metadata.version("megatron-core")
+    if for_training and not version.startswith(REPAIRED):
+        refuse(
+            "cuda-graph-impl",
+            run.cuda_graph_impl,
+            f"none with megatron-core {version}: what its graphs need mended is known of {REPAIRED}1 only",
+        )
 
 
 def on_cuda() -> bool:

@@ -116,8 +116,12 @@ def _repair_graphs(module: ModuleType) -> None:
     the block's backward still has to read the input.
     Line 663: a parameter whose gradient is None, because the backward adds it to ``main_grad`` itself (value tables),
     has no ``clone``; and the marks that DDP's hook wants to see are set only with fused gradient accumulation (657).
+
+    Later versions are made otherwise; there config/graph_checks.py refuses graphs.
     """
     runner, record = module._CudaGraphRunner, module._CudagraphGlobalRecord
+    if not hasattr(record, "tensor_reuse_pool"):
+        return
     create_forward, create_backward = runner.create_fwd_graph, runner.create_bwd_graph
 
     def end_warmup() -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
     init_num_microbatches_calculator,
+    reconfigure_num_microbatches_calculator,
     unset_num_microbatches_calculator,
 )
 from megatron.core.optimizer import MegatronOptimizer
@@ -72,16 +74,22 @@ def start_processes(run: RunConfig) -> launch.Launch:
         make_groups(run)
     unset_num_microbatches_calculator()
     init_num_microbatches_calculator(
-        started.rank,
-        run.training.rampup_batch_size,
-        run.global_batch_size,
-        run.training.micro_batch_size,
-        run.data_parallel_size,
+        started.rank, None, run.global_batch_size, run.training.micro_batch_size, run.data_parallel_size
     )
     seed_everything(run.training.seed, in_graphs=run.cuda_graph_impl != "none")
     if run.deterministic_mode:
         torch.use_deterministic_algorithms(True, warn_only=True)
     return started
+
+
+def tell_batch(run: RunConfig, batch: int) -> None:
+    """Tell mcore the samples of the next step, ``batch``: the balance loss (memory/losses.py) and mcore divide by the
+    micro-batches of a step. mcore's own ramp-up is not used; since 0.19 it has none, and leaves the flag out silently.
+    """
+    if batch != get_current_global_batch_size():
+        reconfigure_num_microbatches_calculator(
+            torch.distributed.get_rank(), None, batch, run.training.micro_batch_size, run.data_parallel_size
+        )
 
 
 def make_groups(run: RunConfig, gloo_twins: bool = True) -> None:

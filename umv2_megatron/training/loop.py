@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.core.num_microbatches_calculator import update_num_microbatches
-
 from umv2_megatron.checkpoint.save_load import gathered_parameters
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped
@@ -22,7 +20,7 @@ from umv2_megatron.observation.events import EventLog
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import health
-from umv2_megatron.training.initialize import TrainingState, device_memory_gib
+from umv2_megatron.training.initialize import TrainingState, device_memory_gib, tell_batch
 from umv2_megatron.training.manual_gc import ManualCollection
 from umv2_megatron.training.optimizer import StepResult
 from umv2_megatron.training.profiling import StepProfiler
@@ -132,8 +130,7 @@ class Trainer:
         progress = self.state.progress
         step = None
         batch = self.run.rampup.size(progress.consumed_samples)
-        # the balance loss (memory/losses.py) and mcore divide by the micro-batches of a step
-        update_num_microbatches(progress.consumed_samples, consistency_check=True)
+        tell_batch(self.run, batch)
         if self.policies.skips_next():
             self.policies.skip_next(self.train_iterator)
             self.stop_requests.agreed()

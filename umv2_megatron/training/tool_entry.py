@@ -21,6 +21,8 @@ def run_tool(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace
     """Parse the command line, run ``work`` on it and exit. Adds --debug, which shows the traceback of an error."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
+    # On a login node torch built for CUDA would say at its import that there is no device.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # As an exception, so that temporary files are removed on the way out.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
