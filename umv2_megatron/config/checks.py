@@ -90,8 +90,6 @@ def _check_norms(run: RunConfig) -> None:
             refuse(flag, value, f"{usual} with --ffn-variant moe")
         if run.fp8:
             refuse(flag, value, f"{usual} with --fp8-format")
-        if run.cuda_graph_impl != "none":
-            refuse(flag, value, f"{usual} with --cuda-graph-impl {run.cuda_graph_impl}")
     if wide and (run.normalization != "RMSNorm" or run.layernorm_zero_centered_gamma):
         refuse("qk-norm-span", "projection", "head, or --normalization RMSNorm without --apply-layernorm-1p")
     groups = run.num_query_groups if run.model.group_query_attention else run.num_attention_heads

@@ -58,6 +58,10 @@ def _hindrances(run: RunConfig) -> Iterator[tuple[str, object, str]]:
     for name in ("hidden_dropout", "attention_dropout"):
         if run.values[name] > 0:
             yield name.replace("_", "-"), run.values[name], "0, because evaluation replays the graphs of training,"
+    for flag, usual in (("norm-placement", "pre"), ("qk-norm-span", "head"), ("trainable", "all")):
+        value = run.values[flag.replace("-", "_")]
+        if value != usual:
+            yield flag, value, f"{usual}, because another value in a graph {untried},"
     if run.fp8:
         yield "fp8-format", run.fp8, f"no value, because FP8 in a graph {untried},"
     if run.has_memory:

@@ -61,6 +61,9 @@ REFUSED = [
         ["--memory-tucker-rank", "3", "--memory-tucker-penalty-coeff", "0.1"],
         "--memory-tucker-penalty-coeff is 0.1; expected 0",
     ),
+    (["--norm-placement", "post"], "--norm-placement is post; expected pre"),
+    (["--qk-norm-span", "projection"], "--qk-norm-span is projection; expected head"),
+    (["--trainable", "memory"], "--trainable is memory; expected all"),
     (["--memory-log-interval", "5"], "--memory-log-interval is 5; expected no value"),
 ]
 
