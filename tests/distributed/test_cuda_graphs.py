@@ -46,7 +46,8 @@ def steps(changes: dict[str, Any]) -> tuple[Any, ...]:
 
         def evaluation() -> float:
             data = batch_iterator(Samples(), 60, run.training.micro_batch_size, 0, run.virtual_pipeline_size)
-            return evaluate(run, state.chunks, data, 1)
+            total, tokens = evaluate(run, state.chunks, data, 1)
+            return total / tokens
 
         before = evaluation()
         numbers = train(run, state, range(STEPS))

@@ -65,7 +65,7 @@ def losses_of(changes: dict[str, Any]) -> list[float]:
     for number in (1, 2, 3):
         told.append(step.train_step(run, state.chunks, state.optimizer, state.scheduler, batches(run, number)).loss)
         with gathered_parameters(state.chunks):
-            told.append(step.evaluate(run, state.chunks, batches(run, 9), 1))
+            told += step.evaluate(run, state.chunks, batches(run, 9), 1)
     return told
 
 

@@ -198,8 +198,9 @@ def losses(changes: dict[str, Any]) -> dict[str, Any]:
                 each = state.chunks[0](batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
             total += torch.stack([(each * batch["loss_mask"]).sum(), batch["loss_mask"].sum()]).double()
         sums.append(total)
+    total, tokens = step.evaluate(run, state.chunks, iter(evaluation), 2)
     told = [
-        step.evaluate(run, state.chunks, iter(evaluation), 2),
+        total / tokens,
         step.train_step(run, state.chunks, state.optimizer, state.scheduler, iter(training)).loss,
     ]
     return {"told": told, "sums": [each.tolist() for each in reversed(sums)], "training": state.chunks[0].training}

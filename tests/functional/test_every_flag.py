@@ -77,6 +77,9 @@ GIVEN |= {
     "end_weight_decay": {"end_weight_decay": 0.9},
     "metrics_port": {"metrics_port": _free_port()},
     "metrics_host": {"metrics_host": "localhost"},
+    "eval_tasks": {"eval_tasks": ["umv2_documents"], "eval_tasks_path": [ROOT / "examples" / "lm_eval"],
+                   "tokenizer_type": "ByteLevelTokenizer"},
+    "eval_tasks_path": {"eval_tasks_path": [ROOT / "examples"]},
 }
 # What a flag wants beside what its option needs.
 STAGES = {"num_layers": 4, "pipeline_model_parallel_size": 2}
@@ -123,6 +126,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 for _key in ("eod_mask_loss", "split", "reset_position_ids", "data_path", "train_data_path", "mock_data", "vocab_size",
              "tokenizer_type", "num_dataset_builder_threads", "data_cache_path"):  # fmt: skip
     BESIDE[_key] = {"corpus": True}
+BESIDE["full_validation"] = {"corpus": True, "eval_iters": 1}
 BESIDE["reset_position_ids"]["position_embedding_type"] = "learned_absolute"
 for _key in ("fim_rate", "fim_spm_rate", *SENTINELS):
     BESIDE[_key] = {"corpus": True, "fim_rate": 0.9, **SENTINELS, "vocab_size": 270}
@@ -154,6 +158,10 @@ if not torch.cuda.is_available():
     REFUSED["record_memory_history"] = "CUDA devices only"
 if importlib.util.find_spec("einops") is None:
     REFUSED["num_distributed_optimizer_instances"] = "einops"
+if importlib.util.find_spec("lm_eval") is None:
+    REFUSED |= dict.fromkeys(
+        ("eval_tasks", "eval_tasks_path", "eval_tasks_interval", "eval_tasks_limit"), "requirements-lm-eval.txt"
+    )
 
 
 def another(made: Option) -> dict[str, Any]:

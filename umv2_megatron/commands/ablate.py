@@ -78,7 +78,8 @@ def _bytes_per_token(plan: Plan) -> float | None:
     """Of the one corpus that all trials are validated on; None when there are several, or random tokens."""
     from umv2_megatron.evaluation.entropy import unigram_entropy
 
-    paths = {tuple(trial.run.data.valid_data_path or trial.run.data.data_path or ()) for trial in plan.trials}
+    blends = [trial.run.data.split_blends()[1] or trial.run.data.blend() for trial in plan.trials]
+    paths = {tuple(blend[0]) if blend is not None else () for blend in blends}
     only = paths.pop() if len(paths) == 1 else ()
     return unigram_entropy(only[0]).bytes_per_token if len(only) == 1 else None
 

@@ -22,6 +22,7 @@ from umv2_megatron.training.tool_entry import program_name
 if TYPE_CHECKING:
     from umv2_megatron.config.run_config import RunConfig
     from umv2_megatron.config.training_config import TrainingConfig
+    from umv2_megatron.training.task_evaluation import TaskEvaluation
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
     if run.training.dry_run:
         print(run.describe())
         return 0
-    return pretrain(run)
+    return pretrain(run, _load_tasks)
 
 
 def _install(argv: list[str]) -> None:
@@ -59,6 +60,12 @@ def _install(argv: list[str]) -> None:
 
     # before megatron.core is imported; a dry run leaves a CUDA device alone
     cpu_platform.install(ignore_cuda="--dry-run" in argv)
+
+
+def _load_tasks(run: RunConfig) -> TaskEvaluation:
+    from umv2_megatron.evaluation.lm_eval_tasks import LmEvalTasks
+
+    return LmEvalTasks(run)
 
 
 def _checkpoint_values(training: TrainingConfig, argv: list[str]) -> tuple[str, dict[str, Any]] | None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 from umv2_megatron.config.document_checks import check_documents
+from umv2_megatron.config.evaluation_checks import check_evaluation
 from umv2_megatron.config.fp8_checks import check_fp8
 from umv2_megatron.config.graph_checks import check_graphs
 from umv2_megatron.config.memory_checks import check_memory_layout, check_split_tokens, check_trainable
@@ -52,6 +53,7 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
         if not (run.perform_initialization or run.training.load or run.training.dry_run):
             refuse("no-initialization", "on", "--load too, whose weights take the place of those that are not set")
         check_schedule(run)
+        check_evaluation(run)
         _check_expert_biases(run)
 
 

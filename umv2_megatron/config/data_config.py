@@ -7,12 +7,16 @@ corpora are written without extension: ``p_text_document`` stands for ``p_text_d
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Optional
 
 from umv2_megatron.config.option import option
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteLevelTokenizer", "NullTokenizer")
+
+# name=path; a path of that form is meant with ./ before it
+_SET = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)=(?P<rest>.*)", re.DOTALL)
 
 # The prefixes of a blend and, when the user gave them, their weights.
 Blend = tuple[list[str], Optional[list[float]]]
@@ -35,10 +39,15 @@ class DataConfig:
         None, "corpora of the training set, in the form of --data-path", read_by="config/data_config.py: what is read"
     )
     valid_data_path: Optional[list[str]] = option(
-        None, "corpora of the validation set, in the form of --data-path", read_by="config/data_config.py: what is read"
+        None,
+        "corpora of the validation set, in the form of --data-path, or of several: 'name=path name=path', each path in "
+        "that form",
+        read_by="config/data_config.py: what is read",
     )
     test_data_path: Optional[list[str]] = option(
-        None, "corpora of the test set, in the form of --data-path", read_by="config/data_config.py: what is read"
+        None,
+        "corpora of the test set or of several, in the form of --valid-data-path",
+        read_by="config/data_config.py: what is read",
     )
     split: str = option(
         "969,30,1",
@@ -141,9 +150,32 @@ class DataConfig:
         return None if self.data_path is None else parse_blend("--data-path", self.data_path)
 
     def split_blends(self) -> list[Optional[Blend]]:
-        """The corpora of train, validation and test when each has its own flag."""
-        flags = ("--train-data-path", "--valid-data-path", "--test-data-path")
-        return [None if paths is None else parse_blend(flag, paths) for flag, paths in zip(flags, self.split_paths)]
+        """The corpora of train, validation and test when each has its own flag; those of named sets one after the
+        other, without weights."""
+        train = self.train_data_path
+        blends = [None if train is None else parse_blend("--train-data-path", train)]
+        for split in ("validation", "test"):
+            sets = self.set_blends(split)
+            together = [prefix for prefixes, _ in sets.values() for prefix in prefixes], None
+            blends.append(sets.get(None, together if sets else None))
+        return blends
+
+    def named_sets(self, split: str) -> dict[str, list[str]]:
+        """The named sets of ``split``, "validation" or "test": name -> words in the form of --data-path. None of them
+        where the flag has one set without a name, or is not given."""
+        flag, words = self._of_split(split)
+        return {name: group for name, group in parse_sets(flag, words or []).items() if name is not None}
+
+    def set_blends(self, split: str) -> dict[Optional[str], Blend]:
+        """The sets of ``split``, "validation" or "test", by name (None: the one without); empty without its flag."""
+        flag, words = self._of_split(split)
+        if words is None:
+            return {}
+        return {name: parse_blend(flag, group) for name, group in parse_sets(flag, words).items()}
+
+    def _of_split(self, split: str) -> tuple[str, Optional[list[str]]]:
+        paths = {"validation": self.valid_data_path, "test": self.test_data_path}
+        return f"--{'valid' if split == 'validation' else split}-data-path", paths[split]
 
     def split_shares(self) -> list[float]:
         """Train, validation and test shares of --split, summing to 1."""
@@ -218,6 +250,27 @@ def parse_blend(flag: str, values: list[str]) -> Blend:
     if not math.isfinite(sum(weights)):
         raise ValueError(f"{flag} has the weights {', '.join(values[0::2])}: expected numbers with a finite sum")
     return values[1::2], weights
+
+
+def parse_sets(flag: str, values: list[str]) -> dict[Optional[str], list[str]]:
+    """Read ``name=path name=path ...`` into the words of each set by name; None is the name of a list without names.
+
+    A word with a name begins a set, which goes on to the next one: ``web=0.7 a 0.3 b code=c``. Raises ``ValueError``
+    naming ``flag`` for a name that comes twice, and for words before the first name.
+    """
+    found: dict[Optional[str], list[str]] = {}
+    name: Optional[str] = None
+    for value in values:
+        named = _SET.fullmatch(value.strip())
+        if named is not None:
+            name = named["name"]
+            if name in found:
+                raise ValueError(f"{flag} has two sets named {name}: give each a name of its own")
+            value = named["rest"]
+        found.setdefault(name, []).append(value)
+    if None in found and len(found) > 1:
+        raise ValueError(f"{flag} is '{' '.join(values)}': expected a name before the first path too, 'name=path'")
+    return found
 
 
 def parse_split(split: str) -> list[float]:

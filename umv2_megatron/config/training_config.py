@@ -269,6 +269,36 @@ class TrainingConfig:
         at_least=0,
         read_by="training/loop.py: batches of an evaluation",
     )
+    full_validation: bool = option(
+        False,
+        "evaluate on every token of the validation and test sets, once, instead of on --eval-iters batches",
+        read_by="training/evaluation_sets.py: what is evaluated on",
+    )
+    eval_tasks: Optional[list[str]] = option(
+        None,
+        "tasks, groups or tags of lm-eval to score the model on while it is trained (requirements-lm-eval.txt)",
+        read_by="training/loop.py: when tasks are scored",
+    )
+    eval_tasks_path: Optional[list[str]] = option(
+        None,
+        "directories with tasks of lm-eval as YAML files, beside its own",
+        needs=("eval_tasks",),
+        read_by="evaluation/lm_eval_tasks.py: where tasks are",
+    )
+    eval_tasks_interval: Optional[int] = option(
+        None,
+        "iterations between evaluations on --eval-tasks (default: --eval-interval; always one at the end)",
+        at_least=1,
+        needs=("eval_tasks",),
+        read_by="training/loop.py: when tasks are scored",
+    )
+    eval_tasks_limit: Optional[int] = option(
+        None,
+        "documents of each task, the first ones (default: all)",
+        at_least=1,
+        needs=("eval_tasks",),
+        read_by="evaluation/lm_eval_tasks.py: how many documents are scored",
+    )
     skip_train: bool = option(False, "only evaluate")
 
     log_interval: int = option(

@@ -199,6 +199,8 @@ def build_datasets(
         return _Builder(MockGPTDataset, list(sizes), is_built_on_rank, mcore_config).build()
     options["infilling"] = infilling_of(config, tokenizer)
     indices = check_corpora(config, tokenizer)
+    if not any(sizes):
+        return [None, None, None]  # without any, mcore builds mock data
     options["fingerprints"] = {prefix: fingerprint(prefix) for prefix in indices}
     options["path_to_cache"] = config.data_cache_path or f"{next(iter(indices))}.cache"
     blend = config.blend()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from umv2_megatron.data.batches import next_batch
 from umv2_megatron.evaluation.scoring_model import TokenScores, parts_of_logits, rows_at_once, scores_of_logits
@@ -25,11 +26,11 @@ from umv2_megatron.training.restore import RestoredModel
 
 
 class MegatronScoringModel:
-    """Scores rows with a model of ``restore.restore_model``, ``micro_batch_size`` rows per rank and forward pass."""
+    """Scores rows with a model of ``restore.restore_model`` or in training, ``micro_batch_size`` rows per rank and
+    forward pass."""
 
     def __init__(self, restored: RestoredModel, micro_batch_size: int = 8) -> None:
         run = restored.run
-        assert run.virtual_pipeline_size is None, "the forward-only schedule here knows no virtual stages"
         self.tokenizer = restored.tokenizer
         self.context: int = run.model.seq_length
         learned = run.model.position_embedding_type == "learned_absolute"
@@ -41,13 +42,18 @@ class MegatronScoringModel:
         tensor, context = run.tensor_model_parallel_size, run.context_parallel_size
         # tokens are split over tensor-parallel ranks, and over two parts of each context-parallel rank
         self._multiple = tensor * (2 * context if context > 1 else 1)
+        # mcore's interleaved schedule takes micro-batches in whole groups
+        self._group: int = 1
+        if run.virtual_pipeline_size is not None:
+            config = get_model_config(restored.chunks[0])
+            self._group = config.microbatch_group_size_per_vp_stage or run.pipeline_model_parallel_size
 
     def logprobs(self, tokens: torch.Tensor) -> TokenScores:
         """See ``ScoringModel``; collective over all ranks."""
         rows, length = len(tokens), tokens.shape[1] - 1
         ranks = parallel_state.get_data_parallel_world_size()
         size = min(rows_at_once(self._micro_batch_size, length, self._columns), math.ceil(rows / ranks))
-        count = math.ceil(rows / (ranks * size))
+        count = math.ceil(rows / (ranks * size * self._group)) * self._group
         padded = torch.nn.functional.pad(
             tokens, (0, -length % self._multiple, 0, count * size * ranks - rows), value=self.tokenizer.eod
         )
@@ -61,10 +67,11 @@ class MegatronScoringModel:
         """Log-likelihood and argmax [rows, s] (float32, int64) of this data-parallel rank's rows, on every stage."""
         length = tokens.shape[1] - 1
         schedule = get_forward_backward_func()
+        iterators = [_micro_batches(tokens, size) for _ in self._chunks]
         with evaluation_mode(self._chunks):
             reports: list[TokenScores] = schedule(
                 forward_step_func=functools.partial(_forward_step, self.tokenizer.num_tokens),
-                data_iterator=_micro_batches(tokens, size),
+                data_iterator=iterators if len(self._chunks) > 1 else iterators[0],
                 model=self._chunks,
                 num_microbatches=count,
                 seq_length=length,

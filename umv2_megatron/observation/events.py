@@ -13,6 +13,8 @@ Every event has ``time`` (seconds since 1970), ``event`` and ``iteration`` (fini
     rewind       the run went back to a checkpoint in the same process; ``text``
     stop         the ranks agreed to stop; ``reason``: the signal, or the time limit
     fault        this process ends before its time; ``rank`` that tells it, ``code``, ``text``
+    tasks        the model was scored on --eval-tasks: ``seconds``, ``scores`` by name as in metrics.jsonl
+    tasks-failed it could not be: ``text``; training goes on
     end          this process ends as it should; ``finished``: all iterations are done
 
 Behind a URL, where nothing can be appended to, the file is written anew at each event, and other ranks than the first

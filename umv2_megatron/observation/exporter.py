@@ -18,6 +18,8 @@ from prometheus_client import start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from umv2_megatron.observation import task_names
+
 # Name in metrics.jsonl, or of what the trainer tells beside -> (name, factor, meaning).
 GAUGES = {
     "lm loss": ("umv2_loss", 1, "training loss in nats per token, mean since the last log line"),
@@ -97,6 +99,22 @@ class Exporter(Collector):
                 family = families.setdefault(name, made)
                 family.add_metric([str(int(match["layer"]))], value)
         yield from families.values()
+        for what in ("validation", "test"):
+            of_set = GaugeMetricFamily(
+                f"umv2_{what}_set_loss", f"{what} loss of a set with a name in nats per token", labels=["set"]
+            )
+            for key, value in numbers.items():
+                if key.startswith(f"lm loss {what}/") and not key.endswith(" ppl"):
+                    of_set.add_metric([key.partition("/")[2]], value)
+            if of_set.samples:
+                yield of_set
+        scores = GaugeMetricFamily("umv2_task_score", "score on a task of --eval-tasks", labels=["task", "metric"])
+        for key, value in numbers.items():
+            labels = task_names.parts(key)
+            if labels is not None:
+                scores.add_metric(list(labels), value)
+        if scores.samples:
+            yield scores
 
     def close(self) -> None:
         """Give the port back."""

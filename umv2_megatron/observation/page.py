@@ -11,13 +11,14 @@ import datetime
 from importlib import resources
 from typing import Any
 
+from umv2_megatron.observation import task_names
 from umv2_megatron.observation.charts import Line, Mark, chart, number
 from umv2_megatron.observation.heat_maps import heat_map, latest_table, layered
 from umv2_megatron.observation.html import Html, joined, tag
 from umv2_megatron.observation.run_files import RunFiles
 from umv2_megatron.observation.series import Series
 
-MOST_EVENTS, MOST_CHECKPOINTS, MOST_CHANGES, MOST_MAPS = 100, 50, 200, 20
+MOST_EVENTS, MOST_CHECKPOINTS, MOST_CHANGES, MOST_MAPS, MOST_SCORES = 100, 50, 200, 20, 24
 _LONGEST = 2000
 """Characters of one text from the run."""
 
@@ -40,6 +41,7 @@ def page(run: RunFiles, title: str) -> str:
     sections = [
         _header(run, title),
         _curves(run),
+        _tasks(run),
         _memory(run),
         _happened(run),
         _checkpoints(run),
@@ -128,6 +130,7 @@ def _curves(run: RunFiles) -> Html:
         chart("loss", "nats per token", losses, marks, from_zero=False),
         chart("loss, second half", "nats per token", second, marks, from_zero=False)
         if len(losses[0].series.values) >= 20 else None,
+        *(chart("validation loss by set", "nats per token", lines, marks, from_zero=False) for lines in _by_set(run)),
         chart("learning rates", "per step", rates, marks),
         chart("gradient norm", "before clipping", [line("gradients", "grad-norm")], marks),
         chart("norm of the parameters", "", [line("parameters", "params-norm")], marks),
@@ -145,6 +148,14 @@ def _curves(run: RunFiles) -> Html:
         tag("p", "Vertical lines: ", *told, class_="legend") if told else None,
         tag("div", *shown, class_="charts") if shown else tag("p", "No numbers yet.", class_="note"),
     )
+
+
+def _by_set(run: RunFiles) -> list[list[Line]]:
+    """Losses of validation sets with names, as many together as there are colours."""
+    prefix, colours = "lm loss validation/", 4
+    names = [name for name in run.series if name.startswith(prefix) and not name.endswith(" ppl")][:MOST_SCORES]
+    lines = [Line(name.removeprefix(prefix), run.series[name], place % colours + 1) for place, name in enumerate(names)]
+    return [lines[first : first + colours] for first in range(0, len(lines), colours)]
 
 
 def _marks(run: RunFiles) -> list[Mark]:
@@ -166,6 +177,34 @@ def _tokens_per_second(run: RunFiles) -> Series:
         size = sizes.get(step)
         found.add(step, size * length / value if value and size else None)
     return found
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def _tasks(run: RunFiles) -> Html | None:
+    """Scores of --eval-tasks: a curve each, the newest ones as a table."""
+    found = {parts: series for name, series in run.series.items() if (parts := task_names.parts(name)) is not None}
+    scores = {parts: series for parts, series in found.items() if not task_names.is_error(parts[1]) and series.values}
+    if not scores:
+        return None
+    marks = _marks(run)
+    charts = [
+        chart(task, metric, [Line(metric, series, 1)], marks, from_zero=False)
+        for (task, metric), series in list(scores.items())[:MOST_SCORES]
+    ]
+    rows = [tag("tr", *(tag("th", head) for head in ("task", "metric", "newest", "standard error", "iteration")))]
+    for (task, metric), series in scores.items():
+        value, error = series.values[-1], found.get((task, task_names.error_of(metric)))
+        spread = error.values[-1] if error is not None and error.values else None
+        told = ["not finite" if value is None else number(value), "" if spread is None else number(spread)]
+        rows.append(tag("tr", *(tag("td", cell) for cell in (task, metric, *told, f"{series.iterations[-1]:,}"))))
+    return tag(
+        "section",
+        tag("h2", "Tasks"),
+        tag("div", *[each for each in charts if each is not None], class_="charts"),
+        tag("details", tag("summary", "Newest scores"), tag("div", tag("table", *rows), class_="wide")),
+    )
 
 
 # -- memory layers -----------------------------------------------------------------------------------------------------
@@ -193,7 +232,7 @@ def _memory(run: RunFiles) -> Html | None:
 
 
 def _happened(run: RunFiles) -> Html | None:
-    told = [event for event in run.events if event["event"] != "checkpoint"]
+    told = [event for event in run.events if event["event"] not in ("checkpoint", "tasks")]
     if not told:
         return None
     starts = {id(event): place for place, event in enumerate(run.starts)}
@@ -233,12 +272,13 @@ def _in_words(event: dict[str, Any], place: int, faults: set[str]) -> tuple[str,
         return f"restart {place}", f"{reason}; {there}{changed}"
     if kind == "fault":
         return "fault", f"{event.get('text')} (told by rank {event.get('rank')}, exit code {event.get('code')})"
-    if kind in ("skipped", "spike", "rewind", "unsaved"):
+    if kind in ("skipped", "spike", "rewind", "unsaved", "tasks-failed"):
         heading = {
             "skipped": "step skipped",
             "spike": "spike",
             "rewind": "went back to a checkpoint",
             "unsaved": "checkpoint not saved",
+            "tasks-failed": "evaluation on tasks failed",
         }
         return heading[kind], str(event.get("text", ""))
     if kind == "stop":

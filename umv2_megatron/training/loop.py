@@ -7,6 +7,7 @@ itself keeps only clocks. So a run that was killed and started again does the sa
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,17 +21,19 @@ from umv2_megatron.observation.events import EventLog
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.planning.flops import flops_per_token
 from umv2_megatron.training import health
+from umv2_megatron.training.evaluation_sets import EvaluationSet
 from umv2_megatron.training.initialize import TrainingState, device_memory_gib, tell_batch
 from umv2_megatron.training.manual_gc import ManualCollection
 from umv2_megatron.training.optimizer import StepResult
 from umv2_megatron.training.profiling import StepProfiler
 from umv2_megatron.training.replicas import check_replicas
-from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, validation_line
+from umv2_megatron.training.reporting import Reporter, iteration_line, perplexity, task_lines, validation_line
 from umv2_megatron.training.saving import Saver
 from umv2_megatron.training.signals import StopRequests
 from umv2_megatron.training.step import evaluate, refresh_singular_vectors, train_step
 from umv2_megatron.training.step_policies import StepPolicies
 from umv2_megatron.training.stragglers import StragglerReport
+from umv2_megatron.training.task_evaluation import TaskEvaluation, TaskScores
 
 
 class Trainer:
@@ -40,12 +43,13 @@ class Trainer:
         run: the resolved configuration.
         state: model, optimizer, schedule, progress.
         train_iterator: this rank's micro-batches from ``progress.consumed_samples`` on.
-        make_eval_iterator: makes a fresh iterator over the first validation batches, None without validation data.
+        validation_sets: what the loss is evaluated on.
         reporter: where numbers go.
         events: where the history goes.
         saver: publishes checkpoints of the present state, None without --save.
         vocab_size: entries of the tokenizer, for the throughput.
         started_at: ``time.monotonic()`` in seconds when the program started, for --exit-duration-in-mins.
+        tasks: of --eval-tasks, None without it; ``tokenizer``: the run's, for them.
     """
 
     def __init__(
@@ -53,20 +57,23 @@ class Trainer:
         run: RunConfig,
         state: TrainingState,
         train_iterator: Any,
-        make_eval_iterator: Callable[[], Any] | None,
+        validation_sets: list[EvaluationSet],
         reporter: Reporter,
         events: EventLog,
         saver: Saver | None,
         vocab_size: int,
         started_at: float,
+        tasks: TaskEvaluation | None = None,
+        tokenizer: Any = None,
     ):
         self.run = run
         self.state = state
         self.train_iterator = train_iterator
-        self.make_eval_iterator = make_eval_iterator
+        self.validation_sets = validation_sets
         self.reporter = reporter
         self.events = events
         self.saver = saver
+        self.tasks, self.tokenizer = tasks, tokenizer
         self.stragglers = StragglerReport(run, state.chunks, reporter)
         self.policies = StepPolicies(run, state, reporter, saver, events)
         self.last_iteration = run.last_iteration(state.progress.iteration, state.progress.consumed_samples)
@@ -247,11 +254,17 @@ class Trainer:
         stopping = self.stop_requests.stopping
         leaving = last or stopping or bool(training.exit_interval and iteration % training.exit_interval == 0)
         due = bool(training.eval_interval and iteration % training.eval_interval == 0)
+        tasks_interval = training.eval_tasks_interval or training.eval_interval
+        tasks_due = bool(tasks_interval and iteration % tasks_interval == 0)
         # a stop that was asked for leaves little time: the checkpoint matters, the evaluation can be made from it
+        if last and stopping:
+            self.save_now()
         if last or (due and not stopping):
-            if stopping:
-                self.save_now()
-            self.evaluate()
+            self.evaluate("validation", self.validation_sets)
+        if self.tasks is not None and (last or (tasks_due and not stopping)):
+            if last:
+                self.save_now()  # it may take long; until then nothing would be left of a run that is killed
+            self.evaluate_tasks(leave=lambda: self.stop_requests.wanted and not last)
         if leaving or (training.save_interval and iteration % training.save_interval == 0):
             self.save_now(wait=leaving)
         elif training.non_persistent_save_interval and iteration % training.non_persistent_save_interval == 0:
@@ -291,13 +304,45 @@ class Trainer:
         with gathered_parameters(self.state.chunks):
             refresh_singular_vectors(self.state.chunks)
 
-    def evaluate(self, what: str = "validation") -> float | None:
-        """Report the loss on the first --eval-iters batches of the validation data."""
-        if self.make_eval_iterator is None or not self.run.training.eval_iters:
-            return None
+    def evaluate(self, what: str, sets: list[EvaluationSet]) -> None:
+        """Report the loss on ``sets``, "validation" or "test": on each with a name, and on all tokens together."""
+        if not sets:
+            return
+        losses: dict[str | None, tuple[float, float]] = {}
         with self.collection.evaluation(), gathered_parameters(self.state.chunks):
-            loss = evaluate(self.run, self.state.chunks, self.make_eval_iterator(), self.run.training.eval_iters)
+            for each in sets:
+                losses[each.name] = evaluate(self.run, self.state.chunks, each.make_iterator(), each.batches)
         iteration = self.state.progress.iteration
-        self.reporter.line(validation_line(iteration, loss, what))
-        self.reporter.numbers(iteration, {f"lm loss {what}": loss, f"lm loss {what} ppl": perplexity(loss)})
-        return loss
+        numbers: dict[str, float] = {}
+        if None not in losses:
+            losses[None] = (sum(loss for loss, _ in losses.values()), sum(tokens for _, tokens in losses.values()))
+        for name, (total, tokens) in losses.items():
+            loss = total / tokens if tokens else math.nan
+            self.reporter.line(validation_line(iteration, loss, what, name))
+            told = what if name is None else f"{what}/{name}"
+            numbers |= {f"lm loss {told}": loss, f"lm loss {told} ppl": perplexity(loss)}
+        self.reporter.numbers(iteration, numbers)
+
+    def evaluate_tasks(self, leave: Callable[[], bool] = lambda: False) -> TaskScores | None:
+        """Report the scores on the tasks of --eval-tasks. A task that fails is warned of: training goes on.
+
+        Where ``leave`` becomes true, there are no scores.
+        """
+        if self.tasks is None:
+            return None
+        iteration = self.state.progress.iteration
+        with self.collection.evaluation(), gathered_parameters(self.state.chunks):
+            refresh_singular_vectors(self.state.chunks)
+            found = self.tasks.evaluate(self.state.chunks, self.tokenizer, iteration, leave)
+        if found.left:
+            self.reporter.line(f" --eval-tasks at iteration {iteration} is left out: the run was asked to stop")
+            return found
+        if found.failure is not None:
+            self.reporter.line(f" WARNING: --eval-tasks at iteration {iteration} failed: {found.failure}")
+            self.events.tell("tasks-failed", text=found.failure)
+            return found
+        for line in task_lines(iteration, found.scores):
+            self.reporter.line(line)
+        self.reporter.numbers(iteration, found.scores)
+        self.events.tell("tasks", seconds=round(found.seconds, 1), scores=found.scores)
+        return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from umv2_megatron.checkpoint.background import BackgroundSaves
 from umv2_megatron.checkpoint.save_load import Candidate
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.config.usage import UsageError
+from umv2_megatron.config.usage import TrainingStopped, UsageError
 from umv2_megatron.data.batches import batch_iterator
 from umv2_megatron.data.datasets import build_datasets, data_identity
 from umv2_megatron.data.tokenizers import build_tokenizer
@@ -34,6 +35,7 @@ from umv2_megatron.observation.exporter import Exporter
 from umv2_megatron.observation.memory_history import record_memory_history
 from umv2_megatron.parallel import roll_call
 from umv2_megatron.planning.parameters import count_parameters
+from umv2_megatron.training.evaluation_sets import builds_itself, evaluation_sets
 from umv2_megatron.training.initialize import (
     Progress,
     TrainingState,
@@ -50,11 +52,15 @@ from umv2_megatron.training.reporting import Reporter
 from umv2_megatron.training.resume import Source, check_same_run, check_vocabulary, find_source
 from umv2_megatron.training.saving import Saver
 from umv2_megatron.training.step import connect
+from umv2_megatron.training.task_evaluation import TaskEvaluation
 from umv2_megatron.user_paths import local_folder, same_directory
 
 
-def pretrain(run: RunConfig) -> int:
-    """Train as ``run`` says and return the exit code. Raises ``ValueError`` for what the user can mend."""
+def pretrain(run: RunConfig, load_tasks: Callable[[RunConfig], TaskEvaluation] | None = None) -> int:
+    """Train as ``run`` says and return the exit code. Raises ``ValueError`` for what the user can mend.
+
+    ``load_tasks`` makes the tasks of --eval-tasks ready; collective.
+    """
     started_at = time.monotonic()  # before the ranks wait for each other: a job's time limit knows no preparations
     start_processes(run)
     assert run.data.tokenizer_type is not None, "check_data was not called"
@@ -65,6 +71,7 @@ def pretrain(run: RunConfig) -> int:
             folder = local_folder(run.training.save) / "memory-snapshot"
             record_memory_history(folder, torch.distributed.get_rank())
         store = _own_save_directory(run, stack)
+        tasks = load_tasks(run) if load_tasks is not None and run.training.eval_tasks else None
         background = _background_saves(run, store, stack)
         non_persistent = None
         if store is not None and run.training.non_persistent_save_interval and not run.training.skip_train:
@@ -96,18 +103,22 @@ def pretrain(run: RunConfig) -> int:
             run,
             state,
             _iterator(run, train_set, state.progress.consumed_samples, tokenizer.eod),
-            _eval_iterator(run, valid_set, tokenizer.eod),
+            evaluation_sets(run, tokenizer, "validation", valid_set),
             reporter,
             events,
             saver,
             tokenizer.vocab_size,
             started_at,
+            tasks,
+            tokenizer,
         )
         if run.training.skip_train:
-            trainer.evaluate()
+            trainer.evaluate("validation", trainer.validation_sets)
+            found = trainer.evaluate_tasks()
+            if found is not None and found.failure is not None:
+                raise TrainingStopped(f"--eval-tasks failed: {found.failure}")
         elif trainer.train():
-            trainer.make_eval_iterator = _eval_iterator(run, test_set, tokenizer.eod)
-            trainer.evaluate("test")
+            trainer.evaluate("test", evaluation_sets(run, tokenizer, "test", test_set))
         finished = state.progress.iteration >= trainer.last_iteration
         if saver is not None and finished:
             saver.end()
@@ -123,16 +134,18 @@ def pretrain(run: RunConfig) -> int:
 
 
 def _samples(run: RunConfig, progress: Progress) -> tuple[int, int, int]:
-    """Samples needed of the training, validation and test sets. With corpora per set, a test set is optional.
+    """Samples needed of the training, validation and test sets, as far as ``build_datasets`` makes them. With corpora
+    per set, a test set is optional.
 
     Of the training set: those used so far and those to come. mcore's order depends on their number; a resume does not
     change it where the batch stays the same, nor do later ones where the batch was changed once.
     """
     to_come = max(0, run.last_iteration(progress.iteration, progress.consumed_samples) - progress.iteration)
     trained = 0 if run.training.skip_train else run.rampup.samples_after(to_come, progress.consumed_samples)
-    evaluated = run.training.eval_iters * run.global_batch_size
-    tested = 0 if run.data.has_split_paths and run.data.test_data_path is None else evaluated
-    return trained, evaluated, tested
+    size = run.training.eval_iters * run.global_batch_size
+    evaluated = 0 if builds_itself(run, "validation") else size
+    no_test = builds_itself(run, "test") or (run.data.has_split_paths and run.data.test_data_path is None)
+    return trained, evaluated, 0 if no_test else size
 
 
 def _iterator(run: RunConfig, dataset: Any, consumed: int, eod: int) -> Any:
@@ -144,11 +157,6 @@ def _iterator(run: RunConfig, dataset: Any, consumed: int, eod: int) -> Any:
         run.virtual_pipeline_size,
         apart_at=eod if run.data.packs_documents else None,
     )
-
-
-def _eval_iterator(run: RunConfig, dataset: Any, eod: int) -> Any:
-    """Evaluations always read the same first batches, so that their losses compare and a resume needs no state."""
-    return None if dataset is None else lambda: _iterator(run, dataset, 0, eod)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.observation.exporter import Exporter
+from umv2_megatron.observation.task_names import error_of, is_error
 from umv2_megatron.training.metrics import MetricsFile
 from umv2_megatron.training.wandb_run import WandbRun
 from umv2_megatron.user_paths import user_path
@@ -56,9 +57,22 @@ def iteration_line(values: dict[str, Any], now: datetime.datetime | None = None)
     return " | ".join(parts) + " |"
 
 
-def validation_line(iteration: int, loss: float, what: str = "validation") -> str:
-    """The console line of an evaluation; PPL is exp(loss), capped as Megatron-LM does."""
-    return f" {what} loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity(loss):.6E} | "
+def validation_line(iteration: int, loss: float, what: str = "validation", name: str | None = None) -> str:
+    """The console line of an evaluation, of the set ``name``; PPL is exp(loss), capped as Megatron-LM does."""
+    place = f"iteration {iteration}" + ("" if name is None else f" on {name}")
+    return f" {what} loss at {place} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity(loss):.6E} | "
+
+
+def task_lines(iteration: int, scores: Mapping[str, float]) -> Iterator[str]:
+    """A console line for each task of ``scores`` (``lm-eval/<task>/<metric>``); "+-" is a metric's standard error."""
+    for task in dict.fromkeys(name.rpartition("/")[0] for name in scores):
+        found = {name.rpartition("/")[2]: value for name, value in scores.items() if name.rpartition("/")[0] == task}
+        parts = []
+        for metric, value in found.items():
+            spread = found.get(error_of(metric))
+            if not is_error(metric):
+                parts.append(f"{metric}: {value:.6g}" + ("" if spread is None else f" +- {spread:.2g}"))
+        yield f" {task.partition('/')[2]} at iteration {iteration} | {' | '.join(parts)} |"
 
 
 def perplexity(loss: float) -> float:

@@ -160,9 +160,16 @@ def _run_schedule(
 def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Mean loss per token over all micro-batches and data-parallel ranks, a scalar on the device; told to every
     pipeline stage."""
-    total = torch.zeros(2, device=cpu_platform.device())
+    total = _summed(reports)
+    return total[0] / total[1]
+
+
+def _summed(reports: list[dict[str, torch.Tensor]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Sum of losses and number of tokens over all micro-batches and data-parallel ranks, [2] on the device; told to
+    every pipeline stage."""
+    total = torch.zeros(2, device=cpu_platform.device(), dtype=dtype)
     if reports:
-        total = torch.stack([report[LOSS] for report in reports]).sum(0)
+        total = torch.stack([report[LOSS] for report in reports]).to(dtype).sum(0)
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
@@ -170,17 +177,18 @@ def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
             parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-    return total[0] / total[1]
+    return total
 
 
-def evaluate(run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, batches: int) -> float:
-    """Mean loss per token over ``batches`` global batches, the same on every rank."""
+def evaluate(run: RunConfig, chunks: list[torch.nn.Module], iterator: Any, batches: int) -> tuple[float, float]:
+    """Sum of the losses and number of tokens that bear one, of ``batches`` global batches, the same on every rank."""
     refresh_singular_vectors(chunks)
     reports: list[dict[str, torch.Tensor]] = []
     with evaluation_mode(chunks):
         for _ in range(batches):
             reports += _run_schedule(run, chunks, iterator, forward_only=True)
-    return _mean_loss(reports).item()
+    total, tokens = _summed(reports, torch.float64).tolist()
+    return total, tokens
 
 
 def non_finite_parameters(chunks: list[torch.nn.Module]) -> list[str]:

@@ -103,3 +103,18 @@ def test_a_data_loaders_worker_does_not_keep_the_port(exporter: tuple[Exporter, 
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(told), os.close(tell)
+
+
+def test_scores_of_tasks_and_losses_of_sets(exporter: tuple[Exporter, int]) -> None:
+    made, port = exporter
+    made.set(3, {"lm-eval/a/b/acc": 0.5, "lm-eval/a/acc_stderr": 0.1, "lm loss validation": 2.0,
+                 "lm loss validation/web": 2.5, "lm loss validation/web ppl": 12.2,
+                 "lm loss test/code": 1.0})  # fmt: skip
+    found = scrape(port)
+    assert found["umv2_task_score"] == ("gauge", {
+        ("umv2_task_score", ("metric", "acc"), ("task", "a/b")): 0.5,
+        ("umv2_task_score", ("metric", "acc_stderr"), ("task", "a")): 0.1,
+    })  # fmt: skip
+    assert found["umv2_validation_set_loss"][1] == {("umv2_validation_set_loss", ("set", "web")): 2.5}
+    assert found["umv2_test_set_loss"][1] == {("umv2_test_set_loss", ("set", "code")): 1.0}
+    assert found["umv2_validation_loss"][1] == {("umv2_validation_loss",): 2.0}

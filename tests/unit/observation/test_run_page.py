@@ -105,6 +105,22 @@ def test_restarts_with_their_reasons_and_changes(tmp_path: Path) -> None:
     assert set(marks) == {"mark restart", "mark fault"}
 
 
+def test_scores_of_tasks_and_losses_of_sets(tmp_path: Path) -> None:
+    records = steps(1, 3)
+    for step in (1, 3):
+        records.append({"iteration": step, "lm-eval/own/acc": 0.25 * step, "lm-eval/own/acc_stderr": 0.03125,
+                        "lm-eval/own/exact_match.strict": 0.0})  # fmt: skip
+        records.append({"iteration": step, **{f"lm loss validation/set{place}": 2.0 + place for place in range(5)},
+                        "lm loss validation/set0 ppl": 7.4, "lm loss validation": 4.0})  # fmt: skip
+    events = [start(0), event("tasks", 3, seconds=1.0, scores={}), event("tasks-failed", 3, text="no such answer")]
+    text = page(read_run(write_run(tmp_path, records, events)), "a run")
+    for row in (("own", "acc", "0.75", "0.03125", "3"), ("own", "exact_match.strict", "0", "", "3")):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in text
+    assert text.count("<b>own</b>") == 2 and text.count("<b>validation loss by set</b>") == 2
+    assert "set4" in text and "set0 ppl" not in text
+    assert "evaluation on tasks failed" in text and "no such answer" in text and ">tasks<" not in text
+
+
 def test_checkpoints_that_are_not_persistent(tmp_path: Path) -> None:
     """They are counted apart; one that could not be written is told among the faults."""
     told = [start(0), event("checkpoint", 2, kind="local", seconds=0.5), event("checkpoint", 4, seconds=1.5),
