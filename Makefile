@@ -59,7 +59,7 @@ $(STORAGE_READY): requirements-storage.txt $(READY)
 # Only the tests of some formats of corpora need them; without them they are skipped.
 $(INPUTS_READY): requirements-inputs.txt $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-inputs.txt \
-		&& touch $(INPUTS_READY) || echo "pyarrow or lz4 could not be installed: their tests will be skipped"
+		&& touch $(INPUTS_READY) || echo "pyarrow, lz4, tiktoken or datatrove could not be installed: their tests will be skipped"
 
 demo: $(READY)
 	$(PY) tools/demo.py

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import NoReturn
 
-from umv2_megatron.config.data_config import TOKENIZER_TYPES
+from umv2_megatron.config.data_config import PLAIN_TOKENIZER_TYPES
 from umv2_megatron.data.tokenizers import build_tokenizer
 from umv2_megatron.evaluation.tasks import mixture
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1234, help="of the documents (default: 1234)")
     made.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL to write")
     group = made.add_argument_group("tokenizer that --lengths counts in")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="ByteLevelTokenizer")
+    group.add_argument("--tokenizer-type", choices=PLAIN_TOKENIZER_TYPES, default="ByteLevelTokenizer")
     group.add_argument("--tokenizer-model", metavar="FILE")
     group = made.add_argument_group("facts: the same as given to tools/evaluate.py")
     group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")

@@ -16,6 +16,7 @@ from typing import NoReturn
 from umv2_megatron.config.data_config import TOKENIZER_TYPES
 from umv2_megatron.data.corpus import FORMATS, TEXT_SPLITS, TOKEN_DTYPES, CorpusOptions
 from umv2_megatron.data.preprocessing import Job, preprocess
+from umv2_megatron.data.tiktoken_files import NO_SETTINGS, TikTokenSettings
 from umv2_megatron.training.tool_entry import run_tool
 
 
@@ -70,8 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES)
-    group.add_argument("--tokenizer-model", metavar="FILE", help="the .model file, or tokenizer.json or its directory")
+    group.add_argument(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="the .model file, tokenizer.json or its directory, or a vocabulary of tiktoken",
+    )
     group.add_argument("--vocab-size", type=int, metavar="N", help="NullTokenizer: number of token ids")
+    group.add_argument("--tiktoken-pattern", metavar="P", help="TikTokenizer: v1, v2 or a regular expression")
+    group.add_argument("--tiktoken-num-special-tokens", type=int, metavar="N", help="TikTokenizer of a .json")
+    group.add_argument("--tokenizer-special-tokens", nargs="+", metavar="TOKEN", help="TikTokenizer")
     group.add_argument(
         "--append-eod", action="store_true", help="end every document with the end-of-document token (recommended)"
     )
@@ -100,6 +108,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _tiktoken(arguments: argparse.Namespace) -> TikTokenSettings:
+    special = arguments.tokenizer_special_tokens
+    settings = TikTokenSettings(
+        arguments.tiktoken_pattern, arguments.tiktoken_num_special_tokens, None if special is None else tuple(special)
+    )
+    if settings != NO_SETTINGS and arguments.tokenizer_type != "TikTokenizer":
+        raise ValueError(
+            f"--tokenizer-type is {arguments.tokenizer_type}: --tiktoken-pattern, --tiktoken-num-special-tokens and "
+            "--tokenizer-special-tokens are for TikTokenizer"
+        )
+    return settings
+
+
 def main(arguments: argparse.Namespace) -> None:
     for flag, value in (
         ("--workers", arguments.workers),
@@ -119,6 +140,7 @@ def main(arguments: argparse.Namespace) -> None:
         tokenizer_type=arguments.tokenizer_type,
         tokenizer_model=arguments.tokenizer_model,
         vocab_size=arguments.vocab_size,
+        tiktoken=_tiktoken(arguments),
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
         workers=arguments.workers,

@@ -13,7 +13,11 @@ from typing import Optional
 
 from umv2_megatron.config.option import option
 
-TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteLevelTokenizer", "NullTokenizer")
+TOKENIZER_TYPES = (
+    "SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer", "ByteLevelTokenizer", "NullTokenizer"
+)  # fmt: skip
+PLAIN_TOKENIZER_TYPES = tuple(kind for kind in TOKENIZER_TYPES if kind != "TikTokenizer")
+"""Those that no further flags belong to, for tools that have none."""
 
 # name=path; a path of that form is meant with ./ before it
 _SET = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)=(?P<rest>.*)", re.DOTALL)
@@ -79,14 +83,34 @@ class DataConfig:
     tokenizer_model: Optional[str] = option(
         None,
         "SentencePieceTokenizer: the .model file; HuggingFaceTokenizer: a tokenizer.json file or the local directory "
-        "that holds it",
+        "that holds it; TikTokenizer: Megatron's .json or a .tiktoken file",
         read_by="data/tokenizers.py: who makes tokens",
     )
     vocab_size: Optional[int] = option(
         None,
         "NullTokenizer: number of token ids before the end-of-document token; other tokenizers: the size of a larger "
-        "vocabulary to report (default: the tokenizer's own)",
+        "vocabulary to report (default: the tokenizer's own); a TikTokenizer of a .json is cut to it",
         at_least=1,
+    )
+    tiktoken_pattern: Optional[str] = option(
+        None,
+        "TikTokenizer: how texts are cut into words, v1, v2 or a regular expression (default: v2 for a .json)",
+        needs=("tokenizer_type=TikTokenizer",),
+        read_by="data/tokenizers.py: who makes tokens",
+    )
+    tiktoken_num_special_tokens: Optional[int] = option(
+        None,
+        "TikTokenizer of a .json: first ids that are special tokens (default: 1000)",
+        at_least=0,
+        needs=("tokenizer_type=TikTokenizer",),
+        read_by="data/tokenizers.py: who makes tokens",
+    )
+    tokenizer_special_tokens: Optional[list[str]] = option(
+        None,
+        "TikTokenizer: special tokens; of a .json the first ids (default: Megatron's seven), of a .tiktoken file those "
+        "after its ranks, or NAME=ID",
+        needs=("tokenizer_type=TikTokenizer",),
+        read_by="data/tokenizers.py: who makes tokens",
     )
     eod_mask_loss: bool = option(False, "leave the loss of positions that hold an end-of-document token out")
     reset_position_ids: bool = option(
@@ -221,7 +245,7 @@ class DataConfig:
             raise ValueError(
                 f"--tokenizer-type is {self.tokenizer_type!r}: expected one of {', '.join(TOKENIZER_TYPES)}"
             )
-        if self.tokenizer_type in TOKENIZER_TYPES[:2] and self.tokenizer_model is None:
+        if self.tokenizer_type in TOKENIZER_TYPES[:3] and self.tokenizer_model is None:
             raise ValueError(f"--tokenizer-model is missing: {self.tokenizer_type} needs the file it loads")
         if self.tokenizer_type == "NullTokenizer" and self.vocab_size is None:
             raise ValueError("--vocab-size is missing: NullTokenizer needs the number of token ids")

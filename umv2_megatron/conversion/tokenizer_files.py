@@ -4,6 +4,7 @@ Whatever the kind, the result is one ``tokenizer.json`` that AutoTokenizer loads
 
 - HuggingFaceTokenizer: the run's own file, without what would add tokens to a text or cut it;
 - SentencePieceTokenizer: BPE or unigram pieces, scores and normalisation read from the model's protobuf;
+- TikTokenizer: a byte-level BPE with a merge for each way to join two tokens to one;
 - ByteLevelTokenizer: 256 bytes and the end of documents, as a byte-level BPE without merges;
 - NullTokenizer: numbers in, numbers out; there is no tokenizer to export.
 
@@ -20,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from umv2_megatron.conversion import sentencepiece_files
+from umv2_megatron.conversion import sentencepiece_files, tiktoken_export
 from umv2_megatron.conversion.settings import context_of
 from umv2_megatron.conversion.tokenizer_texts import Words, check_same_ids
-from umv2_megatron.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer
+from umv2_megatron.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, TikTokenizer, tokenizer_of
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # Settings of a tokenizer_config.json that name code, or inputs that the model has not, or that change the ids, which
@@ -46,7 +47,7 @@ def export_tokenizer(
         say("the run's tokenizer is NullTokenizer, which has no text: no tokenizer is exported")
         return None
     model = tokenizer_model or values["tokenizer_model"]
-    tokenizer = build_tokenizer(values["tokenizer_type"], model, values["vocab_size"])
+    tokenizer = tokenizer_of(values, model)
     settings: dict[str, Any] = {}
     words, tie = Words(), None
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -60,6 +61,9 @@ def export_tokenizer(
         proto = sentencepiece_files.read_model(Path(model))
         text = sentencepiece_files.tokenizer_of(proto, Path(model)).to_str()
         words, tie = sentencepiece_files.words_of(proto), sentencepiece_files.ties_of(proto)
+    elif isinstance(tokenizer, TikTokenizer):
+        text = tiktoken_export.tokenizer_of(tokenizer.vocabulary).to_str()
+        words = _words_of(text)
     else:
         text = _byte_level().to_str()
     count, ties = check_same_ids(tokenizer, text, words, tie)
@@ -88,8 +92,7 @@ def end_of_documents(config: dict[str, Any], tokenizer_model: str | None, say: C
     if values["tokenizer_type"] == "NullTokenizer":
         return None
     try:
-        model = tokenizer_model or values["tokenizer_model"]
-        return build_tokenizer(values["tokenizer_type"], model, values["vocab_size"]).eod
+        return tokenizer_of(values, tokenizer_model).eod
     except ValueError as error:
         say(f"the export names no end-of-document token, so that generating does not end by itself: {error}")
         return None
@@ -176,10 +179,7 @@ def _byte_level() -> Any:
     """Ids 0 to 255 are the bytes, 256 ends documents."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # The characters by which byte-level tokenizers write bytes: printable ones stand for themselves.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters = tiktoken_export.letters_of_bytes()
     made = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()

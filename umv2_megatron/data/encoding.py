@@ -13,6 +13,7 @@ from umv2_megatron.data.corpus import Chunk, CorpusError, CorpusOptions, excerpt
 from umv2_megatron.data.indexing import token_dtype
 from umv2_megatron.data.parts import Part, PartsDirectory, PartWriter
 from umv2_megatron.data.readers import Reader, reader_of
+from umv2_megatron.data.tiktoken_files import NO_SETTINGS, TikTokenSettings
 from umv2_megatron.data.token_records import TokenChunk, excerpt_of, ids_by_size
 from umv2_megatron.data.tokenizers import Tokenizer, build_tokenizer
 
@@ -26,6 +27,7 @@ class Job:
     tokenizer_type: str
     tokenizer_model: Optional[str] = None
     vocab_size: Optional[int] = None
+    tiktoken: TikTokenSettings = NO_SETTINGS
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     workers: int = 1
@@ -44,12 +46,14 @@ class Job:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of this job; loaded once per process."""
-        return _load_tokenizer(self.tokenizer_type, self.tokenizer_model, self.vocab_size)
+        return _load_tokenizer(self.tokenizer_type, self.tokenizer_model, self.vocab_size, self.tiktoken)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_tokenizer(tokenizer_type: str, tokenizer_model: Optional[str], vocab_size: Optional[int]) -> Tokenizer:
-    return build_tokenizer(tokenizer_type, tokenizer_model, vocab_size)
+def _load_tokenizer(
+    tokenizer_type: str, tokenizer_model: Optional[str], vocab_size: Optional[int], tiktoken: TikTokenSettings
+) -> Tokenizer:
+    return build_tokenizer(tokenizer_type, tokenizer_model, vocab_size, tiktoken)
 
 
 class Work(NamedTuple):

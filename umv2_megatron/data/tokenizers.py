@@ -15,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 from umv2_megatron.config.data_config import TOKENIZER_TYPES
+from umv2_megatron.data.tiktoken_files import NO_SETTINGS, TikTokenSettings, read_vocabulary
 
 # Names under which well-known tokenizers carry their end-of-document token, tried in this order when a tokenizer
 # does not say which one it is.
@@ -188,6 +189,54 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.token_to_id(token)
 
 
+class TikTokenizer(Tokenizer):
+    """A vocabulary of tiktoken: Megatron-LM's ``.json`` or a ``.tiktoken`` file (``tiktoken_files.py``).
+
+    ``vocabulary``: its bytes, special tokens and pattern.
+    """
+
+    def __init__(self, path: str, settings: TikTokenSettings, vocab_size: Optional[int] = None) -> None:
+        try:
+            import tiktoken
+        except ImportError:
+            raise ValueError(
+                "--tokenizer-type TikTokenizer needs the module tiktoken, which is not installed: pip install -r "
+                "requirements-inputs.txt, or umv2_megatron[inputs]"
+            ) from None
+        data = _read_file("TikTokenizer", path)
+        found = self.vocabulary = read_vocabulary(path, data, settings, vocab_size)
+        eod = next((found.special[name] for name in _EOD_NAMES if name in found.special), None)
+        if eod is None:
+            raise ValueError(
+                f"--tokenizer-model {path} has no end-of-document token: name one by --tokenizer-special-tokens, such "
+                "as '<|endoftext|>'"
+            )
+        try:
+            self._encoding = tiktoken.Encoding(
+                "vocabulary", pat_str=found.pattern, mergeable_ranks=found.ranks, special_tokens=found.special
+            )
+        except ValueError as error:
+            raise ValueError(f"--tiktoken-pattern is no regular expression that tiktoken reads: {error}") from None
+        self._known = {*found.ranks.values(), *found.special.values()}
+        super().__init__(max(self._known) + 1, eod, found.sha256)
+
+    def tokenize(self, text: str) -> list[int]:
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            # what Rust raises where its regular expressions run out of stack is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError("the tokenizer cannot encode this text: a word in it is too long for tiktoken") from None
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        kept = [i for i in map(int, ids) if i != self.eod and i in self._known]
+        return self._encoding.decode(kept, errors="replace")
+
+    def _id_of(self, token: str) -> Optional[int]:
+        return self.vocabulary.special.get(token, self.vocabulary.ranks.get(token.encode()))
+
+
 class ByteLevelTokenizer(Tokenizer):
     """UTF-8 bytes: ids 0 to 255 are the bytes, 256 is the end-of-document token."""
 
@@ -222,9 +271,12 @@ class NullTokenizer(Tokenizer):
 
 
 def build_tokenizer(
-    tokenizer_type: str, tokenizer_model: Optional[str] = None, vocab_size: Optional[int] = None
+    tokenizer_type: str,
+    tokenizer_model: Optional[str] = None,
+    vocab_size: Optional[int] = None,
+    tiktoken: TikTokenSettings = NO_SETTINGS,
 ) -> Tokenizer:
-    """The tokenizer of --tokenizer-type, --tokenizer-model and --vocab-size.
+    """The tokenizer of --tokenizer-type, --tokenizer-model and --vocab-size, and of the flags of a TikTokenizer.
 
     Raises ``ValueError`` with one sentence that names the flag for an unknown type, a missing or broken file, and a
     vocabulary size below the tokenizer's own.
@@ -240,6 +292,8 @@ def build_tokenizer(
         tokenizer = ByteLevelTokenizer()
     elif tokenizer_model is None:
         raise ValueError(f"--tokenizer-model is missing: {tokenizer_type} needs the file it loads")
+    elif tokenizer_type == "TikTokenizer":
+        tokenizer = TikTokenizer(tokenizer_model, tiktoken, vocab_size)
     elif tokenizer_type == "SentencePieceTokenizer":
         tokenizer = SentencePieceTokenizer(tokenizer_model)
     else:
@@ -250,6 +304,18 @@ def build_tokenizer(
         )
     tokenizer.vocab_size = vocab_size or tokenizer.vocab_size
     return tokenizer
+
+
+def tokenizer_of(values: Mapping[str, Any], tokenizer_model: Optional[str] = None) -> Tokenizer:
+    """The tokenizer of a run's settings by key, or of a checkpoint's; ``tokenizer_model`` replaces its path."""
+    special = values.get("tokenizer_special_tokens")
+    settings = TikTokenSettings(
+        values.get("tiktoken_pattern"),
+        values.get("tiktoken_num_special_tokens"),
+        None if special is None else tuple(special),
+    )
+    model = tokenizer_model or values["tokenizer_model"]
+    return build_tokenizer(values["tokenizer_type"], model, values["vocab_size"], settings)
 
 
 def _read_file(tokenizer_type: str, path: str) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from umv2_megatron.config.data_config import TOKENIZER_TYPES
+from umv2_megatron.config.data_config import PLAIN_TOKENIZER_TYPES
 from umv2_megatron.evaluation.local_export import MEMORY_TABLES
 from umv2_megatron.evaluation.tasks import fact_recall, mixture
 from umv2_megatron.evaluation.tasks.base import FORMS
@@ -43,7 +43,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         choices=MEMORY_TABLES,
         help="of an export of ours: where value tables stay; mmap reads picked rows from the files (default: device)",
     )
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help="for --hf-model without tokenizer files")
+    group.add_argument("--tokenizer-type", choices=PLAIN_TOKENIZER_TYPES, help="for --hf-model without tokenizer files")
     group.add_argument("--tokenizer-model", metavar="FILE", help="its file; for --load: where that has moved")
     group.add_argument("--vocab-size", type=int, help="as in training, for --tokenizer-type")
     group.add_argument("--micro-batch-size", type=int, default=8, help="rows per rank and forward pass (default: 8)")

@@ -26,7 +26,7 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped, UsageError
 from umv2_megatron.data.batches import batch_iterator
 from umv2_megatron.data.datasets import build_datasets, data_identity
-from umv2_megatron.data.tokenizers import build_tokenizer
+from umv2_megatron.data.tokenizers import tokenizer_of
 from umv2_megatron.durable_files import replace_synced
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.observation.device import device_name
@@ -76,7 +76,7 @@ def pretrain(run: RunConfig, load_tasks: Callable[[RunConfig], TaskEvaluation] |
         non_persistent = None
         if store is not None and run.training.non_persistent_save_interval and not run.training.skip_train:
             non_persistent = open_non_persistent(run, store, stack)
-        tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
+        tokenizer = tokenizer_of(vars(run.data))
         state = build_training_state(run, tokenizer.vocab_size)
         print_rank_0(told_backend(run))
         connect(run, state.chunks, state.optimizer)

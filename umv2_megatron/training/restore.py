@@ -14,7 +14,7 @@ from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE
 from umv2_megatron.config.resolve import from_layers, model_values
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.data.tokenizers import build_tokenizer
+from umv2_megatron.data.tokenizers import tokenizer_of
 from umv2_megatron.model.builder import build_model_chunks, unwrap
 from umv2_megatron.parallel import cpu_platform
 from umv2_megatron.parallel.launch import discover
@@ -23,7 +23,10 @@ from umv2_megatron.training.resume import ConfigStore
 from umv2_megatron.training.step import refresh_singular_vectors
 
 # What is taken beside the model itself; layout, schedule and the rest keep their defaults, those of one rank.
-TAKEN = ("tokenizer_type", "tokenizer_model", "vocab_size", "bf16")
+TAKEN = (
+    "tokenizer_type", "tokenizer_model", "vocab_size", "tiktoken_pattern", "tiktoken_num_special_tokens",
+    "tokenizer_special_tokens", "bf16",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def restore_model(
     layers = [(f"checkpoint in {directory}", known), ("flag", layout)]
     run = from_layers(layers, discover().world_size, for_training=False)
     assert run.data.tokenizer_type is not None, "a checkpoint of a run without a tokenizer"
-    tokenizer = build_tokenizer(run.data.tokenizer_type, run.data.tokenizer_model, run.data.vocab_size)
+    tokenizer = tokenizer_of(vars(run.data))
     if saved.get("tokenizer_vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
         raise ValueError(
             f"the checkpoint in {directory} has a vocabulary of {saved['tokenizer_vocab_size']} tokens, the tokenizer "
