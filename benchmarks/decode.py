@@ -1,6 +1,7 @@
 """Times decoding: UltraMemV2 against transformers' OLMoE of the same depth, width, activated and total parameters.
 
     python benchmarks/decode.py                               227M/1.2B in float32, batch 1, 8, 32: about 10 minutes
+    python benchmarks/decode.py --prefill 2048 --prefill 8192 --batch 1 --no-mmap        prompts as well
     python benchmarks/decode.py --size 1b-7b                  1B/7B in bfloat16, batch 1; needs 16 GiB
     python benchmarks/decode.py --device cuda --size 1b-7b --batch 1 --batch 8 --batch 32
     python benchmarks/decode.py --size 227m-1.2b --size 1b-7b --docs docs/inference.md     writes tables and plot there
@@ -14,6 +15,10 @@ How: each side lives in its own process (benchmarks/decode_side.py). In every ro
 the other one waits; who begins alternates. A side's time is the median over the rounds of the rounds' mean step (lowest
 to highest), the ratio the median of the rounds' ratios. Where memory has no room for both models at once, a round
 builds one, times it, ends it, and builds the other.
+
+The limit of a step is the larger of two times: the bytes of weights that it reads (counted) at the machine's copy
+bandwidth, and two operations for each activated parameter and sequence at its float32 GEMM rate, both measured at the
+start. Keys and values of the cache are not in it.
 
 Bytes touched are counted in steps of their own, see decode_side.py. Peak memory is that of the side's process, from the
 moment its weights and cache are ready.
@@ -50,6 +55,7 @@ from benchmarks.measure import (  # noqa: E402
     prepare,
     publish,
 )
+from benchmarks.prefill import prefill_table, run_prefill  # noqa: E402
 from benchmarks.spread import Spread, ratio  # noqa: E402
 from umv2_megatron.config.presets import find_preset  # noqa: E402
 from umv2_megatron.planning.parameters import count_parameters  # noqa: E402
@@ -179,10 +185,11 @@ def run_size(name: str, options: argparse.Namespace) -> dict[str, Any]:
         for batch in options.batch or size["batches"]:
             batches.append(run_batch(contestants, batch, options))
             print(f"{name}, batch {batch}: {batches[-1]['times_faster']:.2f} times faster", file=sys.stderr, flush=True)
+        prompts = [run_prefill(contestants, tokens, options) for tokens in options.prefill or []]
     finally:
         contestants.close()
     result = {"size": name, "dtype": common["dtype"], "facts": contestants.facts, "batches": batches,
-              "resident": resident}  # fmt: skip
+              "resident": resident, "prefill": prompts}  # fmt: skip
     if not options.no_mmap and options.device == "cpu":
         result["mmap"] = run_mmap(common, batches, options)
     return result
@@ -228,7 +235,14 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
 # -- output -------------------------------------------------------------------------------------------------------
 
 
-def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
+def limit_ms(result: dict[str, Any], activated: int, machine: dict[str, Any]) -> float:
+    """What a step of UltraMemV2 takes at least, by the bytes that it reads or the operations that it needs."""
+    ours = result["sides"][OURS]
+    read = (ours["dense"] + ours["sparse"]) / machine["copy_bytes_per_s"]
+    return max(read, 2 * activated * result["batch"] / machine["gemm_flops_per_s"]) * 1e3
+
+
+def tables_of(size: dict[str, Any], rounds: int, machine: dict[str, Any]) -> list[Table | str]:
     """What stands in a document about one size."""
     facts = "\n".join(
         f"- {name}: {fact['activated'] / 1e6:.0f}M activated parameters, {fact['total'] / 1e9:.2f}B in total without "
@@ -240,10 +254,13 @@ def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
     for result in size["batches"]:
         ours, peer = result["sides"][OURS], result["sides"][PEER]
         batch = str(result["batch"])
+        limit = limit_ms(result, size["facts"][OURS]["activated"], machine)
         times.append((
             batch,
             *(Spread.of(side["rounds_ms"]).text() for side in (ours, peer)),
             f"{result['times_faster']:.2f}",
+            f"{limit:.1f}",
+            f"{statistics.median(ours['rounds_ms']) / limit:.2f}",
             str(peer["experts_implementation"]),
             *(f"{side['peak_bytes'] / 2**30:.2f}" for side in (ours, peer)),
         ))  # fmt: skip
@@ -260,7 +277,8 @@ def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
         Table(
             f"Milliseconds per decode step after {context} cached tokens: medians of {rounds} rounds (lowest-highest), "
             f"{turns}; peak memory in GiB.",
-            ("batch", OURS, PEER, "speed-up", f"{PEER}'s expert implementation", f"peak, {OURS}", f"peak, {PEER}"),
+            ("batch", OURS, PEER, "speed-up", "limit", f"{OURS} / limit", f"{PEER}'s expert implementation",
+             f"peak, {OURS}", f"peak, {PEER}"),  # fmt: skip
             times,
         ),
         Table(
@@ -269,6 +287,9 @@ def tables_of(size: dict[str, Any], rounds: int) -> list[Table | str]:
             touched,
         ),
     ]
+    if size["prefill"]:
+        flops = 2 * size["facts"][OURS]["activated"]
+        parts.append(prefill_table(size["prefill"], OURS, PEER, flops, machine["gemm_flops_per_s"]))
     if "mmap" in size:
         parts.append(mmap_table(size["mmap"]))
     return parts
@@ -331,6 +352,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--context", type=int, default=128, help="tokens in the cache (default: 128)")
     made.add_argument("--steps", type=int, default=5, help="steps of a side in one round (default: 5)")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--prefill", type=int, action="append", help="tokens of a prompt to time, too; may be repeated")
     made.add_argument("--no-mmap", action="store_true", help="leave out the part with tables in files")
     made.add_argument(
         "--mmap-limit-gib",
@@ -359,6 +381,12 @@ def command_line(options: argparse.Namespace) -> str:
     return " ".join(words)
 
 
+def instructions() -> str:
+    """The variables that restrict the instructions of libraries and kernels, as they stand before a command."""
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "UMV2_CPU_ARCH")
+    return "".join(f"{name}={os.environ[name]} " for name in names if name in os.environ)
+
+
 def main(argv: list[str]) -> int:
     """Run all sizes and write what was asked for."""
     made = parser()
@@ -385,9 +413,9 @@ def main(argv: list[str]) -> int:
             )
     machine = describe_machine(options.device, options.quick)
     sizes = [run_size(name, options) for name in names]
-    parts: list[Table | str] = [f"`{command}`"]
+    parts: list[Table | str] = [f"`{instructions()}{command}`"]
     for size in sizes:
-        parts += tables_of(size, options.rounds)
+        parts += tables_of(size, options.rounds, machine)
     plot = options.plot or (options.docs.parent / "decode.png" if options.docs else None)
     if plot:
         draw(sizes, plot)

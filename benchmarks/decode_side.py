@@ -8,6 +8,7 @@ One JSON object per line comes in on stdin, one goes out on stdout for each:
     {"do": "time", "steps": 5}                      milliseconds of each step ("cold": true: files not in the cache)
     {"do": "read_files"}                            the model's files come into the system's cache
     {"do": "count", "steps": 5}                     bytes of weights that a step touches, mean over the steps
+    {"do": "prefill", "tokens": 2048}               milliseconds of a prompt, and by how many bytes memory rose
     {"do": "peak"}                                  highest memory use since "prepare", bytes
 
 A step is a forward of one new token per sequence, logits included, after ``context`` tokens in a ``StaticCache`` (which
@@ -110,6 +111,26 @@ class Side:
             found.append(timed(partial(self.step, tokens), clock, self.device) * 1e3)
         return found
 
+    @torch.inference_mode()
+    def prefill(self, tokens: int, clock: str = "wall") -> dict[str, Any]:
+        """Time of a forward over a prompt of random tokens with a cache that is filled, after a short one."""
+        from transformers import DynamicCache
+
+        def forward(count: int) -> Any:
+            ids = torch.randint(0, self.config.vocab_size, (1, count), generator=self.generator).to(self.device)
+            cache = DynamicCache(config=self.config)
+            return self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        self.choose_for_prompts(forward)
+        forward(64)
+        forget_peak()
+        before = peak_bytes(self.device)
+        seconds = timed(partial(forward, tokens), clock, self.device)
+        return {"ms": seconds * 1e3, "grown_bytes": peak_bytes(self.device) - before}
+
+    def choose_for_prompts(self, forward: Callable[[int], Any]) -> None:
+        """Take the fastest way to compute a prompt."""
+
     def drop_file_cache(self) -> None:
         """Unmap the pages of the tables (the system drops none that is mapped), then let it forget the files."""
         libc = ctypes.CDLL(None)
@@ -206,6 +227,15 @@ class Experts(Side):
             tried[name] = min(self.time(3))
         self.model.set_experts_implementation(min(tried, key=lambda name: tried[name]))
         return tried
+
+
+    def choose_for_prompts(self, forward: Callable[[int], Any]) -> None:
+        tried = {}
+        for name in ("eager", "grouped_mm"):
+            self.model.set_experts_implementation(name)
+            forward(16)
+            tried[name] = timed(partial(forward, 512))
+        self.model.set_experts_implementation(min(tried, key=lambda name: tried[name]))
 
 
 class Memory(Side):
@@ -403,6 +433,8 @@ def answer(side: Side, request: dict[str, Any]) -> dict[str, Any]:
         return side.prepare(**request)
     if work == "time":
         return {"ms": side.time(**request)}
+    if work == "prefill":
+        return side.prefill(**request)
     if work == "count":
         return side.count(**request)
     if work == "read_files":

@@ -167,8 +167,10 @@ def _loading(directory: Path, values: dict[str, Any], code: Sequence[str]) -> st
     return text + (
         f"\n**What `trust_remote_code=True` runs:** the Python files of this folder, {files}. They define the "
         "configuration and the model. They import torch and transformers and read this model's safetensors files, "
-        "nothing else; no file of this folder is a pickle. `export_manifest.json` holds the SHA-256 of each. With the "
-        "package umv2_megatron installed, `import umv2_megatron.hf` registers the same classes, and no code of this "
+        "nothing else; no file of this folder is a pickle. For steps of decoding on a CPU they have the machine's C++ "
+        "compiler build kernels whose source they contain (`UMV2_CPU_KERNELS=0` prevents it). `export_manifest.json` "
+        "holds the SHA-256 of each. With the package umv2_megatron installed, `import umv2_megatron.hf` registers the "
+        "same classes, and no code of this "
         "folder is run."
     )
 

@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_umv2 import UMv2Config
-from .linear_umv2 import project
+from .linear_umv2 import in_parts, project
 from .retrieval_umv2 import without_autocast
 
 
@@ -41,6 +41,10 @@ class UMv2MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        parts = in_parts(x)
+        return self._compute(x) if len(parts) == 1 else torch.cat([self._compute(part) for part in parts]).view(x.shape)
+
+    def _compute(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return project(self.down_proj, self.act_fn(project(self.up_proj, x)))
         return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_umv2 import UMv2Config
 from .linear_umv2 import project
+from .lookup_umv2 import sum_rows
 from .retrieval_umv2 import UMv2ProductKeys, UMv2Retrieval, without_autocast
 from .tables_umv2 import UMv2Table
 
@@ -137,6 +138,9 @@ class UMv2Memory(nn.Module):
 
     def _sum_rows(self, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor:
         """The picked rows added up, [T, E Dv] in the dtype of the table: for part of the tokens after part of them."""
+        summed = sum_rows(self, rows, blocks, scores, projected)
+        if summed is not None:
+            return summed
         with without_autocast(scores.device):
             return self._sum_parts(rows, blocks, scores, projected)
 

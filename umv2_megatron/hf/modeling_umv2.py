@@ -35,11 +35,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_umv2 import UMv2Attention, UMv2Norm, UMv2RotaryEmbedding
+from .cache_umv2 import grows_in_place, let_grow
 from .configuration_umv2 import UMv2Config
 from .experts_umv2 import UMv2MLP, UMv2SparseMLP, init_experts
 from .linear_umv2 import project
 from .memory_umv2 import UMv2Elsewhere, UMv2Memory
 from .retrieval_umv2 import UMv2QueriesAndKeys, UMv2Retrieval
+from .step_umv2 import UMv2Step
 from .tables_umv2 import PLACES, UMv2Rows, UMv2Table, attach_tables, tensor_files
 
 
@@ -54,7 +56,7 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         self, config: UMv2Config, layer_idx: int, memory: UMv2Memory | None, reader: UMv2DecoderLayer | None
     ) -> None:
         super().__init__()
-        self.hidden_dropout = config.hidden_dropout
+        self.hidden_dropout, self.attention_dropout = config.hidden_dropout, config.attention_dropout
         self.delayed = config.memory_read_delay > 0
         self.reader = UMv2Elsewhere(reader)
         self.self_attn = UMv2Attention(config, layer_idx)
@@ -65,6 +67,7 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = None if post else UMv2Norm(config, config.hidden_size)
         self.post_attention_layernorm = UMv2Norm(config, config.hidden_size)
         self.post_feedforward_layernorm = UMv2Norm(config, config.hidden_size) if post else None
+        self._step = UMv2Step()
 
     @property
     def adds(self) -> nn.Module | None:
@@ -85,11 +88,18 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         """The next hidden states. With a read delay ``begun`` is what the memory layer ``adds`` started in its block,
         and what this block's own has started is returned after them; side by side, because checkpointing of activations
         finds gradients of plain arguments only."""
-        x = hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
-        attended, _ = self.self_attn(x, position_embeddings, attention_mask, past_key_values, **kwargs)
-        if self.post_feedforward_layernorm is not None:
-            attended = self.post_attention_layernorm(attended)
-        hidden_states = hidden_states + self._dropped(attended)
+        stepped = self._step.attention(self, hidden_states, attention_mask, past_key_values, position_embeddings)
+        if stepped is not None:
+            hidden_states = stepped
+        else:
+            x = hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
+            attended, _ = self.self_attn(x, position_embeddings, attention_mask, past_key_values, **kwargs)
+            if self.post_feedforward_layernorm is not None:
+                attended = self.post_attention_layernorm(attended)
+            hidden_states = hidden_states + self._dropped(attended)
+        stepped = self._step.feedforward(self, hidden_states)
+        if stepped is not None:
+            return stepped
         if self.post_feedforward_layernorm is None:
             x = read = self.post_attention_layernorm(hidden_states)
         else:
@@ -318,6 +328,8 @@ class UMv2Model(UMv2PreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if grows_in_place(inputs_embeds):
+            let_grow(past_key_values)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_umv2 import UMv2Config
-from .linear_umv2 import project
+from .linear_umv2 import in_parts, project
+from .lookup_umv2 import search
 from .singular_pair_umv2 import leading_pair
 
 # Cells of second-stage grids that are held at once: 64 MB in float32.
@@ -106,14 +107,21 @@ class UMv2Retrieval(UMv2QueriesAndKeys):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` [T, H] to the picked cells [T, P] (i * N + j) and their scores [T, P, C], differentiable."""
-        key_scores = self.key_scores(x)
-        with without_autocast(x.device):
-            return self._pick(key_scores)
+        picked = []
+        for part in in_parts(x):
+            key_scores = self.key_scores(part)
+            with without_autocast(x.device):
+                picked.append(self._pick(key_scores))
+        cells, scores = zip(*picked)
+        return (cells[0], scores[0]) if len(picked) == 1 else (torch.cat(cells), torch.cat(scores))
 
     def _pick(self, key_scores: Tensor) -> tuple[Tensor, Tensor]:
         """What ``forward`` gives, from the scores of every key."""
         rank, tokens = key_scores.shape[1:3]
         self._refresh_for_forward()
+        found = search(self, key_scores)
+        if found is not None:
+            return found
         with torch.no_grad():
             vectors, total = self._for_search(key_scores.dtype)
             keys = (key_scores * vectors).sum(1).topk(self.kept, dim=-1).indices

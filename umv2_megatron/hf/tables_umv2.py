@@ -35,6 +35,7 @@ from torch.nn import functional
 
 from .configuration_umv2 import UMv2Config
 from .int8_rows_umv2 import exact_rows, int8_rows
+from .native_umv2 import is_plain
 
 PLACES = ("device", "cpu", "mmap", "device-int8", "cpu-int8")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -71,7 +72,7 @@ class MappedTensor:
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file).atexit = False  # a thread may still be fetching
         self._map = mmap.mmap(self._file, self._shift + size, access=mmap.ACCESS_READ, offset=aligned)
-        self._aligned = aligned
+        self._aligned, self.start = aligned, start + first
         if hasattr(self._map, "madvise"):
             # Rows are far apart: reading on after one would fetch pages that nobody asked for.
             self._map.madvise(mmap.MADV_RANDOM)
@@ -82,6 +83,11 @@ class MappedTensor:
 
     def __reduce__(self) -> tuple[type[MappedTensor], tuple[Any, ...]]:
         return MappedTensor, self._arguments
+
+    @property
+    def file(self) -> int:
+        """The open file, in which the tensor is from byte ``start`` on."""
+        return self._file
 
     def fetch(self, rows: Tensor) -> None:
         """Have the system read the pages of ``rows`` [n] int64 into its cache, all at the same time, so that who reads
@@ -260,6 +266,13 @@ class UMv2Table(nn.Module):
             copy.copy_(chunk.tensor)
         setattr(self, kind, copies)
 
+    def is_plain(self) -> bool:
+        """Whether rows are picked as this class does it, from float numbers: nothing else has been put on it or in the
+        place of its chunks."""
+        if type(self) is not UMv2Table or self.rounded or not {"pick", "announce", "forward"}.isdisjoint(self.__dict__):
+            return False
+        return self.place != "device" or all(is_plain(getattr(self, kind), UMv2Rows) for kind in self.widths)
+
     def files(self) -> set[str]:
         """The files that rows are read from."""
         return {chunk.path for chunks in self._mapped.values() for chunk in chunks}
@@ -275,13 +288,20 @@ class UMv2Table(nn.Module):
 
     def _fetch(self, rows: Tensor) -> None:
         """Fetch rows while the FFN computes, if reading them had to wait for a disk not long ago."""
+        if self.waits_for_disk():
+            _FETCHER.put(self, rows)
+
+    def waits_for_disk(self) -> bool:
+        """Whether rows that are about to be picked are to be fetched: reading them had to wait for a disk not long
+        ago."""
         faults = _page_faults()
         if faults > self._faults:
             self._announcements_left = _ANNOUNCED
         self._faults = faults
-        if self._announcements_left and hasattr(os, "posix_fadvise"):
-            self._announcements_left -= 1
-            _FETCHER.put(self, rows)
+        if not self._announcements_left or not hasattr(os, "posix_fadvise"):
+            return False
+        self._announcements_left -= 1
+        return True
 
     def _fetch_now(self, rows: Tensor) -> None:
         for chunks in self._mapped.values():

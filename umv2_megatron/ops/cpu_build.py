@@ -1,39 +1,31 @@
-"""Builds the C++ kernels with the machine's own compiler at first use, and keeps the library for later runs.
+"""The compiled kernels for CPUs: which files they are made of. How they are built: ``hf/build_umv2.py``.
 
-Nothing of PyTorch's headers is read: about four seconds with g++, once per machine. The library is kept in
-``$UMV2_CACHE_DIR`` (default ``~/.cache/umv2_megatron``) under a name that holds a digest of everything it depends on:
-source, compiler, flags, kind of processor, OpenMP runtime. So nodes of different kinds can share a home directory.
-Ranks that start together wait for one of them to build (a file lock); the finished file appears in one step.
-
-Threads: torch's own OpenMP runtime is linked in, the one that this process has already loaded. A second one would bring
-a second pool of threads, which spin on the cores that torch's threads need.
+That file is loaded by its path, because an import of its package would import transformers, which takes seconds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
-import hashlib
-import os
-import platform
-import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-import torch
+_HERE = Path(__file__).parent
+_FILES = ("cpu_kernels.cpp", "cpu_search.cpp", "cpu_threads.h")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_search.cpp"))
-HEADER = Path(__file__).with_name("cpu_threads.h")
-# UMV2_CPU_ARCH is what the compiler's -march takes: another kind of CPU, for tests and for machines that share a cache.
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", f"-march={os.environ.get('UMV2_CPU_ARCH', 'native')}")
-# How a loop is cut up must not depend on where a row lies in memory, or the rounding of its sum would.
-GCC_FLAGS = ("--param", "vect-max-peeling-for-alignment=0")
-BUILD_SECONDS = 120
+
+def _from_export(name: str) -> Any:
+    """The module ``name`` of the files that every export carries, without the rest of them."""
+    full = f"umv2_megatron.ops._{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, _HERE.parent / "hf" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[full] = module
+        spec.loader.exec_module(module)
+    return sys.modules[full]
 
 
 @cache
@@ -44,103 +36,11 @@ def library() -> ctypes.CDLL:
 
 def load() -> ctypes.CDLL:
     """The library, built if need be. Raises ``ImportError`` with the reason where it cannot be built."""
-    compiler = find_compiler()
-    problems = []
-    for flags in _flag_sets():
-        try:
-            return _load(compiler, flags)
-        except (OSError, subprocess.SubprocessError) as problem:
-            problems.append(_explain(problem))
-    raise ImportError(f"{compiler} did not build the kernels for CPUs: {problems[-1]}")
+    files = {name: (_HERE / name).read_text(encoding="utf-8") for name in _FILES}
+    files["selection.h"] = _from_export("selection_umv2").SELECTION
+    return _from_export("build_umv2").load("cpu_kernels", files)
 
 
 def find_compiler() -> str:
-    """Path of the C++ compiler: $CXX, or g++, c++ or clang++ of the path. Raises ``ImportError`` without any."""
-    named = os.environ.get("CXX")
-    for name in [named] if named else ["g++", "c++", "clang++"]:
-        path = shutil.which(name)
-        if path:
-            return path
-    raise ImportError(f"there is no C++ compiler: {f'$CXX is {named}' if named else 'no g++, c++ or clang++ found'}")
-
-
-def cache_directory() -> Path:
-    """Where libraries are kept: $UMV2_CACHE_DIR, the user's cache, or else a private directory for temporary files."""
-    named = os.environ.get("UMV2_CACHE_DIR")
-    places = [Path(named)] if named else [
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umv2_megatron",
-        Path(tempfile.gettempdir()) / f"umv2_megatron-{os.getuid()}",
-    ]  # fmt: skip
-    for place in places:
-        with contextlib.suppress(OSError):
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Code is loaded from here, so nobody else may have made it.
-            if place.stat().st_uid == os.getuid() and os.access(place, os.W_OK):
-                return place
-    raise ImportError(f"no directory to keep a compiled library in; tried {', '.join(map(str, places))}")
-
-
-def _flag_sets() -> Iterator[tuple[str, ...]]:
-    """What to try in turn: g++ with torch's OpenMP, then what any compiler takes, on one thread."""
-    runtime = _openmp_runtime()
-    if runtime:
-        yield (*FLAGS, *GCC_FLAGS, "-fopenmp", runtime)
-    yield (*FLAGS, "-fopenmp-simd")
-
-
-def _openmp_runtime() -> str:
-    """Path of the OpenMP library that torch has loaded into this process, "" where it cannot be told."""
-    maps = Path("/proc/self/maps")
-    found = re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*)", maps.read_text()) if maps.exists() else []
-    own = [path for path in found if str(Path(torch.__file__).parent) in path]
-    return (own or found or [""])[0]
-
-
-def _load(compiler: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    library = cache_directory() / f"cpu_kernels-{_digest(compiler, flags)}.so"
-    if not library.exists():
-        with _lock(library.with_suffix(".lock")):
-            if not library.exists():
-                _build(compiler, flags, library)
-    return ctypes.CDLL(str(library))
-
-
-def _build(compiler: str, flags: tuple[str, ...], library: Path) -> None:
-    """Compile, load once as a check, then give the file its name: a name stands for a library that works."""
-    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:
-        made = Path(folder) / "made.so"
-        # Flags after the sources, because the linker takes a library's symbols only for what comes before it.
-        command = [compiler, "-o", str(made), *map(str, SOURCES), *flags]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-        ctypes.CDLL(str(made))
-        os.replace(made, library)
-
-
-def _digest(compiler: str, flags: tuple[str, ...]) -> str:
-    state = os.stat(compiler)
-    code = [path.read_text() for path in (*SOURCES, HEADER)]
-    parts = [*code, compiler, state.st_size, state.st_mtime_ns, *flags, torch.__version__, _processor()]
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    information = Path("/proc/cpuinfo")
-    if not information.exists():
-        return platform.processor()
-    fields = dict(re.findall(r"^(model name|flags|Features|CPU part)\s*:\s*(.*)$", information.read_text(), re.M))
-    return f"{platform.machine()} {sorted(fields.items())}"
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold ``path`` while others wait; on file systems without locks every process builds for itself."""
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _explain(problem: Exception) -> str:
-    output = (getattr(problem, "stderr", None) or "").strip()
-    return output.splitlines()[0] if output else str(problem)
+    """Path of the C++ compiler. Raises ``ImportError`` without any."""
+    return _from_export("build_umv2").find_compiler()

@@ -19,6 +19,7 @@ from tiny_model import VARIANTS, VOCABULARY, tiny_config, tiny_model, tokens  # 
 
 from umv2_megatron import hf  # noqa: E402
 from umv2_megatron.hf import UMv2Config, UMv2ForCausalLM, UMv2Model  # noqa: E402
+from umv2_megatron.hf.native_umv2 import library  # noqa: E402
 
 HF = Path(hf.__file__).parent
 CLOSE = 1e-5
@@ -163,6 +164,8 @@ for place in ("device", "mmap"):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, memory_tables=place).eval()
     assert "umv2_megatron" not in sys.modules and type(model).__module__.startswith("transformers_modules.")
     print(model(torch.arange(1, 9)[None]).logits.double().sum().item())
+native = sys.modules[type(model).__module__.replace("modeling_umv2", "native_umv2")]
+assert (native.library() is not None) == (sys.argv[2] == "True")  # built from the export's own files
 """
 
 
@@ -171,7 +174,7 @@ def test_copied_files_are_enough(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "export")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", REMOTE, str(tmp_path / "export")]
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "export"), str(library() is not None)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     expected = model(torch.arange(1, 9)[None]).logits.double().sum().item()
@@ -232,7 +235,8 @@ def test_autocast_leaves_the_search_in_float32(monkeypatch: pytest.MonkeyPatch) 
         halved = memory.retrieval.key_scores(x)
         cells, scores = memory.retrieval(x)
     monkeypatch.setattr(memory.retrieval, "key_scores", lambda x: halved)
-    expected = memory.retrieval(x)
+    with torch.no_grad():
+        expected = memory.retrieval(x)
     assert halved.dtype == scores.dtype == torch.float32
     assert torch.equal(cells, expected[0]) and torch.equal(scores, expected[1])
     model, batch = tiny_model(), tokens(2, 9)
