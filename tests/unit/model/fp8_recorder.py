@@ -56,6 +56,10 @@ def record(flags: list[str]) -> dict[str, object]:
             names[module] for module in engine if module.fp8_weights and isinstance(module, engine_stand_in.Linear)
         ),
         "in_memory": [names[module] for module in engine if ".memory." in names[module]],
+        "norms": sorted(names[module] for module in engine if isinstance(module, engine_stand_in.RMSNorm)),
+        "norms_in_linear_layers": sorted(
+            names[module] for module in engine if isinstance(module, engine_stand_in.LayerNormLinear)
+        ),
         "reductions": state.reductions,
         "keeps_input": sorted(names[module] for module in engine if module.save_original_input),
         "dtypes": sorted({str(value.dtype) for name, value in model.named_parameters() if ".memory." in name}),

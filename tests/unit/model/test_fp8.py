@@ -23,6 +23,7 @@ CASES = {recipe: [*HYBRID, "--fp8-recipe", recipe] for recipe in RECIPES}
 for _recipe in ("delayed", "tensorwise", "blockwise"):
     CASES[_recipe].append("--fp8-param-gather")
 CASES["none"] = []
+CASES["norms behind"] = ["--norm-placement", "post", "--qk-norm-span", "projection"]
 CASES["bf16 weights"] = [*HYBRID]
 CASES["inner blocks"] = [*HYBRID, "--fp8-recipe", "tensorwise", "--first-last-layers-bf16", "--fp8-param-gather"]
 CASES["recomputed norms"] = [
@@ -86,3 +87,13 @@ def test_recomputed_norms_have_the_ffn_keep_its_input(record: dict[str, Any]) ->
     assert record["recomputed norms"]["fp8"] == modules(*FFN)
     assert set(modules(FFN[0])) <= set(record["recomputed norms"]["keeps_input"])
     assert not set(modules(FFN[0])) & set(record["bf16 weights"]["keeps_input"])
+
+
+def test_norms_behind_attention_and_ffn(record: dict[str, Any]) -> None:
+    """The engine's norms, too, and none in its linear layers; those over all heads are our own."""
+    usual, behind = record["none"], record["norms behind"]
+    assert usual["norms_in_linear_layers"] == modules("self_attention.linear_qkv")
+    assert behind["norms_in_linear_layers"] == [] and behind["not"] == usual["not"]
+    assert behind["norms"] == sorted(
+        ["decoder.final_layernorm", *modules("self_attention.post_layernorm", "mlp.post_layernorm")]
+    )
