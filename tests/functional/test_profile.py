@@ -57,7 +57,7 @@ def test_trace_and_time_of_checkpoints(tmp_path: Path) -> None:
     rows = rows_by_path(tmp_path / "saved", 0)
     assert rows["evaluation and checkpoint",]["ms"] > rows["data",]["ms"]
     trace = (tmp_path / "saved" / "profile" / "rank0.json").read_text()
-    for name in ("forward: attention", "backward: memory: lookup", "forward: memory: retrieval: scores of keys"):
+    for name in ("forward: attention", "backward: memory: lookup", "forward: memory: retrieval: query projection"):
         assert f'"name": "{name}"' in trace, name
 
 

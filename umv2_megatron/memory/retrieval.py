@@ -29,7 +29,7 @@ from umv2_megatron.memory.key_scores import key_scores
 from umv2_megatron.memory.losses import balance_loss
 from umv2_megatron.memory.singular_pair import leading_pair, singular_values
 from umv2_megatron.ops import get_backend
-from umv2_megatron.ops.interface import Search
+from umv2_megatron.ops.interface import Retrieve, Search
 from umv2_megatron.ops.search import first_stage_scores
 
 
@@ -89,6 +89,11 @@ class QueriesAndKeys(nn.Module):
         """The backend's search for ``device``. Whoever compares two models (``conversion/picks.py``) looks in here."""
         return get_backend(self.config.backend, device).search
 
+    def one_piece(self, device: torch.device) -> Optional[Retrieve]:
+        """The backend's retrieval in one piece for ``device``, if it has any; whoever looks into the search gives
+        None here."""
+        return get_backend(self.config.backend, device).retrieve
+
     def balance(self, sides: Iterable[Tensor], keys: Tensor) -> Optional[Tensor]:
         """The balance loss of both sides, or None where nothing asks for it.
 
@@ -127,6 +132,10 @@ class Retrieval(QueriesAndKeys):
         """Pick cells for ``x`` [T, H], the normalised input of the FFN."""
         if self.refresh_due:
             self.refresh_singular_vectors()
+        found = self._in_one_piece(x)
+        if found is not None:
+            grid, cell_scores = found
+            return Picks(grid=grid.flatten(1), scores=cell_scores.flatten(1, 2), balance=None)
         search = self.search(x.device)
         scores = self.key_scores(x, as_computed=reads_halves(search))
         keys = search.best_keys(scores, self.u, self.t, self.config.key_topk)
@@ -137,6 +146,27 @@ class Retrieval(QueriesAndKeys):
             scores=search.cell_scores(scores, rows, columns, self.cores).flatten(1, 2),
             balance=self.balance(self._sides(scores), keys),
         )
+
+    def _in_one_piece(self, x: Tensor) -> Optional[tuple[Tensor, Tensor]]:
+        """Cells and their scores by the backend's ``retrieve``; None where the steps must be apart, because there is no
+        such function, or a balance loss that reads the scores of all keys, or a dtype that it does not take."""
+        config, retrieve = self.config, self.one_piece(x.device)
+        if (
+            retrieve is None
+            or (config.balance_loss_coeff != 0 and torch.is_grad_enabled())
+            or any(each.dtype != torch.float32 for each in (x, *self.parameters()))
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return None
+        return retrieve(
+            self._queries(x), self.keys, self.query_norm, self.key_norm, config.norm_epsilon, self.u, self.t,
+            self.cores, config.key_topk, config.topk,
+        )  # fmt: skip
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """[T, 2, R', Dk] of ``x`` [T, H]."""
+        config = self.config
+        return self.query(x).view(x.shape[0], 2, config.query_rows // (2 * config.key_dim), config.key_dim)
 
     def _sides(self, scores: Tensor) -> Iterator[Tensor]:
         """The first-stage scores of all keys, [T, h, N] for each side, differentiable; computed when asked for."""
@@ -153,11 +183,9 @@ class Retrieval(QueriesAndKeys):
         reads: the same numbers in half the memory.
         """
         config = self.config
-        tokens, rank = x.shape[0], config.tucker_rank
-        query = self.query(x).view(tokens, 2, config.query_rows // (2 * config.key_dim), config.key_dim)
-        scores = key_scores(query, self.keys, self.query_norm, self.key_norm, config.norm_epsilon)
+        scores = key_scores(self._queries(x), self.keys, self.query_norm, self.key_norm, config.norm_epsilon)
         scores = scores if as_computed else at_least_float32(scores)
-        return scores.view(2, rank, tokens, config.num_heads, self.num_keys)
+        return scores.view(2, config.tucker_rank, x.shape[0], config.num_heads, self.num_keys)
 
     def refresh_singular_vectors(self) -> None:
         """Set u and t to the leading singular pair of the summed cores; call once per optimizer step, and after load.

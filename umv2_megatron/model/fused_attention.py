@@ -1,6 +1,7 @@
 """Core attention of ``--transformer-impl local`` that never holds the scores of all pairs of tokens.
 
 megatron-core's ``DotProductAttention`` writes the scores [b, np, s, s] and keeps their softmax for the backward.
+Causal attention in float32 is our own on a CPU (``ops/cpu_attention.py``), where it can be compiled. Otherwise
 PyTorch's ``scaled_dot_product_attention`` works in tiles (FlashAttention, arXiv 2205.14135) on a CPU and on a GPU, and
 keeps the logarithm of each softmax's denominator, [b, np, s], instead. What it cannot do is left to megatron-core.
 """
@@ -17,6 +18,8 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+
+from umv2_megatron.ops import cpu_attention
 
 HOLD_SCORES = (AttnBackend.local, AttnBackend.unfused)
 """Values of ``--attention-backend`` that ask for megatron-core's own module."""
@@ -77,6 +80,9 @@ class FusedAttention(DotProductAttention):
             or attention_bias is not None
         ):
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+        if causal and cpu_attention.can(query, key, value):
+            context = cpu_attention.causal_attention(query, key, value, float(self.softmax_scale))
+            return context.view(*query.shape[:2], -1)
         heads_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context = F.scaled_dot_product_attention(
             *heads_first,

@@ -33,6 +33,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -44,6 +45,7 @@ from umv2_megatron.model.context_parallel_attention import ContextParallelAttent
 from umv2_megatron.model.delayed_outputs import DelayedOutputs
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
 from umv2_megatron.model.fused_attention import FusedAttention
+from umv2_megatron.model.one_pass import OnePassAttention, OnePassFFN, OnePassNorm
 from umv2_megatron.model.post_norm import PostNormAttention, ProjectionNorm
 
 MEMORY_CONFIG_VARIABLE = "UMV2_MEMORY_CONFIG"
@@ -93,6 +95,7 @@ def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
     """mcore's dense layer with its mlp slot replaced; the normalised FFN input must exist as a tensor, so the norm
     before the slot stands alone and is not fused into the FFN's first linear layer."""
     backend: Any
+    ffn: type[MLP] = MLP
     if use_engine:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
@@ -110,10 +113,14 @@ def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
         spec = get_gpt_layer_local_spec(
             qk_layernorm=config.qk_layernorm, qk_l2_norm=config.qk_l2_norm, normalization=config.normalization
         )
-        norm = spec.submodules.pre_mlp_layernorm
-        spec.submodules.self_attention.submodules.core_attention = (
+        attention = spec.submodules.self_attention
+        attention.submodules.core_attention = (
             ContextParallelAttention if config.context_parallel_size > 1 else FusedAttention
         )
+        attention.module = OnePassAttention
+        ffn = OnePassFFN
+        _norms_in_one_pass(spec.submodules, attention.submodules)
+        norm = spec.submodules.pre_mlp_layernorm
     submodules = copy.copy(spec.submodules)
     submodules.pre_mlp_layernorm = norm
     # Both implementations write the attention's norm under one name and keep the norm before the slot as it is.
@@ -124,7 +131,7 @@ def _base_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:
         module=FFNWithMemory,
         submodules=FFNWithMemorySubmodules(
             ffn=ModuleSpec(
-                module=MLP,
+                module=ffn,
                 submodules=MLPSubmodules(
                     linear_fc1=backend.column_parallel_linear(), linear_fc2=backend.row_parallel_linear()
                 ),
@@ -149,6 +156,14 @@ def _move_norms_behind(spec: ModuleSpec, use_engine: bool) -> None:
     attention.params = {**attention.params, "post_norm": norm}
     submodules.sharded_state_dict_keys_map = {}
     submodules.mlp.params["post_norm"] = norm
+
+
+def _norms_in_one_pass(*submodules: Any) -> None:
+    """Put ``OnePassNorm`` where ``submodules`` have PyTorch's norms."""
+    for each in submodules:
+        for name, found in vars(each).items():
+            if found is WrappedTorchNorm:
+                setattr(each, name, OnePassNorm)
 
 
 class Experts(MoELayer):

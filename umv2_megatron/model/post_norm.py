@@ -14,15 +14,17 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from umv2_megatron.model.one_pass import OnePassAttention
 
-class PostNormAttention(SelfAttention):
-    """mcore's ``SelfAttention`` with a norm of its output, the bias included; ``post_norm`` is the norm's spec."""
+
+class PostNormAttention(OnePassAttention):
+    """mcore's ``SelfAttention`` (``OnePassAttention`` is it) with a norm of its output, the bias included.
+    ``post_norm`` is the norm's spec."""
 
     def __init__(self, config: TransformerConfig, *args: Any, post_norm: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
-_FILES = ("cpu_kernels.cpp", "cpu_search.cpp", "cpu_threads.h")
+_SOURCES = tuple(f"cpu_{name}.cpp" for name in ("attention", "blocks", "kernels", "retrieval", "search"))
+_HEADERS = tuple(f"cpu_{name}.h" for name in ("exponential", "product", "rows", "selection", "threads"))
 
 
 def _from_export(name: str) -> Any:
@@ -34,11 +36,12 @@ def library() -> ctypes.CDLL:
     return load()
 
 
-def load() -> ctypes.CDLL:
-    """The library, built if need be. Raises ``ImportError`` with the reason where it cannot be built."""
-    files = {name: (_HERE / name).read_text(encoding="utf-8") for name in _FILES}
-    files["selection.h"] = _from_export("selection_umv2").SELECTION
-    return _from_export("build_umv2").load("cpu_kernels", files)
+def load(name: str = "cpu_kernels", sources: Sequence[Path] = ()) -> ctypes.CDLL:
+    """The library, or the one called ``name`` of other ``sources`` that include its headers, built if need be. Raises
+    ``ImportError`` with the reason where it cannot be built."""
+    paths = [*(sources or [_HERE / each for each in _SOURCES]), *(_HERE / each for each in _HEADERS)]
+    files = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    return _from_export("build_umv2").load(name, files)
 
 
 def find_compiler() -> str:

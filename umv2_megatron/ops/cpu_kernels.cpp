@@ -14,67 +14,28 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu_rows.h"
 #include "cpu_threads.h"
 
 namespace {
 
-constexpr int64_t AHEAD = 16;       // picks between asking for a row and using it
-constexpr int64_t AHEAD_IN_BOTH = 8;  // the same where a pick has rows in two tables
+constexpr int64_t AHEAD = 32;       // picks between asking for a row and using it
+constexpr int64_t AHEAD_OF_ADDING = 16;  // the same where rows are written to
+constexpr int64_t TOGETHER = 4;     // rows whose products with one vector are computed together
 constexpr int64_t LINE = 64;        // bytes of a cache line
 constexpr int64_t PICKS_PER_THREAD = 128;  // fewer do not pay for waking a thread
 
-struct bfloat16 {
-    uint16_t bits;
-};
+using umv2::bfloat16;
+using umv2::narrow;
+using umv2::widen;
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(double x, double& out) { out = x; }
-inline void narrow(float x, bfloat16& out) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
-
-template <typename Table, typename Acc>
-inline Acc dot(const Table* row, const Acc* x, int64_t count) {
-    Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < count; ++j) sum += static_cast<Acc>(widen(row[j])) * x[j];
-    return sum;
-}
-
-// to += weight * from
-template <typename From, typename Acc>
-inline void add_to_scratch(Acc* to, Acc weight, const From* from, int64_t count) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) to[j] += weight * static_cast<Acc>(widen(from[j]));
-}
-
-template <typename Sum, typename Acc>
-inline void add_to_row(Sum* to, Acc weight, const Acc* from, int64_t count) {
-#pragma omp simd
-    for (int64_t j = 0; j < count; ++j) narrow(static_cast<Acc>(widen(to[j])) + weight * from[j], to[j]);
-}
-
-// Into the second level of cache: the rows of AHEAD picks would crowd the first.
+// Into the second level of cache: the rows of AHEAD picks would crowd the first. Rows that are written to are asked for
+// in the same way, because a request to own a line holds one of the few buffers of the first level until it comes.
 template <typename T>
-inline void prefetch(const T* row, int64_t count, bool write) {
+inline void prefetch(const T* row, int64_t count) {
     const char* byte = reinterpret_cast<const char*>(row);
     const char* end = reinterpret_cast<const char*>(row + count);
-    for (; byte < end; byte += LINE) {
-        if (write) __builtin_prefetch(byte, 1, 1);
-        else __builtin_prefetch(byte, 0, 1);
-    }
+    for (; byte < end; byte += LINE) __builtin_prefetch(byte, 0, 2);
 }
 
 struct Picks {
@@ -91,6 +52,14 @@ struct Picks {
         if (i == 0 || i >= count) return i;
         if (!tokens) return std::min(count, (i + per_token - 1) / per_token * per_token);
         while (i < count && tokens[i] == tokens[i - 1]) ++i;
+        return i;
+    }
+    // Where the picks of the token of pick i end, at most `end`.
+    int64_t same_token(int64_t i, int64_t end) const {
+        if (!tokens) return std::min(end, (i / per_token + 1) * per_token);
+        const int64_t own = tokens[i];
+        while (++i < end && tokens[i] == own) {
+        }
         return i;
     }
     bool inside(int64_t num_rows, int64_t num_blocks) const {
@@ -143,15 +112,58 @@ class TokenVector {
     std::vector<Acc> wide_;
 };
 
+// Asks for the rows of picks [first, stop) of a table; of none where it is null.
+template <typename Table>
+inline void prefetch_rows(const Picks& picks, int64_t first, int64_t stop, const Table* table, int64_t width) {
+    for (int64_t i = first; i < stop && table; ++i) prefetch(table + picks.rows[i] * width, width);
+}
+
+// rho[first..stop), picks of one token, whose projected input is x. Asks for rows of `other`, too.
+template <typename Table, typename Acc>
+inline void token_dots(const Picks& picks, int64_t first, int64_t stop, int64_t end, const Acc* x, const Table* table,
+                       int64_t width, Acc* rho, const Table* other = nullptr, int64_t other_width = 0) {
+    int64_t i = first;
+    for (; i + TOGETHER <= stop; i += TOGETHER) {
+        const int64_t next = std::min(end, i + AHEAD), after = std::min(end, i + AHEAD + TOGETHER);
+        prefetch_rows(picks, next, after, table, width);
+        prefetch_rows(picks, next, after, other, other_width);
+        umv2::dots<TOGETHER>([&](int64_t n) { return table + picks.rows[i + n] * width; }, x, width, rho + i);
+    }
+    for (; i < stop; ++i) {
+        const int64_t next = std::min(end, i + AHEAD), after = std::min(end, next + 1);
+        prefetch_rows(picks, next, after, table, width);
+        prefetch_rows(picks, next, after, other, other_width);
+        umv2::dots<1>([&](int64_t) { return table + picks.rows[i] * width; }, x, width, rho + i);
+    }
+}
+
+// sum [E * width] += the weighted rows of picks [first, stop) of one token; weight(i, c) of pick i under core c.
+template <typename Table, typename Acc, typename Weight>
+inline void token_sum(const Picks& picks, int64_t first, int64_t stop, const Weight& weight, int64_t cores,
+                      const Table* table, int64_t width, Acc* sum) {
+    const int64_t slice = width / cores;
+    for (int64_t c = 0; c < cores; ++c) {
+        const int64_t left = c * slice;
+        if (!picks.blocks) {
+            umv2::add_rows(sum + left, slice, stop - first, [&](int64_t i) { return weight(first + i, c); },
+                           [&](int64_t i) { return table + picks.rows[first + i] * width + left; });
+            continue;
+        }
+        for (int64_t i = first; i < stop; ++i)
+            umv2::add_rows(sum + picks.blocks[i] * width + left, slice, 1, [&](int64_t) { return weight(i, c); },
+                           [&](int64_t) { return table + picks.rows[i] * width + left; });
+    }
+}
+
 template <typename Table, typename Acc>
 void pre_scores(const Picks& picks, const Table* projected, const Table* pre_values, int64_t width, Acc* rho,
                 int64_t threads) {
     in_parallel(threads, picks.count, [&](int64_t part, int64_t parts) {
         TokenVector<Table, Acc> input(projected, width);
-        const int64_t stop = picks.start(part + 1, parts);
-        for (int64_t i = picks.start(part, parts); i < stop; ++i) {
-            if (i + AHEAD < stop) prefetch(pre_values + picks.rows[i + AHEAD] * width, width, false);
-            rho[i] = dot(pre_values + picks.rows[i] * width, input.at(picks.token(i)), width);
+        const int64_t end = picks.start(part + 1, parts);
+        for (int64_t i = picks.start(part, parts), stop; i < end; i = stop) {
+            stop = picks.same_token(i, end);
+            token_dots(picks, i, stop, end, input.at(picks.token(i)), pre_values, width, rho);
         }
     });
 }
@@ -160,52 +172,41 @@ void pre_scores(const Picks& picks, const Table* projected, const Table* pre_val
 template <typename Table, typename Acc>
 void weighted_sum(const Picks& picks, const Acc* weights, int64_t cores, const Table* values, int64_t width,
                   int64_t num_blocks, Table* out, int64_t threads) {
-    const int64_t slice = width / cores, out_width = num_blocks * width;
+    const int64_t out_width = num_blocks * width;
     in_parallel(threads, picks.count, [&](int64_t part, int64_t parts) {
         std::vector<Acc> sum(static_cast<size_t>(out_width));
-        const int64_t stop = picks.start(part + 1, parts);
-        for (int64_t i = picks.start(part, parts); i < stop;) {
-            const int64_t token = picks.token(i);
+        const int64_t end = picks.start(part + 1, parts);
+        for (int64_t i = picks.start(part, parts), stop; i < end; i = stop) {
+            stop = picks.same_token(i, end);
             std::fill(sum.begin(), sum.end(), Acc(0));
-            for (; i < stop && picks.token(i) == token; ++i) {
-                if (i + AHEAD < stop) prefetch(values + picks.rows[i + AHEAD] * width, width, false);
-                const Table* row = values + picks.rows[i] * width;
-                Acc* to = sum.data() + picks.block(i) * width;
-                for (int64_t c = 0; c < cores; ++c)
-                    add_to_scratch(to + c * slice, weights[i * cores + c], row + c * slice, slice);
-            }
-            for (int64_t j = 0; j < out_width; ++j) narrow(sum[static_cast<size_t>(j)], out[token * out_width + j]);
+            prefetch_rows(picks, std::min(end, i + AHEAD), std::min(end, stop + AHEAD), values, width);
+            token_sum(picks, i, stop, [&](int64_t n, int64_t c) { return weights[n * cores + c]; }, cores, values, width,
+                      sum.data());
+            Table* to = out + picks.token(i) * out_width;
+            for (int64_t j = 0; j < out_width; ++j) narrow(sum[static_cast<size_t>(j)], to[j]);
         }
     });
 }
 
-// Both of the above at once: while a pick's pre-value row is multiplied, the rows of coming picks are on their way from
+// Both of the above at once: while a token's pre-value rows are multiplied, the rows of the next are on their way from
 // both tables. rho is kept for the backward. out holds zeros.
 template <typename Table, typename Acc>
 void one_pass(const Picks& picks, const Acc* scores, int64_t cores, const Table* projected, const Table* pre_values,
               int64_t pre_width, const Table* values, int64_t width, int64_t num_blocks, Acc* rho, Table* out,
               int64_t threads) {
-    const int64_t slice = width / cores, out_width = num_blocks * width;
+    const int64_t out_width = num_blocks * width;
     in_parallel(threads, picks.count, [&](int64_t part, int64_t parts) {
         TokenVector<Table, Acc> input(projected, pre_width);
         std::vector<Acc> sum(static_cast<size_t>(out_width));
-        const int64_t stop = picks.start(part + 1, parts);
-        for (int64_t i = picks.start(part, parts); i < stop;) {
-            const int64_t token = picks.token(i);
-            const Acc* x = input.at(token);
+        const int64_t end = picks.start(part + 1, parts);
+        for (int64_t i = picks.start(part, parts), stop; i < end; i = stop) {
+            stop = picks.same_token(i, end);
+            token_dots(picks, i, stop, end, input.at(picks.token(i)), pre_values, pre_width, rho, values, width);
             std::fill(sum.begin(), sum.end(), Acc(0));
-            for (; i < stop && picks.token(i) == token; ++i) {
-                if (i + AHEAD_IN_BOTH < stop) {
-                    prefetch(pre_values + picks.rows[i + AHEAD_IN_BOTH] * pre_width, pre_width, false);
-                    prefetch(values + picks.rows[i + AHEAD_IN_BOTH] * width, width, false);
-                }
-                rho[i] = dot(pre_values + picks.rows[i] * pre_width, x, pre_width);
-                const Table* row = values + picks.rows[i] * width;
-                Acc* to = sum.data() + picks.block(i) * width;
-                for (int64_t c = 0; c < cores; ++c)
-                    add_to_scratch(to + c * slice, scores[i * cores + c] * rho[i], row + c * slice, slice);
-            }
-            for (int64_t j = 0; j < out_width; ++j) narrow(sum[static_cast<size_t>(j)], out[token * out_width + j]);
+            token_sum(picks, i, stop, [&](int64_t n, int64_t c) { return scores[n * cores + c] * rho[n]; }, cores,
+                      values, width, sum.data());
+            Table* to = out + picks.token(i) * out_width;
+            for (int64_t j = 0; j < out_width; ++j) narrow(sum[static_cast<size_t>(j)], to[j]);
         }
     });
 }
@@ -220,17 +221,21 @@ void weighted_sum_backward(const Picks& picks, const Acc* weights, int64_t cores
         TokenVector<Table, Acc> upstream(grad_out, num_blocks * width);
         const std::vector<int64_t> mine = picks.owned(part, parts);
         for (size_t k = 0; k < mine.size(); ++k) {
-            if (k + AHEAD < mine.size()) {
-                const int64_t next = picks.rows[mine[k + AHEAD]] * width;
-                prefetch(values + next, width, false);
-                if (value_sum) prefetch(value_sum + next, width, true);
+            if (k + AHEAD_OF_ADDING < mine.size()) {
+                const int64_t next = picks.rows[mine[k + AHEAD_OF_ADDING]] * width;
+                prefetch(values + next, width);
+                if (value_sum) prefetch(value_sum + next, width);
             }
             const int64_t i = mine[k], place = picks.rows[i] * width;
             const Acc* grad = upstream.at(picks.token(i)) + picks.block(i) * width;
             for (int64_t c = 0; c < cores; ++c) {
                 const int64_t left = c * slice;
-                weight_grad[i * cores + c] = dot(values + place + left, grad + left, slice);
-                if (value_sum) add_to_row(value_sum + place + left, weights[i * cores + c], grad + left, slice);
+                const Table* row = values + place + left;
+                Acc& found = weight_grad[i * cores + c];
+                if (value_sum)
+                    found = umv2::dot_and_add(row, value_sum + place + left, weights[i * cores + c], grad + left, slice);
+                else
+                    umv2::dots<1>([&](int64_t) { return row; }, grad + left, slice, &found);
             }
         }
     });
@@ -242,23 +247,25 @@ void pre_scores_backward(const Picks& picks, const Acc* rho_grad, const Table* p
                          int64_t width, Table* projected_grad, Sum* pre_value_sum, int64_t threads) {
     in_parallel(threads, picks.count, [&](int64_t part, int64_t parts) {
         std::vector<Acc> sum(static_cast<size_t>(width));
-        const int64_t stop = picks.start(part + 1, parts);
-        for (int64_t i = picks.start(part, parts); i < stop;) {
-            const int64_t token = picks.token(i);
+        const int64_t end = picks.start(part + 1, parts);
+        Picks all = picks;
+        all.blocks = nullptr;
+        for (int64_t i = picks.start(part, parts), stop; i < end; i = stop) {
+            stop = picks.same_token(i, end);
             std::fill(sum.begin(), sum.end(), Acc(0));
-            for (; i < stop && picks.token(i) == token; ++i) {
-                if (i + AHEAD < stop) prefetch(pre_values + picks.rows[i + AHEAD] * width, width, false);
-                add_to_scratch(sum.data(), rho_grad[i], pre_values + picks.rows[i] * width, width);
-            }
-            for (int64_t j = 0; j < width; ++j) narrow(sum[static_cast<size_t>(j)], projected_grad[token * width + j]);
+            prefetch_rows(picks, std::min(end, i + AHEAD), std::min(end, stop + AHEAD), pre_values, width);
+            token_sum(all, i, stop, [&](int64_t n, int64_t) { return rho_grad[n]; }, 1, pre_values, width, sum.data());
+            Table* to = projected_grad + picks.token(i) * width;
+            for (int64_t j = 0; j < width; ++j) narrow(sum[static_cast<size_t>(j)], to[j]);
         }
         if (!pre_value_sum) return;
         TokenVector<Table, Acc> input(projected, width);
         const std::vector<int64_t> mine = picks.owned(part, parts);
         for (size_t k = 0; k < mine.size(); ++k) {
-            if (k + AHEAD < mine.size()) prefetch(pre_value_sum + picks.rows[mine[k + AHEAD]] * width, width, true);
+            if (k + AHEAD_OF_ADDING < mine.size())
+                prefetch(pre_value_sum + picks.rows[mine[k + AHEAD_OF_ADDING]] * width, width);
             const int64_t i = mine[k];
-            add_to_row(pre_value_sum + picks.rows[i] * width, rho_grad[i], input.at(picks.token(i)), width);
+            umv2::add_to_row(pre_value_sum + picks.rows[i] * width, rho_grad[i], input.at(picks.token(i)), width);
         }
     });
 }

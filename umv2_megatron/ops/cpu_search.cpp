@@ -1,25 +1,21 @@
 // The two-stage search for CPUs; cpu_search.py calls it, search.py says what it computes.
 //
 // A token and head are searched by one thread, in buffers that stay in its cache: neither the summed scores of all keys
-// nor the grids of cells are ever as large as the batch. How the best of n scores are found: selection.h, which is a text
-// in hf/selection_umv2.py.
+// nor the grids of cells are ever as large as the batch. cpu_selection.h finds the best of some scores.
 //
 // Real: float or double. Letters: T tokens, h heads, N keys per side, R rank, C cores, K' keys kept per side, K cells
 // kept. key_scores is [2, R, T, h, N]; side 0 is the row.
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <vector>
 
+#include "cpu_selection.h"
 #include "cpu_threads.h"
-#include "selection.h"
 
 namespace {
 
 using umv2::Selection;
-using umv2::place_of;
 
 constexpr int64_t PLACES_PER_THREAD = 16;  // (token, head) pairs; fewer do not pay for waking a thread
 constexpr int64_t BLOCK = 64;        // tokens whose gradients of the cores are added up before they meet others
@@ -50,7 +46,7 @@ void best_keys(const Sizes& z, const Real* key_scores, const Real* vectors, int6
                     for (int64_t n = 0; n < z.keys; ++n) sum[n] += factor * scores[n];
                 }
                 int64_t* to = found + (side * z.places() + place) * z.kept;
-                for (const auto& candidate : selection.best(sum, z.keys, z.kept)) *to++ = place_of(candidate);
+                std::copy_n(selection.best(sum, z.keys, z.kept), z.kept, to);
             }
     });
 }
@@ -81,9 +77,10 @@ void best_cells(const Sizes& z, const Real* key_scores, const int64_t* keys, con
                 }
             }
             int64_t picked = place * z.topk;
-            for (const auto& candidate : selection.best(grid.data(), z.kept * z.kept, z.topk)) {
-                rows[picked] = row_keys[place_of(candidate) / z.kept];
-                columns[picked++] = column_keys[place_of(candidate) % z.kept];
+            const int32_t* cells = selection.best(grid.data(), z.kept * z.kept, z.topk);
+            for (int64_t k = 0; k < z.topk; ++k, ++picked) {
+                rows[picked] = row_keys[cells[k] / z.kept];
+                columns[picked] = column_keys[cells[k] % z.kept];
             }
         }
     });

@@ -181,6 +181,29 @@ class Search(Protocol):
         ...
 
 
+class Retrieve(Protocol):
+    """From projected queries to scored picks in one piece, where norms, products and search are not apart: the same as
+    key scores (``memory/key_scores.py``) and ``Search``. Differentiable in all parameters; float32 only."""
+
+    def __call__(
+        self, query: Tensor, keys: Tensor, query_gain: Tensor, key_gain: Tensor, epsilon: float, u: Tensor, t: Tensor,
+        cores: Tensor, kept: int, topk: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Cells i * N + j, [T, h, K] int64, and their scores [T, h, K, C].
+
+        Args:
+            query: [T, 2, R', Dk], as projected; R' is R or 1.
+            keys: [h, 2, N, Dk, R].
+            query_gain, key_gain: [Dk], the gains of the norms.
+            epsilon: of both norms.
+            u, t: [h, R].
+            cores: [C, h, R, R].
+            kept: K', at most N.
+            topk: K, at most K' * K'.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to search and to look up. A module with the functions of a protocol is one of its kind."""
@@ -196,6 +219,8 @@ class Backend:
     sort_ahead: Optional[Callable[[Tensor, int, PickOrder], None]] = None
     """Of a backend whose backward sorts picks: sort ``rows`` [T, P] of a whole table of A rows already now, for a
     lookup that is given the same ``PickOrder`` as ``order``. None: the lookup takes no such argument."""
+    retrieve: Optional[Retrieve] = None
+    """Of a backend that has it: retrieval in one piece."""
 
 
 def pre_value_scores(rows: Tensor, projected: Tensor, pre_values: Tensor) -> Tensor:

@@ -43,11 +43,11 @@ def _scatter() -> Backend:
 
 
 def _cpu() -> Backend:
-    from umv2_megatron.ops import cpu, cpu_build, cpu_ragged, cpu_search, whole_table
+    from umv2_megatron.ops import cpu, cpu_build, cpu_ragged, cpu_retrieval, cpu_search, whole_table
 
     cpu_build.library()
     lookup = partial(whole_table.lookup, cpu, one_pass=cpu.one_pass)
-    return Backend("cpu", cpu_search, lookup, cpu, cpu_ragged)
+    return Backend("cpu", cpu_search, lookup, cpu, cpu_ragged, retrieve=cpu_retrieval.retrieve)
 
 
 def _triton() -> Backend:

@@ -354,8 +354,15 @@ def _bridge_distributed_optimizer(module: ModuleType) -> None:
 
 
 def _bridge_clip(module: ModuleType) -> None:
-    """clip_grads.py:167."""
+    """clip_grads.py:167; and utils.py:1215, which makes a copy of every gradient, a value table's too, to scale it."""
     _accept_types(module.clip_grad_by_total_norm_fp32)
+
+    def scale(_chunk: int, _flag: torch.Tensor, tensors: list[list[torch.Tensor]], factor: Any) -> None:
+        for source, target in zip(*tensors):
+            torch.mul(source, factor, out=target)
+
+    if module.multi_tensor_scale_impl.__name__ == "local_multi_tensor_scale":
+        module.multi_tensor_scale_impl = scale  # type: ignore[attr-defined]
 
 
 def _functions_that_check_types() -> list[FunctionType]:

@@ -2,13 +2,13 @@
 
 Counted tensor by tensor from the modules. A block keeps
 
-- norms: megatron-core's own norm (--transformer-impl local) keeps input, normalised input and output, in float32 copies
-  in a bf16 run; Transformer Engine's keeps input and output;
+- norms: input and output; the final one of --transformer-impl local, megatron-core's own, keeps input, normalised
+  input and output, in float32 copies in a bf16 run;
 - attention: queries, keys and values, the output and the denominators of its softmax; megatron-core's own module the
   probabilities [b, heads, S, S] instead of these, in float32 and in bf16;
-- FFN: the first linear layer's output, activated gate, other half, and their product;
-- memory layer: queries with their norm, normalised keys, the scores of all keys [2, R, T, h, N] in float32, the picks,
-  and what the lookup needs, which differs between whole and sharded tables.
+- FFN: the first linear layer's output, and the product of the activated gate and its other half;
+- memory layer: queries, the picks and the scores of their keys, and what the lookup needs, which differs between whole
+  and sharded tables.
 
 ``activation_bytes`` adds the micro-batches in flight on the stage (1F1B or interleaved) and the largest of four working
 sets: logits and loss; and in the last block's backward, in this order, the lookup, the FFN, the key scores, attention.
@@ -134,7 +134,7 @@ def _logits(shape: ModelShape, layout: Layout) -> int:
     of the output matrix."""
     tokens, width = layout.tokens(shape.seq_length), shape.vocab_size // layout.tp
     size = layout.weight_bytes
-    norm = _norm(layout.resident_tokens(shape.seq_length) * shape.hidden_size, layout)
+    norm = _plain_norm(layout.resident_tokens(shape.seq_length) * shape.hidden_size, layout)
     gathered = tokens * shape.hidden_size * size
     forward = tokens * width * (FP32 if size == FP32 else FP32 + size)
     backward = tokens * width * size + width * shape.hidden_size * size + gathered
@@ -142,7 +142,12 @@ def _logits(shape: ModelShape, layout: Layout) -> int:
 
 
 def _norm(elements: int, layout: Layout) -> int:
-    """Kept by one norm over tensors of ``elements``, its input included."""
+    """Kept by one norm of a block over tensors of ``elements``, its input included."""
+    return 2 * elements * layout.weight_bytes
+
+
+def _plain_norm(elements: int, layout: Layout) -> int:
+    """The same of the norm behind the last block."""
     size = layout.weight_bytes
     if layout.engine:
         return 2 * elements * size
@@ -205,7 +210,7 @@ class _Block:
         if self.memory is not None:
             exchange = self._exchange_buffers(self.memory)
             found.append((missing + hidden + self._chunk(self.memory) + exchange, exchange))
-            scoring = int(2.5 * parts.key_scores) + self._queries_again(self.memory)
+            scoring = self._scoring(self.memory, parts.key_scores) + self._queries_again(self.memory)
             found.append((missing + hidden + scoring - parts.lookup - parts.ffn, 0))
         found.append((missing + 2 * hidden + in_attention - parts.memory - parts.ffn, 0))
         return found
@@ -221,24 +226,25 @@ class _Block:
             # input of the query and key norms, both after the rotation, output and its softmax statistics
             out = query * size + FP32 * tokens * shape.num_attention_heads // layout.tp
             return 0, qkv + (query + key) * size + out
-        norms = (query + key) * (size if size == FP32 else 2 * FP32) if shape.qk_norm else 0
         everyone = key * layout.cp  # keys are gathered over the context-parallel ranks
-        rotation = 4 * shape.seq_length // layout.cp * shape.kv_channels * size
+        rotation = 4 * shape.seq_length // layout.cp * shape.kv_channels * FP32
         rotated = (query + everyone) * size
-        values = qkv if layout.cp == 1 or (size == FP32 and shape.qk_norm) else everyone * size
+        # the norms of queries and keys keep their input, a part of one tensor with the values
+        values = qkv if layout.cp == 1 or shape.qk_norm else everyone * size
         if layout.holds_scores:
             core = self._probabilities_kept()
             if grouped:  # keys and values again, one for each head
                 core += 2 * query * layout.cp * size
                 rotated = query * size + (key * size if layout.recompute == "selective" else 0)
-                values = qkv if size == FP32 and shape.qk_norm else 0
+                values = qkv if shape.qk_norm else 0
         else:
             core = FP32 * tokens * shape.num_attention_heads // layout.tp
-            if layout.cp > 1 or layout.micro_batch > 1:
+            compiled = layout.one_pass and size == FP32 and not layout.masked  # ops/cpu_attention.py
+            if layout.cp > 1 or (layout.micro_batch > 1 and not compiled):
                 core += query * size  # the output before its samples, or the parts of the sequence, are put in order
             if layout.cp > 1 or layout.masked:  # PyTorch keeps them as numbers, for every block
                 core += _masks(shape, layout) * size * (layout.micro_batch if layout.masked else 1)
-        return core, norms + rotated + values + rotation + query * size
+        return core, rotated + values + rotation + query * size
 
     def _probabilities_kept(self) -> int:
         """Attention probabilities, and the mask."""
@@ -250,7 +256,7 @@ class _Block:
         """Output of the first linear layer and what the activation keeps."""
         if not self.shape.gated:
             return 2 * self.inner
-        return (3 if self.layout.fused_activation else 5) * self.inner
+        return (3 if self.layout.fused_activation or self.layout.one_pass else 5) * self.inner
 
     def _memory_parts(self, m: MemoryConfig) -> tuple[int, int, int]:
         """(retrieval, key scores, lookup): bytes kept, but for the second."""
@@ -292,6 +298,15 @@ class _Block:
             columns = len(layout.shard().cores(m.value_dim, m.num_cores))
             return kept + projected + shards * picks * (4 + columns * FP32)
         return kept + shards * projected + picks * (INT64 + 4) + shards * tokens * INT64
+
+    def _scoring(self, m: MemoryConfig, key_scores: int) -> int:
+        """What the backward of the scores of all keys holds at once: their gradient, or, where retrieval is in one
+        piece, the keys in float32 with their gradient, and the lists of what is not zero in the scores'."""
+        if not self.layout.retrieves_in_one_piece or m.scoring == "additive" or m.balance_loss_coeff > 0:
+            return int(2.5 * key_scores)
+        keys = 2 * m.tucker_rank * m.num_heads * m.scored_keys * m.key_dim * FP32
+        lists = self.own * m.num_heads * m.topk * (2 * INT32 + 2 * m.tucker_rank * FP32)
+        return 3 * keys + self.own * m.query_rows * FP32 + lists
 
     def _queries_again(self, m: MemoryConfig) -> int:
         """Queries of every head, normalised again in the backward, with their gradients; for one head they are small

@@ -30,8 +30,9 @@ INT32 = 4
 INT64 = 8
 # A radix sort of keys of 4 bytes with places of 8, 8 bits in a pass, read and written: an assumption.
 SORT_BYTES = 4 * 2 * (INT32 + INT64)
-# Passes over each element of a norm's input, forward and backward, by bytes of a weight: PyTorch's operations on a CPU,
-# of which those of a 16-bit run work on float32 copies (in passes of 2 bytes).
+# Passes over each element of a norm's input, forward and backward, by bytes of a weight: PyTorch's operations on a CPU
+# (norms of queries and keys where retrieval is not one piece), of which those of a 16-bit run work on float32 copies
+# (in passes of 2 bytes); compiled ones.
 LOCAL_NORM = {4: (7.0, 23.0), 2: (20.5, 52.5)}
 FUSED_NORM = (2.0, 3.0)
 # Picks of one row that a program sums, ``ops/triton_launch.py``; the sums of further ones are written and read.
@@ -206,8 +207,11 @@ def _by_torch(layout: Layout, picks: float, pre: float, values: float) -> Moved:
 
 def retrieval(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
     """Key scores, and the norms of queries and keys; the backward computes the norms again, and copies their gradients
-    to the order of the parameters."""
+    to the order of the parameters. In one piece (float32 on a CPU) queries are read once, and three times backward."""
     size = layout.weight_bytes
+    if _in_one_piece(memory, layout):
+        queries = tokens * memory.query_rows * size
+        return Moved(streamed_forward=queries, streamed_backward=3.0 * queries)
     forward, backward = FUSED_NORM if layout.engine else LOCAL_NORM[size]
     queries = tokens * memory.query_rows if memory.qk_norm != "none" else 0
     keys = 2 * memory.num_heads * memory.scored_keys * memory.key_dim * memory.tucker_rank
@@ -219,13 +223,19 @@ def retrieval(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
     return norms + key_scores(memory, layout, tokens)
 
 
+def _in_one_piece(memory: MemoryConfig, layout: Layout) -> bool:
+    return layout.retrieves_in_one_piece and memory.scoring != "additive" and memory.balance_loss_coeff == 0
+
+
 def key_scores(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
-    """Passes over the scores of all keys.
+    """Passes over the scores of all keys; none in one piece.
 
     Forward: the product writes them in the weights' precision, a 16-bit run copies them to float32 unless the search
     is Triton's, the search reads them; PyTorch's also writes and reads its sums over ranks. Backward: zeros with the
     gradients of the picked ones in float32, in a 16-bit run a copy, and two products that read it.
     """
+    if _in_one_piece(memory, layout):
+        return Moved()
     size = layout.weight_bytes
     elements = 2 * memory.tucker_rank * tokens * memory.num_heads * memory.scored_keys
     converted = 0 if size == FP32 else size + FP32
@@ -242,8 +252,8 @@ def key_scores(memory: MemoryConfig, layout: Layout, tokens: int) -> Moved:
 def block(shape: ModelShape, layout: Layout, seq_length: int) -> Moved:
     """Norms, rotation, attention's operands, activation and residual additions of one block; its memory layer not.
 
-    Transformer Engine's and fused operations read their inputs and write their outputs once. megatron-core's own
-    modules (--transformer-impl local) are made of many: those that PyTorch runs on a CPU are counted.
+    Transformer Engine's operations, fused ones and those of one pass on a CPU read their inputs and write their outputs
+    once.
     """
     size = layout.weight_bytes
     tokens = layout.tokens(seq_length) / layout.tp
@@ -253,16 +263,16 @@ def block(shape: ModelShape, layout: Layout, seq_length: int) -> Moved:
     query, keys = (group * width / layout.tp for width in (shape.query_size, shape.key_value_size))
     inner = tokens * shape.ffn_hidden_size
     norms = 2 * hidden + (query + keys if shape.qk_norm else 0)
-    once, again = FUSED_NORM if layout.engine else LOCAL_NORM[size]
-    rotated = (4, 6) if layout.engine else (10, 14)
-    forward = once * norms + 6 * hidden + rotated[0] * (query + keys)
-    backward = again * norms + 6 * hidden + rotated[1] * (query + keys)
+    once, again = FUSED_NORM
+    forward = once * norms + 6 * hidden + 4 * (query + keys)
+    backward = again * norms + 6 * hidden + 6 * (query + keys)
     if not layout.engine:
         backward += 2 * (query + 2 * keys)  # gradients of queries, keys and values, put together
     if shape.gated:
         # silu 2, the other half plus an offset 2, their product 3
-        forward += (3 if layout.fused_activation else 7) * inner
-        backward += (5 if layout.fused_activation else 13) * inner
+        one = layout.fused_activation or layout.one_pass
+        forward += (3 if one else 7) * inner
+        backward += (5 if one else 13) * inner
     else:
         forward, backward = forward + 2 * inner, backward + 3 * inner
     return Moved(streamed_forward=forward * size, streamed_backward=backward * size)

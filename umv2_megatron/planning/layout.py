@@ -178,6 +178,16 @@ class Layout:
         return 4 if self.grads_in_fp32 or not self.bf16 else 2
 
     @property
+    def one_pass(self) -> bool:
+        """Whether the compiled steps of CPUs (model/one_pass.py) stand between the products of a block."""
+        return not self.engine
+
+    @property
+    def retrieves_in_one_piece(self) -> bool:
+        """Whether the compiled retrieval of CPUs takes Tucker scores without a balance loss."""
+        return self.lookup == "cpu" and self.weight_bytes == 4
+
+    @property
     def lookup(self) -> str:
         """The lookup that ``auto`` takes: with Transformer Engine a GPU's, else the compiled one of CPUs."""
         return self.backend if self.backend != "auto" else "scatter" if self.engine else "cpu"

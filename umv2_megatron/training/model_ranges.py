@@ -47,6 +47,8 @@ class WatchedModel:
                 self._replace(
                     layer.retrieval, "refresh_singular_vectors", functools.partial(self._timed, "u, t refresh")
                 )
+                self._watch("query projection", layer.retrieval.query, inputs=True)
+                # one piece with the search, and so not apart, where the backend has it
                 self._replace(layer.retrieval, "key_scores", functools.partial(self._timed, "scores of keys"))
                 if layer.owns_table and layer.table.exchange is not None:
                     self._replace(layer.table.exchange, "watched", self._timed_context)

@@ -58,7 +58,10 @@ def test_key_scores(dtype: torch.dtype) -> None:
     planned = device_bytes.key_scores(memory, Layout(bf16=dtype == torch.bfloat16, backend="scatter"), tokens)
     assert (forward.bytes, backward.bytes) == (planned.forward, planned.backward)
     compiled = device_bytes.key_scores(memory, Layout(bf16=dtype == torch.bfloat16, backend="cpu"), tokens)
-    assert compiled.backward == planned.backward and compiled.forward < planned.forward
+    if dtype == torch.float32:  # in one piece, without them
+        assert (compiled.forward, compiled.backward) == (0, 0)
+    else:
+        assert compiled.backward == planned.backward and compiled.forward < planned.forward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
