@@ -248,11 +248,16 @@ def print_bytes(result: dict[str, Any]) -> None:
 
 
 class CountOps(TorchDispatchMode):
-    """Non-view ATen operations, and kernels by name."""
+    """Non-view ATen operations, and kernels by name; ``forward``: how many of them were before a backward."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: collections.Counter = collections.Counter()
+        self.forward = 0
+
+    def note(self, name: str) -> None:
+        self.counts[name] += 1
+        self.forward += torch._C._current_graph_task_id() < 0
 
     @contextmanager
     def with_kernels(self) -> Iterator[None]:
@@ -261,7 +266,7 @@ class CountOps(TorchDispatchMode):
 
         def counted(kernel: Any, grid: tuple, tensors: dict, constants: dict, warps: int) -> None:
             name = kernel.fn.__name__
-            self.counts[f"kernel {name}"] += 1
+            self.note(f"kernel {name}")
             for found in {"best_keys_kernel": ("keys",), "best_cells_kernel": ("rows", "columns")}.get(name, ()):
                 np.asarray(tensors[found])[...] = 0  # valid places; numpy, which is not counted
 
@@ -275,7 +280,7 @@ class CountOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")
         if not name.startswith(VIEWS):
-            self.counts[name] += 1
+            self.note(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -313,7 +318,7 @@ def model_of(
     return run, state, (dict(batch) for _ in itertools.repeat(None))
 
 
-def ops_of(backend: str, layers: int) -> dict[str, collections.Counter]:
+def ops_of(backend: str, layers: int) -> dict[str, CountOps]:
     """Operations of a micro-batch of a model with ``layers`` blocks.
 
     "refresh" are those of u and t, once per optimizer step.
@@ -331,17 +336,22 @@ def ops_of(backend: str, layers: int) -> dict[str, collections.Counter]:
         step._run_schedule(run, state.chunks, batches, forward_only=False)
     with counted["refresh"].with_kernels():
         step.refresh_singular_vectors(state.chunks)
-    return {name: each.counts for name, each in counted.items() if name != "unused"}
+    return {name: each for name, each in counted.items() if name != "unused"}
 
 
-def ops_per_block(backend: str) -> dict[str, dict[str, float]]:
-    """The counts of one block, and of one refresh."""
+def ops_per_block(backend: str) -> dict[str, Any]:
+    """The counts of one block, "block", and of one refresh, "refresh"; the share of a block's that are "forward", and
+    how many are "around" the blocks."""
     few, many = ops_of(backend, 1), ops_of(backend, 3)
-    return {
-        part: {name: (many[part][name] - few[part][name]) / 2 for name in many[part]
-               if many[part][name] != few[part][name]}
+    found: dict[str, Any] = {
+        part: {name: (many[part].counts[name] - few[part].counts[name]) / 2 for name in many[part].counts
+               if many[part].counts[name] != few[part].counts[name]}
         for part in many
     }  # fmt: skip
+    each = sum(found["block"].values())
+    found["forward"] = (many["block"].forward - few["block"].forward) / 2 / each
+    found["around"] = sum(few["block"].counts.values()) - each
+    return found
 
 
 class CountBytes(TorchDispatchMode):

@@ -299,6 +299,6 @@ def accumulation(parameters: float, layout: Layout, fused: float = 0.0) -> Moved
     ``fused``: how many of them belong to linear layers of megatron-core, whose products add to the buffer themselves
     with --gradient-accumulation-fusion; those of memory layers, norms and embeddings do not.
     """
-    fused = fused if layout.fused_accumulation else 0.0
+    fused = min(fused, parameters) if layout.fused_accumulation else 0.0
     moved = (parameters - fused) * (2 * layout.weight_bytes + 2 * layout.grad_bytes)
     return Moved(streamed_backward=moved + fused * 2 * layout.grad_bytes)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from umv2_megatron.planning.launches import DENSE_BLOCK, MEMORY_LAYER
+from umv2_megatron.planning.launches import AROUND, DENSE_BLOCK, FORWARD_SHARE, MEMORY_LAYER
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -r requirements-triton.txt")
 
@@ -86,6 +86,9 @@ def test_operations_of_a_block(results: dict[str, Any]) -> None:
     assert {name: ops[name] - DENSE_BLOCK for name in ("triton", "scatter")} == {
         name: MEMORY_LAYER[name] for name in ("triton", "scatter")
     }
+    for found in results["ops"].values():
+        assert found["around"] == pytest.approx(AROUND, abs=3)
+        assert found["forward"] == pytest.approx(FORWARD_SHARE, abs=0.03)
     # A further layer adds none to the refresh of u and t.
     assert all(sum(found["refresh"].values()) == 0 for found in results["ops"].values())
 
