@@ -1,7 +1,7 @@
 """config.json of a checkpoint: the run's settings as they were when it saved, checked before anybody trusts one.
 
-    {"format": 1, "version": ..., "values": {settings by key}, "data": {identity of the corpora}, "world_size": ...,
-     "tokenizer_vocab_size": ..., "padded_vocab_size": ...}
+    {"format": 1, "version": ..., "values": {settings by key}, "data": {identity of the corpora, blends},
+     "world_size": ..., "tokenizer_vocab_size": ..., "padded_vocab_size": ...}
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def read_config(store: CheckpointStore, iteration: int) -> dict[str, Any]:
     for key in ("values", "data"):
         if not isinstance(config.get(key, {}), dict):
             raise CheckpointError(f"{path} has {key} {config[key]!r}: expected a mapping")
+    if not isinstance(config.get("data", {}).get("training_blends", []), list):
+        raise CheckpointError(f"{path} has training_blends {config['data']['training_blends']!r}: expected a list")
     for key in _SIZES:
         if key in config and (type(config[key]) is not int or not 0 < config[key] < 2**63):
             raise CheckpointError(f"{path} has {key} {config[key]!r}: expected a positive integer")

@@ -263,6 +263,8 @@ def check_data(run: RunConfig) -> None:
         blends.update(zip(("--train-data-path", "--valid-data-path", "--test-data-path"), run.data.split_blends()))
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if run.training.allow_new_blend and run.data.mock_data:
+        refuse("allow-new-blend", "on", "--data-path or --train-data-path: generated tokens have no blend")
     for flag, blend in blends.items():
         for prefix in blend[0] if blend is not None else []:
             for suffix in (".idx", ".bin"):

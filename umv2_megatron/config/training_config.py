@@ -256,6 +256,12 @@ class TrainingConfig:
         "resume although data, seed, batch or sizes differ from the checkpoint's",
         read_by="training/resume.py: what may differ from the checkpoint",
     )
+    allow_new_blend: bool = option(
+        False,
+        "resume with another --data-path or --train-data-path than the checkpoint's: each corpus goes on where it "
+        "stood",
+        read_by="training/resume.py: what may differ from the checkpoint",
+    )
 
     eval_interval: Optional[int] = option(
         1000,

@@ -31,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at an iteration: "restart" or "fault"."""
+    """A vertical line at an iteration: "restart", "fault" or "blend"."""
 
     iteration: int
     kind: str

@@ -10,6 +10,8 @@ Every event has ``time`` (seconds since 1970), ``event`` and ``iteration`` (fini
     unsaved      a non-persistent one could not be written, and the run went on; ``text``
     skipped      a step made no update (NaN, spike, --iterations-to-skip); ``text`` says which and why
     spike        a step was one and made its update nevertheless; ``text``
+    blend        this start has begun a new blend with sample ``from_sample`` (--allow-new-blend); ``corpora``: each
+                 with ``prefix``, ``samples`` and ``epochs`` drawn so far, and its ``share``, [old, new]
     rewind       the run went back to a checkpoint in the same process; ``text``
     stop         the ranks agreed to stop; ``reason``: the signal, or the time limit
     fault        this process ends before its time; ``rank`` that tells it, ``code``, ``text``

@@ -1,6 +1,6 @@
 """The page of a run: one self-contained HTML file of bounded size, readable on a phone, light and dark.
 
-    what the run is doing -> curves -> memory layers -> what happened -> checkpoints -> configuration
+    what the run is doing -> curves -> memory layers -> what happened -> blends -> checkpoints -> configuration
 
 Everything that comes from the run's files goes through ``html.tag``, which escapes it.
 """
@@ -44,6 +44,7 @@ def page(run: RunFiles, title: str) -> str:
         _tasks(run),
         _memory(run),
         _happened(run),
+        _blends(run),
         _checkpoints(run),
         _configuration(run),
     ]
@@ -141,7 +142,8 @@ def _curves(run: RunFiles) -> Html:
     ]  # fmt: skip
     shown = [each for each in charts if each is not None]
     kinds = {mark.kind for mark in marks}
-    told = [tag("span", tag("i", class_=f"key {kind}"), kind) for kind in ("restart", "fault") if kind in kinds]
+    known = [kind for kind in ("restart", "fault", "blend") if kind in kinds]
+    told = [tag("span", tag("i", class_=f"key {kind}"), kind) for kind in known]
     return tag(
         "section",
         tag("h2", "Curves"),
@@ -159,9 +161,10 @@ def _by_set(run: RunFiles) -> list[list[Line]]:
 
 
 def _marks(run: RunFiles) -> list[Mark]:
-    """Restarts and faults, each place once."""
+    """Restarts, faults and changes of the blend, each place once."""
     found = [Mark(_step(event), "restart") for event in run.starts[1:]]
     found += [Mark(_step(event), "fault") for event in run.events if event["event"] in ("fault", "skipped", "rewind")]
+    found += [Mark(_step(event), "blend") for event in run.events if event["event"] == "blend"]
     return list(dict.fromkeys(found))[-MOST_EVENTS:]
 
 
@@ -281,11 +284,37 @@ def _in_words(event: dict[str, Any], place: int, faults: set[str]) -> tuple[str,
             "tasks-failed": "evaluation on tasks failed",
         }
         return heading[kind], str(event.get("text", ""))
+    if kind == "blend":
+        return "new blend", f"from sample {event.get('from_sample')} on, see below"
     if kind == "stop":
         return "stop", f"asked by {event.get('reason')}"
     if kind == "end":
         return "end", "all iterations are done" if event.get("finished") else "stopped before the last iteration"
     return kind, ""
+
+
+def _blends(run: RunFiles) -> Html | None:
+    """The changes of the training blend; one that was told again, by the start after one that saved nothing, once."""
+    told = {str(event.get("from_sample")): event for event in run.events if event["event"] == "blend"}
+    if not told:
+        return None
+    heads = ("from sample", "iteration", "corpus", "samples before", "epochs before", "share before", "share after")
+    rows = []
+    for sample, event in reversed(told.items()):
+        corpora = event.get("corpora")
+        for row in corpora if isinstance(corpora, list) else []:
+            row = row if isinstance(row, dict) else {}
+            pair = row.get("share")
+            shares = pair if isinstance(pair, list) and len(pair) == 2 else [None, None]
+            cells = [sample, f"{_step(event):,}", row.get("prefix"), row.get("samples"), row.get("epochs"), *shares]
+            rows.append(tag("tr", *(tag("td", _value(cell)) for cell in cells)))
+    earlier = len(rows) - MOST_CHANGES
+    return tag(
+        "section",
+        tag("h2", "Blend of the training set"),
+        tag("div", tag("table", tag("tr", *(tag("th", head) for head in heads)), *rows[:MOST_CHANGES]), class_="wide"),
+        tag("p", f"{earlier:,} more lines are in events.jsonl.", class_="note") if earlier > 0 else None,
+    )
 
 
 # -- checkpoints, configuration ----------------------------------------------------------------------------------------
@@ -393,4 +422,4 @@ def _cut(text: str) -> str:
 
 
 def _css(kind: str) -> str:
-    return kind if kind in ("start", "fault", "skipped", "spike", "rewind", "stop", "end") else "other"
+    return kind if kind in ("start", "fault", "skipped", "spike", "rewind", "blend", "stop", "end") else "other"

@@ -35,7 +35,9 @@ from umv2_megatron.observation.exporter import Exporter
 from umv2_megatron.observation.memory_history import record_memory_history
 from umv2_megatron.parallel import roll_call
 from umv2_megatron.planning.parameters import count_parameters
+from umv2_megatron.training.blends import BlendHistory, blend_history
 from umv2_megatron.training.evaluation_sets import builds_itself, evaluation_sets
+from umv2_megatron.training.first_rank import on_rank_0
 from umv2_megatron.training.initialize import (
     Progress,
     TrainingState,
@@ -85,12 +87,15 @@ def pretrain(run: RunConfig, load_tasks: Callable[[RunConfig], TaskEvaluation] |
         if not run.training.skip_train:
             # mcore shuffles as many epochs as it needs, so another number of samples is another order
             identity["training_samples"] = run.samples
-        _resume(run, state, identity, tokenizer.vocab_size, store, non_persistent)
+        blends = _resume(run, state, identity, tokenizer.vocab_size, store, non_persistent)
+        identity["training_blends"] = blends.as_json()
         events = stack.enter_context(_history(run, store, state))
         if store is not None and torch.distributed.get_rank() == 0 and not run.training.skip_train:
             replace_synced(store.root / "config.yaml", run.to_yaml().encode())
+        blends.tell(events)
+        sizes = _samples(run, state.progress)
         train_set, valid_set, test_set = build_datasets(
-            run.data, tokenizer, run.model.seq_length, run.training.seed, _samples(run, state.progress)
+            run.data, tokenizer, run.model.seq_length, run.training.seed, sizes, blends.phases
         )
 
         reporter = Reporter(run, is_last_rank(), state.progress.iteration, exporter)
@@ -207,17 +212,24 @@ def _resume(
     vocab_size: int,
     store: CheckpointStore | None,
     non_persistent: NonPersistent | None,
-) -> None:
-    """Load the newest checkpoint of this run, or the one that --load names, if any, into ``state``."""
-    loaded = False
+) -> BlendHistory:
+    """Load the newest checkpoint of this run, or the one that --load names, if any, into ``state``; the history of
+    the training blend, which goes on from it."""
+    loaded = None
     found = _source_and_candidates(run, non_persistent)
     if found is not None:
         source, candidates = found
         loaded = _load(run, state, identity, vocab_size, source, candidates)
+    samples = _samples(run, state.progress)[0]
+    goes_on = loaded if found is not None and not _begins_anew(run, found[0]) else None
+    blends = BlendHistory([])
+    if not run.training.skip_train:
+        blends = blend_history(run, identity, goes_on, state.progress, samples)
     if non_persistent is not None:
-        non_persistent.go_on(state.progress.iteration, loaded=loaded)
+        non_persistent.go_on(state.progress.iteration, loaded=loaded is not None and loaded.place.kind != "persistent")
     elif store is not None and not run.training.skip_train:
         forget_history(store)
+    return blends
 
 
 def _source_and_candidates(
@@ -243,6 +255,11 @@ def _is_own(run: RunConfig, source: Source) -> bool:
     return same and (source.continues or not run.training.finetune)
 
 
+def _begins_anew(run: RunConfig, source: Source) -> bool:
+    """Whether only the weights of ``source`` are taken."""
+    return run.training.finetune and not source.continues
+
+
 def _load(
     run: RunConfig,
     state: TrainingState,
@@ -250,10 +267,10 @@ def _load(
     vocab_size: int,
     source: Source,
     candidates: list[Candidate],
-) -> bool:
-    """Load the first of ``candidates`` that can be, if it is of this run. Whether it is a non-persistent one."""
+) -> Candidate:
+    """Load the first of ``candidates`` that can be, if it is of this run. Which one it is."""
     training = run.training
-    finetune = training.finetune and not source.continues
+    finetune = _begins_anew(run, source)
     _refuse_another_run(run, source, candidates[0], None if finetune else identity, vocab_size)
     load_optim = not training.skip_train and (source.continues or not (training.no_load_optim or finetune))
     loaded = load_state(
@@ -277,7 +294,8 @@ def _load(
         + f"; read {min(loaded.bytes_read):,} to {max(loaded.bytes_read):,} bytes per rank, "
         f"{sum(loaded.bytes_read):,} in all"
     )
-    return loaded.kind != "persistent"
+    which = (loaded.kind, loaded.iteration)
+    return next(each for each in candidates if (each.place.kind, each.iteration) == which)
 
 
 def _refuse_another_run(
@@ -287,24 +305,16 @@ def _refuse_another_run(
 
     ``identity`` is None where the run begins anew with the checkpoint's weights, which need only fit.
     """
-    refusal: list[str | None] = [None]
 
     def compare() -> None:
-        if torch.distributed.get_rank() == 0:
-            config = None
-            if candidate.place.kind != "persistent":
-                config = saved_config.read_config(candidate.place.store, candidate.iteration)
-            try:
-                check_vocabulary(source, vocab_size, config)
-                if identity is not None:
-                    check_same_run(run, source, identity, config)
-            except UsageError as error:
-                refusal[0] = str(error)
+        config = None
+        if candidate.place.kind != "persistent":
+            config = saved_config.read_config(candidate.place.store, candidate.iteration)
+        check_vocabulary(source, vocab_size, config)
+        if identity is not None:
+            check_same_run(run, source, identity, config)
 
-    attempt("comparing the run with its checkpoint", compare)
-    torch.distributed.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise UsageError(refusal[0])
+    on_rank_0("comparing the run with its checkpoint", compare)
 
 
 def _history(run: RunConfig, store: CheckpointStore | None, state: TrainingState) -> EventLog:

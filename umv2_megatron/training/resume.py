@@ -16,6 +16,7 @@ from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.config.usage import UsageError
+from umv2_megatron.data.phases import TRAINING_BLENDS
 from umv2_megatron.durable_files import CheckpointError, sha256_of, unreadable
 from umv2_megatron.user_paths import same_directory
 
@@ -49,6 +50,14 @@ SAME_SCHEDULE = (
     "memory_value_lr",
     "memory_value_weight_decay",
 )
+# Of the data's identity, what decides the order of a corpus's samples: --allow-new-blend goes on in that order.
+STREAMS = {
+    "mock_data": "--mock-data",
+    "split": "--split",
+    "tokenizer": "the tokenizer",
+    "seq_length": "--seq-length",
+    "seed": "--seed",
+}
 
 
 @dataclass(frozen=True)
@@ -171,19 +180,70 @@ def check_same_run(
     config.json, where it is not that of ``saved_settings``.
     """
     config = config or saved_settings(source)
-    saved = config["values"]
+    saved, data = config["values"], config.get("data", {})
+    new_blend = is_new_blend(data, data_identity)
+    if run.training.allow_new_blend:
+        _check_streams(data, data_identity)
     _check_schedule(run, saved, source)
     if not run.training.allow_config_change:
         _compare(run, saved, (*SAME_RUN, *_model_keys(saved)), "--allow-config-change to go on regardless")
-        for name, old in config.get("data", {}).items():
+        if new_blend and not run.training.allow_new_blend:
+            raise UsageError(_told_new_blend(run, saved, data, data_identity))
+        for name, old in data.items():
             new = data_identity.get(name)
             if name == "training_samples":
-                _check_samples(old, new)
-            elif name in data_identity and old != new:
+                # once the blend has changed, samples are numbered in their corpora: nothing depends on how many follow
+                if not (new_blend or len(data.get("training_blends", ())) > 1):
+                    _check_samples(old, new)
+            elif name in data_identity and _but_for_training(name, old) != _but_for_training(name, new):
                 raise UsageError(
                     f"{name} is {_short(new)}, but the checkpoint was trained with {_short(old)}; give the "
                     "old data, or --allow-config-change to go on regardless"
                 )
+
+
+def is_new_blend(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two data identities, the first from a checkpoint, have another training blend: other corpora, another
+    order of them, or other weights as given."""
+    return "corpora" in old and _training_corpora(old) != _training_corpora(new)
+
+
+def _training_corpora(data: dict[str, Any]) -> dict[str, Any]:
+    """Weights as given and fingerprints, by the flag's key; nothing for --mock-data."""
+    corpora = data.get("corpora", {})
+    return {key: corpora[key] for key in TRAINING_BLENDS if key in corpora}
+
+
+def _but_for_training(name: str, value: Any) -> Any:
+    """An entry of a data identity without the training set, which is compared by itself."""
+    return {key: each for key, each in value.items() if key not in TRAINING_BLENDS} if name == "corpora" else value
+
+
+def _check_streams(old: dict[str, Any], new: dict[str, Any]) -> None:
+    before, now = (next(iter(_training_corpora(each)), None) for each in (old, new))
+    if before != now:
+        raise UsageError(
+            f"--allow-new-blend needs the new blend in the flag that the old one had: it is in {_flag(now)}, the "
+            f"checkpoint's was in {_flag(before)}"
+        )
+    for name, flag in STREAMS.items():
+        if name in old and old[name] != new[name]:
+            raise UsageError(
+                f"--allow-new-blend goes on in each corpus where it stood, so {flag} has to be as it was; it is "
+                f"{_short(new[name])}, the checkpoint's is {_short(old[name])}"
+            )
+
+
+def _told_new_blend(run: RunConfig, saved: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> str:
+    before, now = (next(iter(_training_corpora(each)), "mock_data") for each in (old, new))
+    told = " ".join(map(str, run.values[now])) if now != "mock_data" else "on"
+    was = " ".join(map(str, saved.get(before) or ())) if before != "mock_data" else "on"
+    differ = "" if (now, told) != (before, was) else ", whose files have changed since"
+    stream = "" if "mock_data" in (before, now) else "--allow-new-blend to go on in each corpus where it stood, "
+    return (
+        f"{_flag(now)} is {_short(told)}, but the checkpoint was trained with {_flag(before)} {_short(was)}{differ}; "
+        f"give the old data, {stream}or --allow-config-change to read the new data from the run's place in its order"
+    )
 
 
 def _check_samples(old: int, new: int | None) -> None:
@@ -240,6 +300,10 @@ def _compare(run: RunConfig, saved: dict[str, Any], keys: tuple[str, ...], remed
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _flag(key: str | None) -> str:
+    return f"--{str(key or 'mock_data').replace('_', '-')}"
 
 
 _FLAG = {"iterations": "iters", "samples": "samples"}

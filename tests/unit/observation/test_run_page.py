@@ -72,6 +72,7 @@ def test_every_text_of_the_run_is_escaped(tmp_path: Path) -> None:
     evil = "\" onerror=alert(3) x='</script><script>alert(1)</script><img src=x onerror=alert(2)>&"
     told = [start(0, reason=evil, changes={evil: [evil, evil]}), event("fault", 3, text=evil, rank=evil, code=evil),
             event("skipped", 4, text=evil), event("stop", 4, reason=evil), event(evil, 5),
+            event("blend", 5, from_sample=evil, corpora=[{"prefix": evil, "samples": evil, "share": [evil, evil]}]),
             {**start(5, reason=evil), "device": evil, "host": evil, "ranks": evil}]  # fmt: skip
     records = [*steps(1, 9), {"iteration": 9, evil: 1.0, f"memory/{evil}/layer_000": 1.0}]
     run = read_run(write_run(tmp_path / "run", records, told, **{evil: evil}))
@@ -119,6 +120,20 @@ def test_scores_of_tasks_and_losses_of_sets(tmp_path: Path) -> None:
     assert text.count("<b>own</b>") == 2 and text.count("<b>validation loss by set</b>") == 2
     assert "set4" in text and "set0 ppl" not in text
     assert "evaluation on tasks failed" in text and "no such answer" in text and ">tasks<" not in text
+
+
+def test_changes_of_the_blend(tmp_path: Path) -> None:
+    """One that was made again by the start after one that saved nothing is shown once; records that are none, not."""
+    corpora = [{"prefix": "data/web", "samples": 60, "epochs": 0.25, "share": [0.7, 0.4]},
+               {"prefix": "data/new", "samples": 0, "epochs": None, "share": [0.0, 0.6]}]  # fmt: skip
+    told = [start(0), start(10), event("blend", 10, from_sample=80, corpora=corpora), start(10),
+            event("blend", 10, from_sample=80, corpora=corpora), event("blend", 12, from_sample=96, corpora=[3]),
+            event("blend", 13, corpora="no")]  # fmt: skip
+    found = shown(write_run(tmp_path, steps(1, 20), told))
+    table = re.sub(r" +", " ", found.text.split("Blend of the training set")[1].replace("\n", " "))
+    assert "80 10 data/web 60 0.25 0.7 0.4 80 10 data/new 0 none 0.0 0.6" in table
+    assert found.text.count("data/web") == 1 and "from sample 80 on, see below" in found.text
+    assert "mark blend" in {given.get("class") for _, given in found.elements}
 
 
 def test_checkpoints_that_are_not_persistent(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""mcore's datasets with a cache of sample orders that weeks-long runs can rely on.
+
+mcore keeps the orders that it has built as ``.npy`` files. Here
+
+- a cached order belongs to the content of a corpus, not only to its path: mcore names cache files after the path, so a
+  corpus made anew under the old name would be read in the order, and by the offsets, of the former one;
+- cache files appear at once and complete, so a run killed while writing them can start again; they are read without
+  pickle, which mcore allows; and a blend can be built without torch.distributed.
+
+Documents of training samples can be rearranged to teach filling in the middle (``infilling.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from umv2_megatron.data.infilling import Infilling, draws_of, infill
+
+
+@dataclass
+class CorpusConfig(GPTDatasetConfig):
+    """mcore's options, the content of each corpus, which becomes part of the names of cache files, how documents are
+    rearranged, and which epochs ``streams.py`` wants of a corpus."""
+
+    fingerprints: Optional[dict[str, str]] = None
+    infilling: Optional[Infilling] = None
+    first_epoch: int = 0
+    epochs: int = 1
+
+
+def cached(dataset: Any, split: str, suffixes: tuple[str, ...], build: Callable[[], tuple]) -> tuple:
+    """The arrays of ``dataset`` from its cache, or built and then cached.
+
+    A cache file that is incomplete or not a plain array counts as missing. Every rank that misses builds the same
+    arrays for itself, so nodes without a common file system work too.
+    """
+    directory = dataset.config.path_to_cache
+    if directory is None:
+        return build()
+    name = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split}"
+    paths = [Path(directory, f"{name}-{suffix}.npy") for suffix in suffixes]
+    try:
+        return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+    except (OSError, ValueError, EOFError):
+        arrays = build()
+    try:
+        os.makedirs(directory, exist_ok=True)
+        _write(Path(directory, f"{name}-description.txt"), lambda file: file.write(dataset.unique_description.encode()))
+        for path, array in zip(paths, arrays):
+            _write(path, functools.partial(_save_array, array=array))
+    except OSError as error:
+        raise ValueError(
+            f"--data-cache-path {directory} cannot be written ({error.strerror}): name a directory that can"
+        ) from None
+    return arrays
+
+
+def _save_array(file: Any, array: np.ndarray) -> None:
+    np.save(file, array, allow_pickle=False)
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file under a name of its own and rename it; ranks and jobs may do so at the same time."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with open(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def without_cache(dataset: Any) -> Iterator[None]:
+    """Let mcore build in memory only. It would warn that nothing is saved, which is not so."""
+    modules = [cls.__module__ for cls in type(dataset).__mro__]
+    config, logger = dataset.config, logging.getLogger(next(name for name in modules if name.startswith("megatron.")))
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "because path_to_cache is None" not in record.getMessage()
+
+    dataset.config = copy.copy(config)
+    # ``mock`` is what keeps mcore from falling back to a cache of its own choice.
+    dataset.config.path_to_cache, dataset.config.mock = None, True
+    logger.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        dataset.config = config
+        logger.removeFilter(is_wanted)
+
+
+class CorpusDataset(GPTDataset):
+    """mcore's GPTDataset with the cache described at the top of this file."""
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*GPTDataset._key_config_attributes(), "fingerprints"]
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def build() -> tuple:
+            with without_cache(self):
+                return super(CorpusDataset, self)._build_document_sample_shuffle_indices()
+
+        return cached(self, self.index_split.name, ("document_index", "sample_index", "shuffle_index"), build)
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of sample ``idx`` [seq_length + 1] and the documents that they are from."""
+        sample, documents = super()._query_document_sample_shuffle_indices(idx)
+        config = self.config
+        # losses of validation stay those of texts as they are
+        if config.infilling is not None and self.index_split is Split.train:
+            seed, number = self._seed_and_number(int(idx))
+            sample = infill(sample, config.infilling, draws_of(seed, config.fingerprints[self.dataset_path], number))
+        return sample, documents
+
+    def _seed_and_number(self, idx: int) -> tuple[int, int]:
+        """The seed of the order that sample ``idx`` is in, and the sample's number in it."""
+        return self.config.random_seed, idx
+
+
+class CorpusBlend(BlendedDataset):
+    """mcore's BlendedDataset with the same cache."""
+
+    def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
+        def build() -> tuple:
+            with without_cache(self):
+                return super(CorpusBlend, self)._build_indices()
+
+        return cached(self, self.split.name, ("dataset_index", "dataset_sample_index"), build)
+
+
+class Builder(BlendedMegatronDatasetBuilder):
+    @staticmethod
+    def build_generic_dataset(cls: Any, *arguments: Any) -> Any:
+        # mcore names its blend class in the middle of a method; this is the one place it passes through.
+        cls = CorpusBlend if cls is BlendedDataset else cls
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, *arguments)
