@@ -323,10 +323,13 @@ def ops_of(backend: str, layers: int) -> dict[str, CountOps]:
 
     "refresh" are those of u and t, once per optimizer step.
     """
-    from umv2_megatron.ops import scatter
+    from umv2_megatron.model import one_pass
+    from umv2_megatron.ops import cpu_attention, scatter
     from umv2_megatron.training import step
 
     torch.nn.functional.rms_norm = _one_norm  # numbers do not matter here
+    one_pass._compiled = lambda *_: False  # as on a GPU
+    cpu_attention.can = lambda *_: False
     scatter.CHUNK_ELEMENTS["cpu"] = scatter.CHUNK_ELEMENTS["cuda"]  # as on a GPU
     run, state, batches = model_of(backend, layers)
     counted = {"unused": CountOps(), "block": CountOps(), "refresh": CountOps()}

@@ -98,13 +98,19 @@ class Bench:
 
     def _attention(self) -> float:
         """Operations per second, counted as the planner counts: half of the pairs, twice in the backward."""
+        from umv2_megatron.ops import cpu_attention
+
         heads, length, width = (2, 32, 16) if self.small else (12, 512, 64)
-        query, key, value, grad = (torch.randn(2, heads, length, width).to(self.dtype).requires_grad_(index < 3)
-                                   for index in range(4))  # fmt: skip
+        query, key, value = (torch.randn(length, 2, heads, width).to(self.dtype).requires_grad_() for _ in range(3))
+        ours = cpu_attention.can(query, key, value)
 
         def once() -> None:
-            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-            torch.autograd.grad(out, (query, key, value), grad)
+            if ours:
+                out = cpu_attention.causal_attention(query, key, value, width**-0.5)
+            else:
+                first = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+                out = torch.nn.functional.scaled_dot_product_attention(*first, is_causal=True)
+            torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
 
         return 3 * 2 * heads * 2 * length**2 * width / self.seconds(once)
 

@@ -134,20 +134,11 @@ def test_planner_counts_the_same_bytes_of_a_shard_by_row(results: dict[str, Any]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_planner_counts_the_same_bytes_of_a_block(precision: str, results: dict[str, Any]) -> None:
-    """megatron-core's own modules on a CPU: norms, rotation, activation, residual additions; and the additions of
-    weights' gradients to the buffer, of which the planner counts what the product writes, too."""
-    from umv2_megatron.config.presets import PRESETS
+def test_planner_counts_the_additions_of_gradients(precision: str, results: dict[str, Any]) -> None:
+    """To the buffer, of dense weights; the planner counts what the product writes, too."""
     from umv2_megatron.planning import device_bytes
     from umv2_megatron.planning.layout import Layout
-    from umv2_megatron.planning.model_shape import ModelShape
 
-    narrow = {"hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 24, "seq_length": 64,
-              "max_position_embeddings": 64, "vocab_size": 1000}  # fmt: skip
-    shape = ModelShape.from_fields({**PRESETS["umv2-227m-1.2b"].model, **narrow})
-    layout, counted = Layout(engine=False, bf16=precision == "bf16"), results["block"][precision]
-    planned = device_bytes.block(shape, layout, 64)
-    assert planned.forward / 64 == pytest.approx(counted["forward"], rel=0.06)
-    assert planned.backward / 64 == pytest.approx(counted["backward"], rel=0.06)
+    layout = Layout(engine=False, bf16=precision == "bf16")
     added = device_bytes.accumulation(1, layout).backward - layout.weight_bytes
-    assert counted["parameters"] == pytest.approx(added, rel=0.02)
+    assert results["block"][precision]["parameters"] == pytest.approx(added, rel=0.02)
