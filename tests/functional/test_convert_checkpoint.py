@@ -85,8 +85,9 @@ def test_rows_beyond_the_tokenizer_s_ids_are_kept(tmp_path):
         (2, {**COLUMNS, "memory_layer_freq": "[0,1]", "rotary_percent": 0.5, "kv_channels": 32}, 1e-9),
         (1, {"ffn_variant": "dense", "num_layers": 1, "use_rope_scaling": True, "rope_scaling_factor": 32}, 1e-9),
         (2, {**EXPERTS, "expert_model_parallel_size": 2, "bf16": True}, 1e-9),
+        (1, {"model_preset": None, "ffn_variant": "dense", "hidden_size": 32, "num_attention_heads": 2}, 1e-9),
     ],
-    ids=["tp2-m2row-rich-bf16", "pp2-vpp-gelu", "cp2-m2dim", "dense", "ep2-experts-bf16"],
+    ids=["tp2-m2row-rich-bf16", "pp2-vpp-gelu", "cp2-m2dim", "dense", "ep2-experts-bf16", "derived-sizes"],
 )
 def test_there_and_back(ranks, settings, limit, tmp_path):
     found = forked(there_and_back, saved(tmp_path, ranks, **settings), tmp_path)

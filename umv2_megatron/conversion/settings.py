@@ -115,7 +115,7 @@ def context_of(values: dict[str, Any]) -> int:
 def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: int | None) -> UMv2Config:
     """The export's configuration for a checkpoint's ``config``; ``eod`` is the end-of-document token, which in training
     begins documents, too."""
-    values = config["values"]
+    values = with_sizes(config["values"])
     known = UMv2Config().to_dict()
     with_memory = has_memory(values["ffn_variant"])
     experts = _expert_settings(values)
@@ -150,6 +150,15 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
         },
     )
     return made
+
+
+def with_sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with the sizes that megatron-core derives where no flag gives them."""
+    derived = {
+        "kv_channels": values["hidden_size"] // values["num_attention_heads"],
+        "ffn_hidden_size": 4 * values["hidden_size"],
+    }
+    return {**values, **{key: size for key, size in derived.items() if values[key] is None}}
 
 
 def _window_of(values: dict[str, Any]) -> dict[str, Any]:
@@ -293,6 +302,7 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
 
 def sizes_of(values: dict[str, Any], vocabulary: int, chunk_rows: int | None) -> Sizes:
     """Sizes for the name table, from settings by key; ``chunk_rows`` None keeps every value table whole."""
+    values = with_sizes(values)
     memory = memory_config(values)
     layers: list[MemorySizes | None] = [None] * values["num_layers"]
     largest = 1
