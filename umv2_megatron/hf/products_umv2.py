@@ -229,7 +229,8 @@ void broadcast_tile(const float* x, int64_t columns, const float* w, const float
     };
     int64_t k = 0;
     for (; k + LINE <= columns; k += LINE) {
-        for (int n = 0; n < NB; ++n) __builtin_prefetch(next + n * columns + k, 0, 3);
+        // To the second level of cache: x and the rows at hand need the first.
+        for (int n = 0; n < NB; ++n) __builtin_prefetch(next + n * columns + k, 0, 2);
 #pragma GCC unroll 4
         for (int64_t j = 0; j < LINE; ++j) step(k + j);
     }
@@ -260,7 +261,7 @@ void paired_tile(const float* x, int64_t columns, const float* w, const float* n
         }
     };
     for (; k + LINE <= columns; k += LINE) {
-        for (int n = 0; n < NB; ++n) __builtin_prefetch(next + n * columns + k, 0, 3);
+        for (int n = 0; n < NB; ++n) __builtin_prefetch(next + n * columns + k, 0, 2);
 #pragma GCC unroll 4
         for (int64_t j = 0; j < LINE; j += 2) step(k + j);
     }
