@@ -63,7 +63,7 @@ MEMORY, FFN, BOTH = "memory layer", "dense FFN", "FFN + memory"
 EXPERTS = {kind: f"experts, {kind}" for kind in ("alltoall", "allgather")}
 """By mcore's token dispatcher; with one rank both only sort tokens."""
 PASSES = ("forward", "forward + backward")
-TARGET = 1.6
+TARGET = 1.2
 
 
 @dataclass

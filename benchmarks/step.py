@@ -60,7 +60,7 @@ from umv2_megatron.training import step  # noqa: E402
 from umv2_megatron.training.initialize import build_training_state, start_processes  # noqa: E402
 
 UMV2, MOE, DENSE = "umv2", "moe", "dense"
-TARGET = 1.25
+TARGET = 1.5
 
 
 # -- the models -----------------------------------------------------------------------------------------------------

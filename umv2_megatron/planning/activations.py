@@ -309,12 +309,13 @@ class _Block:
         return 3 * keys + self.own * m.query_rows * FP32 + lists
 
     def _queries_again(self, m: MemoryConfig) -> int:
-        """Queries of every head, normalised again in the backward, with their gradients; for one head they are small
-        beside the scores of its keys."""
-        if m.scoring != "additive":
-            return 0
+        """Queries, normalised again in the backward, with their gradients; of one head in float32 they are small beside
+        the scores of its keys. A norm of queries alone is not computed again, and has float32 gradients."""
         size = self.layout.weight_bytes
-        return self.own * m.query_rows * (4 * FP32 + (3 * size if size < FP32 else 0))
+        if m.scoring != "additive" and size == FP32:
+            return 0
+        again = 2 * FP32 if m.qk_norm == "query" else 4 * FP32 + (3 * size if size < FP32 else 0)
+        return self.own * m.query_rows * again
 
     def _exchange_buffers(self, m: MemoryConfig) -> int:
         """What the lookup's exchanges hold beside what is kept, in the backward, where they are largest."""
