@@ -4,7 +4,8 @@ Counted by ``benchmarks/kernel_bytes.py --only ops`` on umv2-227m with megatron-
 non-view operations and kernels of one block, forward and backward; a sort counts as one. Fused operations, Transformer
 Engine's modules and tensor parallelism change the dense count by a few; captured blocks (--cuda-graph-impl) are started
 with one operation in each direction. tests/unit/ops/test_kernel_bytes.py holds DENSE_BLOCK, MEMORY_LAYER of
-"scatter" and "triton", AROUND and FORWARD_SHARE to the counts; EXCHANGE is an estimate.
+"scatter" and "triton", AROUND and FORWARD_SHARE to the counts. EXCHANGE and PART were counted once, on two gloo ranks
+with "scatter", and no test holds them.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from umv2_megatron.planning.layout import Layout
 DENSE_BLOCK = 80
 MEMORY_LAYER = {"scatter": 101, "triton": 63, "cpu": 57}
 """Beyond the dense block, by ``Layout.lookup``."""
-EXCHANGE = 24
+EXCHANGE = {"dim": 19, "row": 51}
 """Beyond these where a layer's tables are sharded: collectives, and what puts their buffers in order."""
+PART = 60
+"""And for each further one of --memory-exchange-parts, with its lookup."""
 AROUND = 60
 """Embedding, final norm, logits and loss of a micro-batch."""
 FORWARD_SHARE = 0.45
@@ -27,5 +30,6 @@ def micro_batch_launches(layout: Layout, blocks: int, memory_layers: int) -> flo
     if layout.graphs:
         return 2 * blocks + AROUND
     layer = MEMORY_LAYER[layout.lookup if layout.lookup in MEMORY_LAYER else "scatter"]
-    layer += EXCHANGE if layout.memory_size > 1 else 0
+    if layout.memory_size > 1:
+        layer += EXCHANGE[layout.memory_mode] + PART * (layout.exchange_parts - 1)
     return blocks * DENSE_BLOCK + memory_layers * layer + AROUND
