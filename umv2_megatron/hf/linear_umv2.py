@@ -38,6 +38,8 @@ def in_parts(x: Tensor) -> Sequence[Tensor]:
     it: what a layer computes between its input and its output takes memory for one of them at a time."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu":
         return [x]  # an exported program is one for any length
+    if torch._C._len_torch_function_stack():
+        return [x]  # who looks at each call is to see one for all tokens
     flat = x.reshape(-1, x.shape[-1])
     return flat.split(_TOKENS) if flat.shape[0] > _TOKENS else [x]
 
