@@ -146,27 +146,34 @@ class _Backward:
         return tuple(map(self.through, args)), {key: self.through(value) for key, value in kwargs.items()}
 
     def through(self, value: Any) -> Any:
-        """One argument: a tensor, a dataclass of tensors, or something else."""
+        """One argument: a tensor, a list or dataclass of such (also in one another), or something else. What holds no
+        gradient stays the object that it is."""
         if isinstance(value, Tensor):
             # a parameter must stay what it is: autograd's accumulators and main_grad are found by it
             if not value.requires_grad or isinstance(value, nn.Parameter) or not torch.is_grad_enabled():
                 return value
             self._inputs += 1
             return _Report.apply(value, self._arrived)
+        if isinstance(value, list):
+            passed = list(map(self.through, value))
+            return passed if any(new is not old for new, old in zip(passed, value)) else value
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-            return dataclasses.replace(
-                value, **{key: self.through(each) for key, each in fields.items() if isinstance(each, Tensor)}
-            )
+            parts = {key: self.through(each) for key, each in fields.items() if isinstance(each, (Tensor, list))}
+            changed = {key: each for key, each in parts.items() if each is not fields[key]}
+            return dataclasses.replace(value, **changed) if changed else value
         return value
 
     def expect(self, output: Any) -> None:
-        """Open the range when autograd comes to ``output``: a tensor, or a tuple or dataclass of such."""
-        if dataclasses.is_dataclass(output) and not isinstance(output, type):
-            output = tuple(getattr(output, each.name) for each in dataclasses.fields(output))
-        for each in output if isinstance(output, tuple) else (output,):
-            if isinstance(each, Tensor) and each.grad_fn is not None:
-                each.grad_fn.register_prehook(self._begin)
+        """Open the range when autograd comes to ``output``: a tensor, or a tuple, list or dataclass of such."""
+        if isinstance(output, Tensor):
+            if output.grad_fn is not None:
+                output.grad_fn.register_prehook(self._begin)
+        elif isinstance(output, (tuple, list)):
+            for each in output:
+                self.expect(each)
+        elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+            self.expect([getattr(output, each.name) for each in dataclasses.fields(output)])
 
     def _begin(self, _: Any) -> None:
         if self._opened is None:
