@@ -184,7 +184,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline": (2, {"pipeline_model_parallel_size": 2}),
     "virtual-stages": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
     "context": (2, {"context_parallel_size": 2}),
-    "documents-apart": (1, {"reset_attention_mask": True}),
+    "documents-apart": (1, {"reset_attention_mask": True, "allow_config_change": True}),
 }  # fmt: skip
 FOUR = {"num_layers": 4, "make_vocab_size_divisible_by": 514, "train_iters": 1, "lr": 1e-2}
 
