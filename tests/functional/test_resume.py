@@ -159,9 +159,9 @@ def tell_evaluations() -> None:
 
     evaluate = Trainer.evaluate
 
-    def told(trainer, what="validation"):
+    def told(trainer, what, sets):
         print(f"evaluating: {what}", flush=True)
-        return evaluate(trainer, what)
+        return evaluate(trainer, what, sets)
 
     Trainer.evaluate = told
 

@@ -21,11 +21,11 @@ from umv2_megatron.training.tool_entry import program_name
 
 def main(argv: list[str]) -> int:
     """lm-eval's program; returns the exit code. It reads ``sys.argv``, which is ``argv``."""
+    if not argv or argv[0] in ("-h", "--help"):  # lm-eval's own help loads torch: lm_eval --help
+        print(f"usage: {program_name()} [flags of lm_eval]\n\n{__doc__}")
+        return 0
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("the package lm_eval is not installed; install requirements-lm-eval.txt")
-    if not argv:
-        print(__doc__)
-        return 0
     from lm_eval.__main__ import cli_evaluate
 
     import umv2_megatron.hf  # noqa: F401 (registers the classes of exports)

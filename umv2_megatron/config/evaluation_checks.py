@@ -17,20 +17,21 @@ def check_evaluation(run: RunConfig) -> None:
     tasks = run.training.eval_tasks
     if not tasks:
         return
+    named = " ".join(" ".join(tasks).split())
     if run.training.dry_run_world_size is None and importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
-            f"--eval-tasks is {' '.join(tasks)}, but the package lm_eval is not installed; install "
+            f"--eval-tasks is {named}, but the package lm_eval is not installed; install "
             "requirements-lm-eval.txt, or leave the flag out"
         )
     for folder in run.training.eval_tasks_path or []:
         if not os.path.isdir(folder):
             refuse("eval-tasks-path", folder, "a directory with YAML files of tasks")
     if run.data.tokenizer_type == "NullTokenizer":
-        refuse("eval-tasks", " ".join(tasks), "no value with --tokenizer-type NullTokenizer, which reads no text")
+        refuse("eval-tasks", named, "no value with --tokenizer-type NullTokenizer, which reads no text")
     if run.cuda_graph_impl != "none":
-        refuse("eval-tasks", " ".join(tasks), "no value with --cuda-graph-impl: graphs are for one length of sequences")
+        refuse("eval-tasks", named, "no value with --cuda-graph-impl: graphs are for one length of sequences")
     if run.fp8:
-        refuse("eval-tasks", " ".join(tasks), "no value with --fp8-format, whose scales an evaluation would change")
+        refuse("eval-tasks", named, "no value with --fp8-format, whose scales an evaluation would change")
 
 
 def _check_full_validation(run: RunConfig) -> None:

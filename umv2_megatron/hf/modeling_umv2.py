@@ -186,6 +186,27 @@ class UMv2PreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers would look for its decorator in this file
 
+    @staticmethod
+    def create_masks_for_generate(
+        config: UMv2Config,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor | None:
+        """The mask that generation makes ahead for a cache of fixed size. Blocks with a window make theirs themselves
+        from what is given; transformers' own function wants ``layer_types`` where there are none."""
+        if config.sliding_window is not None:
+            return attention_mask
+        return create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
     def value_tables(self) -> dict[str, UMv2Table]:
         """The value tables by their names inside UMv2Model."""
         decoder: nn.Module = self.model if isinstance(self, UMv2ForCausalLM) else self
