@@ -15,6 +15,8 @@ from reshard import BATCH, Samples, layout, open_layout, train
 from umv2_megatron.checkpoint.save_load import weights_digest
 from umv2_megatron.config.graph_checks import REPAIRED
 from umv2_megatron.data.batches import batch_iterator
+from umv2_megatron.model import one_pass
+from umv2_megatron.ops import cpu_attention
 from umv2_megatron.parallel import groups
 from umv2_megatron.training.step import evaluate
 
@@ -42,6 +44,9 @@ def steps(changes: dict[str, Any]) -> tuple[Any, ...]:
 
     with pytest.MonkeyPatch.context() as patch:
         graph_recorder.install(patch)
+        # The recorder sees PyTorch's operations alone; a device has no compiled steps of CPUs.
+        patch.setattr(one_pass, "_compiled", lambda *_: False)
+        patch.setattr(cpu_attention, "can", lambda *_: False)
         run, state = open_layout(changes, seed=1)
 
         def evaluation() -> float:
