@@ -273,7 +273,7 @@ class TrainingConfig:
         100,
         "global batches per evaluation, always the first ones",
         at_least=0,
-        read_by="training/loop.py: batches of an evaluation",
+        read_by="training/evaluation_sets.py: batches of an evaluation",
     )
     full_validation: bool = option(
         False,

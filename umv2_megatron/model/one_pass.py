@@ -103,6 +103,7 @@ class OnePassAttention(SelfAttention):
         first = angles[0] if isinstance(angles, tuple) else angles
         return (
             isinstance(first, Tensor)
+            and not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1])
             and all(named.get(name) is None for name in other)
             and first.shape == (hidden_states.shape[0] * parts, 1, 1, self.hidden_size_per_attention_head)
             and not config.rotary_interleaved
