@@ -39,10 +39,7 @@ def test_statistics_and_norms_are_those_of_one_rank(mode, one_rank, tmp_path):
     assert all(1 <= skew < 1.5 for skew in skews), "shuffled rows spread over ranks"
 
 
-OPEN = pytest.mark.xfail(reason="open since the compiled steps of CPUs, see docs/notes/performance.md", strict=False)
-
-
-@pytest.mark.parametrize("mode", [pytest.param(each, marks=OPEN if each == "row" else ()) for each in MODES])
+@pytest.mark.parametrize("mode", MODES)
 def test_bfloat16_trains_like_one_rank(mode, tmp_path):
     settings = {"bf16": True, "use_distributed_optimizer": True}
     sharded = records(2, tmp_path / mode, memory_parallel_size=2, memory_parallel_mode=mode, **settings)

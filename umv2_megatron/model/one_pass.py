@@ -111,6 +111,8 @@ class OnePassAttention(SelfAttention):
             and not config.apply_rope_fusion
             and not config.flash_decode
             and getattr(config, "yarn_rotary_scaling_factor", None) is None
+            # in bfloat16 mcore rounds sines and products, and does so with a cache of keys, too
+            and hidden_states.dtype == torch.float32
             and _compiled(hidden_states)
         )
 

@@ -19,7 +19,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     # settings, and how often a block calls each function: norms of attention, queries, keys and FFN; both rotated
     "plain": ({}, {"swiglu": 1, "rms_norm": 4, "rotate": 2}),
     "grouped queries": ({"num_query_groups": 2}, {"swiglu": 1, "rms_norm": 4, "rotate": 2}),
-    "bf16": ({"bf16": True, "params_dtype": torch.bfloat16}, {"swiglu": 1, "rms_norm": 4, "rotate": 2}),
+    "bf16": ({"bf16": True, "params_dtype": torch.bfloat16}, {"swiglu": 1, "rms_norm": 4}),
     "other norms": ({"normalization": "LayerNorm", "qk_layernorm": False}, {"swiglu": 1, "rotate": 2}),
     "biases": ({"add_bias_linear": True}, {"rms_norm": 4, "rotate": 2}),
     "GELU": ({"activation_func": torch.nn.functional.gelu}, {"rms_norm": 4, "rotate": 2}),
