@@ -28,6 +28,8 @@ TILE_ELEMENTS = 4096
 WIDEST_ROW = 2048
 """Columns (padded) that one program holds; wider rows are cut up, and the fused kernels are left out."""
 ELEMENTS_PER_WARP = 1024
+LISTED_ELEMENTS_PER_WARP = 512
+"""Of ``row_sums`` over lists, whose threads hold the first pick and the number of picks of their tokens, too."""
 TILE_PICKS = 256
 """Picks of all tokens of a program, at most: each has a row id and scores beside its elements."""
 LISTED_PICKS = 4
@@ -150,12 +152,13 @@ def cached_columns(table: Tensor, cores: int, picks: int) -> int:
 def tile_for(
     cores: int, slice_columns: int, most_picks: int, other_columns: int = 0, in_two: bool = True,
     element_size: int = 0, most_tokens: int = NO_TILE.tokens, most_columns: int = 0,
+    elements_per_warp: int = 0,
 ) -> Tile:  # fmt: skip
     """The tile for rows of ``cores`` slices of ``slice_columns``, at most ``most_picks`` of a token at once.
 
     ``other_columns``: of rows of a second table that the same program holds. ``in_two``: whether the kernel can take
     slices that are ``cut``. ``element_size``: bytes of an element of the rows, for a kernel that can take several
-    tokens, at most ``most_tokens``; 0: one. ``most_columns``: of a slice, a power of two; 0: any.
+    tokens, at most ``most_tokens``; 0: one. ``most_columns``: of a slice, a power of two; 0: any. ``elements_per_warp``: 0 for ELEMENTS_PER_WARP.
     """
     padded_cores = triton.next_power_of_2(cores)
     columns, rest = cut(slice_columns) if in_two else (triton.next_power_of_2(slice_columns), 0)
@@ -170,7 +173,7 @@ def tile_for(
         # TILE_ELEMENTS are counted for elements of 2 bytes: what has to be in flight is a number of bytes.
         filling = _power_below(TILE_ELEMENTS * 2 // (picks * width * element_size))
         tokens = max(1, min(filling, TILE_PICKS // picks, most_tokens))
-    return Tile(tokens, picks, padded_cores, columns, rest, _warps(tokens * picks * width))
+    return Tile(tokens, picks, padded_cores, columns, rest, _warps(tokens * picks * width, elements_per_warp))
 
 
 def _power_below(number: int) -> int:
@@ -178,8 +181,8 @@ def _power_below(number: int) -> int:
     return 1 << (number.bit_length() - 1) if number > 0 else 0
 
 
-def _warps(elements: int) -> int:
-    return max(1, min(8, triton.next_power_of_2(triton.cdiv(elements, ELEMENTS_PER_WARP))))
+def _warps(elements: int, per_warp: int = 0) -> int:
+    return max(1, min(8, triton.next_power_of_2(triton.cdiv(elements, per_warp or ELEMENTS_PER_WARP))))
 
 
 def can_fuse(pre_columns: int, cores: int, slice_columns: int) -> bool:
@@ -229,7 +232,8 @@ def row_sums(picks: PickList, weights: Tensor, table: Tensor) -> Tensor:
         return out
     most_columns = cached_columns(table, cores, picks.rows.shape[0])
     tile = tile_for(cores, slice_columns, picks.per_token or LISTED_PICKS, element_size=table.element_size(),
-                    most_columns=most_columns)  # fmt: skip
+                    most_columns=most_columns,
+                    elements_per_warp=0 if picks.per_token else LISTED_ELEMENTS_PER_WARP)  # fmt: skip
     grid = (triton.cdiv(picks.num_tokens, tile.tokens), picks.num_blocks, tile.stretches(slice_columns))
     tensors = {
         **{"rows": picks.rows, "blocks": picks.blocks, "starts": picks.starts, "weights": weights},

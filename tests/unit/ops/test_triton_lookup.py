@@ -144,12 +144,7 @@ def test_programs_of_several_tokens_compile(
     assert check_compiled(calls, capability, tmp_path, REGISTERS) == {"fused_forward", "row_dots", "row_sums"}
 
 
-SPILLS = pytest.mark.xfail(reason="row_sums: 96 registers for sm_80, 8 bytes of stack for sm_100", strict=False)
-
-
-@pytest.mark.parametrize(
-    "capability", [pytest.param(each, marks=SPILLS if each != 90 else ()) for each in CAPABILITIES]
-)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_parts_of_a_shard_by_row_compile(
     capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
