@@ -66,6 +66,7 @@ def test_a_layout_is_run_and_predicted(tmp_path: Path) -> None:
         assert re.search(line, done.stdout, re.M), done.stdout
 
 
+@pytest.mark.slow
 def test_two_ranks_on_a_cpu(tmp_path: Path) -> None:
     done = bench(tmp_path, "--dry", SIZES="2", MODES="row")
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))

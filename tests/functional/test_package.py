@@ -71,6 +71,7 @@ def test_the_files_of_the_wheel(built: Path) -> None:
     assert {"LICENSE", "NOTICE", *data} <= inside
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_with_compiled_kernels(installed: Path, tmp_path: Path) -> None:
     where = [str(installed / "python"), "-c", "import umv2_megatron; print(umv2_megatron.__file__)"]
     assert str(installed.parent) in call(where, tmp_path)

@@ -147,7 +147,7 @@ def check_tool(tool: str, name: str, folder: Path, copied: Path) -> None:
         assert loss(UMv2ForCausalLM.from_pretrained(copied).eval()) == of_quantized
 
 
-@pytest.mark.parametrize("name", ["plain", "moe"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tool", TOOLS)
 def test_projections_are_quantized_and_used(tool: str, name: str, exports: Any, tmp_path: Path) -> None:
     check_tool(tool, name, exports(name), tmp_path)

@@ -186,6 +186,7 @@ def test_rows_out_of_range_are_refused(wrong: int) -> None:
 # -- building -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrapper around the compiler counts its calls; every process gets the finished library."""
     calls, wrapper = tmp_path / "calls", tmp_path / "g++"
