@@ -158,7 +158,8 @@ def tile_for(
 
     ``other_columns``: of rows of a second table that the same program holds. ``in_two``: whether the kernel can take
     slices that are ``cut``. ``element_size``: bytes of an element of the rows, for a kernel that can take several
-    tokens, at most ``most_tokens``; 0: one. ``most_columns``: of a slice, a power of two; 0: any. ``elements_per_warp``: 0 for ELEMENTS_PER_WARP.
+    tokens, at most ``most_tokens``; 0: one. ``most_columns``: of a slice, a power of two; 0: any.
+    ``elements_per_warp``: 0 for ELEMENTS_PER_WARP.
     """
     padded_cores = triton.next_power_of_2(cores)
     columns, rest = cut(slice_columns) if in_two else (triton.next_power_of_2(slice_columns), 0)
