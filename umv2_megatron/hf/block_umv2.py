@@ -318,8 +318,7 @@ struct Search {
             std::fill(summed.begin(), summed.end(), 0.0f);
             for (int64_t r = 0; r < y.rank; ++r)
                 add_scaled(summed.data(), factors[r], sides[side] + r * rank_stride, y.num_keys);
-            int64_t* to = keys.data() + side * kept;
-            for (const auto& candidate : selection.best(summed.data(), y.num_keys, kept)) *to++ = place_of(candidate);
+            std::copy_n(selection.best(summed.data(), y.num_keys, kept), kept, keys.begin() + side * kept);
         }
         float total[16] = {};
         for (int64_t c = 0; c < y.num_cores; ++c)
@@ -336,8 +335,9 @@ struct Search {
                     left += total[r * y.rank + s] * sides[0][r * rank_stride + keys[i]];
                 add_scaled(grid.data() + i * kept, left, right.data() + s * kept, kept);
             }
-        for (const auto& candidate : selection.best(grid.data(), kept * kept, y.topk)) {
-            const int64_t place = place_of(candidate), row = keys[place / kept], column = keys[kept + place % kept];
+        const int32_t* places = selection.best(grid.data(), kept * kept, y.topk);
+        for (int64_t k = 0; k < y.topk; ++k) {
+            const int64_t row = keys[places[k] / kept], column = keys[kept + places[k] % kept];
             *cells++ = row * y.num_keys + column;
             for (int64_t c = 0; c < y.num_cores; ++c) {
                 const float* core = y.cores + (c * y.heads + head) * square;

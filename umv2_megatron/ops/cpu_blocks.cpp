@@ -8,10 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <vector>
 
 #include "cpu_exponential.h"
+#include "cpu_rows.h"
 #include "cpu_threads.h"
 
 namespace {
@@ -19,24 +18,9 @@ namespace {
 constexpr int64_t ELEMENTS_PER_THREAD = 1 << 14;
 constexpr int64_t BLOCK = 64;  // rows whose gradients of the gains are added up before they meet others
 
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float widen(float x) { return x; }
-inline float widen(bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(float x, bfloat16& out) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out.bits = static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
-}
+using umv2::bfloat16;
+using umv2::narrow;
+using umv2::widen;
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + umv2::exponential(-x)); }
 

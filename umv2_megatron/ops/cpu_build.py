@@ -1,6 +1,7 @@
 """The compiled kernels for CPUs: which files they are made of. How they are built: ``hf/build_umv2.py``.
 
-That file is loaded by its path, because an import of its package would import transformers, which takes seconds.
+Exports carry that file and a header of theirs (``hf/selection_umv2.py``). Both are loaded by their paths, because an
+import of their package would import transformers, which takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 _HERE = Path(__file__).parent
 _SOURCES = tuple(f"cpu_{name}.cpp" for name in ("attention", "blocks", "kernels", "retrieval", "search"))
-_HEADERS = tuple(f"cpu_{name}.h" for name in ("exponential", "product", "rows", "selection", "threads"))
+_HEADERS = tuple(f"cpu_{name}.h" for name in ("exponential", "product", "rows", "threads"))
 
 
 def _from_export(name: str) -> Any:
@@ -41,6 +42,7 @@ def load(name: str = "cpu_kernels", sources: Sequence[Path] = ()) -> ctypes.CDLL
     ``ImportError`` with the reason where it cannot be built."""
     paths = [*(sources or [_HERE / each for each in _SOURCES]), *(_HERE / each for each in _HEADERS)]
     files = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    files["selection.h"] = _from_export("selection_umv2").SELECTION
     return _from_export("build_umv2").load(name, files)
 
 

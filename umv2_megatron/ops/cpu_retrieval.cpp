@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "cpu_product.h"
-#include "cpu_selection.h"
+#include "selection.h"
 #include "cpu_threads.h"
 
 namespace {

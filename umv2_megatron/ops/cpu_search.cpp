@@ -1,7 +1,7 @@
 // The two-stage search for CPUs; cpu_search.py calls it, search.py says what it computes.
 //
 // A token and head are searched by one thread, in buffers that stay in its cache: neither the summed scores of all keys
-// nor the grids of cells are ever as large as the batch. cpu_selection.h finds the best of some scores.
+// nor the grids of cells are ever as large as the batch. hf/selection_umv2.py finds the best of some scores.
 //
 // Real: float or double. Letters: T tokens, h heads, N keys per side, R rank, C cores, K' keys kept per side, K cells
 // kept. key_scores is [2, R, T, h, N]; side 0 is the row.
@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu_selection.h"
+#include "selection.h"
 #include "cpu_threads.h"
 
 namespace {
