@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers.utils import logging
 
+from .block_attention_umv2 import ATTENTION
+from .block_feedforward_umv2 import FEEDFORWARD
 from .block_umv2 import BLOCK
 from .products_umv2 import PRODUCTS
 from .selection_umv2 import SELECTION
@@ -29,12 +31,17 @@ from .selection_umv2 import SELECTION
 LARGEST_BATCH = 64
 """Rows of a product, and sequences of a step, up to which there are kernels; as in products_umv2."""
 
+_FILES = {
+    "products.h": PRODUCTS, "selection.h": SELECTION, "block.h": BLOCK, "attention.h": ATTENTION,
+    "feedforward.h": FEEDFORWARD,
+    "kernels.cpp": '#include "attention.h"\n#include "feedforward.h"\n',
+}  # fmt: skip
 _SWITCH = "UMV2_CPU_KERNELS"
 _logger = logging.get_logger(__name__)
 
 
 class LinearPart(ctypes.Structure):
-    """As in block_umv2, like those below."""
+    """As in block_umv2, block_attention_umv2 and block_feedforward_umv2, like those below."""
 
     _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("rows", ctypes.c_int64)]
 
@@ -102,7 +109,7 @@ def library() -> ctypes.CDLL | None:
     try:
         from .build_umv2 import load
 
-        return load("decode_kernels", {"products.h": PRODUCTS, "selection.h": SELECTION, "block.cpp": BLOCK})
+        return load("decode_kernels", _FILES)
     except ImportError as problem:
         _logger.info(f"steps of decoding are computed by PyTorch's operations alone: {problem}")
         return None

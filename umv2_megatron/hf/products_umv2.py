@@ -356,7 +356,7 @@ struct Segment {  // out [M, rows] = x W' + bias, or that added to out
 };
 
 // Products of x [M, K] with several weights. All threads of the team call it; what they have written to x must be there
-// (wait), and out is there after the next wait. `packed` has place for K * (LARGEST_BATCH + LANES) numbers.
+// (wait), and out is there after the next wait. `packed` has place for K * (LARGEST_BATCH + 2 * LANES) numbers.
 inline void multiply(const Team& team, int64_t batch, int64_t columns, const float* x, float* packed,
                      const Segment* segments, int count) {
     const Plan plan(batch, columns);
