@@ -2,8 +2,9 @@
 
 Nothing of PyTorch's headers is read: a few seconds with g++, once per machine. The library is kept in
 ``$UMV2_CACHE_DIR`` (default ``~/.cache/umv2_megatron``) under a name that holds a digest of everything it depends on:
-source, compiler, flags, kind of processor, OpenMP runtime. So nodes of different kinds can share a home directory.
-Ranks that start together wait for one of them to build (a file lock); the finished file appears in one step.
+source, compiler, flags, kind of processor, C and OpenMP libraries. So nodes of different kinds can share a home
+directory. Ranks that start together wait for one of them to build (a file lock); the finished file appears in one step,
+and is built again where it cannot be loaded any more.
 
 Threads: torch's own OpenMP runtime is linked in, the one that this process has already loaded. A second one would bring
 a second pool of threads, which spin on the cores that torch's threads need.
@@ -67,11 +68,13 @@ def find_compiler() -> str:
 
 def cache_directory() -> Path:
     """Where libraries are kept: $UMV2_CACHE_DIR, the user's cache, or else a private directory for temporary files."""
+    if not hasattr(os, "getuid"):
+        raise ImportError("files have no owners here as on Unix, which say whether a library is one's own")
     named = os.environ.get("UMV2_CACHE_DIR")
-    places = [Path(named)] if named else [
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umv2_megatron",
-        Path(tempfile.gettempdir()) / f"umv2_megatron-{os.getuid()}",
-    ]  # fmt: skip
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "umv2_megatron"
+    own = Path(tempfile.gettempdir()) / f"umv2_megatron-{os.getuid()}"
+    # A user of a container may have neither a name nor a home; the path begins with ~ then.
+    places = [Path(named)] if named else [usual, own] if usual.is_absolute() else [own]
     for place in places:
         with contextlib.suppress(OSError):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -103,7 +106,12 @@ def _load(compiler: str, flags: tuple[str, ...], name: str, files: Mapping[str, 
         with _lock(library.with_suffix(".lock")):
             if not library.exists():
                 _build(compiler, flags, files, library)
-    return ctypes.CDLL(str(library))
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # damaged: it worked when it got its name
+        with _lock(library.with_suffix(".lock")):
+            _build(compiler, flags, files, library)
+        return ctypes.CDLL(str(library))
 
 
 def _build(compiler: str, flags: tuple[str, ...], files: Mapping[str, str], library: Path) -> None:
@@ -118,12 +126,15 @@ def _build(compiler: str, flags: tuple[str, ...], files: Mapping[str, str], libr
         command = [compiler, "-o", str(made), *sources, *flags]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
         ctypes.CDLL(str(made))
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(made, library)
 
 
 def _digest(compiler: str, flags: tuple[str, ...], files: Mapping[str, str]) -> str:
     state = os.stat(compiler)
-    parts = [*files.values(), compiler, state.st_size, state.st_mtime_ns, *flags, torch.__version__, _processor()]
+    parts = [*files.items(), compiler, state.st_size, state.st_mtime_ns, *flags, torch.__version__, _processor()]
+    parts.append(platform.libc_ver())
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
@@ -147,5 +158,5 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _explain(problem: Exception) -> str:
-    output = (getattr(problem, "stderr", None) or "").strip()
-    return output.splitlines()[0] if output else str(problem)
+    lines = (getattr(problem, "stderr", None) or "").strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else str(problem))

@@ -31,10 +31,21 @@ def _from_export(name: str) -> Any:
     return sys.modules[full]
 
 
-@cache
 def library() -> ctypes.CDLL:
-    """``load()``, once in a process."""
-    return load()
+    """``load()``, once in a process, also where it fails: steps of a block ask for it in every forward."""
+    made = _loaded()
+    if isinstance(made, str):
+        raise ImportError(made)
+    return made
+
+
+@cache
+def _loaded() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        return load()
+    except ImportError as problem:
+        return str(problem)
 
 
 def load(name: str = "cpu_kernels", sources: Sequence[Path] = ()) -> ctypes.CDLL:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from umv2_megatron.ops import cpu, cpu_build, cpu_ragged, ragged, scatter
+from umv2_megatron.ops import cpu, cpu_blocks, cpu_build, cpu_ragged, ragged, scatter
 from umv2_megatron.ops.interface import ListedPicks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -223,9 +223,54 @@ def test_what_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ImportError, match="no C\\+\\+ compiler: \\$CXX is no-such-compiler"):
         cpu_build.load()
     broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'out of registers' >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho 'a warning' >&2\necho 'error: out of registers' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(ImportError, match="out of registers"):
         cpu_build.load()
     assert not list((tmp_path / "kept").glob("*.so")) and not list((tmp_path / "kept").glob("build-*"))
+
+
+def test_what_cannot_be_built_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and attention ask in every forward whether there are kernels."""
+    calls, broken = tmp_path / "calls", tmp_path / "broken"
+    broken.write_text(f"#!/bin/sh\necho call >> {calls}\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("UMV2_CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setenv("CXX", str(broken))
+    cpu_build._loaded.cache_clear()
+    try:
+        assert not cpu_blocks.available()
+        tried = calls.read_text().count("call")
+        assert not cpu_blocks.available() and calls.read_text().count("call") == tried
+        with pytest.raises(ImportError, match="did not build the kernels"):
+            cpu_build.library()
+    finally:
+        cpu_build._loaded.cache_clear()
+
+
+def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not one of the flags that are tried next, without OpenMP."""
+    monkeypatch.setenv("UMV2_CACHE_DIR", str(tmp_path))
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    # In another process: who has loaded a library is given it again without a look at the file.
+    child = multiprocessing.get_context("fork").Process(target=cpu_build.load, args=("one", [source]))
+    child.start()
+    child.join(timeout=100)
+    (made,) = tmp_path.glob("one-*.so")
+    made.write_bytes(b"")
+    again = cpu_build.load("one", [source])
+    assert Path(again._name) == made and again.one() == 1
+
+
+def test_users_without_a_home_have_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run under a number that no user has."""
+    build = cpu_build._from_export("build_umv2")
+    for name in ("HOME", "UMV2_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert build.cache_directory().parent == tmp_path
+    assert not (tmp_path / "~").exists()

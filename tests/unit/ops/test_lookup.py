@@ -210,7 +210,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     """auto says so once and takes scatter; the name is refused."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    cpu_build.library.cache_clear()
+    cpu_build._loaded.cache_clear()
     registry._get_backend.cache_clear()
     registry.choice.cache_clear()
     try:
@@ -220,6 +220,6 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         with pytest.raises(ValueError, match="--memory-backend is cpu, which cannot run here .*no-such-compiler"):
             get_backend("cpu", "cpu")
     finally:
-        cpu_build.library.cache_clear()
+        cpu_build._loaded.cache_clear()
         registry._get_backend.cache_clear()
         registry.choice.cache_clear()
