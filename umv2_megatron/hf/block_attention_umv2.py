@@ -156,8 +156,8 @@ void attend(const Attention& a, const Sequence& q, int64_t m, int64_t group, flo
 extern "C" {
 
 // hidden [M, H] gets what attention adds to it; the caches get the keys and values of the new tokens.
-void umv2_attention(const Attention* attention, const Sequence* sequence, float* hidden, int64_t batch,
-                    int64_t threads) {
+int umv2_attention(const Attention* attention, const Sequence* sequence, float* hidden, int64_t batch,
+                   int64_t threads) {
     const Attention& a = *attention;
     const Sequence& q = *sequence;
     const int64_t inner = a.heads * a.size, shared = a.groups * a.size, heads = a.heads / a.groups;
@@ -184,6 +184,7 @@ void umv2_attention(const Attention* attention, const Sequence* sequence, float*
         const Segment output = {a.output.weight, a.output.bias, a.hidden, hidden, a.hidden, true};
         multiply(team, batch, inner, query, packed, &output, 1);
     });
+    return 0;
 }
 
 }  // extern "C"

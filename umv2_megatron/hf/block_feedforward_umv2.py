@@ -10,6 +10,7 @@ FEEDFORWARD = r"""
 
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -171,13 +172,28 @@ struct Search {
     }
 };
 
-// A cell becomes a row of the table and a virtual block.
-void place_row(const Memory& y, int64_t cell, int64_t& row, int64_t& block) {
+// A cell becomes a row of the table and a virtual block. False where the shuffle is none: a file is damaged.
+bool place_row(const Memory& y, int64_t cell, int64_t& row, int64_t& block) {
     row = y.wide_perm ? static_cast<const int64_t*>(y.perm)[cell] : static_cast<const int32_t*>(y.perm)[cell];
     block = 0;
-    if (y.plain) return;
-    block = row / y.window;
-    row = (row - block * y.window + y.offset) % y.table_rows;
+    const bool good = static_cast<uint64_t>(row) < static_cast<uint64_t>(y.num_keys * y.num_keys);
+    if (!good) row = 0;
+    if (!y.plain) {
+        block = row / y.window;
+        row = (row - block * y.window + y.offset) % y.table_rows;
+    }
+    return good;
+}
+
+// Whether the picks of the team's tokens are rows of the table, and blocks that there are.
+bool inside(const Team& team, const Memory& y, int64_t batch, const int64_t* rows, const int64_t* blocks) {
+    const int64_t picks = y.heads * y.topk;
+    bool good = true;
+    for (int64_t i = team.begin(batch) * picks; i < team.end(batch) * picks; ++i) {
+        good &= static_cast<uint64_t>(rows[i]) < static_cast<uint64_t>(y.table_rows);
+        if (blocks) good &= static_cast<uint64_t>(blocks[i]) < static_cast<uint64_t>(y.blocks);
+    }
+    return good;
 }
 
 const float* row_at(const Memory& y, const float* const* chunks, int64_t width, int64_t row) {
@@ -258,8 +274,8 @@ void add_rows(const Team& team, const float* from, int64_t count, float* to) {
 extern "C" {
 
 // The picks of T tokens from the scores of all keys [2, R, T, h, N]: cells [T, h K] and their scores [T, h K, C].
-void umv2_search(const Memory* memory, const float* key_scores, int64_t* cells, float* scores, int64_t tokens,
-                 int64_t threads) {
+int umv2_search(const Memory* memory, const float* key_scores, int64_t* cells, float* scores, int64_t tokens,
+                int64_t threads) {
     const Memory& y = *memory;
     const int64_t places = tokens * y.heads;
     with_team(threads, [&](const Team& team) {
@@ -268,18 +284,25 @@ void umv2_search(const Memory* memory, const float* key_scores, int64_t* cells, 
             search.run(y, key_scores + i * y.num_keys, places * y.num_keys, i % y.heads, cells + i * y.topk,
                        scores + i * y.topk * y.num_cores);
     });
+    return 0;
 }
 
-// The picked rows [T, P] of T tokens, weighted and added up: summed [T, E Dv]. blocks is null where there is one.
-void umv2_sum_rows(const Memory* memory, const float* projected, const int64_t* rows, const int64_t* blocks,
-                   const float* scores, float* summed, int64_t tokens, int64_t threads) {
+// The picked rows [T, P] of T tokens, weighted and added up: summed [T, E Dv]. blocks is null where there is one. 1
+// where a row or block is out of range, 0 otherwise.
+int umv2_sum_rows(const Memory* memory, const float* projected, const int64_t* rows, const int64_t* blocks,
+                  const float* scores, float* summed, int64_t tokens, int64_t threads) {
+    std::atomic<bool> good{true};
     with_team(threads, [&](const Team& team) {
-        sum_rows(team, *memory, tokens, projected, rows, blocks, scores, summed);
+        if (inside(team, *memory, tokens, rows, blocks))
+            sum_rows(team, *memory, tokens, projected, rows, blocks, scores, summed);
+        else
+            good = false;
     });
+    return !good;
 }
 
-// hidden [M, H] gets what FFN and memory layer (or null) add to it.
-void umv2_feedforward(const Feedforward* layer, const Memory* memory, float* hidden, int64_t batch, int64_t threads) {
+// hidden [M, H] gets what FFN and memory layer (or null) add to it. 1 where a row is out of range, 0 otherwise.
+int umv2_feedforward(const Feedforward* layer, const Memory* memory, float* hidden, int64_t batch, int64_t threads) {
     const Feedforward& f = *layer;
     const Memory none{}, &y = memory ? *memory : none;
     const int64_t inner = f.up.rows, picks = y.heads * y.topk, summed_size = y.blocks * y.value_dim;
@@ -296,6 +319,7 @@ void umv2_feedforward(const Feedforward* layer, const Memory* memory, float* hid
     float* scores = own.take(batch * picks * y.num_cores);
     auto* rows = reinterpret_cast<int64_t*>(own.take(2 * batch * picks));
     auto* blocks = reinterpret_cast<int64_t*>(own.take(2 * batch * picks));
+    std::atomic<bool> good{true};
     with_team(threads, [&](const Team& team) {
         norm_rows(team, f.norm, hidden, batch, f.hidden, x);
         team.wait();
@@ -324,7 +348,8 @@ void umv2_feedforward(const Feedforward* layer, const Memory* memory, float* hid
                 int64_t* own_rows = rows + i * y.topk;
                 search.run(y, key_scores + i * y.num_keys, rank_stride, i % y.heads, own_rows,
                            scores + i * y.topk * y.num_cores);
-                for (int64_t k = 0; k < y.topk; ++k) place_row(y, own_rows[k], own_rows[k], blocks[i * y.topk + k]);
+                for (int64_t k = 0; k < y.topk; ++k)
+                    if (!place_row(y, own_rows[k], own_rows[k], blocks[i * y.topk + k])) good = false;
             }
             if (y.fetch) {
                 team.wait();
@@ -347,6 +372,7 @@ void umv2_feedforward(const Feedforward* layer, const Memory* memory, float* hid
         const Segment value = {y.value.weight, y.value.bias, f.hidden, hidden, f.hidden, true};
         multiply(team, batch, summed_size, summed, packed, &value, 1);
     });
+    return !good;
 }
 
 }  // extern "C"

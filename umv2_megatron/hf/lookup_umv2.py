@@ -19,6 +19,9 @@ RANKS = (1, 2, 4)
 """Of the Tucker form, for which there are kernels."""
 
 
+OUT_OF_RANGE = "a memory layer picks rows that its table does not have: its perm, and so the file, is damaged"
+
+
 def set_search(call: MemoryPart, retrieval: Any) -> None:
     """Put sizes of a ``UMv2Retrieval`` into ``call``."""
     call.heads, call.num_keys, call.rank = retrieval.heads, retrieval.num_keys, retrieval.rank
@@ -28,6 +31,7 @@ def set_search(call: MemoryPart, retrieval: Any) -> None:
 def set_sum(call: MemoryPart, memory: Any) -> None:
     """Put sizes of a ``UMv2Memory`` into ``call``."""
     call.num_cores, call.blocks, call.gelu = memory.cores, memory.num_blocks, memory.gelu
+    call.table_rows = memory.table_rows
 
 
 def point_at_table(call: MemoryPart, table: Any) -> list[Any] | None:
@@ -73,7 +77,7 @@ def search(retrieval: Any, key_scores: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def sum_rows(memory: Any, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor | None:
     """The picked rows [T, P] added up, [T, E Dv], each weighted with its score and its pre-value's; None without
-    kernels, and where something else stands in the table's place."""
+    kernels, and where something else stands in the table's place. Raises ``IndexError`` for rows that it has not."""
     if not usable(scores) or not usable(projected) or rows.device.type != "cpu":
         return None
     call, table = MemoryPart(), memory.find_table()
@@ -94,4 +98,5 @@ def sum_rows(memory: Any, rows: Tensor, blocks: Tensor, scores: Tensor, projecte
 def _run(function: str, call: MemoryPart, *tensors: Tensor | None, tokens: int) -> None:
     places = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     counts = ctypes.c_int64(tokens), ctypes.c_int64(torch.get_num_threads())
-    getattr(library(), function)(ctypes.byref(call), *places, *counts)
+    if getattr(library(), function)(ctypes.byref(call), *places, *counts):
+        raise IndexError(OUT_OF_RANGE)

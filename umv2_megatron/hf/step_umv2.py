@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLay
 from .attention_umv2 import UMv2Attention, UMv2Norm
 from .cache_umv2 import UMv2CacheLayer
 from .experts_umv2 import UMv2MLP
-from .lookup_umv2 import RANKS, point_at_table, set_search, set_sum
+from .lookup_umv2 import OUT_OF_RANGE, RANKS, point_at_table, set_search, set_sum
 from .memory_umv2 import UMv2Memory
 from .native_umv2 import (
     LARGEST_BATCH,
@@ -181,13 +181,15 @@ def _is_step(hidden_states: Tensor) -> bool:
 
 
 def _run(function: str, call: ctypes.Structure, other: ctypes.Structure | None, hidden_states: Tensor) -> None:
-    getattr(library(), function)(
+    wrong = getattr(library(), function)(
         ctypes.byref(call),
         None if other is None else ctypes.byref(other),
         ctypes.c_void_p(hidden_states.data_ptr()),
         ctypes.c_int64(hidden_states.shape[0]),
         ctypes.c_int64(torch.get_num_threads()),
     )
+    if wrong:
+        raise IndexError(OUT_OF_RANGE)
 
 
 # -- attention ------------------------------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ class _MemoryCall:
         call.per_rank = call.query.rows == 2 * call.rank * call.dim
         set_sum(call, memory)
         call.plain = memory._plain
-        call.window, call.offset, call.table_rows = memory.window, memory.offset, memory.table_rows
+        call.window, call.offset = memory.window, memory.offset
 
     def _take_table(self, contents: _Contents) -> None:
         table = self.table

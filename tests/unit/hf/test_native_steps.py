@@ -218,6 +218,23 @@ def test_places_of_tables(name: str, tmp_path: Path, calls: list[str], monkeypat
     assert calls.count(FEEDFORWARD) == 0 and calls.count(ATTENTION) == 16
 
 
+@pytest.mark.parametrize("name", ["plain", "v1"])
+def test_rows_that_a_table_does_not_have(name: str, calls: list[str]) -> None:
+    """A damaged perm is an error, in a step and for a prompt; nothing beyond the table is read."""
+    model = tiny_model(**VARIANTS[name])
+    memory = model.model.layers[2].memory
+    kept = memory.perm.clone()
+    for wrong in (-1, memory.perm.numel(), 2**31 - 1):
+        memory.perm.fill_(wrong)
+        for length in (1, 7):
+            with pytest.raises(IndexError, match="its perm, and so the file, is damaged"), torch.no_grad():
+                model(tokens(2, length))
+    assert calls.count(FEEDFORWARD)
+    memory.perm.copy_(kept)
+    with torch.no_grad():
+        assert model(tokens(2, 1)).logits.isfinite().all()
+
+
 # -- who is asked ---------------------------------------------------------------------------------------------------
 
 
