@@ -33,6 +33,8 @@ def parse_filter(text: str) -> RowFilter:
         return RowFilter(parser.expression(body), parser.columns)
     except (SyntaxError, RecursionError) as error:
         raise _wrong(text, getattr(error, "msg", "it is nested too deeply")) from None
+    except OverflowError:
+        raise _wrong(text, "a number in it has more than 64 bits") from None
     except _NotUnderstood as error:
         raise _wrong(text, str(error)) from None
 

@@ -143,6 +143,7 @@ WRONG = {
     "lang == 'en'": "there is no column 'lang': the file has text, language, n",
     "language > 3": "--filter does not fit its columns",
     "n": "--filter does not fit its columns",
+    "n == 18446744073709551616": "a number in it has more than 64 bits",
 }
 
 
