@@ -10,7 +10,6 @@ alone.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 from typing import NamedTuple, Optional
@@ -26,6 +25,7 @@ PATTERNS = {
 NAMED = ("<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>")
 _SPECIAL = 1000
 _MOST = 1 << 17
+_IDS = 1 << 31  # token files hold int32
 
 
 class TikTokenSettings(NamedTuple):
@@ -65,7 +65,7 @@ def read_vocabulary(path: str, data: bytes, settings: TikTokenSettings, vocab_si
                     "expected v1, v2 or the regular expression that belongs to the vocabulary"
                 )
             pattern = settings.pattern
-    except (UnicodeDecodeError, json.JSONDecodeError, binascii.Error, KeyError, TypeError, _Wrong) as error:
+    except (UnicodeDecodeError, KeyError, TypeError, _Wrong) as error:
         reason = str(error) if isinstance(error, _Wrong) else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"--tokenizer-model {path} is no vocabulary of tiktoken ({reason}): expected Megatron's .json or lines of "
@@ -80,8 +80,23 @@ class _Wrong(Exception):
     pass
 
 
+def _id_of(digits: str) -> Optional[int]:
+    """None for what is no id."""
+    return int(digits) if digits.isdecimal() and len(digits) < 20 and int(digits) < _IDS else None
+
+
+def _bytes_of(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise _Wrong(f"{text[:40]!r} is not base64") from None
+
+
 def _of_json(data: bytes, settings: TikTokenSettings, vocab_size: Optional[int]) -> tuple[dict, dict]:
-    entries = json.loads(data.decode("utf-8"))
+    try:
+        entries = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _Wrong(str(error)) from None
     if not isinstance(entries, list):
         raise _Wrong("expected a list")
     count = _SPECIAL if settings.num_special_tokens is None else settings.num_special_tokens
@@ -98,12 +113,14 @@ def _of_json(data: bytes, settings: TikTokenSettings, vocab_size: Optional[int])
     special = {name: i for i, name in enumerate([*names, *(f"<SPECIAL_{i}>" for i in range(len(names), count))])}
     ranks: dict[bytes, int] = {}
     for rank, entry in enumerate(entries[: (vocab_size or _MOST) - count]):
-        token = base64.b64decode(entry["token_bytes"], validate=True)
+        token = _bytes_of(entry["token_bytes"])
         if entry["rank"] != rank or (rank < 256 and token != bytes([rank])):
             raise _Wrong(f"entry {rank} is rank {entry['rank']}, or not the byte that it should be")
         ranks[token] = rank + count
     if len(ranks) < min(len(entries), (vocab_size or _MOST) - count):
         raise _Wrong("two entries hold the same bytes")
+    if len(ranks) < 256:
+        raise _Wrong(f"{len(ranks)} entries are read, which are not all bytes")
     return ranks, special
 
 
@@ -118,9 +135,9 @@ def _of_lines(data: bytes, settings: TikTokenSettings) -> tuple[dict, dict]:
         if not line.strip():
             continue
         parts = line.split()
-        if len(parts) != 2 or not parts[1].isdecimal():
+        if len(parts) != 2 or _id_of(parts[1]) is None:
             raise _Wrong(f"line {at} is not base64 and rank")
-        ranks[base64.b64decode(parts[0], validate=True)] = int(parts[1])
+        ranks[_bytes_of(parts[0])] = int(parts[1])
     if len(set(ranks.values())) < len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
         raise _Wrong("a rank stands twice, or a byte has none")
     special: dict[str, int] = {}
@@ -129,6 +146,8 @@ def _of_lines(data: bytes, settings: TikTokenSettings) -> tuple[dict, dict]:
         name, equals, number = given.rpartition("=")
         if not (equals and name and number.isdecimal()):
             name, number = given, str(after)
+        if _id_of(number) is None:
+            raise ValueError(f"--tokenizer-special-tokens gives {name} the id {number}: expected one below {_IDS}")
         if name in special:
             raise ValueError(f"--tokenizer-special-tokens names {name} twice: list every token once")
         special[name] = int(number)

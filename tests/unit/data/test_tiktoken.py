@@ -135,7 +135,12 @@ WRONG = [
     ("vocab.tiktoken", TikTokenSettings("(", None, ("</s>",)), "--tiktoken-pattern is no regular expression"),
     ("vocab.json", TikTokenSettings(None, 3), "--tiktoken-num-special-tokens is 3: expected 7 or more"),
     ("vocab.json", TikTokenSettings(None, None, ("</s>",)), "--tokenizer-special-tokens lacks <cls>"),
-    ("broken.json", TikTokenSettings(), "is no vocabulary of tiktoken (JSONDecodeError"),
+    ("broken.json", TikTokenSettings(), "is no vocabulary of tiktoken (Expecting property name"),
+    ("nested.json", TikTokenSettings(), "is no vocabulary of tiktoken (maximum recursion depth"),
+    ("letters.json", TikTokenSettings(), "is no vocabulary of tiktoken ('é' is not base64"),
+    ("few.json", TikTokenSettings(), "is no vocabulary of tiktoken (1 entries are read, which are not all bytes"),
+    ("vocab.tiktoken", TikTokenSettings("v1", None, ("</s>=99999999999",)), "expected one below 2147483648"),
+    ("large.tiktoken", TikTokenSettings("v1"), "is no vocabulary of tiktoken (line 1 is not base64 and rank)"),
     ("list.json", TikTokenSettings(), "is no vocabulary of tiktoken (KeyError: 'token_bytes'"),
     ("text.tiktoken", TikTokenSettings("v1"), "is no vocabulary of tiktoken (line 1 is not base64 and rank)"),
     ("few.tiktoken", TikTokenSettings("v1"), "a rank stands twice, or a byte has none"),
@@ -146,12 +151,14 @@ WRONG = [
 @pytest.mark.parametrize(("name", "settings", "words"), WRONG)
 def test_refused(files, tmp_path, name, settings, words):
     contents = {
-        "broken.json": "{", "list.json": '[{"rank": 0}]', "text.tiktoken": "three words here", "few.tiktoken": "YQ== 0"
+        "broken.json": "{", "list.json": '[{"rank": 0}]', "text.tiktoken": "three words here", "few.tiktoken": "YQ== 0",
+        "nested.json": "[" * 100_000, "letters.json": '[{"rank": 0, "token_bytes": "é"}]',
+        "few.json": '[{"rank": 0, "token_bytes": "AA=="}]', "large.tiktoken": "YQ== 99999999999",
     }  # fmt: skip
     path = files[0] / name
     if name in contents:
         path = tmp_path / name
-        path.write_text(contents[name])
+        path.write_text(contents[name], encoding="utf-8")
     with pytest.raises(ValueError) as raised:
         build_tokenizer("TikTokenizer", str(path), None, settings)
     assert words in str(raised.value) and "\n" not in str(raised.value)
