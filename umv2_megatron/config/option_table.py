@@ -21,9 +21,10 @@ from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.config.fusion_settings import FusionSettings
 from umv2_megatron.config.mcore_settings import DataParallelSettings, OptimizerSettings, TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.model_config import ModelConfig
 from umv2_megatron.config.observation_config import ObservationConfig
 from umv2_megatron.config.option import Option
-from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
+from umv2_megatron.config.training_config import TrainingConfig
 
 SECTIONS: dict[type, str] = {
     ModelConfig: "model",

@@ -22,11 +22,12 @@ from umv2_megatron.config.flags import parse_flags, read_mapping
 from umv2_megatron.config.fusions import resolve_fusions
 from umv2_megatron.config.mcore_settings import TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.model_config import ModelConfig
 from umv2_megatron.config.noted_flags import translate
 from umv2_megatron.config.option_table import SECTIONS, option_table
 from umv2_megatron.config.presets import find_preset
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
+from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.config.variants import variant_defaults
 

@@ -18,9 +18,10 @@ import yaml
 from umv2_megatron.config.batch_rampup import BatchRampup
 from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.model_config import ModelConfig
 from umv2_megatron.config.observation_config import ObservationConfig
 from umv2_megatron.config.option_table import option_table
-from umv2_megatron.config.training_config import ModelConfig, TrainingConfig
+from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.config.variants import has_memory
 
