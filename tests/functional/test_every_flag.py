@@ -239,7 +239,7 @@ ELSEWHERE = {
     "tensorboard_dir", "wandb_project", "wandb_exp_name", "wandb_save_dir", "wandb_entity", "data_path",
     "train_data_path", "valid_data_path", "test_data_path", "data_cache_path", "tokenizer_type", "tokenizer_model",
     "tiktoken_pattern", "tiktoken_num_special_tokens", "tokenizer_special_tokens",
-    "mock_data", "dry_run", "dry_run_world_size", "dry_run_rank", "profile_ranks",
+    "mock_data", "dry_run", "dry_run_world_size", "dry_run_rank", "profile_ranks", "trainable_rows",
 }  # fmt: skip
 
 

@@ -7,6 +7,9 @@ A checkpoint holds, under the parameter's own key and with its global shape,
                                                                    table (--memory-value-second-moment row)
     optimizer.state.fp32_param.KEY                                 the fp32 main parameter, where the weight is 16-bit
 
+(with --trainable rows the moments of a table are those of the selected rows alone, in their order, and it has the
+shape of a table of that many rows)
+
 and beside the tensors ("optimizer_groups" of the common state) each parameter group's settings with its step count. A
 rank stores and loads the boxes it owns (`optimizer_shards.py`), with mcore's distributed optimizer and without, so
 checkpoints of both load into both, in any layout. Tensors are read and written in place.
@@ -26,7 +29,8 @@ from umv2_megatron.checkpoint.optimizer_shards import pieces, row_pieces
 from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.memory.host_adam import main_weights
 from umv2_megatron.memory.row_adam import ROW_MOMENT, RowAdam, TableRange
-from umv2_megatron.memory.value_table import VALUE_GROUP
+from umv2_megatron.memory.selected_rows import SelectedPart, SelectedRowsAdam
+from umv2_megatron.memory.value_table import SELECTED_ROWS, VALUE_GROUP
 
 PREFIX = "optimizer.state"
 MAIN_PARAM = "fp32_param"
@@ -64,10 +68,23 @@ def check_second_moments(keys: Sequence[str], optimizer: Any, path: object) -> N
         return
     kinds = {True: "row", False: "full"}
     saved = kinds[any(key.startswith(f"{PREFIX}.{ROW_MOMENT}.") for key in keys)]
-    here = kinds[any(isinstance(part.optimizer, RowAdam) for part in parts)]
+    here = kinds[any(isinstance(getattr(part.optimizer, "inner", part.optimizer), RowAdam) for part in parts)]
     if saved != here:
         raise CheckpointError(
             f"--memory-value-second-moment is {here}; expected {saved}, with which {path} was saved, or --no-load-optim"
+        )
+
+
+def check_selected_rows(groups: Sequence[Group], optimizer: Any, path: object) -> None:
+    """Raise CheckpointError where ``groups``, of the checkpoint at ``path``, have other selected rows
+    (--trainable rows) than ``optimizer`` has."""
+    tables = [group for part in optimizer_parts(optimizer) for group in part.optimizer.param_groups]
+    here, saved = ({group.get(SELECTED_ROWS) for group in all_ if VALUE_GROUP in group} for all_ in (tables, groups))
+    if here and saved and here != saved:
+        told = [each.pop() or "none" for each in (here, saved)]
+        raise CheckpointError(
+            f"--trainable-rows is a file with SHA-256 {told[0]}; expected the one with which {path} was saved, SHA-256 "
+            f"{told[1]}, or --no-load-optim"
         )
 
 
@@ -110,6 +127,9 @@ class _Owned:
     tensors: dict[str, torch.Tensor]
     range: TableRange | None = None
     row_moment: torch.Tensor | None = None
+    selected: SelectedPart | None = None
+    """Where only the selected rows of the parameter have this state: elements, ``start`` and ``range`` are those of the
+    table of these rows."""
 
 
 class OptimizerState:
@@ -136,6 +156,10 @@ class OptimizerState:
             assert item is not None, f"a parameter {tuple(owned.parameter.shape)} is not in the model's state"
             if isinstance(owned.part, DistributedOptimizer):
                 item = replace(item, replica_id=_replica_of_range(owned, item.replica_id))
+            if owned.selected is not None:
+                if not owned.selected.total:
+                    continue
+                item = _table_of_selected(item, owned.selected)
             for name, tensor in owned.tensors.items():
                 stored = main_param if name == MAIN_PARAM else name
                 if stored is not None:
@@ -172,8 +196,34 @@ def _replica_of_range(owned: _Owned, replica_id: Any) -> tuple[int, int, int]:
     return pipeline, 0 if over_all else tensor, owned.part.distributed_optimizer_instance_id
 
 
+def _table_of_selected(item: ShardedTensor, selected: SelectedPart) -> ShardedTensor:
+    """The entry of a table's part in the model's sharded state dict, as if there were no rows but the selected ones."""
+    shape = (len(selected.rows), item.local_shape[1])
+    return replace(
+        item,
+        data=torch.empty(shape, dtype=item.dtype, device="meta"),
+        local_shape=shape,
+        global_shape=(selected.total, item.global_shape[1]),
+        global_offset=(selected.before, item.global_offset[1]),
+        axis_fragmentations=None,
+    )
+
+
+def _owned_of_selected(part: Any, parameter: torch.nn.Parameter, inner: torch.Tensor, start: int) -> Iterator[_Owned]:
+    if parameter.dtype != torch.float32:
+        yield _Owned(part, parameter, start, {MAIN_PARAM: inner.detach().view(-1)})
+    selected = part.optimizer.ranges[inner]
+    moments = dict(part.optimizer.state[selected.compact])
+    row_moment = moments.pop(ROW_MOMENT, None)
+    owned = selected.range if row_moment is not None else None
+    yield _Owned(part, parameter, selected.range.start, moments, owned, row_moment, selected.part)
+
+
 def _owned(part: Any) -> Iterator[_Owned]:
     for parameter, inner, start in inner_parameters(part):
+        if isinstance(part.optimizer, SelectedRowsAdam):
+            yield from _owned_of_selected(part, parameter, inner, start)
+            continue
         if _holds_main_params(part):
             # Transformer Engine's optimizer stores them scaled; these are copies, put back by `restore`.
             held = part._get_main_param_and_optimizer_states(parameter)

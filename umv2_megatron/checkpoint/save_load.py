@@ -35,6 +35,7 @@ from umv2_megatron.checkpoint.checksum_files import Checksums, read_verified
 from umv2_megatron.checkpoint.optimizer_state import (
     OptimizerState,
     check_second_moments,
+    check_selected_rows,
     groups_of_mcore,
     is_main_param,
     local_groups,
@@ -351,6 +352,7 @@ class _SavedOptimizer:
                 "buffers: give --no-load-optim, or save it again with --dist-ckpt-optim-fully-reshardable"
             )
         check_second_moments(self._stored, optimizer, self._path)
+        check_selected_rows(self._common.get("optimizer_groups", []), optimizer, self._path)
         self._state = OptimizerState(optimizer, model_state)
         return {"optimizer_state": self._state.sharded(main_param_name(self._stored))}
 

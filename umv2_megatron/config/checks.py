@@ -45,8 +45,9 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
         if for_training:
             check_split_tokens(run)
             check_trainable(run)
-    elif for_training and run.training.trainable == "memory":
-        refuse("trainable", "memory", f"all with --ffn-variant {run.model.ffn_variant}, which has no memory layers")
+    elif for_training and run.training.trainable != "all":
+        expected = f"all with --ffn-variant {run.model.ffn_variant}, which has no memory layers"
+        refuse("trainable", run.training.trainable, expected)
     elif run.memory.parallel_size != 1 and not run.has_experts:
         refuse("memory-parallel-size", run.memory.parallel_size, "1 without memory layers: no tables to shard")
     if for_training:

@@ -100,22 +100,35 @@ def check_split_tokens(run: RunConfig) -> None:
 
 
 def check_trainable(run: RunConfig) -> None:
-    """Whether every pipeline stage has something to learn where memory layers alone do."""
-    pp = run.pipeline_model_parallel_size
-    if run.training.trainable == "all" or pp == 1:
+    """Whether every pipeline stage has something to learn where memory layers alone do, and selected rows can."""
+    pp, trainable = run.pipeline_model_parallel_size, run.training.trainable
+    if trainable == "rows":
+        _check_rows(run)
+    if trainable == "all" or pp == 1:
         return
     if run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage:
-        refuse("trainable", "memory", "all where pipeline stages have different numbers of layers")
+        refuse("trainable", trainable, "all where pipeline stages have different numbers of layers")
     here = run.memory.memory_layers(run.num_layers)
     size = run.num_layers // (pp * (run.virtual_pipeline_size or 1))
     for first in range(0, run.num_layers, size):
         if not any(here[first : first + size]):
             refuse(
                 "trainable",
-                "memory",
+                trainable,
                 f"a memory layer in every pipeline stage of {size} layers, and blocks {first} to {first + size - 1} "
                 "have none; change --memory-layer-freq or --pipeline-model-parallel-size",
             )
+
+
+def _check_rows(run: RunConfig) -> None:
+    if run.training.trainable_rows is None:
+        refuse("trainable", "rows", "--trainable-rows too, a file that tools/select_rows.py writes")
+    if run.memory.value_optimizer_offload:
+        expected = "off with --trainable rows, which has optimizer state of the selected rows alone"
+        refuse("memory-value-optimizer-offload", "on", expected)
+    if run.use_precision_aware_optimizer:
+        expected = "off with --trainable rows: its state is inside Transformer Engine's FusedAdam, of whole tables"
+        refuse("use-precision-aware-optimizer", "on", expected)
 
 
 def _check_table_shards(run: RunConfig) -> None:

@@ -31,8 +31,15 @@ class TrainingConfig:
     train_samples: Optional[int] = option(None, "samples of the whole run, instead of --train-iters", at_least=1)
     trainable: str = option(
         "all",
-        "parameters that learn: all, or those of memory layers alone (tables, and what else the layers have)",
-        choices=("all", "memory"),
+        "parameters that learn: all, those of memory layers alone (tables, and what else the layers have), or some "
+        "rows of their tables alone (--trainable-rows)",
+        choices=("all", "memory", "rows"),
+    )
+    trainable_rows: Optional[str] = option(
+        None,
+        "file of tools/select_rows.py with the rows that learn",
+        needs=("trainable=rows",),
+        read_by="training/table_optimizer.py: the rows that learn",
     )
     seed: int = option(1234, "seed of initialisation, dropout and data order", at_least=0, at_most=2**31 - 1)
     empty_unused_memory_level: int = option(

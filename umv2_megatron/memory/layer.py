@@ -103,6 +103,8 @@ class MemoryLayer(nn.Module):
         self.last_losses: dict[str, Tensor] = {}
         """Detached "balance_loss" and "tucker_penalty" of the last training forward, times their coefficients."""
         self.statistics: Optional[UsageStatistics] = None
+        self.row_counts: Optional[Tensor] = None
+        """[A] int64: where it is set, every forward adds how often it picked each row of the table."""
 
         options: dict[str, Any] = {"dtype": params_dtype, "device": device}
         num_keys = config.key_expansion * self.window.side
@@ -145,6 +147,8 @@ class MemoryLayer(nn.Module):
         picks: Picks = self.retrieval(flat)
         virtual = self.perm[picks.grid].long()
         rows, block = self.window.locate(virtual, self.config.key_expansion**2)
+        if self.row_counts is not None:
+            self.row_counts.index_add_(0, rows.flatten(), torch.ones_like(rows.flatten()))
         lookup = self.table.start(rows, block, picks.scores, gathered)
         gate = self.gate_proj(flat) if self.gate_proj is not None else None
         return Started(x.shape, lookup, picks, virtual, gate)

@@ -28,6 +28,7 @@ from umv2_megatron.parallel.exchange import Exchange
 
 TABLE_ATTRIBUTE = "is_memory_table"  # marks the parameters of value tables
 VALUE_GROUP = "value_lr_mult"  # key of an optimizer's parameter group that holds value tables
+SELECTED_ROWS = "selected_rows"  # key of such a group: SHA-256 of the file that names the only rows that learn
 
 
 @dataclass

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.model.layer_specs import umv2_layer_spec
 from umv2_megatron.model.vocabulary import leave_padding_out
@@ -79,9 +80,9 @@ def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool =
                 layer.refresh_singular_vectors()
     if not wrap_with_ddp:
         return chunks
-    if run.training.trainable == "memory":
+    if run.training.trainable != "all":
         for chunk in chunks:
-            _leave_to_memory_layers(unwrap(chunk))
+            _leave_to_memory_layers(unwrap(chunk), tables_alone=run.training.trainable == "rows")
     ddp_config = run.ddp_config()
     wrapped: list[torch.nn.Module] = []
     for index, chunk in enumerate(chunks):
@@ -100,9 +101,15 @@ def build_model_chunks(run: RunConfig, vocab_size: int, *, wrap_with_ddp: bool =
     return wrapped
 
 
-def _leave_to_memory_layers(model: GPTModel) -> None:
-    """Let nothing but the memory layers of ``model`` learn; mcore keeps neither gradients nor state of the rest."""
-    learning = {id(parameter) for _, layer in memory_layers(model) for parameter in layer.parameters()}
+def _leave_to_memory_layers(model: GPTModel, *, tables_alone: bool) -> None:
+    """Let nothing but the memory layers of ``model`` learn, or their tables; mcore keeps neither gradients nor state of
+    the rest."""
+    learning = {
+        id(parameter)
+        for _, layer in memory_layers(model)
+        for parameter in layer.parameters()
+        if hasattr(parameter, TABLE_ATTRIBUTE) or not tables_alone
+    }
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learning)
     if model.pre_process:

@@ -63,6 +63,16 @@ class FlopsPerToken:
         """The same where memory layers alone learn: outputs, gradients of inputs, and those of the layers' weights."""
         return 2 * self.forward + self.memory
 
+    @property
+    def training_of_tables(self) -> int:
+        """The same where rows of their tables alone learn."""
+        return 2 * self.forward + self.memory_lookup
+
+    def training_of(self, trainable: str) -> int:
+        """Forward and backward with --trainable all, memory or rows."""
+        others = {"memory": self.training_of_memory, "rows": self.training_of_tables}
+        return others.get(trainable, self.training)
+
 
 def flops_per_token(model_fields: Mapping[str, Any], memory_config: MemoryConfig | None) -> FlopsPerToken:
     """Operations per token in sequences of --seq-length tokens; arguments and errors as ``count_parameters``."""

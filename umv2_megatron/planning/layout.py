@@ -18,6 +18,8 @@ from umv2_megatron.config.variants import has_memory
 from umv2_megatron.planning.model_shape import FFN_VARIANTS, ModelShape
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+# Kinds of parameters that learn with --trainable, where not all do.
+LEARNING = {"memory": ("memory", "tables"), "rows": ("tables",)}
 # Flags of megatron-core that move layers between stages in ways that are not counted here.
 UNKNOWN_SPLITS = ("pipeline_model_parallel_layout",)
 
@@ -37,8 +39,8 @@ class Layout:
     ``average_in_collective``, ``gradients_all_to_all``: --ddp-average-in-collective and
     --ddp-reduce-scatter-with-fp32-accumulation; ``first_stage``, ``last_stage``: blocks there, None for an even split;
     ``row_moments``: second moments of value tables by row; ``tables_on_host``: --memory-value-optimizer-offload;
-    ``memory_alone``: --trainable memory; ``main_param_bytes``, ``exp_avg_bytes``, ``exp_avg_sq_bytes``: of an element
-    of the optimizer's state.
+    ``learning``: kinds of parameters that learn (--trainable), None for all; ``main_param_bytes``, ``exp_avg_bytes``,
+    ``exp_avg_sq_bytes``: of an element of the optimizer's state.
     """
 
     world: int = 1
@@ -78,7 +80,7 @@ class Layout:
     last_stage: int | None = None
     row_moments: bool = False
     tables_on_host: bool = False
-    memory_alone: bool = False
+    learning: tuple[str, ...] | None = None
     main_param_bytes: int = 4
     exp_avg_bytes: int = 4
     exp_avg_sq_bytes: int = 4
@@ -144,7 +146,7 @@ class Layout:
             last_stage=values.get("num_layers_in_last_pipeline_stage"),
             row_moments=memory and values.get("memory_value_second_moment") == "row",
             tables_on_host=memory and bool(values.get("memory_value_optimizer_offload")),
-            memory_alone=memory and values.get("trainable") == "memory",
+            learning=LEARNING.get(values.get("trainable") or "all") if memory else None,
             main_param_bytes=DTYPE_BYTES[values.get("main_params_dtype") or "fp32"],
             exp_avg_bytes=DTYPE_BYTES[values.get("exp_avg_dtype") or "fp32"],
             exp_avg_sq_bytes=DTYPE_BYTES[values.get("exp_avg_sq_dtype") or "fp32"],

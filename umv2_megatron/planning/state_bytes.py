@@ -148,10 +148,10 @@ def state_bytes(
     for chunk in range(layout.chunks):
         parameters = chunk_parameters(shape, memory, layout, stage, chunk, memory_rank)
         totals["parameters"] += sum(each.elements for each in parameters)
-        if layout.memory_alone:  # the rest has weights, and nothing that learning needs
-            frozen = [each for each in parameters if each.kind not in ("memory", "tables")]
+        if layout.learning is not None:  # the rest has weights, and nothing that learning needs
+            frozen = [each for each in parameters if each.kind not in layout.learning]
             totals["weights"] += layout.weight_bytes * sum(each.elements for each in frozen)
-            parameters = [each for each in parameters if each.kind in ("memory", "tables")]
+            parameters = [each for each in parameters if each.kind in layout.learning]
         for is_table, replicas, replica in (
             (False, layout.dense_replicas, dense_replica), (True, layout.table_replicas, table_replica)
         ):

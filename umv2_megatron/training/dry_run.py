@@ -149,6 +149,8 @@ def build_rank(run: RunConfig, rank: int) -> RankReport:
         try:
             chunks = build_model_chunks(shapes, run.data.vocab_size)
             optimizer = build_optimizer(shapes, chunks, use_gloo_groups=False)
+        except UsageError:
+            raise
         except (ValueError, AssertionError) as error:
             raise UsageError(f"megatron-core refuses the layout: {' '.join(str(error).split())}") from error
         return _report(run, rank, chunks, optimizer)
@@ -228,6 +230,7 @@ def _bytes(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> dict[
             continue
         part.init_state_fn(part.optimizer, part.config)  # Adam makes its moments at the first step only
         state += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+        state += getattr(part.optimizer, "compact", [])
         for moments in part.optimizer.state.values():
             state += [value for value in moments.values() if torch.is_tensor(value)]
     kept = _storages(state)

@@ -81,7 +81,7 @@ class Trainer:
             run.training.exit_signal_handler, run.training.exit_duration_in_mins, started_at
         )
         flops = flops_per_token({**run.values, "vocab_size": vocab_size}, run.memory)
-        self.flops_per_token = flops.training if run.training.trainable == "all" else flops.training_of_memory
+        self.flops_per_token = flops.training_of(run.training.trainable)
         self.peak_tflops = peak_tflops(run.observation.peak_tflops, run.bf16)
         training = run.training
         self.collection = ManualCollection(training.manual_gc, training.manual_gc_interval, training.manual_gc_eval)

@@ -31,6 +31,7 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, VALUE_GROUP
 from umv2_megatron.training.table_optimizer import (
     MainWeightsOnHost,
+    leave_gradients_of_selected_rows,
     replace_table_optimizers,
     start_table_updates,
 )
@@ -135,8 +136,10 @@ class ParamScheduler(OptimizerParamScheduler):
 
     @property
     def dense_lr(self) -> float:
-        """Current learning rate of everything else."""
-        return next(group["lr"] for group in self.optimizer.param_groups if VALUE_GROUP not in group)
+        """Current learning rate of everything else; what it would be where tables alone are trained."""
+        others = (group["lr"] for group in self.optimizer.param_groups if VALUE_GROUP not in group)
+        rate: float = next(others, None) or self.get_lr({})
+        return rate
 
 
 def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_groups: bool = True) -> MegatronOptimizer:
@@ -156,7 +159,7 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_grou
         for part in optimizer_parts(optimizer):
             part.init_state_fn = initialize_precise_state
     if run.has_memory:
-        replace_table_optimizers(optimizer, run)
+        replace_table_optimizers(optimizer, run, chunks)
     fuse_updates(optimizer)
     return optimizer
 
@@ -256,6 +259,7 @@ def guarded_step(
             numbers, the largest that any rank has, so that they decide alike.
     """
     overflow = optimizer.prepare_grads()
+    leave_gradients_of_selected_rows(optimizer)
     norms = _squared_norms(optimizer)
     finite = torch.isfinite(torch.stack([loss.to(norms), norms.sum()])).all() & (not overflow)
     flags = torch.stack([finite, torch.full_like(finite, not wants_to_stop())]).to(norms)  # as numbers, for nccl

@@ -28,6 +28,7 @@ from umv2_megatron.data.batches import batch_iterator
 from umv2_megatron.data.datasets import build_datasets, data_identity
 from umv2_megatron.data.tokenizers import tokenizer_of
 from umv2_megatron.durable_files import replace_synced
+from umv2_megatron.memory.row_counts import RowSelection
 from umv2_megatron.model.builder import unwrap
 from umv2_megatron.observation.device import device_name
 from umv2_megatron.observation.events import EventLog
@@ -362,3 +363,8 @@ def _describe_model(run: RunConfig, vocab_size: int, state: TrainingState) -> No
     print_rank_0(
         f" parameters: {counts.activated:,} activated, {counts.total:,} in all without embeddings; {here:,} on rank 0"
     )
+    if run.training.trainable_rows is not None:
+        chosen = RowSelection.read("--trainable-rows", run.training.trainable_rows)
+        rows = sum(len(each) for each in chosen.rows.values())
+        source = f"{chosen.origin.get('checkpoint')}, iteration {chosen.origin.get('iteration')}"
+        print_rank_0(f" trained: {rows:,} rows of {len(chosen.rows)} value tables, chosen by what {source}, picks")

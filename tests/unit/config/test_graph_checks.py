@@ -64,6 +64,7 @@ REFUSED = [
     (["--norm-placement", "post"], "--norm-placement is post; expected pre"),
     (["--qk-norm-span", "projection"], "--qk-norm-span is projection; expected head"),
     (["--trainable", "memory"], "--trainable is memory; expected all"),
+    (["--trainable", "rows", "--trainable-rows", "x"], "--trainable is rows; expected all"),
     (["--memory-log-interval", "5"], "--memory-log-interval is 5; expected no value"),
 ]
 
