@@ -35,8 +35,9 @@ def _library() -> ctypes.CDLL:
 
 
 class RowRates:
-    """Touches rows of ``read`` and of ``added``, tables with the same number of rows, contiguous. ``number`` is added to
-    every 4 bytes; any but 0 changes the floats that are there, maybe to denormal ones."""
+    """Touches rows of ``read`` and of ``added``, tables with the same number of rows, contiguous.
+
+    ``number`` is added to every 4 bytes; any but 0 changes the floats that are there, maybe to denormal ones."""
 
     def __init__(self, read: Sequence[Tensor], added: Sequence[Tensor], number: int = 0) -> None:
         self._number = number

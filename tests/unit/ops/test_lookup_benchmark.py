@@ -56,7 +56,7 @@ def test_tables_and_json(program: ModuleType, tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_the_bound_are_touched_once(dtype: torch.dtype) -> None:
-    """By every way in every order: numbers seen as integers grow where rows are added to, and stay with a number of 0."""
+    """By every way in every order: integers grow where rows are added to, and stay with a number of 0."""
     read, added = torch.zeros(50, 24, dtype=dtype), torch.zeros(50, 20, dtype=torch.int32)
     generator, picks = torch.Generator().manual_seed(3), 30
     ways = len(RowRates([read], [added], 1).seconds(picks, generator))
