@@ -1,5 +1,8 @@
-"""The leading singular pair of small matrices, where they lie and without a wait of the host: as in training
-(``umv2_megatron/memory/singular_pair.py``), operation by operation, so that both give the same bits.
+"""The leading singular pair of small matrices, computed where they lie, without a wait of the host.
+
+``torch.linalg.svd`` on a CUDA device reads back whether it has converged; for the cores of a memory layer, of R x R
+numbers with R mostly 2, copies to the host and back once took longer than the rest of the layer's search. Here every
+step is elementwise or a batched product of R x R matrices, in float64. Training calls this function, too.
 
 The right vector t is the leading eigenvector of B = A'A. For R = 2 it is (cos a, sin a) with tan 2a = 2 B01 / (B00 -
 B11). Otherwise B is squared again and again: B^(2^n) tends to (a multiple of) t t'. The left vector is u = A t / |A t|.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from umv2_megatron.ops import cpu, cpu_blocks, cpu_build, cpu_ragged, ragged, scatter
+from umv2_megatron.ops.from_export import module_of_exports
 from umv2_megatron.ops.interface import ListedPicks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -266,7 +267,7 @@ def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_users_without_a_home_have_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in containers that run under a number that no user has."""
-    build = cpu_build._from_export("build_umv2")
+    build = module_of_exports("build_umv2")
     for name in ("HOME", "UMV2_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
