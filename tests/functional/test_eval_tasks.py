@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "tests" / "functional"))
 
 from conversions import forked, to_hf  # noqa: E402
 
+from umv2_megatron.config.usage import UsageError  # noqa: E402
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 MODEL = {"tokenizer_type": "ByteLevelTokenizer", "vocab_size": 257, "seq_length": 48, "max_position_embeddings": 48}
@@ -352,4 +354,17 @@ def test_lm_evals_program_reads_a_checkpoint_on_one_rank_and_on_two(checkpoint, 
         assert {key: found[1][task][key] for key in numbers} == pytest.approx(numbers, rel=1e-5)
     wrong = [sys.executable, *program, "--model_args", f"lode={checkpoint}"]
     done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0 and "--model_args has" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "--model_args has" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_arguments_of_the_model_that_cannot_be():
+    """Told before anything is loaded, as mistakes of flags: exit code 2."""
+    made = importlib.import_module("umv2_megatron.evaluation.lm_eval_model").UMv2MegatronLM
+    for arguments, words in (
+        ({}, "--model_args has no load; give load=DIR"),
+        ({"load": "here", "tensor_parallel": 2}, "--model_args has tensor_parallel; expected some of load, ckpt_step"),
+        ({"load": "here", "batch_size": "many"}, "--batch_size is many; expected an integer of at least 1, or auto"),
+        ({"load": "here", "batch_size": 0}, "--batch_size is 0; expected an integer of at least 1, or auto"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(words)):
+            made(**arguments)

@@ -20,6 +20,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from umv2_megatron.config.text_numbers import whole_number
+from umv2_megatron.config.usage import UsageError
 from umv2_megatron.evaluation.evaluate_flags import LAYOUT
 from umv2_megatron.evaluation.generation import Sampling, generate
 
@@ -185,19 +187,22 @@ class UMv2MegatronLM(NativeLM):
         **layout: Any,
     ) -> None:
         if not load:
-            raise ValueError("--model_args has no load; give load=DIR, a directory of checkpoints")
+            raise UsageError("--model_args has no load; give load=DIR, a directory of checkpoints")
         known = (*LAYOUT, "memory_parallel_mode", "sequence_parallel")
         wrong = sorted(layout.keys() - set(known))
         if wrong:
             others = ", ".join(("load", "ckpt_step", "tokenizer_model", "prefix_token_id", *known))
-            raise ValueError(f"--model_args has {wrong[0]}; expected some of {others}")
+            raise UsageError(f"--model_args has {wrong[0]}; expected some of {others}")
+        automatic = str(batch_size).startswith("auto")
+        rows = 8 if automatic else whole_number(str(batch_size)) or 0
+        if rows < 1:
+            raise UsageError(f"--batch_size is {batch_size}; expected an integer of at least 1, or auto")
         from umv2_megatron.parallel import cpu_platform
 
         cpu_platform.install()  # before megatron.core is imported
         from umv2_megatron.evaluation.shared_model import SharedModel, cannot_generate
         from umv2_megatron.training.restore import restore_model
 
-        rows = 8 if str(batch_size).startswith("auto") else int(batch_size)
         restored = restore_model(load, ckpt_step, tokenizer_model, layout)
         model = SharedModel(restored, rows)
         if torch.distributed.get_rank() != 0:
