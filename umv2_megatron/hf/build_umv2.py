@@ -37,7 +37,7 @@ except ImportError:  # not on this system
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", f"-march={os.environ.get('UMV2_CPU_ARCH', 'native')}")
 # How a loop is cut up must not depend on where a row lies in memory, or the rounding of its sum would.
 GCC_FLAGS = ("--param", "vect-max-peeling-for-alignment=0")
-BUILD_SECONDS = 120
+BUILD_SECONDS = 600  # until a compiler counts as one that hangs: on a busy machine it may take ten times its usual
 
 
 def load(name: str, files: Mapping[str, str]) -> ctypes.CDLL:
@@ -158,5 +158,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _explain(problem: Exception) -> str:
-    lines = (getattr(problem, "stderr", None) or "").strip().splitlines()
+    if not isinstance(problem, subprocess.CalledProcessError):
+        return str(problem)
+    lines = (problem.stderr or "").strip().splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else str(problem))

@@ -229,6 +229,13 @@ def test_what_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CXX", str(broken))
     with pytest.raises(ImportError, match="out of registers"):
         cpu_build.load()
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\necho 'a warning' >&2\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setattr(module_of_exports("build_umv2"), "BUILD_SECONDS", 0.2)
+    with pytest.raises(ImportError, match="timed out after 0.2 seconds"):
+        cpu_build.load()
     assert not list((tmp_path / "kept").glob("*.so")) and not list((tmp_path / "kept").glob("build-*"))
 
 
