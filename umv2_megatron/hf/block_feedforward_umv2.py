@@ -179,8 +179,9 @@ bool place_row(const Memory& y, int64_t cell, int64_t& row, int64_t& block) {
     const bool good = static_cast<uint64_t>(row) < static_cast<uint64_t>(y.num_keys * y.num_keys);
     if (!good) row = 0;
     if (!y.plain) {
-        block = row / y.window;
-        row = (row - block * y.window + y.offset) % y.table_rows;
+        const int64_t window = row / y.window;
+        row = (row - window * y.window + y.offset) % y.table_rows;
+        if (y.blocks > 1) block = window;  // with one projection all add to the same sum
     }
     return good;
 }

@@ -90,7 +90,8 @@ def sum_rows(memory: Any, rows: Tensor, blocks: Tensor, scores: Tensor, projecte
     call.heads, call.topk = 1, rows.shape[1]
     summed = scores.new_empty(rows.shape[0], call.blocks * call.value_dim)
     projected, rows, blocks, scores = (tensor.contiguous() for tensor in (projected, rows, blocks, scores))
-    _run("umv2_sum_rows", call, projected, rows, blocks if blocks.numel() else None, scores, summed,
+    # with one projection all cells of a row add to the same sum
+    _run("umv2_sum_rows", call, projected, rows, blocks if call.blocks > 1 else None, scores, summed,
          tokens=rows.shape[0])  # fmt: skip
     return summed
 

@@ -218,6 +218,21 @@ def test_places_of_tables(name: str, tmp_path: Path, calls: list[str], monkeypat
     assert calls.count(FEEDFORWARD) == 0 and calls.count(ATTENTION) == 16
 
 
+@pytest.mark.parametrize("expansion", ["single", "none"])
+def test_cells_of_several_windows_with_one_projection(expansion: str, calls: list[str]) -> None:
+    """Four cells share a row (``memory_key_expansion``) and have one sum, not a block each."""
+    changes = {"memory_value_dim": 64} if expansion == "none" else {}
+    model = tiny_model(memory_key_expansion=2, memory_value_expansion=expansion, **changes)
+    ids = tokens(3, 7)
+    found = decode(model, ids)
+    assert calls.count(FEEDFORWARD) == 4 * 4
+    with modules_alone(), torch.no_grad():
+        assert_close(found, decode(model, ids))
+        expected = model(ids).logits
+    with torch.no_grad():
+        assert_close(model(ids).logits, expected)
+
+
 @pytest.mark.parametrize("name", ["plain", "v1"])
 def test_rows_that_a_table_does_not_have(name: str, calls: list[str]) -> None:
     """A damaged perm is an error, in a step and for a prompt; nothing beyond the table is read."""
