@@ -166,7 +166,14 @@ STATE_CASES += [
     (2, {**SHARDED, "bf16": True, "trainable": "memory"}),
     (2, {"tensor_model_parallel_size": 2, "norm_placement": "post", "qk_norm_span": "projection"}),
 ]
+MUON = {"optimizer": "muon"}
+DEALT = {"optimizer": "dist_muon", "overlap_grad_reduce": True}
+STATE_CASES += [(4, {**DEALT, **ROW2, "bf16": True, "tensor_model_parallel_size": 2})]
 RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
+    (1, {**MUON, "bf16": True}),
+    (2, {**MUON, "bf16": True, "trainable": "memory"}),
+    (2, {**DEALT, **BY_ROW}),
+    (4, {**DEALT, "bf16": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
     (1, {}),
     (1, {"ffn_variant": "peer", **PEER}),
     (1, {"ffn_variant": "pkm", "memory_qk_norm": "query", "memory_num_heads": 3}),
@@ -182,6 +189,53 @@ RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {**SHARDED, **ROW2, "context_parallel_size": 2, "memory_sharing": "noring", "memory_sharing_size": 3}),
     (4, {**SHARDED, **DIM2, "pipeline_model_parallel_size": 2}),
 ]
+
+
+def iterations(changes: dict[str, Any]) -> tuple[float, float]:
+    """FLOPs of Muon's products in a step of this rank, counted and planned."""
+    from megatron.core import parallel_state
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from umv2_megatron.planning.newton_schulz import muon_flops
+    from umv2_megatron.training.initialize import build_training_state
+    from umv2_megatron.training.muon import Muon
+
+    run = prepare("umv2-tiny", {**SMALL, **changes})
+    state = build_training_state(run, run.values["vocab_size"])
+    with FlopCounterMode(display=False) as counter:
+        for part in state.optimizer.chained_optimizers:
+            if isinstance(getattr(part, "optimizer", None), Muon):
+                for parameter in (each for group in part.optimizer.param_groups for each in group["params"]):
+                    parameter.grad = torch.ones_like(parameter)
+                part.optimizer.step()
+    planned = muon_flops(*plan_of(run), parallel_state.get_pipeline_model_parallel_rank())
+    return float(counter.get_total_flops()), planned
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    "world, changes",
+    [
+        (2, {**MUON, **TP2, "muon_tp_mode": "duplicated", "muon_num_ns_steps": 3}),
+        *(pytest.param(world, changes, marks=pytest.mark.slow) for world, changes in (
+            (1, {**MUON, "ffn_variant": "ultramem"}),
+            (2, {**MUON, **TP2}),
+            (2, {**MUON, **TP2, "muon_tp_mode": "distributed"}),
+            (2, {**MUON, "pipeline_model_parallel_size": 2, "bf16": True, "memory_layer_freq": "[1,0,0,0]"}),
+        )),
+    ],
+)  # fmt: skip
+def test_products_of_muon_are_the_planned_ones(world: int, changes: dict[str, Any]) -> None:
+    for counted, planned in run_ranks(world, iterations, changes):
+        assert counted == planned > 0
+
+
+@pytest.mark.slow
+def test_of_products_of_muon_that_are_dealt_out_the_most_are_planned() -> None:
+    found = run_ranks(2, iterations, DEALT)
+    assert found[0][0] != found[1][0] and max(counted for counted, _ in found) == found[0][1]
 
 
 # -- exchanges ---------------------------------------------------------------------------------------------------------

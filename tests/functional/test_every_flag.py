@@ -122,6 +122,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "reset_attention_mask": {"corpus": True},
     "max_skipped_iterations": {"nan_policy": "skip"},
     "rampup_batch_size": {"global_batch_size": 8},
+    "muon_tp_mode": {"tensor_model_parallel_size": 2},
 }
 for _key in ("eod_mask_loss", "split", "reset_position_ids", "data_path", "train_data_path", "mock_data", "vocab_size",
              "tokenizer_type", "num_dataset_builder_threads", "data_cache_path", "allow_new_blend"):  # fmt: skip
@@ -143,7 +144,6 @@ REFUSED = {
     "transformer_impl": "requirements-gpu.txt",
     "cross_entropy_fusion_impl": "without Transformer Engine",
     "memory_backward": "only triton has atomic additions",
-    "optimizer": "expected one of adam",
     "perform_initialization": "expected --load too",
     "ckpt_format": "expected one of torch_dist",
     "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",

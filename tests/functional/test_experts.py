@@ -88,6 +88,30 @@ def test_layouts_continue_alike(name, start, alone, tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
 
 
+MUON = {
+    "optimizer": "muon", "muon_tp_mode": "duplicated", "muon_fp32_matmul_prec": "highest",
+    "muon_extra_scale_factor": 0.2,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_muon_updates_experts_alike_in_every_layout(start, tmp_path):
+    alone = records(1, tmp_path / "one", load=start, finetune=True, **MUON)
+    split = {"expert_model_parallel_size": 2}
+    layouts = {
+        "split": (2, split),
+        "split-tensor-data": (4, {**TENSOR, **split}),
+        "split-dealt": (4, {**split, "optimizer": "dist_muon"}),
+        "split-pipeline-bf16": (4, {**split, "pipeline_model_parallel_size": 2, "bf16": True}),
+    }
+    for name, (ranks, changes) in layouts.items():
+        found = records(ranks, tmp_path / name, load=start, finetune=True, **{**MUON, **changes})
+        near = 2e-2 if "bf16" in changes else 1e-5
+        for ours, theirs in zip(found, alone, strict=True):
+            assert ours["lm loss"] == pytest.approx(theirs["lm loss"], rel=near), name
+            assert ours["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=10 * near), name
+
+
 def test_recorded_losses_are_means(start, alone):
     """1 for experts that are used evenly, and not a sum that grows from step to step or with the micro-batches."""
     values = [line["moe/load_balancing_loss/layer_000"] for line in alone]

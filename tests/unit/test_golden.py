@@ -1,7 +1,7 @@
 """The paper authors' layer, number by number: every golden pair through the real modules, on every backend.
 
-Discovers all ``*.safetensors`` with a ``*.json`` in ``UMV2_GOLDEN_DIR`` (default tests/golden). ``value_lr.json`` has
-no tensors and belongs to the optimizer's tests.
+Discovers all ``*.safetensors`` with a ``*.json`` in ``UMV2_GOLDEN_DIR`` (default tests/golden). ``value_lr.json`` and
+``muon.json`` have no tensors and belong to the optimizer's tests.
 """
 
 from __future__ import annotations

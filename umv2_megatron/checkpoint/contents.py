@@ -141,6 +141,8 @@ def _saved_by(store: CheckpointStore, iteration: int) -> dict[str, Any]:
     if found.get("memory parallel", 1) > 1:
         found["memory parallel mode"] = values.get("memory_parallel_mode")
     found["distributed optimizer"] = values.get("use_distributed_optimizer")
+    if values.get("optimizer", "adam") != "adam":
+        found["optimizer"] = values["optimizer"]
     by_parameter = "by parameter" if "optimizer_groups" in common else None
     found["optimizer state"] = metadata.get("distrib_optim_sharding_type", by_parameter)
     return found

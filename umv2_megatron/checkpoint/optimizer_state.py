@@ -5,6 +5,7 @@ A checkpoint holds, under the parameter's own key and with its global shape,
     optimizer.state.exp_avg.KEY, optimizer.state.exp_avg_sq.KEY    moments
     optimizer.state.exp_avg_sq_row.KEY                             instead of exp_avg_sq: a number for each row of a
                                                                    table (--memory-value-second-moment row)
+    optimizer.state.momentum_buffer.KEY                            Muon's, of a matrix, instead of Adam's moments
     optimizer.state.fp32_param.KEY                                 the fp32 main parameter, where the weight is 16-bit
 
 (with --trainable rows the moments of a table are those of the selected rows alone, in their order, and it has the
@@ -34,6 +35,9 @@ from umv2_megatron.memory.value_table import SELECTED_ROWS, VALUE_GROUP
 
 PREFIX = "optimizer.state"
 MAIN_PARAM = "fp32_param"
+MOMENTUM = "momentum_buffer"
+MATRIX_GROUP = "muon"
+"""Key of the parameter groups that Muon updates."""
 KERNEL_CHOICES = ("foreach", "fused")
 """Keys of a parameter group of torch's Adam that say how it computes, not what; checkpoints do not hold them."""
 _MCORE_MAIN_PARAM = "param"  # mcore's own "fully_reshardable" type calls it so, and stores it for fp32 weights too
@@ -85,6 +89,19 @@ def check_selected_rows(groups: Sequence[Group], optimizer: Any, path: object) -
         raise CheckpointError(
             f"--trainable-rows is a file with SHA-256 {told[0]}; expected the one with which {path} was saved, SHA-256 "
             f"{told[1]}, or --no-load-optim"
+        )
+
+
+def check_kind(keys: Sequence[str], optimizer: Any, path: object) -> None:
+    """Raise CheckpointError where the checkpoint with these keys, at ``path``, is of Adam alone and ``optimizer`` has
+    Muon, or the other way round."""
+    saved = any(key.startswith(f"{PREFIX}.{MOMENTUM}.") for key in keys)
+    groups = [group for part in optimizer_parts(optimizer) for group in part.optimizer.param_groups]
+    here = any(MATRIX_GROUP in group for group in groups)
+    if saved != here:
+        shown, expected = ("muon or dist_muon", "adam") if here else ("adam", "muon or dist_muon")
+        raise CheckpointError(
+            f"--optimizer is {shown}; expected {expected}, with which {path} was saved, or --no-load-optim"
         )
 
 
@@ -154,7 +171,7 @@ class OptimizerState:
         for owned in self._owned:
             item = self._items.get(id(owned.parameter))
             assert item is not None, f"a parameter {tuple(owned.parameter.shape)} is not in the model's state"
-            if isinstance(owned.part, DistributedOptimizer):
+            if isinstance(owned.part, DistributedOptimizer) or getattr(owned.part, "is_dealt", False):
                 item = replace(item, replica_id=_replica_of_range(owned, item.replica_id))
             if owned.selected is not None:
                 if not owned.selected.total:
@@ -189,11 +206,12 @@ def _replica_of_range(owned: _Owned, replica_id: Any) -> tuple[int, int, int]:
     """The number that tells apart the ranks that hold the same range of a parameter; all zeros for the one that saves.
 
     mcore's numbers are (pipeline copy, tensor-parallel copy, data-parallel copy) of the parameter. The optimizer's own
-    data-parallel ranks hold different ranges; for tables and experts these are the tensor-parallel ranks too.
+    data-parallel ranks hold different ranges (or, with dist_muon, different parameters); for tables and experts these
+    are the tensor-parallel ranks too.
     """
     pipeline, tensor, _data = replica_id
     over_all = not getattr(owned.parameter, "allreduce", True)
-    return pipeline, 0 if over_all else tensor, owned.part.distributed_optimizer_instance_id
+    return pipeline, 0 if over_all else tensor, getattr(owned.part, "distributed_optimizer_instance_id", 0)
 
 
 def _table_of_selected(item: ShardedTensor, selected: SelectedPart) -> ShardedTensor:
@@ -305,7 +323,7 @@ def groups_of_mcore(state: dict[Any, Any]) -> list[Group]:
 
 def _identity(group: Group) -> tuple:
     """What tells a group from the others in every layout; settings that a schedule or a flag changes do not count."""
-    return (*(group.get(key) for key in param_group_identifier_keys), VALUE_GROUP in group)
+    return (*(group.get(key) for key in param_group_identifier_keys), VALUE_GROUP in group, MATRIX_GROUP in group)
 
 
 def _step(part: Any, group: Group) -> float | None:
@@ -327,8 +345,8 @@ def _set_group(part: Any, group: Group, saved: list[Group]) -> None:
         if not group["params"]:
             return
         raise CheckpointError(
-            f"the checkpoint has no parameter group {_identity(group)} of {param_group_identifier_keys} and "
-            f"{VALUE_GROUP}: give --no-load-optim, or the flags that it was saved with"
+            f"the checkpoint has no parameter group {_identity(group)} of {param_group_identifier_keys}, "
+            f"{VALUE_GROUP} and {MATRIX_GROUP}: give --no-load-optim, or the flags that it was saved with"
         )
     group.update((key, value) for key, value in match.items() if key not in ("step", *KERNEL_CHOICES))
     if match["step"] is None or not group["params"]:

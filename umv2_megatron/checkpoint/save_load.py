@@ -34,6 +34,7 @@ from umv2_megatron.checkpoint.background import BackgroundSaves
 from umv2_megatron.checkpoint.checksum_files import Checksums, read_verified
 from umv2_megatron.checkpoint.optimizer_state import (
     OptimizerState,
+    check_kind,
     check_second_moments,
     check_selected_rows,
     groups_of_mcore,
@@ -351,6 +352,7 @@ class _SavedOptimizer:
                 f"{self._path} holds optimizer state of mcore's type {self._mcore_type!r}, whose tensors are gradient "
                 "buffers: give --no-load-optim, or save it again with --dist-ckpt-optim-fully-reshardable"
             )
+        check_kind(self._stored, optimizer, self._path)
         check_second_moments(self._stored, optimizer, self._path)
         check_selected_rows(self._common.get("optimizer_groups", []), optimizer, self._path)
         self._state = OptimizerState(optimizer, model_state)

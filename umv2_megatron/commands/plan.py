@@ -332,7 +332,7 @@ def _search(given: Any, run: Any, start: Layout, model: Model, device: Device, a
     if "sequence_parallel" in run.sources:
         fixed["sequence_parallel"] = bool(values["sequence_parallel"])
     batch = values["global_batch_size"] if "global_batch_size" in run.sources else run.world_size
-    sharded = start.distributed_optimizer or "use_distributed_optimizer" not in run.sources
+    sharded = start.distributed_optimizer or not (start.muon or "use_distributed_optimizer" in run.sources)
     reducing = start.overlap_grad_reduce or "overlap_grad_reduce" not in run.sources
     gathering = sharded and reducing and (start.overlap_param_gather or "overlap_param_gather" not in run.sources)
     stream = start.memory_stream or (run.has_memory and not start.graphs and "memory_stream" not in run.sources)

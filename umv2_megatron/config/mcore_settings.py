@@ -332,7 +332,12 @@ class TransformerSettings:
 class OptimizerSettings:
     """Fields of mcore's OptimizerConfig."""
 
-    optimizer: str = option("adam", "optimizer", choices=("adam",))
+    optimizer: str = option(
+        "adam",
+        "optimizer: Adam for everything, or Muon for matrices (docs/training.md says which); dist_muon: replicas share "
+        "the optimizer's state, each the whole of some parameters",
+        choices=("adam", "muon", "dist_muon"),
+    )
     lr: Optional[float] = option(4e-4, "peak learning rate", above=0)
     min_lr: Optional[float] = option(None, "learning rate at the end of the decay (default: --lr / 10)", at_least=0)
     decoupled_lr: Optional[float] = option(None, "peak rate of embedding and output layer", above=0)

@@ -10,9 +10,33 @@ from umv2_megatron.config.usage import refuse
 
 def check_optimizer(run: RunConfig, *, for_training: bool) -> None:
     """State elsewhere than on the device, or in other dtypes than float32: where it can be, and with what."""
+    _check_muon(run)
     _check_offload(run)
     if run.use_precision_aware_optimizer:
         _check_precise(run, for_training=for_training)
+
+
+def _check_muon(run: RunConfig) -> None:
+    """Muon updates whole matrices, and takes the parts of a fused projection apart."""
+    if run.optimizer == "adam":
+        return
+    if run.use_distributed_optimizer:
+        refuse(
+            "use-distributed-optimizer",
+            "on",
+            f"off with --optimizer {run.optimizer}, as it cuts matrices, which Muon needs whole; --optimizer dist_muon "
+            "shares the optimizer's state",
+        )
+    if run.has_memory and run.training.trainable == "rows":
+        refuse("optimizer", run.optimizer, "adam with --trainable rows, where no matrix learns")
+    groups = run.num_query_groups if run.model.group_query_attention else run.num_attention_heads
+    if run.muon_split_qkv and groups % run.tensor_model_parallel_size:
+        refuse(
+            "muon-split-qkv",
+            "on",
+            f"off with --tensor-model-parallel-size {run.tensor_model_parallel_size}, which does not divide the "
+            f"{groups} heads of keys: give --muon-no-split-qkv",
+        )
 
 
 def _check_offload(run: RunConfig) -> None:

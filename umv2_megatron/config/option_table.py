@@ -22,6 +22,7 @@ from umv2_megatron.config.fusion_settings import FusionSettings
 from umv2_megatron.config.mcore_settings import DataParallelSettings, OptimizerSettings, TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.model_config import ModelConfig
+from umv2_megatron.config.muon_settings import MuonSettings
 from umv2_megatron.config.observation_config import ObservationConfig
 from umv2_megatron.config.option import Option
 from umv2_megatron.config.training_config import TrainingConfig
@@ -35,6 +36,7 @@ SECTIONS: dict[type, str] = {
     ObservationConfig: "observation",
     DataConfig: "data",
     OptimizerSettings: "optimizer (megatron-core)",
+    MuonSettings: "Muon",
     DataParallelSettings: "data parallelism (megatron-core)",
 }
 
@@ -81,7 +83,7 @@ def _make_option(key: str, section: str, field: dataclasses.Field, hint: Any) ->
     if kind is bool:
         switches = {}
         for flag in flags:
-            negative = flag in extra and flag.startswith(("no-", "disable-"))
+            negative = flag in extra and (flag.startswith(("no-", "disable-")) or "-no-" in flag)
             switches[flag] = not negative
             if not negative:
                 switches[f"no-{flag}"] = False

@@ -208,6 +208,7 @@ class RunConfig:
         for key in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
             arguments[key] = dtypes[arguments[key]]
         arguments["store_param_remainders"] = False  # checkpoints hold whole main parameters
+        arguments["optimizer"] = "adam"  # mcore's part in Muon, too: training/matrix_optimizer.py
         return _build(OptimizerConfig, {**arguments, "params_dtype": self.params_dtype})
 
     def ddp_config(self) -> DistributedDataParallelConfig:

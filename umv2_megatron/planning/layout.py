@@ -39,8 +39,9 @@ class Layout:
     ``average_in_collective``, ``gradients_all_to_all``: --ddp-average-in-collective and
     --ddp-reduce-scatter-with-fp32-accumulation; ``first_stage``, ``last_stage``: blocks there, None for an even split;
     ``row_moments``: second moments of value tables by row; ``tables_on_host``: --memory-value-optimizer-offload;
-    ``learning``: kinds of parameters that learn (--trainable), None for all; ``main_param_bytes``, ``exp_avg_bytes``,
-    ``exp_avg_sq_bytes``: of an element of the optimizer's state.
+    ``learning``: kinds of parameters that learn (--trainable), None for all; ``muon``, ``dealt``: --optimizer muon or
+    dist_muon, and dist_muon; ``muon_steps``, ``muon_tp_mode``: --muon-num-ns-steps, --muon-tp-mode;
+    ``main_param_bytes``, ``exp_avg_bytes``, ``exp_avg_sq_bytes``: of an element of the optimizer's state.
     """
 
     world: int = 1
@@ -81,6 +82,10 @@ class Layout:
     row_moments: bool = False
     tables_on_host: bool = False
     learning: tuple[str, ...] | None = None
+    muon: bool = False
+    dealt: bool = False
+    muon_steps: int = 5
+    muon_tp_mode: str = "blockwise"
     main_param_bytes: int = 4
     exp_avg_bytes: int = 4
     exp_avg_sq_bytes: int = 4
@@ -147,6 +152,10 @@ class Layout:
             row_moments=memory and values.get("memory_value_second_moment") == "row",
             tables_on_host=memory and bool(values.get("memory_value_optimizer_offload")),
             learning=LEARNING.get(values.get("trainable") or "all") if memory else None,
+            muon=(values.get("optimizer") or "adam") != "adam",
+            dealt=values.get("optimizer") == "dist_muon",
+            muon_steps=values.get("muon_num_ns_steps") or 5,
+            muon_tp_mode=values.get("muon_tp_mode") or "blockwise",
             main_param_bytes=DTYPE_BYTES[values.get("main_params_dtype") or "fp32"],
             exp_avg_bytes=DTYPE_BYTES[values.get("exp_avg_dtype") or "fp32"],
             exp_avg_sq_bytes=DTYPE_BYTES[values.get("exp_avg_sq_dtype") or "fp32"],

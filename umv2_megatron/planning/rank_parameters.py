@@ -7,6 +7,7 @@ compares names and sizes with those of built models.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class Parameter:
     """``elements`` on this rank; ``kind``: embedding, attention, ffn, norms, memory or tables.
 
     ``ends_bucket``: the embedding of a tied model with several stages, which mcore reduces in a bucket of its own;
-    ``columns``: of this rank's part of a value table, 0 of anything else.
+    ``columns``: of this rank's part of a value table, 0 of anything else; ``rows``: of a matrix outside embeddings and
+    tables, 0 of anything else; ``split``: whether tensor parallelism splits that matrix.
     """
 
     name: str
@@ -30,6 +32,13 @@ class Parameter:
     kind: str
     ends_bucket: bool = False
     columns: int = 0
+    rows: int = 0
+    split: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether Muon updates it (--optimizer muon): a matrix that all tokens are multiplied by."""
+        return self.rows > 0
 
     @property
     def is_table(self) -> bool:
@@ -60,10 +69,7 @@ def chunk_parameters(
         kind = (bool(with_memory[block]), owned_rows(shape, memory, block) if memory and with_memory[block] else 0)
         if kind not in alike:
             alike[kind] = _block(shape, memory, layout.tp, layout.shard(memory_rank), *kind)
-        found += [
-            Parameter(prefix + each.name, each.elements, each.kind, each.ends_bucket, each.columns)
-            for each in alike[kind]
-        ]
+        found += [dataclasses.replace(each, name=prefix + each.name) for each in alike[kind]]
     if last:
         found += list(_norm("decoder.final_layernorm", shape.hidden_size, shape.norm_bias))
         if shape.untied or not first:
@@ -103,7 +109,7 @@ def _dense_block(shape: ModelShape, tp: int) -> Iterator[Parameter]:
         yield from _norm("mlp.post_layernorm", hidden, shape.norm_bias)
 
 
-def _memory_layer(shape: ModelShape, m: MemoryConfig, shard: TableShard, rows: int) -> Iterator[Parameter]:
+def _memory_layer(shape: ModelShape, m: MemoryConfig, shard: TableShard, owned: int) -> Iterator[Parameter]:
     """All but the table is the same on every rank; the layer that owns a table has its part of it."""
     hidden, prefix = shape.hidden_size, "mlp.memory."
     sizes = {
@@ -116,11 +122,15 @@ def _memory_layer(shape: ModelShape, m: MemoryConfig, shard: TableShard, rows: i
         "gate_proj.weight": m.gate_rows * hidden,
         "value_proj.weight": hidden * m.summed_dim if m.value_expansion != "none" else 0,
     }
+    rows = {
+        "retrieval.query.weight": m.query_rows, "pre_proj.weight": m.pre_value_dim, "gate_proj.weight": m.gate_rows,
+        "value_proj.weight": hidden,
+    }  # fmt: skip
     for name, elements in sizes.items():
         if elements:
-            yield Parameter(prefix + name, elements, "memory")
-    if rows:
-        top, bottom = shard.rows(rows)
+            yield Parameter(prefix + name, elements, "memory", rows=rows.get(name, 0))
+    if owned:
+        top, bottom = shard.rows(owned)
         for name, width in (("values", m.value_dim), ("pre_values", m.pre_value_dim)):
             left, right = shard.columns(width)
             if width:
@@ -151,6 +161,6 @@ def _norm(name: str, size: int, bias: bool, kind: str = "norms") -> Iterator[Par
 
 
 def _linear(name: str, weights: int, outputs: int, bias: bool, kind: str) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", weights, kind)
+    yield Parameter(f"{name}.weight", weights, kind, rows=outputs, split=True)
     if bias:
         yield Parameter(f"{name}.bias", outputs, kind)

@@ -3,8 +3,9 @@
 mcore's DDP keeps one gradient buffer per model chunk for dense parameters and one for the tables. With the distributed
 optimizer the weights lie in such a buffer too, and both are padded: parameters start at multiples of 64 elements, and
 buckets end at multiples of 128 and of the number of replicas, so that every replica owns an equal part of each bucket.
-The optimizer's state of a replica is that of its parts (without the padding). Where second moments of tables are kept
-by row, a replica has one for each row that it owns elements of. With --memory-value-optimizer-offload the tables' state
+The optimizer's state of a replica is that of its parts (without the padding); with --optimizer dist_muon that of the
+parameters dealt out to it. Muon's matrices have one moment. Where second moments of tables are kept by row, a replica
+has one for each row that it owns elements of. With --memory-value-optimizer-offload the tables' state
 is in host memory; the buffers of its copies, which do not depend on the model, are left out. So are Adam's step count,
 one number per parameter with torch's own AdamW, and the scales of 8- and 16-bit state, one number per parameter and
 kind.
@@ -16,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from umv2_megatron.config.dealing import deal_out
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import rows_of_range
 from umv2_megatron.planning.layout import Layout
@@ -145,18 +147,21 @@ def state_bytes(
     memory_rank = layout.memory_size - 1 if memory_rank is None else memory_rank
     totals = dict.fromkeys(("parameters", "weights", "gradients", "optimizer", "updated", "host", "updated_on_host"), 0)
     tables = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
-    for chunk in range(layout.chunks):
-        parameters = chunk_parameters(shape, memory, layout, stage, chunk, memory_rank)
+    chunks = [chunk_parameters(shape, memory, layout, stage, chunk, memory_rank) for chunk in range(layout.chunks)]
+    learning = [each for parameters in chunks for each in parameters if learns(each, layout)]
+    updated = updated_parameters(learning, layout, dense_replica, table_replica) if layout.dealt else None
+    for chunk, parameters in enumerate(chunks):
         totals["parameters"] += sum(each.elements for each in parameters)
         if layout.learning is not None:  # the rest has weights, and nothing that learning needs
-            frozen = [each for each in parameters if each.kind not in layout.learning]
+            frozen = [each for each in parameters if not learns(each, layout)]
             totals["weights"] += layout.weight_bytes * sum(each.elements for each in frozen)
-            parameters = [each for each in parameters if each.kind in layout.learning]
+            parameters = [each for each in parameters if learns(each, layout)]
         for is_table, replicas, replica in (
             (False, layout.dense_replicas, dense_replica), (True, layout.table_replicas, table_replica)
         ):
             own = [each for each in parameters if each.is_table is is_table]
-            added = _buffer_bytes(own, layout, replicas // layout.optimizer_instances, replica,
+            whole = own if updated is None else [each for each in own if id(each) in updated]
+            added = _buffer_bytes(own, whole, layout, replicas // layout.optimizer_instances, replica,
                                   bucket_limit(layout, stage, chunk))
             for name, count in added.items():
                 totals[name] += count
@@ -165,6 +170,46 @@ def state_bytes(
     buffers = _buffer_size(shape, memory, layout, stage)
     return StateBytes(buffers=buffers, table_weights=tables["weights"], table_gradients=tables["gradients"],
                       table_optimizer=tables["optimizer"], **totals)
+
+
+def learns(parameter: Parameter, layout: Layout) -> bool:
+    """Whether the optimizer updates ``parameter`` (--trainable)."""
+    return layout.learning is None or parameter.kind in layout.learning
+
+
+def updated_parameters(
+    parameters: Sequence[Parameter], layout: Layout, dense_replica: int | None, table_replica: int | None
+) -> set[int]:
+    """With --optimizer dist_muon the ids of those of a rank's ``parameters``, of all its chunks, that it updates; for
+    a replica that is None those of the rank with the largest state."""
+    found: set[int] = set()
+    for is_table, replicas, replica in (
+        (False, layout.dense_replicas, dense_replica), (True, layout.table_replicas, table_replica)
+    ):
+        shares = dealt_out([each for each in parameters if each.is_table is is_table], replicas)
+        share = max(shares, key=lambda each: kept_bytes(each, layout)) if replica is None else shares[replica]
+        found |= {id(each) for each in share}
+    return found
+
+
+def dealt_out(parameters: Sequence[Parameter], replicas: int) -> list[list[Parameter]]:
+    """With --optimizer dist_muon what each of ``replicas`` ranks updates of ``parameters``."""
+    shares: list[list[Parameter]] = [[] for _ in range(replicas)]
+    for each, owner in zip(parameters, deal_out([each.elements for each in parameters], replicas)):
+        shares[owner].append(each)
+    return shares
+
+
+def kept_bytes(parameters: Sequence[Parameter], layout: Layout) -> int:
+    """State that an optimizer has for whole ``parameters``."""
+    total = 0
+    for each in parameters:
+        total += each.elements * (layout.exp_avg_bytes + (layout.main_param_bytes if layout.bf16 else 0))
+        if layout.row_moments and each.is_table:
+            total += FP32 * (each.elements // each.columns)
+        elif not (layout.muon and each.is_matrix):
+            total += each.elements * layout.exp_avg_sq_bytes
+    return total
 
 
 def bucket_limit(layout: Layout, stage: int, chunk: int) -> int | None:
@@ -176,18 +221,23 @@ def bucket_limit(layout: Layout, stage: int, chunk: int) -> int | None:
 
 
 def _buffer_bytes(
-    parameters: list[Parameter], layout: Layout, replicas: int, replica: int | None, limit: int | None
+    parameters: list[Parameter], updated: list[Parameter], layout: Layout, replicas: int, replica: int | None,
+    limit: int | None,
 ) -> dict[str, int]:
-    """Weights, gradients and optimizer state of the parameters that share a gradient buffer."""
+    """Weights, gradients and optimizer state of the parameters that share a gradient buffer; ``updated``: those that
+    this rank updates without the distributed optimizer."""
     sharded = layout.distributed_optimizer
     buckets = buckets_of(parameters, replicas, sharded, limit)
     elements = buckets[-1].stop if buckets else 0
-    owned = owned_elements(buckets, replicas, replica) if sharded else elements
-    kept = owned * (layout.exp_avg_bytes + (layout.main_param_bytes if layout.bf16 else 0))
-    if layout.row_moments and parameters and parameters[0].is_table:
-        kept += FP32 * held_rows(buckets, *((replicas, replica) if sharded else (1, 0)))
+    if sharded:
+        owned = owned_elements(buckets, replicas, replica)
+        kept = owned * (layout.exp_avg_bytes + (layout.main_param_bytes if layout.bf16 else 0))
+        if layout.row_moments and parameters and parameters[0].is_table:
+            kept += FP32 * held_rows(buckets, replicas, replica)
+        else:
+            kept += owned * layout.exp_avg_sq_bytes
     else:
-        kept += owned * layout.exp_avg_sq_bytes
+        owned, kept = sum(each.elements for each in updated), kept_bytes(updated, layout)
     on_host = layout.tables_on_host and bool(parameters) and parameters[0].is_table
     places = {"host": kept, "updated_on_host": owned} if on_host else {"optimizer": kept, "updated": owned}
     return {"weights": elements * layout.weight_bytes, "gradients": elements * layout.grad_bytes, **places}

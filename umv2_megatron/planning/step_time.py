@@ -28,6 +28,7 @@ from umv2_megatron.planning.flops import FlopsPerToken
 from umv2_megatron.planning.launches import FORWARD_SHARE, micro_batch_launches
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.model_shape import ModelShape
+from umv2_megatron.planning.newton_schulz import muon_flops
 from umv2_megatron.planning.overlap import Sent, Work, slot_seconds
 from umv2_megatron.planning.rank_parameters import table_rows
 from umv2_megatron.planning.state_bytes import FP32, StateBytes
@@ -108,6 +109,7 @@ class _Stage:
     ) -> None:
         self.shape, self.memory, self.layout, self.device, self.state = shape, memory, layout, device, state
         self.sent: Traffic = traffic(shape, memory, layout, state)
+        self.muon = muon_flops(shape, memory, layout, stage)
         blocks = [block for chunk in range(layout.chunks)
                   for block in layout.stage_blocks(shape.num_layers, stage, chunk)]
         self.blocks = len(blocks)
@@ -261,7 +263,7 @@ class _Stage:
         return max(0.0, gradients - hidden_by["gradients"]) + max(0.0, weights - hidden_by["weights"])
 
     def optimizer(self) -> float:
-        """Seconds that Adam and the passes over gradients take.
+        """Seconds that Adam, Muon and the passes over gradients take.
 
         The buffer is set to zero and, where there are replicas, divided by their number (with
         --ddp-average-in-collective only that of tables: it is reduced over fewer ranks than share a loss). Of what is
@@ -275,7 +277,8 @@ class _Stage:
         clipped = (1 + (2 if layout.engine else 4)) * FP32
         weights = layout.weight_bytes * (2 if layout.weight_bytes == FP32 else 1)
         moved = 2 * state.optimizer + state.updated * (copied + clipped + FP32 + weights) + buffer
-        return moved / (self.device.update_bandwidth * 1e9) + self._on_host()
+        products = self.muon / (self.device.peak_tflops * 1e12 * self.device.flops_efficiency)
+        return moved / (self.device.update_bandwidth * 1e9) + products + self._on_host()
 
     def _on_host(self) -> float:
         """Seconds of --memory-value-optimizer-offload: gradients come down, in float32 runs weights too, and weights go

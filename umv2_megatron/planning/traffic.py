@@ -49,7 +49,7 @@ def traffic(shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stat
     keys = 2 * tokens * shape.key_value_size // layout.tp * size
     reduced = 1 if layout.distributed_optimizer else 2
     dense, tables = _share(layout.dense_replicas), _share(layout.table_replicas)
-    gathered = 1 if layout.distributed_optimizer else 0
+    gathered = 1 if layout.distributed_optimizer or layout.dealt else 0
     return Traffic(
         tensor_forward=forward,
         tensor_backward=backward,

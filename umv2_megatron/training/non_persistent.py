@@ -35,8 +35,8 @@ from umv2_megatron.user_paths import user_path
 HISTORY = ".non_persistent_history"
 # Settings that decide which rank holds what, beside the numbers of ranks.
 SAME_LAYOUT = (
-    "use_distributed_optimizer", "num_distributed_optimizer_instances", "memory_parallel_mode", "overlap_grad_reduce",
-    "overlap_param_gather", "bucket_size", "pad_buckets_for_high_nccl_busbw",
+    "optimizer", "use_distributed_optimizer", "num_distributed_optimizer_instances", "memory_parallel_mode",
+    "overlap_grad_reduce", "overlap_param_gather", "bucket_size", "pad_buckets_for_high_nccl_busbw",
 )  # fmt: skip
 
 

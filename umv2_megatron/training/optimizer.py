@@ -29,6 +29,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from umv2_megatron.checkpoint.optimizer_state import optimizer_parts
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, VALUE_GROUP
+from umv2_megatron.training.matrix_optimizer import build_with_muon
 from umv2_megatron.training.table_optimizer import (
     MainWeightsOnHost,
     leave_gradients_of_selected_rows,
@@ -143,7 +144,8 @@ class ParamScheduler(OptimizerParamScheduler):
 
 
 def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_groups: bool = True) -> MegatronOptimizer:
-    """mcore's optimizer over ``chunks`` (wrapped by DDP): dense groups, and the value tables with weight decay on.
+    """mcore's optimizer over ``chunks`` (wrapped by DDP): dense groups, and the value tables with weight decay on; with
+    Muon the matrices in optimizers of their own.
 
     ``use_gloo_groups``: let checkpointing use the gloo twins of the data-parallel groups, which must exist then.
     """
@@ -151,10 +153,14 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_grou
     overrides = dict(get_standard_config_overrides(config))
     overrides[ParamKey(attr=TABLE_ATTRIBUTE)] = {VALUE_GROUP: run.memory.value_lr_mult}  # type: ignore[typeddict-unknown-key]
     offload = run.has_memory and run.memory.value_optimizer_offload
-    with MainWeightsOnHost(chunks) if offload else contextlib.nullcontext():
-        optimizer = get_megatron_optimizer(
+
+    def build() -> MegatronOptimizer:
+        return get_megatron_optimizer(
             config, chunks, config_overrides=overrides, use_gloo_process_groups=use_gloo_groups
         )
+
+    with MainWeightsOnHost(chunks) if offload else contextlib.nullcontext():
+        optimizer = build() if run.optimizer == "adam" else build_with_muon(chunks, run, build)
     if config.use_precision_aware_optimizer:
         for part in optimizer_parts(optimizer):
             part.init_state_fn = initialize_precise_state

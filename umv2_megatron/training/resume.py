@@ -41,10 +41,15 @@ SAME_SCHEDULE = (
     "end_weight_decay",
     "decoupled_lr",
     "decoupled_min_lr",
-    "optimizer",
     "adam_beta1",
     "adam_beta2",
     "adam_eps",
+    "muon_momentum",
+    "muon_use_nesterov",
+    "muon_split_qkv",
+    "muon_num_ns_steps",
+    "muon_scale_mode",
+    "muon_extra_scale_factor",
     "memory_value_lr_mult",
     "memory_value_lr_decay_iters",
     "memory_value_lr",
@@ -258,6 +263,12 @@ def _check_samples(old: int, new: int | None) -> None:
 def _check_schedule(run: RunConfig, saved: dict[str, Any], source: Source) -> None:
     training = run.training
     fresh_optimizer = training.no_load_optim and not source.continues
+    old, new = saved.get("optimizer", "adam"), run.optimizer
+    if (old == "adam") is not (new == "adam") and not (fresh_optimizer or training.skip_train):
+        raise UsageError(
+            f"--optimizer is {new}, but the checkpoint was trained with {old}; give the old value, or --load it with "
+            "--no-load-optim and another --save to go on from its weights"
+        )
     if not (training.override_opt_param_scheduler or fresh_optimizer or training.skip_train):
         _compare(run, saved, SAME_SCHEDULE, "--override-opt-param-scheduler to take the new value")
         old, new = _horizon(saved), _horizon(run.values)

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from umv2_megatron.config.flags import refused
 from umv2_megatron.config.fusion_settings import AUTOMATIC, FusionSettings
 from umv2_megatron.config.mcore_settings import DataParallelSettings, OptimizerSettings, TransformerSettings
+from umv2_megatron.config.muon_settings import MuonSettings
 from umv2_megatron.config.noted_flags import FILES, entries
 from umv2_megatron.config.option_table import names
 
@@ -24,7 +25,10 @@ PAIRS = [
     (FusionSettings, TransformerConfig),
     (OptimizerSettings, OptimizerConfig),
     (DataParallelSettings, DistributedDataParallelConfig),
+    (MuonSettings, OptimizerConfig),
 ]
+RENAMED = {"muon_use_nesterov": "muon_nesterov"}
+"""Fields that mcore 0.19 calls otherwise."""
 # Where a trainer of language models wants another default than mcore's dataclass has.
 OTHER_DEFAULTS = {
     "num_layers", "hidden_size", "num_attention_heads", "hidden_dropout", "attention_dropout", "normalization",
@@ -41,12 +45,13 @@ def test_fields_are_those_of_mcore(ours: type, theirs: type) -> None:
     hints, wanted = typing.get_type_hints(ours), typing.get_type_hints(theirs)
     others = set()
     for field in dataclasses.fields(ours):
-        assert field.name in known, f"{theirs.__name__} has no {field.name}"
-        default = known[field.name].default
+        name = field.name if field.name in known else RENAMED.get(field.name)
+        assert name in known, f"{theirs.__name__} has no {field.name}"
+        default = known[name].default
         default = default.name if isinstance(default, enum.Enum) else DTYPES.get(default, default)
         if default is dataclasses.MISSING or default != field.default:
             others.add(field.name)
-        assert _kinds(hints[field.name]) <= _kinds(wanted[field.name]), field.name
+        assert _kinds(hints[field.name]) <= _kinds(wanted[name]), field.name
     assert others <= OTHER_DEFAULTS
 
 

@@ -115,3 +115,34 @@ def test_refusals(flags: list[str], words: list[str]) -> None:
         run(*flags)
     text = str(caught.value)
     assert "\n" not in text and all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--optimizer", "muon", "--use-distributed-optimizer"], "--use-distributed-optimizer is on; expected off"),
+        (["--optimizer", "dist_muon", "--use-distributed-optimizer"], "--optimizer dist_muon shares"),
+        (["--muon-momentum", "0.9"], "--muon-momentum is 0.9; expected no value with --optimizer adam"),
+        (["--muon-no-split-qkv"], "--muon-split-qkv is off; expected no value with --optimizer adam"),
+        (["--optimizer", "muon", "--trainable", "rows"], "--optimizer is muon; expected adam with --trainable rows"),
+        (["--optimizer", "sgd"], "expected one of adam, muon, dist_muon"),
+    ],
+)
+def test_refusals_of_muon(flags: list[str], words: str) -> None:
+    with pytest.raises(UsageError) as told:
+        run(*flags)
+    assert words in str(told.value) and "\n" not in str(told.value)
+
+
+def test_muon_splits_heads_that_tensor_parallelism_leaves_whole() -> None:
+    argv = ["--model-preset", "umv2-tiny", "--mock-data", "--train-iters", "1", "--micro-batch-size", "1"]
+    argv += ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--optimizer", "muon"]
+    argv += ["--group-query-attention", "--num-query-groups", "1"]
+    with pytest.raises(UsageError, match="--muon-split-qkv is on; expected off with --tensor-model-parallel-size 2"):
+        resolve(argv, 2)
+    assert resolve([*argv, "--muon-no-split-qkv"], 2).muon_split_qkv is False
+
+
+def test_mcore_is_told_of_adam_and_the_rest_of_muon() -> None:
+    made = run("--optimizer", "muon", "--muon-momentum", "0.8")
+    assert made.optimizer == "muon" and made.optimizer_config().optimizer == "adam"
