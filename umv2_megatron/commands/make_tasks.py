@@ -5,6 +5,15 @@
         --tokenizer-type ByteLevelTokenizer --append-eod
     torchrun pretrain_umv2.py --train-data-path 0.9 data/corpus_text_document 0.1 data/tasks_text_document ...
 
+Tasks that a model of a few layers learns on a CPU (docs/evaluation.md), in symbols of one token each; the tokenizer is
+written beside them, as data/symbols.tokenizer.json:
+
+    python tools/make_tasks.py --preset learnable --task key-value,multi-round --documents 200000 \\
+        --output data/symbols.jsonl
+    python tools/preprocess_data.py --input data/symbols.jsonl --output-prefix data/symbols --append-eod \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/symbols.tokenizer.json
+    python tools/evaluate.py --tasks key-value,multi-round --forms symbols --context-lengths 64,128,256 ...
+
 No question of tools/evaluate.py is among the documents, whatever the seeds: both draw from different random streams.
 Facts are the exception that is meant: give the three flags about facts alike to both tools.
 """
@@ -12,18 +21,40 @@ Facts are the exception that is meant: give the three flags about facts alike to
 import argparse
 import json
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from umv2_megatron.config.data_config import PLAIN_TOKENIZER_TYPES
 from umv2_megatron.data.tokenizers import build_tokenizer
-from umv2_megatron.evaluation.tasks import mixture
+from umv2_megatron.evaluation.tasks import mixture, symbol_tasks
+from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
 from umv2_megatron.training.tool_entry import run_tool
+
+PLAIN = {"lengths": "512", "difficulty": "1", "queries": 4, "tokenizer_type": "ByteLevelTokenizer"}
+"""Defaults of flags that --preset decides on, too."""
+PRESETS: dict[str, dict[str, Any]] = {"learnable": {"lengths": "32,64,96,128", "difficulty": "1,2", "queries": 64}}
+
+
+def settle(arguments: argparse.Namespace) -> str:
+    """Fill in what the flags leave open, from --preset or ``PLAIN``; the form of the documents.
+
+    Raises ``ValueError`` for a tokenizer beside a preset that brings its own.
+    """
+    for name, value in {**PLAIN, **PRESETS.get(arguments.preset, {})}.items():
+        given = getattr(arguments, name)
+        if given is None:
+            setattr(arguments, name, value)
+        elif arguments.preset is not None and name == "tokenizer_type":
+            raise ValueError(
+                f"--tokenizer-type is {given}; leave it out: --preset {arguments.preset} writes its own"
+            )
+    return SYMBOLS if arguments.preset is not None else FORMS[0]
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Make all documents, then write them under a temporary name and rename."""
-    names = mixture.task_names("--task", arguments.task)
+    form = settle(arguments)
+    names = mixture.in_form("--task", mixture.task_names("--task", arguments.task), form)
     output: Path = arguments.output
     if not output.resolve().parent.is_dir():
         raise ValueError(f"--output is {str(output)!r}; create its directory first")
@@ -33,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--queries is {arguments.queries}; expected 1 or more")
     if arguments.documents < 0:
         raise ValueError(f"--documents is {arguments.documents}; expected 0 or more")
-    tokenizer = build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model)
+    tokenizer = None if form == SYMBOLS else build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model)
     documents = mixture.training_documents(
         names,
         arguments.documents,
@@ -50,6 +81,8 @@ def main(arguments: argparse.Namespace) -> None:
     with open(temporary, "w", encoding="utf-8") as file:
         for text in documents:
             file.write(json.dumps({"text": text}) + "\n")
+    if form == SYMBOLS:
+        symbol_tasks.write_tokenizer(output.with_suffix(".tokenizer.json"))
     temporary.replace(output)
     print(f"wrote {output}: {len(documents)} documents, {sum(map(len, documents)) / 1e6:.2f} MB of text")
 
@@ -64,14 +97,17 @@ def parser() -> argparse.ArgumentParser:
         "--documents", type=int, default=1000, help="of all tasks but fact-recall together (default: 1000)"
     )
     made.add_argument(
-        "--lengths", default="512", metavar="N,N", help="longest documents in tokens, drawn from (default: 512)"
+        "--preset",
+        choices=tuple(PRESETS),
+        help="learnable: symbols, --lengths 32,64,96,128 --difficulty 1,2 --queries 64",
     )
-    made.add_argument("--difficulty", default="1", metavar="N,N", help="drawn from, for each document (default: 1)")
-    made.add_argument("--queries", type=int, default=4, help="questions at the end of a document (default: 4)")
+    made.add_argument("--lengths", metavar="N,N", help="longest documents in tokens, drawn from (default: 512)")
+    made.add_argument("--difficulty", metavar="N,N", help="drawn from, for each document (default: 1)")
+    made.add_argument("--queries", type=int, help="questions at the end of a document, at most (default: 4)")
     made.add_argument("--seed", type=int, default=1234, help="of the documents (default: 1234)")
     made.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL to write")
     group = made.add_argument_group("tokenizer that --lengths counts in")
-    group.add_argument("--tokenizer-type", choices=PLAIN_TOKENIZER_TYPES, default="ByteLevelTokenizer")
+    group.add_argument("--tokenizer-type", choices=PLAIN_TOKENIZER_TYPES, help="(default: ByteLevelTokenizer)")
     group.add_argument("--tokenizer-model", metavar="FILE")
     group = made.add_argument_group("facts: the same as given to tools/evaluate.py")
     group.add_argument("--fact-seed", type=int, default=1, help="(default: 1)")

@@ -11,7 +11,7 @@ from pathlib import Path
 from umv2_megatron.config.data_config import PLAIN_TOKENIZER_TYPES
 from umv2_megatron.evaluation.local_export import MEMORY_TABLES
 from umv2_megatron.evaluation.tasks import fact_recall, mixture
-from umv2_megatron.evaluation.tasks.base import FORMS
+from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS
 
 DATA_FORMS = ("stream", "documents")
 DTYPES = ("bfloat16", "float32")
@@ -61,7 +61,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--no-append-eod", action="store_true", help="score no end-of-document tokens after texts")
     group = made.add_argument_group("tasks")
     group.add_argument("--tasks", metavar="A,B", help=f"'all' or some of {', '.join(mixture.TASKS)}")
-    group.add_argument("--forms", choices=(*FORMS, "both"), default="both", help="of the questions (default: both)")
+    group.add_argument(
+        "--forms",
+        choices=(*FORMS, "both", SYMBOLS),
+        default="both",
+        help="of the questions; symbols: those of make_tasks.py --preset learnable (default: both)",
+    )
     group.add_argument("--context-lengths", metavar="N,N", help="tokens of context (default: as trained)")
     group.add_argument("--difficulty", default="1", metavar="N,N", help="what it counts depends on the task")
     group.add_argument("--num-examples", type=int, default=100, help="of each task and length (default: 100)")
@@ -112,7 +117,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
                     "for the tokenizer in --hf-model"
                 )
     if arguments.tasks:
-        names = mixture.task_names("--tasks", arguments.tasks)
+        names = mixture.in_form("--tasks", mixture.task_names("--tasks", arguments.tasks), arguments.forms)
         mixture.integers("--difficulty", arguments.difficulty)
         mixture.integers("--context-lengths", arguments.context_lengths or "1")
         if fact_recall.NAME in names:

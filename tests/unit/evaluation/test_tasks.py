@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from task_oracle import Oracle, OracleModel, UniformModel
+from task_oracle import Oracle, OracleModel, SymbolOracle, UniformModel
 
 from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
-from umv2_megatron.evaluation.tasks import mixture
-from umv2_megatron.evaluation.tasks.base import FORMS, Example
+from umv2_megatron.evaluation.tasks import mixture, symbol_tasks
+from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, Example
 from umv2_megatron.evaluation.tasks.fact_recall import RELATIONS, VALUES, FactSet
 from umv2_megatron.evaluation.tasks.scoring import answer_row, score, summarize
 
@@ -47,6 +47,13 @@ def subwords(tmp_path_factory):
     return HuggingFaceTokenizer(str(file))
 
 
+@pytest.fixture(scope="module")
+def symbols(tmp_path_factory):
+    file = tmp_path_factory.mktemp("symbols") / "symbols.tokenizer.json"
+    symbol_tasks.write_tokenizer(file)
+    return HuggingFaceTokenizer(str(file))
+
+
 def asked(name: str, form: str, count: int, difficulty: int = 1, seed: int = 1, tokenizer=BYTES, budget: int = 320):
     return mixture.questions(name, form, count, seed, difficulty, tokenizer, budget)
 
@@ -62,6 +69,36 @@ def test_an_oracle_that_reads_scores_everything(name, form):
         assert summary.exact_match_se == summary.choice_accuracy_se == 0.0
         assert summary.answer_nats_per_token == pytest.approx(-math.log(0.99), rel=1e-5)
         assert 0 < summary.exact_match_chance <= 0.5
+
+
+@pytest.mark.parametrize("difficulty", [1, 2, 4])
+@pytest.mark.parametrize("name", symbol_tasks.SYMBOL_TASKS)
+def test_an_oracle_that_reads_symbols_scores_everything(name, difficulty, symbols):
+    for budget in (48, 128, 256):
+        examples = asked(name, SYMBOLS, 12, difficulty, tokenizer=symbols, budget=budget)
+        model = OracleModel(SymbolOracle(name, difficulty), symbols)
+        summary = summarize(examples, score(model, examples, batch=7))
+        assert summary.exact_match == summary.choice_accuracy == 1.0
+        assert 0 < summary.exact_match_chance <= 0.5
+        for example in examples:
+            words = [*(example.prompt + example.answer).split()]
+            assert symbols.detokenize(symbols.tokenize(" ".join(words))) == " ".join(words)
+            assert budget - 16 < len(words) <= budget, "the context is filled, a token for each word"
+
+
+def test_documents_in_symbols_are_what_is_asked(symbols):
+    names = list(symbol_tasks.SYMBOL_TASKS)
+    documents = mixture.training_documents(names, 60, 1, [1, 2], [32, 64, 128], None, 64)
+    assert documents == mixture.training_documents(names, 60, 1, [1, 2], [32, 64, 128], None, 64)
+    assert {document.split()[0] for document in documents} == {symbol_tasks.mark(name) for name in names}
+    for document in documents:
+        assert 20 <= len(symbols.tokenize(document)) == len(document.split()) <= 128
+    asks = [document for document in documents if document.startswith("@key-value")]
+    for words in (document.split() for document in asks):
+        told, questions = words[1 : words.index("?")], words[words.index("?") + 1 :]
+        assert len(told) == len(questions) and told != questions, "every pair is asked for, in another order"
+    with pytest.raises(ValueError, match=r"different symbols; expected at most 256"):
+        asked("key-value", SYMBOLS, 1, tokenizer=symbols, budget=602)
 
 
 @pytest.mark.parametrize("name", ["memorize", "icl", "needle"])
@@ -218,7 +255,18 @@ def test_the_tool_writes_what_preprocessing_reads(tmp_path, monkeypatch, capsys)
     code, told, _ = call(monkeypatch, capsys, "preprocess_data.py", "--input", str(output), "--append-eod",
                          "--output-prefix", str(tmp_path / "t"), "--tokenizer-type", "ByteLevelTokenizer")  # fmt: skip
     assert code == 0 and f"{len(documents)} documents" in told
+    signs = tmp_path / "signs.jsonl"
+    code, told, _ = call(monkeypatch, capsys, "make_tasks.py", "--preset", "learnable", "--task", "needle,multi-hop",
+                         "--documents", "9", "--output", str(signs))  # fmt: skip
+    assert code == 0 and "9 documents" in told
+    code, told, _ = call(monkeypatch, capsys, "preprocess_data.py", "--input", str(signs), "--append-eod",
+                         "--output-prefix", str(tmp_path / "s"), "--tokenizer-type", "HuggingFaceTokenizer",
+                         "--tokenizer-model", str(tmp_path / "signs.tokenizer.json"))  # fmt: skip
+    assert code == 0 and "9 documents" in told
     for arguments, words in (
+        (["--task", "all", "--preset", "learnable"], "--task holds 'fact-recall'"),
+        (["--task", "icl", "--preset", "learnable", "--tokenizer-type", "ByteLevelTokenizer"], "leave it out"),
+        (["--task", "key-value", "--preset", "learnable", "--lengths", "3000"], "expected at most 256"),
         (["--task", "sums"], "'sums'"),
         (["--task", "icl", "--lengths", "x"], "--lengths"),
         (["--task", "icl", "--documents", "0"], "--documents"),

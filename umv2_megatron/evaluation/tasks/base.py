@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FORMS = ("trained", "zero-shot")
+"""Of questions in words."""
+SYMBOLS = "symbols"
+"""The form of questions in symbols of one token each (``symbol_tasks.py``)."""
 # Answers offered per question, the right one among them.
 CHOICES = 4
 
@@ -92,7 +95,7 @@ class ContextTask:
         budget: int,
         queries: int,
     ) -> str:
-        """A training document: a context of the trained form and ``queries`` questions with their answers."""
+        """A training document: a context (in words: of the trained form) and ``queries`` questions with answers."""
 
         def made(items: int) -> str:
             situation = self.build(rng_of(), items, difficulty, False, queries)

@@ -1,8 +1,8 @@
 """Which tasks there are, the questions of an evaluation, and the documents that teach their format.
 
-Training documents have the trained form only and random streams of their own ("training" where the questions have
-"evaluation"), so no question is a training document. What they teach is the task, not its answers; for fact recall
-they teach the facts.
+Training documents have the trained form or are symbols, and have random streams of their own ("training" where the
+questions have "evaluation"), so no question is a training document. What they teach is the task, not its answers; for
+fact recall they teach the facts.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.evaluation.tasks import fact_recall
-from umv2_megatron.evaluation.tasks.base import FORMS, Example
+from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, ContextTask, Example
 from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
+from umv2_megatron.evaluation.tasks.symbol_tasks import SYMBOL_TASKS
 from umv2_megatron.evaluation.tasks.words import stream
 
 TASKS = (*CONTEXT_TASKS, fact_recall.NAME)
@@ -43,6 +44,18 @@ def integers(flag: str, text: str) -> list[int]:
     return list(dict.fromkeys(values))
 
 
+def in_form(flag: str, names: Sequence[str], form: str) -> Sequence[str]:
+    """``names``, which all have ``form``. Raises ``ValueError`` naming ``flag``."""
+    if form == SYMBOLS and fact_recall.NAME in names:
+        raise ValueError(f"{flag} holds {fact_recall.NAME!r}, which is not told in symbols: leave it out")
+    return names
+
+
+def _tasks(form: str) -> dict[str, ContextTask]:
+    assert form in (*FORMS, SYMBOLS)
+    return SYMBOL_TASKS if form == SYMBOLS else CONTEXT_TASKS
+
+
 def questions(
     name: str, form: str, count: int, seed: int, difficulty: int, tokenizer: Tokenizer, budget: int
 ) -> list[Example]:
@@ -50,8 +63,7 @@ def questions(
 
     Raises ``ValueError`` naming --context-lengths.
     """
-    assert form in FORMS
-    task = CONTEXT_TASKS[name]
+    task = _tasks(form)[name]
 
     def tokens_of(text: str) -> int:
         return len(tokenizer.tokenize(text))
@@ -70,19 +82,20 @@ def training_documents(
     seed: int,
     difficulties: Sequence[int],
     lengths: Sequence[int],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     queries: int = 4,
     facts: FactSet | None = None,
 ) -> list[str]:
     """``count`` documents of the context tasks of ``names`` in turn, and all documents of fact recall, shuffled.
 
     Each document of a context task draws its difficulty from ``difficulties`` and its length in tokens from
-    ``lengths``, and ends with ``queries`` questions and their answers.
+    ``lengths``, and ends with ``queries`` questions and their answers. Without a ``tokenizer`` they are in symbols.
     """
     made = []
+    tasks = _tasks(SYMBOLS if tokenizer is None else FORMS[0])
 
     def tokens_of(text: str) -> int:
-        return len(tokenizer.tokenize(text))
+        return text.count(" ") + 1 if tokenizer is None else len(tokenizer.tokenize(text))
 
     context = [name for name in names if name in CONTEXT_TASKS]
     for number in range(count if context else 0):
@@ -90,7 +103,7 @@ def training_documents(
         rng = stream("sizes", name, seed, number)
         difficulty, budget = rng.choice(list(difficulties)), rng.choice(list(lengths))
         made.append(
-            CONTEXT_TASKS[name].document(
+            tasks[name].document(
                 functools.partial(stream, "training", name, seed, number), difficulty, tokens_of, budget, queries
             )
         )

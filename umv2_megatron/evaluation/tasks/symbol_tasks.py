@@ -1,0 +1,187 @@
+"""The six context tasks in symbols of one token each, which models of a few layers learn; ``SYMBOL_TASKS`` has them.
+
+In words of several tokens a model must first learn to spell before it can learn to look up. Here a document is a mark
+that names the task, a context, and questions, all of them symbols between spaces:
+
+    key-value    @key-value k v k v ... ? k v k v ...              a question is a key
+    memorize     @memorize s s s s ... ? s s s  s s s ...           two neighbours, and what followed them
+    multi-round  @multi-round k v k v ? k v k v ... ? k v           the last value of a name
+    icl          @icl x s y x s y ... x s y                         y follows from x, whatever s is
+    needle       @needle s s s # k v s s s ... ? k v                the pair behind the sign
+    multi-hop    @multi-hop a b d e b c ... ? ? a c                  as many links on as there are question marks
+
+Symbols have no meaning of their own: which value belongs to a key is drawn anew in every document.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from umv2_megatron.evaluation.tasks.base import CHOICES, ContextTask, Query, Situation
+from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
+
+SYMBOLS = tuple(f"s{number}" for number in range(256))
+QUESTION, SIGN, END = "?", "#", "<|endoftext|>"
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer.json with a token for each symbol and mark, for --tokenizer-type HuggingFaceTokenizer."""
+    import tokenizers
+
+    words = [END, QUESTION, SIGN, *(mark(name) for name in CONTEXT_TASKS), *SYMBOLS]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens([END])
+    made.save(str(path))
+
+
+def mark(name: str) -> str:
+    """The word that documents of a task begin with."""
+    return "@" + name
+
+
+def _text(words: Sequence[str]) -> str:
+    return "".join(f" {word}" for word in words)
+
+
+def _context(name: str, words: Sequence[str]) -> str:
+    return mark(name) + _text(words)
+
+
+def _distinct(rng: random.Random, count: int) -> list[str]:
+    """Raises ``ValueError`` naming the flags of a task that can ask for too many."""
+    if count > len(SYMBOLS):
+        raise ValueError(
+            f"--difficulty and --context-lengths (--lengths of make_tasks.py) ask for {count} different symbols; "
+            f"expected at most {len(SYMBOLS)}: give a lower difficulty or length"
+        )
+    return rng.sample(SYMBOLS, count)
+
+
+def _others(rng: random.Random, values: Sequence[str], answer: str) -> tuple[str, ...]:
+    different = [value for value in dict.fromkeys(values) if value != answer]
+    return tuple(f" {each}" for each in rng.sample(different, min(len(different), CHOICES - 1)))
+
+
+def _query(prompt: Sequence[str], answer: str, wrong: tuple[str, ...], candidates: int) -> Query:
+    return Query(_text(prompt), f" {answer}", wrong, candidates)
+
+
+def key_value(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
+    """Keys with values of ``difficulty`` symbols."""
+    keys = _distinct(rng, max(items, CHOICES))
+    values = {key: " ".join(rng.choices(SYMBOLS, k=difficulty)) for key in keys}
+    context = _context("key-value", [*(f"{key} {value}" for key, value in values.items()), QUESTION])
+    known = list(values.values())
+    made = [
+        _query([key], values[key], _others(rng, known, values[key]), len(set(known)))
+        for key in rng.sample(keys, min(queries, len(keys)))
+    ]
+    return Situation(context, made, {"keys": len(keys)})
+
+
+def memorize(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
+    """A passage; given two neighbours that occur once, tell the ``difficulty`` symbols after them."""
+    count = max(items, difficulty + CHOICES + 2)
+    words = rng.choices(SYMBOLS, k=count)
+    cues = [(words[at], words[at + 1]) for at in range(count - 1)]
+    spans = [" ".join(words[at + 2 : at + 2 + difficulty]) for at in range(count - difficulty - 1)]
+    once = [at for at in range(len(spans)) if cues.count(cues[at]) == 1]
+    if not once:  # of a passage this short: begin it with symbols that occur nowhere else
+        return memorize(rng, items, difficulty, _, queries)
+    made = [
+        _query(cues[at], spans[at], _others(rng, spans, spans[at]), len(set(spans)))
+        for at in rng.sample(once, min(queries, len(once)))
+    ]
+    return Situation(_context("memorize", [*words, QUESTION]), made)
+
+
+def multi_round(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
+    """Names are set to values, each ``difficulty`` times on average; the last value counts. Every third round asks."""
+    names = _distinct(rng, min(max(2, items // difficulty), len(SYMBOLS)))
+    told = max(items, len(names) * difficulty, CHOICES)
+    order = names + rng.choices(names, k=told - len(names))
+    rng.shuffle(order)
+    values: dict[str, list[str]] = {name: [] for name in names}
+    words = []
+    for number, name in enumerate(order):
+        values[name].append(rng.choice(SYMBOLS))
+        words += [name, values[name][-1]]
+        if number % 2:
+            asked = rng.choice([known for known in names if values[known]])
+            words += [QUESTION, asked, values[asked][-1]]
+    everything = [value for name in names for value in values[name]]
+    final = {values[name][-1] for name in names}
+    made = []
+    for asked in rng.sample(names, min(queries, len(names))):
+        answer = values[asked][-1]
+        earlier = [f" {old}" for old in dict.fromkeys(values[asked]) if old != answer][-2:]
+        wrong = (*earlier, *_others(rng, everything, answer))[: CHOICES - 1]
+        made.append(_query([QUESTION, asked], answer, wrong, len(final)))
+    return Situation(_context("multi-round", words), made, {"rounds": len(order)})
+
+
+def in_context_learning(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
+    """Examples x s y: x decides on the label y, two of x for each of 2 x ``difficulty`` labels; s is any symbol."""
+    half = len(SYMBOLS) // 2
+    labels = rng.sample(SYMBOLS[half:], min(2 * difficulty, half))
+    kinds = rng.sample(SYMBOLS[:half], min(2 * len(labels), half))
+    rule = {kind: labels[index % len(labels)] for index, kind in enumerate(kinds)}
+    shown = kinds[: len(labels)] + rng.choices(kinds, k=max(0, items - len(labels)))  # every label is shown
+    rng.shuffle(shown)
+    words = [word for kind in shown for word in (kind, rng.choice(SYMBOLS[:half]), rule[kind])]
+    seen = sorted(set(shown))
+    made = []
+    for kind in rng.choices(seen, k=min(queries, len(shown))):
+        wrong = _others(rng, labels, rule[kind])
+        made.append(_query([kind, rng.choice(SYMBOLS[:half])], rule[kind], wrong, len({rule[each] for each in seen})))
+    return Situation(_context("icl", words), made, {"demonstrations": len(shown)})
+
+
+def needle(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
+    """Random symbols with ``difficulty`` pairs behind a sign among them; tell the second of one pair."""
+    names, codes = _distinct(rng, difficulty), rng.choices(SYMBOLS, k=difficulty)
+    words = rng.choices(SYMBOLS, k=max(items, CHOICES))
+    places = {}
+    for name, code in zip(names, codes):
+        at = rng.randint(0, len(words))
+        words.insert(at, f"{SIGN} {name} {code}")
+        places[name] = round(at / (len(words) - 1), 3)
+    everything = " ".join(words).replace(SIGN, " ").split()
+    made = [
+        _query([name], code, _others(rng, everything, code), len(set(everything)))
+        for name, code in rng.sample(list(zip(names, codes)), min(queries, difficulty))
+    ]
+    details = {"depth": places[names[0]]} if difficulty == 1 else {}
+    return Situation(_context("needle", [*words, QUESTION]), made, details)
+
+
+def multi_hop(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
+    """Chains of symbols, their links shuffled; go ``difficulty`` links on. A chain has one link more than that."""
+    length, chains = difficulty + 2, max(2, items)
+    words = _distinct(rng, chains * length)
+    held = [words[at * length : (at + 1) * length] for at in range(chains)]
+    links = [link for chain in held for link in zip(chain, chain[1:])]
+    rng.shuffle(links)
+    context = _context("multi-hop", [*(f"{one} {next_one}" for one, next_one in links), *[QUESTION] * difficulty])
+    made = []
+    for chain in rng.sample(held, min(queries, chains)):
+        near = tuple(f" {other}" for other in chain[1:] if other != chain[difficulty])[: CHOICES - 2]
+        wrong = near + _others(rng, [other[difficulty] for other in held], chain[difficulty])
+        made.append(_query([chain[0]], chain[difficulty], wrong[: CHOICES - 1], chains))
+    return Situation(context, made, {"chains": chains})
+
+
+_BUILDS: dict[str, Callable[[random.Random, int, int, bool, int], Situation]] = {
+    "memorize": memorize,
+    "multi-round": multi_round,
+    "icl": in_context_learning,
+    "needle": needle,
+    "key-value": key_value,
+    "multi-hop": multi_hop,
+}
+SYMBOL_TASKS = {
+    name: ContextTask(name, task.summary, task.difficulty_means, _BUILDS[name]) for name, task in CONTEXT_TASKS.items()
+}
