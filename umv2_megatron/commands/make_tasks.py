@@ -32,7 +32,7 @@ from umv2_megatron.training.tool_entry import run_tool
 
 PLAIN = {"lengths": "512", "difficulty": "1", "queries": 4, "tokenizer_type": "ByteLevelTokenizer"}
 """Defaults of flags that --preset decides on, too."""
-PRESETS: dict[str, dict[str, Any]] = {"learnable": {"lengths": "32,64,96,128", "difficulty": "1,2", "queries": 64}}
+PRESETS: dict[str, dict[str, Any]] = {"learnable": {"lengths": "48,64,96,128", "difficulty": "1,2", "queries": 64}}
 
 
 def settle(arguments: argparse.Namespace) -> str:
@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="learnable: symbols, --lengths 32,64,96,128 --difficulty 1,2 --queries 64",
+        help="learnable: symbols, --lengths 48,64,96,128 --difficulty 1,2 --queries 64",
     )
     made.add_argument("--lengths", metavar="N,N", help="longest documents in tokens, drawn from (default: 512)")
     made.add_argument("--difficulty", metavar="N,N", help="drawn from, for each document (default: 1)")

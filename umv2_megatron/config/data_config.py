@@ -113,6 +113,16 @@ class DataConfig:
         read_by="data/tokenizers.py: who makes tokens",
     )
     eod_mask_loss: bool = option(False, "leave the loss of positions that hold an end-of-document token out")
+    loss_start_token: Optional[str] = option(
+        None,
+        "count the loss of what follows this token only, up to the next --loss-stop-token or the document's end: a "
+        "token of the tokenizer, or its number",
+    )
+    loss_stop_token: Optional[str] = option(
+        None,
+        "the last token that counts behind --loss-start-token: a token of the tokenizer, or its number",
+        needs=("loss_start_token",),
+    )
     reset_position_ids: bool = option(
         False,
         "count positions from 0 after each end-of-document token; with rotary positions --reset-attention-mask does so "
@@ -220,6 +230,10 @@ class DataConfig:
         if self.has_split_paths and self.train_data_path is None:
             raise ValueError("--train-data-path is missing: it is needed beside --valid-data-path or --test-data-path")
         self.blend(), self.split_blends(), self.split_shares()
+        if self.mock_data and self.loss_start_token is not None:
+            raise ValueError(
+                f"--loss-start-token is {self.loss_start_token!r}: leave it out with --mock-data, which has no answers"
+            )
         self._validate_infilling()
         self._validate_tokenizer()
         if self.num_workers < 0:

@@ -30,15 +30,17 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from umv2_megatron.data.infilling import Infilling, draws_of, infill
+from umv2_megatron.data.scored_tokens import ScoredTokens
 
 
 @dataclass
 class CorpusConfig(GPTDatasetConfig):
     """mcore's options, the content of each corpus, which becomes part of the names of cache files, how documents are
-    rearranged, and which epochs ``streams.py`` wants of a corpus."""
+    rearranged, which tokens bear a loss (None: all), and which epochs ``streams.py`` wants of a corpus."""
 
     fingerprints: Optional[dict[str, str]] = None
     infilling: Optional[Infilling] = None
+    scored: Optional[ScoredTokens] = None
     first_epoch: int = 0
     epochs: int = 1
 
@@ -122,6 +124,13 @@ class CorpusDataset(GPTDataset):
                 return super(CorpusDataset, self)._build_document_sample_shuffle_indices()
 
         return cached(self, self.index_split.name, ("document_index", "sample_index", "shuffle_index"), build)
+
+    def __getitem__(self, idx: Optional[int]) -> dict[str, Any]:
+        item = super().__getitem__(idx)
+        if self.config.scored is not None:
+            # mcore may keep the mask for all samples: make another
+            item["loss_mask"] = item["loss_mask"] * self.config.scored.mask(item["tokens"])
+        return item
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of sample ``idx`` [seq_length + 1] and the documents that they are from."""

@@ -21,6 +21,7 @@ from umv2_megatron.data.cached_datasets import Builder, CorpusConfig, CorpusData
 from umv2_megatron.data.indexing import Index, check_corpus, ends_with, fingerprint, read_meta
 from umv2_megatron.data.infilling import infilling_of
 from umv2_megatron.data.phases import Phase, training_part, weighted
+from umv2_megatron.data.scored_tokens import scored_tokens
 from umv2_megatron.data.streams import build_last_phase
 from umv2_megatron.data.tokenizers import Tokenizer
 
@@ -63,6 +64,7 @@ def build_datasets(
         _leave_out_empty(mcore_config, sizes)
         return Builder(MockGPTDataset, list(sizes), is_built_on_rank, mcore_config).build()
     options["infilling"] = infilling_of(config, tokenizer)
+    options["scored"] = scored_tokens(config, tokenizer)
     indices = check_corpora(config, tokenizer)
     if not any(sizes):
         return [None, None, None]  # without any, mcore builds mock data

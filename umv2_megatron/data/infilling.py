@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from umv2_megatron.config.data_config import DataConfig
-from umv2_megatron.data.tokenizers import Tokenizer
+from umv2_megatron.data.tokenizers import Tokenizer, id_of_flag
 
 
 class Infilling(NamedTuple):
@@ -48,12 +48,7 @@ def infilling_of(config: DataConfig, tokenizer: Tokenizer) -> Optional[Infilling
         ("--fim-suffix-token", config.fim_suffix_token),
     ):
         assert token is not None, "DataConfig.validate was not called"
-        number = tokenizer.id_of(token)
-        if number is None:
-            raise ValueError(
-                f"{flag} is {token!r}: the tokenizer has no such token; expected one of its tokens, or a number below "
-                f"{tokenizer.vocab_size} (--vocab-size can make room)"
-            )
+        number = id_of_flag(flag, token, tokenizer)
         if number in ids:
             raise ValueError(f"{flag} is {token!r}, with the id {number} of {ids[number]}: expected a token of its own")
         ids[number] = flag

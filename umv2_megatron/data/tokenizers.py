@@ -74,6 +74,17 @@ class Tokenizer:
         return f"{type(self).__name__}(vocab_size={self.vocab_size}, eod={self.eod}, sha256={self.sha256[:12]})"
 
 
+def id_of_flag(flag: str, token: str, tokenizer: Tokenizer) -> int:
+    """The id of ``token``, a token or a number. Raises ``ValueError`` naming ``flag`` where there is none."""
+    number = tokenizer.id_of(token)
+    if number is None:
+        raise ValueError(
+            f"{flag} is {token!r}: the tokenizer has no such token; expected one of its tokens, or a number below "
+            f"{tokenizer.vocab_size} (--vocab-size can make room)"
+        )
+    return number
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model`` file."""
 

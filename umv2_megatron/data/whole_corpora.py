@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 
 from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.data.indexing import Index, read_index, read_tokens
+from umv2_megatron.data.scored_tokens import ScoredTokens
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,13 @@ class WholeCorpora(Dataset):
         config: how positions, attention and losses are masked.
         eod: the end-of-document token.
         seq_length: targets of a window.
+        scored: which tokens bear a loss (None: all).
         multiple: the number of windows is filled up to a multiple of this with windows that bear no loss.
     """
 
-    def __init__(self, parts: Sequence[CorpusPart], config: DataConfig, eod: int, seq_length: int, multiple: int):
+    def __init__(self, parts: Sequence[CorpusPart], config: DataConfig, eod: int, seq_length: int, multiple: int,
+                 scored: Optional[ScoredTokens] = None):  # fmt: skip
+        self._scored = scored
         self._parts, self._config, self._eod, self._length = list(parts), config, eod, seq_length
         self._ends: list[np.ndarray] = []  # per part: tokens up to the end of each sequence
         self._indices: list[Index] = []
@@ -86,6 +91,8 @@ class WholeCorpora(Dataset):
             config.eod_mask_loss,
             config.create_attention_mask_in_dataloader,
         )
+        if self._scored is not None:
+            loss_mask = loss_mask * self._scored.mask(tokens)
         loss_mask[: scored.start], loss_mask[scored.stop :] = 0.0, 0.0
         item = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
         if config.create_attention_mask_in_dataloader:

@@ -10,6 +10,7 @@ from typing import Any
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.data.batches import batch_iterator
 from umv2_megatron.data.datasets import build_datasets
+from umv2_megatron.data.scored_tokens import scored_tokens
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.data.whole_corpora import WholeCorpora, corpus_parts
 
@@ -60,7 +61,9 @@ def _whole_sets(
     found, batch = [], run.global_batch_size
     for name, prefixes in sets.items():
         parts = corpus_parts(run.data, split, prefixes)
-        dataset = WholeCorpora(parts, run.data, tokenizer.eod, run.model.seq_length, batch)
+        dataset = WholeCorpora(
+            parts, run.data, tokenizer.eod, run.model.seq_length, batch, scored_tokens(run.data, tokenizer)
+        )
         if dataset.tokens == 0 and split == "test" and prefixes is None:
             return []  # a small corpus has none by the default --split
         if dataset.tokens == 0:

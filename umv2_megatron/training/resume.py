@@ -22,7 +22,7 @@ from umv2_megatron.user_paths import same_directory
 
 # What a step computes from its samples; --allow-config-change lets it differ.
 SAME_RUN = ("global_batch_size", "rampup_batch_size", "clip_grad", "eod_mask_loss", "reset_position_ids",
-            "reset_attention_mask", "trainable")  # fmt: skip
+            "reset_attention_mask", "loss_start_token", "loss_stop_token", "trainable")  # fmt: skip
 # The schedule; --override-opt-param-scheduler takes the new values.
 SAME_SCHEDULE = (
     "lr",

@@ -161,7 +161,7 @@ def _mean_loss(reports: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Mean loss per token over all micro-batches and data-parallel ranks, a scalar on the device; told to every
     pipeline stage."""
     total = _summed(reports)
-    return total[0] / total[1]
+    return total[0] / total[1].clamp(min=1)  # no token may bear a loss (--loss-start-token)
 
 
 def _summed(reports: list[dict[str, torch.Tensor]], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -90,51 +90,50 @@ class SymbolOracle:
     def __init__(self, task: str, difficulty: int) -> None:
         self.tell = getattr(self, "_" + task.replace("-", "_"))
         self.difficulty = difficulty
-        self.answer_words = difficulty if task in ("key-value", "memorize") else 1
-        self.question_words = {"memorize": 2, "icl": 2}.get(task, 1)
 
     def read(self, text: str) -> tuple[str, str]:
         """Prompt and right answer of a row's text."""
         words = text.split()
-        prompt = words[: len(words) - self.answer_words]
-        before, asked = prompt[: -self.question_words], prompt[-self.question_words :]
-        return " ".join(prompt), "".join(f" {word}" for word in self.tell(before[1:], asked))
+        at = len(words) - words[::-1].index("=")
+        asked = words[len(words) - words[::-1].index("?") : at - 1]
+        told = self.tell(words[1 : words.index("?")], asked, words[1:at])
+        return " ".join(words[:at]), "".join(f" {word}" for word in [*told, "."])
 
-    def _key_value(self, before: list[str], asked: list[str]) -> list[str]:
+    def _key_value(self, told: list[str], asked: list[str], _: list[str]) -> list[str]:
         step = 1 + self.difficulty
-        pairs = [before[at : at + step] for at in range(0, before.index("?"), step)]
+        pairs = [told[at : at + step] for at in range(0, len(told), step)]
         return next(value for key, *value in pairs if key == asked[0])
 
-    def _memorize(self, before: list[str], asked: list[str]) -> list[str]:
-        found = [at for at in range(before.index("?") - 1) if before[at : at + 2] == asked]
+    def _memorize(self, told: list[str], asked: list[str], _: list[str]) -> list[str]:
+        found = [at for at in range(len(told) - 1) if told[at : at + 2] == asked]
         assert len(found) == 1, "a cue that occurs once"
-        return before[found[0] + 2 : found[0] + 2 + self.difficulty]
+        return told[found[0] + 2 : found[0] + 2 + self.difficulty]
 
-    def _multi_round(self, before: list[str], asked: list[str]) -> list[str]:
+    def _multi_round(self, _: list[str], asked: list[str], everything: list[str]) -> list[str]:
         told, at = {}, 0
-        while at < len(before) - 1:
-            if before[at] == "?":
-                assert told[before[at + 1]] == before[at + 2], "a question in the conversation"
-                at += 3
+        while at < len(everything) - 3:
+            if everything[at] == "?":
+                assert told[everything[at + 1]] == everything[at + 3], "a question in the conversation"
+                assert everything[at + 2] == "=" and everything[at + 4] == "."
+                at += 5
             else:
-                told[before[at]] = before[at + 1]
+                told[everything[at]] = everything[at + 1]
                 at += 2
         return [told[asked[0]]]
 
-    def _icl(self, before: list[str], asked: list[str]) -> list[str]:
-        labels = {(before[at], before[at + 2]) for at in range(0, len(before), 3)}
+    def _icl(self, told: list[str], asked: list[str], _: list[str]) -> list[str]:
+        labels = {(told[at], told[at + 2]) for at in range(0, len(told), 3)}
         (answer,) = [label for kind, label in labels if kind == asked[0]]
         return [answer]
 
-    def _needle(self, before: list[str], asked: list[str]) -> list[str]:
-        (answer,) = [before[at + 2] for at, word in enumerate(before) if word == "#" and before[at + 1] == asked[0]]
+    def _needle(self, told: list[str], asked: list[str], _: list[str]) -> list[str]:
+        (answer,) = [told[at + 2] for at, word in enumerate(told) if word == "#" and told[at + 1] == asked[0]]
         return [answer]
 
-    def _multi_hop(self, before: list[str], asked: list[str]) -> list[str]:
-        told = dict(zip(before[: before.index("?") : 2], before[1 : before.index("?") : 2]))
-        at = asked[0]
-        for _ in range(before.count("?")):
-            at = told[at]
+    def _multi_hop(self, told: list[str], asked: list[str], _: list[str]) -> list[str]:
+        links, (hops, at) = dict(zip(told[::2], told[1::2])), asked
+        for _ in range(int(hops)):
+            at = links[at]
         return [at]
 
 

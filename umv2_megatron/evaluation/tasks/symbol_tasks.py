@@ -3,14 +3,16 @@
 In words of several tokens a model must first learn to spell before it can learn to look up. Here a document is a mark
 that names the task, a context, and questions, all of them symbols between spaces:
 
-    key-value    @key-value k v k v ... ? k v k v ...              a question is a key
-    memorize     @memorize s s s s ... ? s s s  s s s ...           two neighbours, and what followed them
-    multi-round  @multi-round k v k v ? k v k v ... ? k v           the last value of a name
-    icl          @icl x s y x s y ... x s y                         y follows from x, whatever s is
-    needle       @needle s s s # k v s s s ... ? k v                the pair behind the sign
-    multi-hop    @multi-hop a b d e b c ... ? ? a c                  as many links on as there are question marks
+    key-value    @key-value k v k v ... ? k = v . ? k = v .         a question is a key
+    memorize     @memorize s s s ... ? s s = s . ...                two neighbours, and what followed them
+    multi-round  @multi-round k v k v ? k = v . k v ... ? k = v .   the last value of a name
+    icl          @icl x s y x s y ... ? x s = y .                   y follows from x, whatever s is
+    needle       @needle s s s # k v s s s ... ? k = v .            the pair behind the sign
+    multi-hop    @multi-hop a b d e b c ... ? 2 a = c .             so many links on
 
-Symbols have no meaning of their own: which value belongs to a key is drawn anew in every document.
+Symbols have no meaning of their own: which value belongs to a key is drawn anew in every document. Most of a document
+is drawn at random, and a model that is taught to predict that as well learns late or never to answer; so train with
+--loss-start-token "=" --loss-stop-token ".".
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from umv2_megatron.evaluation.tasks.base import CHOICES, ContextTask, Query, Sit
 from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
 
 SYMBOLS = tuple(f"s{number}" for number in range(256))
-QUESTION, SIGN, END = "?", "#", "<|endoftext|>"
+QUESTION, SIGN, ANSWER, STOP, END = "?", "#", "=", ".", "<|endoftext|>"
+MOST_LINKS = 9
 
 
 def write_tokenizer(path: Path) -> None:
     """A tokenizer.json with a token for each symbol and mark, for --tokenizer-type HuggingFaceTokenizer."""
     import tokenizers
 
-    words = [END, QUESTION, SIGN, *(mark(name) for name in CONTEXT_TASKS), *SYMBOLS]
+    numbers = map(str, range(1, MOST_LINKS + 1))
+    words = [END, QUESTION, SIGN, ANSWER, STOP, *numbers, *(mark(name) for name in CONTEXT_TASKS), *SYMBOLS]
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens([END])
@@ -62,18 +66,18 @@ def _distinct(rng: random.Random, count: int) -> list[str]:
 
 def _others(rng: random.Random, values: Sequence[str], answer: str) -> tuple[str, ...]:
     different = [value for value in dict.fromkeys(values) if value != answer]
-    return tuple(f" {each}" for each in rng.sample(different, min(len(different), CHOICES - 1)))
+    return tuple(f" {each} {STOP}" for each in rng.sample(different, min(len(different), CHOICES - 1)))
 
 
 def _query(prompt: Sequence[str], answer: str, wrong: tuple[str, ...], candidates: int) -> Query:
-    return Query(_text(prompt), f" {answer}", wrong, candidates)
+    return Query(_text([QUESTION, *prompt, ANSWER]), f" {answer} {STOP}", wrong, candidates)
 
 
 def key_value(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
     """Keys with values of ``difficulty`` symbols."""
     keys = _distinct(rng, max(items, CHOICES))
     values = {key: " ".join(rng.choices(SYMBOLS, k=difficulty)) for key in keys}
-    context = _context("key-value", [*(f"{key} {value}" for key, value in values.items()), QUESTION])
+    context = _context("key-value", [*(f"{key} {value}" for key, value in values.items())])
     known = list(values.values())
     made = [
         _query([key], values[key], _others(rng, known, values[key]), len(set(known)))
@@ -95,7 +99,7 @@ def memorize(rng: random.Random, items: int, difficulty: int, _: bool, queries: 
         _query(cues[at], spans[at], _others(rng, spans, spans[at]), len(set(spans)))
         for at in rng.sample(once, min(queries, len(once)))
     ]
-    return Situation(_context("memorize", [*words, QUESTION]), made)
+    return Situation(_context("memorize", words), made)
 
 
 def multi_round(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
@@ -111,15 +115,15 @@ def multi_round(rng: random.Random, items: int, difficulty: int, _: bool, querie
         words += [name, values[name][-1]]
         if number % 2:
             asked = rng.choice([known for known in names if values[known]])
-            words += [QUESTION, asked, values[asked][-1]]
+            words += [QUESTION, asked, ANSWER, values[asked][-1], STOP]
     everything = [value for name in names for value in values[name]]
     final = {values[name][-1] for name in names}
     made = []
     for asked in rng.sample(names, min(queries, len(names))):
         answer = values[asked][-1]
-        earlier = [f" {old}" for old in dict.fromkeys(values[asked]) if old != answer][-2:]
+        earlier = [f" {old} {STOP}" for old in dict.fromkeys(values[asked]) if old != answer][-2:]
         wrong = (*earlier, *_others(rng, everything, answer))[: CHOICES - 1]
-        made.append(_query([QUESTION, asked], answer, wrong, len(final)))
+        made.append(_query([asked], answer, wrong, len(final)))
     return Situation(_context("multi-round", words), made, {"rounds": len(order)})
 
 
@@ -155,22 +159,24 @@ def needle(rng: random.Random, items: int, difficulty: int, _: bool, queries: in
         for name, code in rng.sample(list(zip(names, codes)), min(queries, difficulty))
     ]
     details = {"depth": places[names[0]]} if difficulty == 1 else {}
-    return Situation(_context("needle", [*words, QUESTION]), made, details)
+    return Situation(_context("needle", words), made, details)
 
 
 def multi_hop(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
     """Chains of symbols, their links shuffled; go ``difficulty`` links on. A chain has one link more than that."""
+    if difficulty > MOST_LINKS:
+        raise ValueError(f"--difficulty holds {difficulty}; multi-hop in symbols takes at most {MOST_LINKS} links")
     length, chains = difficulty + 2, max(2, items)
     words = _distinct(rng, chains * length)
     held = [words[at * length : (at + 1) * length] for at in range(chains)]
     links = [link for chain in held for link in zip(chain, chain[1:])]
     rng.shuffle(links)
-    context = _context("multi-hop", [*(f"{one} {next_one}" for one, next_one in links), *[QUESTION] * difficulty])
+    context = _context("multi-hop", [*(f"{one} {next_one}" for one, next_one in links)])
     made = []
     for chain in rng.sample(held, min(queries, chains)):
-        near = tuple(f" {other}" for other in chain[1:] if other != chain[difficulty])[: CHOICES - 2]
+        near = tuple(f" {other} {STOP}" for other in chain[1:] if other != chain[difficulty])[: CHOICES - 2]
         wrong = near + _others(rng, [other[difficulty] for other in held], chain[difficulty])
-        made.append(_query([chain[0]], chain[difficulty], wrong[: CHOICES - 1], chains))
+        made.append(_query([str(difficulty), chain[0]], chain[difficulty], wrong[: CHOICES - 1], chains))
     return Situation(context, made, {"chains": chains})
 
 

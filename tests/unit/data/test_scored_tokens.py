@@ -1,0 +1,91 @@
+"""The loss of answers only: which tokens bear one, in samples and in whole corpora, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import write_corpus
+
+from umv2_megatron.config.data_config import DataConfig
+from umv2_megatron.data.datasets import build_datasets
+from umv2_megatron.data.scored_tokens import ScoredTokens, scored_tokens
+from umv2_megatron.data.tokenizers import build_tokenizer
+from umv2_megatron.data.whole_corpora import WholeCorpora, corpus_parts
+
+EOD, START, STOP = 0, 8, 9
+LENGTH = 32
+
+
+def by_reading(tokens: list[int], stop: int | None) -> list[float]:
+    """Token by token: the slow, clear reference."""
+    found, inside = [], False
+    for token in tokens:
+        if token == START:
+            inside = True
+        elif token in (EOD, stop):
+            inside = False
+        found.append(float(inside))
+    return found
+
+
+@pytest.mark.parametrize("stop", [STOP, None])
+def test_the_mask_is_that_of_reading_token_by_token(stop: int | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        tokens = torch.randint(0, 12, (LENGTH,), generator=generator)
+        assert ScoredTokens(START, stop, EOD).mask(tokens).tolist() == by_reading(tokens.tolist(), stop)
+    for tokens in ([START], [1, 2, 3], [STOP, START, 5, STOP], [START, 5, EOD, 6]):
+        assert ScoredTokens(START, stop, EOD).mask(torch.tensor(tokens)).tolist() == by_reading(tokens, stop)
+
+
+def corpus(folder) -> str:
+    generator = np.random.default_rng(2)
+    documents = [generator.integers(1, 12, generator.integers(3, 40)).tolist() for _ in range(200)]
+    return write_corpus(folder / "p", [[*each, EOD] for each in documents], EOD)
+
+
+def test_samples_and_whole_corpora_bear_the_loss_of_answers(tmp_path) -> None:
+    prefix = corpus(tmp_path)
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=64)
+    tokenizer.eod = EOD
+    config = DataConfig(data_path=[prefix], split="8,1,1", tokenizer_type="NullTokenizer", vocab_size=64,
+                        loss_start_token=str(START), loss_stop_token=str(STOP), eod_mask_loss=True)  # fmt: skip
+    scored = scored_tokens(config, tokenizer)
+    assert scored == ScoredTokens(START, STOP, EOD)
+    train, valid, _ = build_datasets(config, tokenizer, LENGTH, 1, (40, 4, 0))
+    (part,) = corpus_parts(config, "validation", None)
+    whole = WholeCorpora([part], config, EOD, LENGTH, 1, scored)
+    seen = 0.0
+    for dataset in (train, valid, whole):
+        for number in range(min(len(dataset), 40)):
+            item = dataset[number]
+            tokens = item["tokens"].tolist()
+            expected = [score * (token != EOD) for score, token in zip(by_reading(tokens, STOP), tokens)]
+            if dataset is whole and number == len(whole) - 1:  # has tokens in common with the window before
+                assert all(found <= score for found, score in zip(item["loss_mask"].tolist(), expected))
+                continue
+            assert item["loss_mask"].tolist() == expected
+            seen += sum(expected)
+    assert seen > 100
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"loss_start_token": "="}, "--loss-start-token is '=': the tokenizer has no such token"),
+        ({"loss_start_token": "63", "loss_stop_token": "65"}, "--loss-stop-token is '65': the tokenizer has no"),
+        ({"loss_start_token": "7", "loss_stop_token": "7"}, "--loss-stop-token is '7', with the id 7 of --loss-start"),
+    ],
+)
+def test_tokens_that_can_not_be(given: dict[str, str], told: str) -> None:
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=64)
+    with pytest.raises(ValueError) as error:
+        scored_tokens(DataConfig(**given), tokenizer)
+    assert told in str(error.value)
+
+
+def test_the_end_of_documents_begins_nothing() -> None:
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=64)
+    with pytest.raises(ValueError, match="the end-of-document token: expected another token"):
+        scored_tokens(DataConfig(loss_start_token=str(tokenizer.eod)), tokenizer)
