@@ -13,6 +13,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped-queries": {"group_query_attention": True, "num_query_groups": 2, "qk_layernorm": False},
     "learned-positions": {"position_embedding_type": "learned_absolute", "normalization": "LayerNorm"},
     "bf16": {"bf16": True},
+    "engram": {"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 24},
     "experts": {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "ffn_variant": "moe"},
 }
 

@@ -169,12 +169,16 @@ STATE_CASES += [
 MUON = {"optimizer": "muon"}
 DEALT = {"optimizer": "dist_muon", "overlap_grad_reduce": True}
 STATE_CASES += [(4, {**DEALT, **ROW2, "bf16": True, "tensor_model_parallel_size": 2})]
+ENGRAM = {"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 12, "memory_topk": 1,
+          "memory_pre_value_dim": 0}
+STATE_CASES += [(2, {**SHARDED, **ROW2, **ENGRAM, "tensor_model_parallel_size": 2, "sequence_parallel": True})]
 RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**MUON, "bf16": True}),
     (2, {**MUON, "bf16": True, "trainable": "memory"}),
     (2, {**DEALT, **BY_ROW}),
     (4, {**DEALT, "bf16": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
     (1, {}),
+    (1, {**ENGRAM, "memory_conv_kernel": 0, "bf16": True}),
     (1, {"ffn_variant": "peer", **PEER}),
     (1, {"ffn_variant": "pkm", "memory_qk_norm": "query", "memory_num_heads": 3}),
     (1, {"ffn_variant": "ultramem", "bf16": True}),
@@ -319,6 +323,8 @@ EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
     (4, {"memory_parallel_size": 4, "memory_parallel_mode": "row", "memory_num_keys": 11}),
 ]
 RARER_EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
+    (2, {**DIM2, **ENGRAM}),
+    (2, {**ROW2, **ENGRAM, "bf16": True}),
     (2, {**DIM2, "ffn_variant": "peer", **PEER}),
     (2, {**ROW2, "ffn_variant": "memory-plus", "memory_layer_freq": "2"}),
     (2, DIM2),
@@ -399,6 +405,7 @@ ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 RARER_ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, MID),
+    (1, {**SMALL_LOGITS, "ffn_variant": "engram"}),
     (1, {**SMALL_LOGITS, "bf16": True}),
     (1, {**SMALL_LOGITS, **FULL}),
     (1, {**SMALL_LOGITS, **FULL, "recompute_method": "block", "recompute_num_layers": 2}),

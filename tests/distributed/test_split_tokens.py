@@ -1,4 +1,5 @@
 """The memory layers of tensor-parallel ranks: outputs and gradients are those of one rank, auxiliary losses included.
+N-gram layers, too, whose convolution looks at tokens of other ranks.
 
 Without sequence parallelism the ranks share the tokens, padded where they do not divide; with it each has its own part.
 The Tucker penalty does not depend on tokens, so its gradient must be the same in all of them. The balance loss is a
@@ -16,6 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.ngrams import contexts
 from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory
 from umv2_megatron.model.layer_specs import umv2_layer_spec
@@ -24,6 +26,11 @@ from umv2_megatron.parallel import cpu_platform, groups
 HIDDEN = 16
 TUCKER = {"tucker_penalty_coeff": 0.7, "tucker_penalty_margin": 0.0}
 BALANCE = {"balance_loss_coeff": 5.0}
+NGRAMS = {
+    "scoring": "ngram", "query_mode": "shared", "tucker_rank": 1, "num_cores": 1, "num_heads": 4, "topk": 1,
+    "pre_value_dim": 0,
+}  # fmt: skip
+VOCABULARY = 20
 
 
 def block(tp: int, sequence_parallel: bool, tokens: int, losses: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -37,8 +44,9 @@ def block(tp: int, sequence_parallel: bool, tokens: int, losses: dict[str, Any])
         bias_activation_fusion=False, transformer_impl="local", tensor_model_parallel_size=tp,
         sequence_parallel=sequence_parallel, params_dtype=torch.float64,
     )  # fmt: skip
-    memory = MemoryConfig(num_keys=8, key_dim=6, value_dim=8, pre_value_dim=4, topk=4, **losses)
-    spec = umv2_layer_spec(config, memory).submodules.mlp
+    sizes = {"num_keys": 8, "key_dim": 6, "value_dim": 8, "pre_value_dim": 4, "topk": 4}
+    memory = MemoryConfig(**{**sizes, **losses})
+    spec = umv2_layer_spec(config, memory, vocabulary=VOCABULARY).submodules.mlp
     slot = FFNWithMemory(config, spec.submodules, **spec.params)
     slot.set_layer_number(1)
     slot.memory.double()
@@ -46,13 +54,18 @@ def block(tp: int, sequence_parallel: bool, tokens: int, losses: dict[str, Any])
     x, upstream = torch.randn(2, tokens, 1, HIDDEN, generator=generator, dtype=torch.float64)
     if losses == BALANCE:  # every rank must see the same tokens, and see them as often
         x = x[: tokens // 2].repeat(2, 1, 1)
+    packed = None
+    if memory.hashes:
+        torch.nn.init.normal_(slot.memory.conv, generator=torch.Generator().manual_seed(3))
+        ids = torch.randint(VOCABULARY, (1, tokens), generator=generator)
+        packed = slot._own_contexts(contexts(ids, memory, VOCABULARY), x[: tokens // tp] if sequence_parallel else x)
     if sequence_parallel:
         part = slice(parallel_state.get_tensor_model_parallel_rank() * (tokens // tp), None)
         x, upstream = x[part][: tokens // tp], upstream[part][: tokens // tp]
-    if losses:
+    if losses in (TUCKER, BALANCE):
         upstream = upstream * 0  # the losses alone
-    started = slot._start_memory(x)
-    output = slot._finish_memory(started, x)
+    started = slot._start_memory(x, packed)
+    output = slot._finish_memory(started, x, packed)
     output.backward(upstream)
     found = {"output": output.detach()}
     if sequence_parallel:
@@ -67,7 +80,9 @@ def block(tp: int, sequence_parallel: bool, tokens: int, losses: dict[str, Any])
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(
-    ("losses", "tokens"), [({}, 6), ({}, 5), (TUCKER, 6), (BALANCE, 8)], ids=["none", "padded", "tucker", "balance"]
+    ("losses", "tokens"),
+    [({}, 6), ({}, 5), (TUCKER, 6), (BALANCE, 8), (NGRAMS, 24), (NGRAMS, 15)],
+    ids=["none", "padded", "tucker", "balance", "ngrams", "ngrams-padded"],
 )
 def test_two_ranks_compute_what_one_does(losses: dict[str, Any], tokens: int, sequence_parallel: bool) -> None:
     if sequence_parallel and tokens % 2:
@@ -81,5 +96,7 @@ def test_two_ranks_compute_what_one_does(losses: dict[str, Any], tokens: int, se
     moved = {name for name, value in one.items() if name != "output" and value.any()}
     if losses == TUCKER:
         assert moved == {"retrieval.cores"}
+    elif losses == NGRAMS:
+        assert moved == one.keys() - {"output"} and "conv" in moved
     elif losses == BALANCE:
         assert {"retrieval.keys", "retrieval.query.weight"} <= moved

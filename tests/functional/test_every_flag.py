@@ -42,6 +42,7 @@ GIVEN: dict[str, dict[str, Any]] = {
         "cp_comm_type": "all_gather", "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.5,
         "moe_router_dtype": "fp64", "moe_expert_capacity_factor": 0.5,
         "memory_value_dim": 96, "memory_topk": 8, "memory_key_topk_cap": 2, "memory_layer_freq": "[1,0]",
+        "memory_ngram_size": 2,
         "memory_read_delay": 1, "memory_parallel_mode": "row", "micro_batch_size": 4, "global_batch_size": 4,
         "lr_warmup_init": 1e-4, "lr_wsd_decay_iters": 1, "min_lr": 5e-4, "split": "50,40,10",
         "transformer_impl": "transformer_engine", "cross_entropy_fusion_impl": "te", "memory_backward": "atomic",
@@ -88,6 +89,7 @@ STAGES = {"num_layers": 4, "pipeline_model_parallel_size": 2}
 INTERLEAVED = {**STAGES, "num_layers_per_virtual_pipeline_stage": 1}
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 ADDITIVE = {"memory_scoring": "additive", "memory_tucker_rank": 1, "memory_num_cores": 1, "memory_query_mode": "shared"}
+ENGRAM = {"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 24}
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 BESIDE: dict[str, dict[str, Any]] = {
     "max_position_embeddings": {"position_embedding_type": "learned_absolute"},
@@ -108,6 +110,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "attention_softmax_in_fp32": {"attention_backend": "unfused"},
     "memory_sharing_size": {"memory_sharing": "block", "memory_sharing_size": None},
     "memory_score_normalization": ADDITIVE,
+    "memory_ngram_size": ENGRAM,
+    "memory_ngram_tokens": {**ENGRAM, "corpus": True},
+    "memory_conv_kernel": ENGRAM,
     "memory_qk_norm": ADDITIVE,
     "memory_pre_projection": {"memory_pre_value_dim": 64},
     "memory_pre_value_activation": {"memory_pre_value_dim": 16},

@@ -23,6 +23,9 @@ PRUNED = [
     Layout(4, tp=2, sp=True, cp=2, m=2, mode="dim"),
     slow(Layout(4, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="block")),
     Layout(4, pp=2, m=2, mode="dim", extra=INTERLEAVED),
+    Layout(4, tp=2, sp=True, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="engram", extra=IN_PARTS),
+    slow(Layout(2, tp=2, m=2, mode="dim", sharing="engram", extra=FULL)),
+    slow(Layout(4, pp=2, m=2, mode="dim", sharing="engram", extra=INTERLEAVED)),
 ]
 
 
@@ -39,7 +42,7 @@ def test_layout_equals_one_rank(layout, matrix):
 
 def test_the_whole_matrix_has_every_combination():
     layouts = all_layouts()
-    wanted = {"tp": (1, 2), "pp": (1, 2), "cp": (1, 2), "m": (1, 2, 4), "sharing": ("none", "block")}
+    wanted = {"tp": (1, 2), "pp": (1, 2), "cp": (1, 2), "m": (1, 2, 4), "sharing": ("none", "block", "engram")}
     for field, values in wanted.items():
         assert {getattr(layout, field) for layout in layouts} == set(values)
     assert {(layout.tp, layout.pp, layout.cp) for layout in layouts if layout.m == 4} >= {(2, 2, 2), (1, 1, 1)}

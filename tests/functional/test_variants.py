@@ -33,6 +33,7 @@ VARIANTS = {
         "memory_pre_value_dim": 0,
         "memory_init": "fixed",
     },
+    "engram": {"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 24, "memory_log_interval": 1},
     "gelu-and-losses": {
         "memory_pre_value_activation": "gelu",
         "memory_balance_loss_coeff": 0.01,

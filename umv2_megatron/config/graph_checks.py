@@ -72,6 +72,8 @@ def _memory_hindrances(run: RunConfig, untried: str) -> Iterator[tuple[str, obje
     memory = run.memory
     if run.overlap_param_gather:
         yield "overlap-param-gather", "on", "off, because u and t are refreshed before the gathered cores are there,"
+    if memory.hashes:
+        yield "memory-scoring", memory.scoring, f"tucker or additive, because contexts of tokens in a graph {untried},"
     if memory.sharing != "none":
         yield "memory-sharing", memory.sharing, f"none, because a table that several graphs write to {untried},"
     if memory.read_delay:

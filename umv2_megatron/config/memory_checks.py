@@ -26,6 +26,8 @@ def check_memory_layout(run: RunConfig) -> None:
                 run.values[key],
                 "0 with --calculate-per-token-loss, which would divide it by the number of tokens",
             )
+    if memory.hashes:
+        _check_ngrams(run)
     if memory.value_lr is not None:
         for key in ("memory_value_lr_mult", "memory_value_lr_decay_iters"):
             if run.values[key] != option_table()[key].default:
@@ -50,6 +52,23 @@ def check_memory_layout(run: RunConfig) -> None:
                     memory.sharing_size,
                     f"a size whose blocks do not straddle the {stages} pipeline stages of {per_stage} layers",
                 )
+
+
+def _check_ngrams(run: RunConfig) -> None:
+    """Whether every token has those before it, and knows where its document begins."""
+    if run.context_parallel_size > 1:
+        refuse(
+            "context-parallel-size",
+            run.context_parallel_size,
+            "1 with --memory-scoring ngram: the tokens before a rank's chunk are on other ranks",
+        )
+    if run.data.reset_attention_mask and not run.data.packs_documents:
+        refuse(
+            "create-attention-mask-in-dataloader",
+            "on",
+            "off with --reset-attention-mask and --memory-scoring ngram: n-grams know documents by the places where "
+            "they begin, not by masks",
+        )
 
 
 def _check_read_delay(run: RunConfig) -> None:

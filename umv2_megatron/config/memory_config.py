@@ -10,6 +10,7 @@ e * floor(sqrt(g * N * N)) keys per side, so with the defaults (e = 1, no sharin
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -22,6 +23,14 @@ from umv2_megatron.config.text_numbers import whole_number
 OF_A_RUN = ("backend", "backward", "stream", "parallel_size", "parallel_mode", "exchange_parts", "value_second_moment",
             "value_optimizer_offload")  # fmt: skip
 """Fields of ``MemoryConfig`` that say how a run computes, not what."""
+
+
+NGRAM_SETTINGS = {
+    "topk": 1, "pre_value_dim": 0, "key_expansion": 1, "value_expansion": "single", "gate": "none",
+    "score_normalization": "none", "query_mode": "shared", "qk_norm": "both", "read_delay": 0, "sharing": "none",
+    "balance_loss_coeff": 0.0, "tucker_penalty_coeff": 0.0,
+}  # fmt: skip
+"""What is fixed in a layer whose rows are addressed by n-grams: one row a hash, and a gate of its own."""
 
 
 @dataclass
@@ -43,8 +52,29 @@ class MemoryConfig:
     num_cores: int = option(2, "C: Tucker cores; core c scales the c-th slice of the value dimension", letter="C")
     scoring: str = option(
         "tucker",
-        "score of a cell: the Tucker form of its keys' scores, or their sum (product keys)",
-        choices=("tucker", "additive"),
+        "score of a cell: the Tucker form of its keys' scores, or their sum (product keys); ngram: no scores, rows are "
+        "addressed by hashes of the last tokens (Engram)",
+        choices=("tucker", "additive", "ngram"),
+    )
+    ngram_size: int = option(
+        3,
+        "longest n-gram of token ids that addresses rows; there are n-grams of 2 up to this many tokens",
+        at_least=2,
+        needs=("memory_scoring=ngram",),
+    )
+    ngram_tokens: str = option(
+        "folded",
+        "what is hashed: token ids, of which those are one whose texts differ in case, accents or surrounding spaces "
+        "alone (folded), or the ids as they are",
+        choices=("folded", "ids"),
+        needs=("memory_scoring=ngram",),
+    )
+    conv_kernel: int = option(
+        4,
+        "taps of the causal convolution over what n-grams give, as far apart as the longest n-gram is long; 0 leaves "
+        "it out",
+        at_least=0,
+        needs=("memory_scoring=ngram",),
     )
     score_normalization: str = option(
         "none", "softmax: each head's K scores are replaced by their softmax", choices=("none", "softmax")
@@ -193,7 +223,9 @@ class MemoryConfig:
 
     @property
     def scored_keys(self) -> int:
-        """Keys per side that one layer scores: e * floor(sqrt(V))."""
+        """Keys per side that one layer scores: e * floor(sqrt(V)); none where rows are addressed by hashes."""
+        if self.hashes:
+            return 0
         return self.key_expansion * self.window_side()
 
     @property
@@ -203,12 +235,17 @@ class MemoryConfig:
 
     @property
     def num_blocks(self) -> int:
-        """E: blocks with a projection of their own (e*e with per-block projections, else 1)."""
+        """E: blocks with a projection of their own (e*e with per-block projections, else 1). Rows of n-grams are not
+        added up but joined: every head is a block."""
+        if self.scoring == "ngram":
+            return self.num_heads
         return self.key_expansion**2 if self.value_expansion == "per-block" else 1
 
     @property
     def query_rows(self) -> int:
-        """Output rows of the query projection."""
+        """Output rows of the query projection; the query of an n-gram layer is the input itself."""
+        if self.scoring == "ngram":
+            return 0
         queries = {"per_rank": self.tucker_rank, "per_head": self.num_heads, "shared": 1}[self.query_mode]
         return 2 * queries * self.key_dim
 
@@ -224,22 +261,34 @@ class MemoryConfig:
 
     @property
     def summed_dim(self) -> int:
-        """E * Dv: columns of a token's summed values."""
+        """E * Dv: columns of a token's summed, or joined, values."""
         return self.num_blocks * self.value_dim
 
     @property
     def gate_rows(self) -> int:
-        """Output rows of the gate's projection; 0 without a gate."""
-        return self.summed_dim if self.gate != "none" else 0
+        """Output rows of the gate's projection, or input columns of that to the keys of n-grams; 0 without a gate."""
+        return self.summed_dim if self.gate != "none" or self.hashes else 0
 
     @property
     def core_parameters(self) -> int:
-        """Parameters of the Tucker cores, C * h * R * R; 0 with additive scores."""
+        """Parameters of the Tucker cores, C * h * R * R; 0 with other scores."""
         return self.num_cores * self.num_heads * self.tucker_rank**2 if self.scoring == "tucker" else 0
 
     @property
+    def hashes(self) -> bool:
+        """Whether rows are addressed by hashes of tokens; then nothing is searched for."""
+        return self.scoring == "ngram"
+
+    @property
+    def conv_reach(self) -> int:
+        """Tokens before its own that the convolution of an n-gram layer sees at most."""
+        return self.ngram_size * (self.conv_kernel - 1) if self.hashes and self.conv_kernel else 0
+
+    @property
     def norm_gains(self) -> int:
-        """Parameters of the norms of queries and keys."""
+        """Parameters of the norms of queries and keys over Dk; those of n-gram layers are over H."""
+        if self.hashes:
+            return 0
         return {"both": 2, "query": 1, "none": 0}[self.qk_norm] * self.key_dim
 
     def memory_layers(self, num_layers: int) -> list[bool]:
@@ -296,7 +345,7 @@ class MemoryConfig:
                 refuse(name, f"one of {', '.join(choices)}")
         if self.value_dim % self.num_cores:
             refuse("value_dim", f"a multiple of --memory-num-cores ({self.num_cores})")
-        if self.key_topk > self.scored_keys:
+        if not self.hashes and self.key_topk > self.scored_keys:
             refuse(
                 "topk",
                 f"at most the {self.scored_keys} keys that a layer scores per side, or a smaller --memory-key-topk-cap",
@@ -335,6 +384,26 @@ class MemoryConfig:
         if self.sharing == "block" and layers % self.sharing_size:
             refuse("sharing_size", f"a divisor of the {layers} memory layers when --memory-sharing is block")
 
+    def _validate_ngrams(self, refuse: Callable[[str, str], None]) -> None:
+        """What an n-gram layer has no part for, and whether its hashes have tables; ``refuse`` raises."""
+        for name, needed in NGRAM_SETTINGS.items():
+            if getattr(self, name) != needed:
+                refuse(name, f"{needed} when --memory-scoring is ngram")
+        if self.ngram_size < 2:
+            refuse("ngram_size", "an integer of at least 2")
+        if self.conv_kernel < 0:
+            refuse("conv_kernel", "0 or more")
+        lengths = self.ngram_size - 1
+        if self.num_heads % lengths:
+            refuse("num_heads", f"a multiple of {lengths}: as many hashes for n-grams of each length up to "
+                   f"--memory-ngram-size ({self.ngram_size})")  # fmt: skip
+        if len(hash_sizes(self.rows_per_layer, self.num_heads)) < self.num_heads:
+            refuse(
+                "num_keys",
+                f"so many that N*N rows ({self.rows_per_layer}) hold {self.num_heads} tables (--memory-num-heads) of "
+                "different prime sizes",
+            )
+
     def _validate_scoring(self, refuse: Callable[[str, str], None]) -> None:
         """The two kinds of scores and what goes with either; ``refuse`` raises."""
         if self.scoring == "tucker":
@@ -346,11 +415,27 @@ class MemoryConfig:
             return
         for name in ("tucker_rank", "num_cores"):
             if getattr(self, name) != 1:
-                refuse(name, "1 when --memory-scoring is additive")
+                refuse(name, f"1 when --memory-scoring is {self.scoring}")
+        if self.hashes:
+            self._validate_ngrams(refuse)
+            return
         if self.query_mode == "per_rank":
             refuse("query_mode", "per_head or shared when --memory-scoring is additive")
         if self.tucker_penalty_coeff > 0:
             refuse("tucker_penalty_coeff", "0 when --memory-scoring is additive: there are no cores")
+
+
+@functools.cache
+def hash_sizes(rows: int, heads: int) -> tuple[int, ...]:
+    """Rows of the table of each of ``heads`` hashes: the largest different primes that are at most rows / heads, so
+    that hashes of one value fall apart. Fewer where there are no more."""
+    found: list[int] = []
+    size = rows // heads
+    while len(found) < heads and size >= 2:
+        if all(size % divisor for divisor in range(2, math.isqrt(size) + 1)):
+            found.append(size)
+        size -= 1
+    return tuple(found)
 
 
 def model_keys() -> list[str]:

@@ -15,8 +15,8 @@ class ModelConfig:
 
     ffn_variant: str = option(
         "umv2",
-        "what stands in the FFN slot of the blocks: FFN and memory (umv2, ultramem, memory-plus, pkm, peer: each sets "
-        "defaults of the memory flags), mcore's experts, or the FFN alone",
+        "what stands in the FFN slot of the blocks: FFN and memory (umv2, ultramem, memory-plus, pkm, peer, engram: "
+        "each sets defaults of the memory flags), mcore's experts, or the FFN alone",
         choices=FFN_VARIANTS,
     )
     seq_length: int = option(1024, "tokens per sample", at_least=1)

@@ -162,7 +162,10 @@ def _preset(name: str, given: Any, common: dict[str, Any], where: str) -> Preset
     texts = _checked(given, _PRESET, where, required=["description", "source"])
     groups = {key: {**common.get(key, {}), **texts.pop(key, {})} for key in _COMMON}
     model = _checked(groups["model"], typing.get_type_hints(_Model), f"{where}: model", _Decoder.__required_keys__)
-    sizes = _SIZES if has_memory(model.get("ffn_variant", "umv2")) else ()
+    variant = model.get("ffn_variant", "umv2")
+    sizes: tuple[str, ...] = _SIZES if has_memory(variant) else ()
+    if variant == "engram":  # which searches for nothing
+        sizes = ("num_keys", "value_dim")
     memory = _checked(groups["memory"], typing.get_type_hints(MemoryConfig), f"{where}: memory", sizes)
     counts = texts.pop("expected", None)
     if counts is not None:

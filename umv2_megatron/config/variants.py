@@ -11,6 +11,9 @@ Layers with a memory are one ``MemoryConfig``; a variant is a set of defaults fo
     pkm          memory-plus without the gate
     peer         few layers with tables of their own, product keys, 8 heads; a row is a whole expert of one hidden unit,
                  GELU(<pre-value, x>) * value, as wide as the hidden size, without projections
+    engram       few layers with tables of their own, whose rows are addressed by hashes of the last 2 and 3 tokens and
+                 joined instead of added up; gate and short convolution (arXiv 2601.07372); tables learn at 5 times the
+                 learning rate, without weight decay
     moe          mcore's experts in every block, as OLMoE: 64 experts of 1/8 of the FFN's width, 8 of them active,
                  chosen in float32
     dense        the FFN alone
@@ -27,7 +30,7 @@ from typing import Any
 
 from umv2_megatron.config.memory_config import MemoryConfig, parse_layer_freq
 
-MEMORY_VARIANTS = ("umv2", "ultramem", "memory-plus", "pkm", "peer")
+MEMORY_VARIANTS = ("umv2", "ultramem", "memory-plus", "pkm", "peer", "engram")
 FFN_VARIANTS = (*MEMORY_VARIANTS, "moe", "dense")
 
 OLMOE_LOSSES = {"moe_aux_loss_coeff": 0.01, "moe_z_loss_coeff": 0.001}
@@ -49,7 +52,7 @@ NO_EXPERTS = {
 SWITCHES = (
     "scoring", "score_normalization", "query_mode", "qk_norm", "gate", "pre_projection", "pre_value_activation",
     "tucker_rank", "num_cores", "num_heads", "key_expansion", "value_expansion", "layer_freq", "read_delay", "sharing",
-    "sharing_size", "value_lr", "norm_gain_exponent",
+    "sharing_size", "value_lr", "norm_gain_exponent", "ngram_size", "ngram_tokens", "conv_kernel",
 )  # fmt: skip
 _UMV2 = {name: MemoryConfig.__dataclass_fields__[name].default for name in SWITCHES}
 _PRODUCT_KEYS = {
@@ -80,8 +83,22 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "pre_value_activation": "gelu",
         "value_expansion": "none",
     },
+    "engram": {
+        **_UMV2,
+        "scoring": "ngram",
+        "query_mode": "shared",
+        "tucker_rank": 1,
+        "num_cores": 1,
+        "num_heads": 16,
+        "topk": 1,
+        "pre_value_dim": 0,
+        "value_lr_mult": 5.0,
+        "value_lr_decay_iters": 0,
+        "value_weight_decay": 0.0,
+    },
 }
 READ_DELAY = 3
+_LEARNING = ("value_lr_mult", "value_lr_decay_iters", "value_weight_decay")
 
 
 def has_memory(variant: str) -> bool:
@@ -107,9 +124,17 @@ def variant_defaults(variant: str, values: Mapping[str, Any], given: Mapping[str
         return dict(without)
     memory = dict(_CHANGES[variant])
     if variant == "umv2" and not values.get("memory_pre_value_dim"):
-        memory["pre_value_dim"] = MemoryConfig.__dataclass_fields__["pre_value_dim"].default
+        memory["pre_value_dim"] = _default("pre_value_dim")
     if variant == "peer" and hidden:
         memory.update(pre_value_dim=hidden, value_dim=hidden)
+    if variant == "engram":
+        heads = given.get("memory_num_heads") or memory["num_heads"]
+        if hidden:
+            memory["value_dim"] = max(1, hidden // heads)
+        if given.get("memory_value_lr") is not None:
+            memory.update(value_lr_mult=_default("value_lr_mult"), value_lr_decay_iters=None)
+    elif values.get("memory_scoring") == "ngram":  # a preset or checkpoint of engram, whose tables learn their own way
+        memory.update({name: _default(name) for name in _LEARNING})
     if variant != "umv2" and isinstance(layers, int) and layers > 0:
         memory.update(_few_layers(variant, layers, given))
     if {"memory_value_lr_mult", "memory_value_lr_decay_iters"} & given.keys():
@@ -117,11 +142,16 @@ def variant_defaults(variant: str, values: Mapping[str, Any], given: Mapping[str
     return {**without, **{f"memory_{name}": value for name, value in memory.items()}}
 
 
+def _default(name: str) -> Any:
+    return MemoryConfig.__dataclass_fields__[name].default
+
+
 def _few_layers(variant: str, num_layers: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """Where the memory layers are, how late they add their output, and how many share a table.
 
     At most 4 layers and at most every fourth block, evenly spread: of 20 blocks 4, 8, 12 and 16 (counted from 0), and
-    for UltraMem 2, 6, 10 and 14, which add after 5, 9, 13 and 17, as published.
+    for UltraMem 2, 6, 10 and 14, which add after 5, 9, 13 and 17, as published. For engram the first block and the one
+    before the middle.
     """
     count = max(1, min(4, num_layers // 4))
     asked = given.get("memory_read_delay")
@@ -129,6 +159,8 @@ def _few_layers(variant: str, num_layers: int, given: Mapping[str, Any]) -> dict
     if asked is None:
         delay = min(delay, num_layers - 1)
     blocks = [max(0, int(num_layers * (index + 1) / (count + 1) - delay / 2)) for index in range(count)]
+    if variant == "engram":  # their outputs are there before the attention of blocks 1 and 15 of 30, as in the demo
+        blocks = [0, max(0, num_layers // 2 - 1)]
     pattern = "[" + ",".join(str(int(block in blocks)) for block in range(num_layers)) + "]"
     found: dict[str, Any] = {"layer_freq": pattern}
     if variant == "ultramem":

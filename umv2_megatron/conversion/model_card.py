@@ -30,6 +30,7 @@ _KINDS = {
     "memory-plus": "Memory+ (arXiv:2412.09764): memory layers with product keys",
     "pkm": "product-key memory (arXiv:1907.05242)",
     "peer": "PEER (arXiv:2407.04153): memory layers of single-neuron experts",
+    "engram": "Engram (arXiv:2601.07372): memory layers addressed by hashed n-grams",
     "moe": "sparse mixture of experts, as in OLMoE (arXiv:2409.02060)",
     "dense": "dense decoder",
 }

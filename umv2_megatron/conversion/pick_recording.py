@@ -63,6 +63,8 @@ def recorded_picks(model: GPTModel, windows: int) -> Iterator[RecordedPicks]:
     found = RecordedPicks()
     with contextlib.ExitStack() as undo:
         for block, layer in memory_layers(model):
+            if layer.retrieval is None:
+                continue
             undo.enter_context(_recorded_retrieval(layer.retrieval, found.memory, block, windows))
         for module in model.modules():
             if isinstance(module, MoELayer):

@@ -80,7 +80,7 @@ def followed_picks(model: UMv2ForCausalLM, recorded: RecordedPicks) -> Iterator[
     memory: dict[int, UMv2Retrieval | UMv2ProductKeys] = {}
     routers: dict[int, UMv2Router] = {}
     for block, layer in enumerate(model.model.layers):
-        if layer.memory is not None:
+        if getattr(layer.memory, "retrieval", None) is not None:  # n-grams are no choice: the same in both models
             memory[block] = layer.memory.retrieval
         if isinstance(layer.mlp, UMv2SparseMLP):
             routers[block] = layer.mlp.router

@@ -125,6 +125,11 @@ def upcycled_values(model: DenseModel, preset: str | None, settings: dict[str, A
             f"--ffn-variant is {run.model.ffn_variant}, which has no memory layers to add; expected umv2, or another "
             "variant that has them"
         )
+    if run.memory.hashes:
+        raise ConversionError(
+            f"--ffn-variant is {run.model.ffn_variant}, whose rows are addressed by n-grams; expected a variant with "
+            "queries and keys: upcycling does not make n-gram layers"
+        )
     return {**model.values, **{key: run.values[key] for key in OPTIONS}}
 
 

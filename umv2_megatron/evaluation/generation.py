@@ -128,6 +128,9 @@ class CachedModel:
 class CachedMegatronModel(CachedModel):
     """An mcore ``GPTModel`` in evaluation mode on one rank, with mcore's static inference context as the cache.
 
+    A model with n-gram layers computes all tokens again for every new one: mcore's cache keeps neither their ids nor
+    what is convolved. Its export for transformers generates with a cache.
+
     Args:
         context: the most tokens that a call will bring.
     """
@@ -139,11 +142,16 @@ class CachedMegatronModel(CachedModel):
 
         self._model = model
         self._cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=context)
+        self.has_cache = not getattr(model, "needs_whole_sequences", False)
 
     def forget(self) -> None:
         self._cache.reset()
 
     def forward(self, tokens: torch.Tensor, known: int) -> torch.Tensor:
+        if not self.has_cache:
+            from umv2_megatron.training.restore import next_token_logits
+
+            return next_token_logits(self._model, tokens)
         # mcore's own attention takes either a whole prompt or a single token after it
         parts = tokens.split(1, dim=1) if known else [tokens]
         for part in parts:

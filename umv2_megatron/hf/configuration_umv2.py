@@ -26,7 +26,8 @@ _CHOICES: dict[str, tuple] = {
     "ffn_variant": ("umv2", "moe", "dense"),
     "moe_router_score_function": ("softmax", "sigmoid"),
     "moe_router_dtype": (None, "fp32", "fp64"),
-    "memory_scoring": ("tucker", "additive"),
+    "memory_scoring": ("tucker", "additive", "ngram"),
+    "memory_ngram_tokens": ("folded", "ids"),
     "memory_score_normalization": ("none", "softmax"),
     "memory_query_mode": ("per_rank", "shared", "per_head"),
     "memory_qk_norm": ("both", "query", "none"),
@@ -148,6 +149,9 @@ class UMv2Config(PreTrainedConfig):
     memory_tucker_rank: int = 2
     memory_num_cores: int = 2
     memory_scoring: str = "tucker"
+    memory_ngram_size: int = 3
+    memory_ngram_tokens: str = "folded"
+    memory_conv_kernel: int = 4
     memory_score_normalization: str = "none"
     memory_query_mode: str = "per_rank"
     memory_qk_norm: str = "both"
@@ -269,6 +273,9 @@ class UMv2Config(PreTrainedConfig):
                 f"memory_layer_freq is {self.memory_layer_freq!r}; expected a memory layer, and none in the last "
                 f"{self.memory_read_delay} (memory_read_delay) of the {self.num_hidden_layers} blocks"
             )
+        if self.memory_scoring == "ngram":
+            self._check_ngrams()
+            return
         tucker = {"memory_score_normalization": ("none",), "memory_qk_norm": ("both",),
                   "memory_query_mode": ("per_rank", "shared")}  # fmt: skip
         additive = {"memory_tucker_rank": (1,), "memory_num_cores": (1,), "memory_query_mode": ("per_head", "shared")}
@@ -302,6 +309,25 @@ class UMv2Config(PreTrainedConfig):
         if self.memory_table_chunk_rows is not None and self.memory_table_chunk_rows < 1:
             raise ValueError(f"memory_table_chunk_rows is {self.memory_table_chunk_rows}; expected 1 or more, or null")
 
+    def _check_ngrams(self) -> None:
+        fixed = {"memory_topk": 1, "memory_pre_value_dim": 0, "memory_num_cores": 1, "memory_gate": "none",
+                 "memory_value_expansion": "single", "memory_key_expansion": 1, "memory_read_delay": 0,
+                 "memory_sharing": "none"}  # fmt: skip
+        for name, expected in fixed.items():
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; expected {expected} where memory_scoring is ngram"
+                )
+        if self.memory_ngram_size < 2:
+            raise ValueError(f"memory_ngram_size is {self.memory_ngram_size}; expected 2 or more")
+        if self.memory_conv_kernel < 0:
+            raise ValueError(f"memory_conv_kernel is {self.memory_conv_kernel}; expected 0 or more")
+        if self.memory_num_heads % (self.memory_ngram_size - 1):
+            raise ValueError(
+                f"memory_num_heads is {self.memory_num_heads}; expected a multiple of {self.memory_ngram_size - 1} "
+                f"with memory_ngram_size {self.memory_ngram_size}"
+            )
+
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """How transformers shards the modules of UMv2Model over ranks. Memory layers stay whole on each rank: their
         work is small, and tables that do not fit lie in host memory (``memory_tables``)."""
@@ -331,10 +357,12 @@ class UMv2Config(PreTrainedConfig):
     def _pipeline_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
         """What goes into and comes out of the modules of UMv2Model, for tools that put them on several devices one
         after the other; None where blocks are not independent or alike: they share a table, one adds what another read,
-        or they differ in their masks."""
+        or they differ in their masks; or they read n-grams, which their inputs do not hold."""
         if self.layer_types is not None and len(set(self.layer_types)) > 1:
             return None
         if self.ffn_variant == "umv2" and (self.memory_sharing != "none" or self.memory_read_delay):
+            return None
+        if self.has_ngrams:
             return None
         return {
             "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -350,6 +378,11 @@ class UMv2Config(PreTrainedConfig):
         if self.ffn_variant != "umv2":
             return [False] * self.num_hidden_layers
         return parse_layer_freq(self.memory_layer_freq, self.num_hidden_layers)
+
+    @property
+    def has_ngrams(self) -> bool:
+        """Whether memory layers are addressed by n-grams of token ids."""
+        return self.ffn_variant == "umv2" and self.memory_scoring == "ngram"
 
     def has_window(self, block: int) -> bool:
         """Whether attention of this block sees the last ``sliding_window`` tokens alone."""

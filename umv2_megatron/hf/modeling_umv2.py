@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_umv2 import UMv2Attention, UMv2Norm, UMv2RotaryEmbedding
 from .cache_umv2 import grows_in_place, let_grow
 from .configuration_umv2 import UMv2Config
+from .engram_umv2 import UMv2Engram, UMv2Ngrams, ngrams_of
 from .experts_umv2 import UMv2MLP, UMv2SparseMLP, init_experts
 from .linear_umv2 import project
 from .memory_umv2 import UMv2Elsewhere, UMv2Memory
@@ -53,7 +54,11 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
     """
 
     def __init__(
-        self, config: UMv2Config, layer_idx: int, memory: UMv2Memory | None, reader: UMv2DecoderLayer | None
+        self,
+        config: UMv2Config,
+        layer_idx: int,
+        memory: UMv2Memory | UMv2Engram | None,
+        reader: UMv2DecoderLayer | None,
     ) -> None:
         super().__init__()
         self.hidden_dropout, self.attention_dropout = config.hidden_dropout, config.attention_dropout
@@ -83,11 +88,12 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        ngrams: UMv2Ngrams | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         """The next hidden states. With a read delay ``begun`` is what the memory layer ``adds`` started in its block,
         and what this block's own has started is returned after them; side by side, because checkpointing of activations
-        finds gradients of plain arguments only."""
+        finds gradients of plain arguments only. ``ngrams`` is for a memory layer that reads some."""
         stepped = self._step.attention(self, hidden_states, attention_mask, past_key_values, position_embeddings)
         if stepped is not None:
             hidden_states = stepped
@@ -105,7 +111,8 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         else:
             x, read = hidden_states, functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.epsilon)
         # Rows that lie outside the device are on their way while the FFN computes.
-        started = self.memory(read) if self.memory is not None else None
+        known = {} if ngrams is None else {"ngrams": ngrams}
+        started = self.memory(read, **known) if self.memory is not None else None
         added = self.mlp(x)
         adds = self.adds
         if adds is not None:
@@ -174,7 +181,7 @@ class UMv2PreTrainedModel(PreTrainedModel):
         """Have ``tables`` lie where the rest of their memory layers does."""
         for name, table in tables.items():
             place = name.rpartition(".")[0]
-            device = self.base_model.get_submodule(place).perm.device
+            device = next(self.base_model.get_submodule(place).buffers(recurse=False)).device
             if device.type == "meta":
                 raise ValueError(
                     f"memory_tables is 'device-int8' and device_map offloads {place}; expected layers that stay on "
@@ -278,6 +285,14 @@ class UMv2PreTrainedModel(PreTrainedModel):
                 init.copy_(module.t, pair[1])
         elif isinstance(module, UMv2Memory):
             init.copy_(module.perm, module.shuffle().to(module.perm))
+        elif isinstance(module, UMv2Engram):
+            init.copy_(module.multipliers, module.draw_multipliers())
+            init.copy_(module.canonical, torch.arange(self.config.vocab_size).to(module.canonical))
+            for gain in (module.query_norm, module.key_norm, module.conv_norm):
+                if gain is not None:
+                    init.ones_(gain)
+            if module.conv is not None:
+                init.zeros_(module.conv)
         elif isinstance(module, UMv2Rows):
             for chunk in module:
                 init.normal_(chunk, std=std)
@@ -309,7 +324,11 @@ class UMv2Model(UMv2PreTrainedModel):
         blocks: list[UMv2Elsewhere] = []  # of the memory layers
         for index, has_memory in enumerate(config.memory_layers):
             reader = index - config.memory_read_delay
-            memory = UMv2Memory(config, len(blocks), blocks, memory_tables) if has_memory else None
+            memory: UMv2Memory | UMv2Engram | None = None
+            if has_memory and config.has_ngrams:
+                memory = UMv2Engram(config, len(blocks), memory_tables)
+            elif has_memory:
+                memory = UMv2Memory(config, len(blocks), blocks, memory_tables)
             layer = UMv2DecoderLayer(config, index, memory, self.layers[reader] if 0 <= reader < index else None)
             self.layers.append(layer)
             if has_memory:
@@ -351,6 +370,10 @@ class UMv2Model(UMv2PreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if grows_in_place(inputs_embeds):
             let_grow(past_key_values)
+        ngrams: dict[int, UMv2Ngrams] = {}
+        if self.config.has_ngrams:
+            readers = {block: layer.memory for block, layer in enumerate(self.layers) if layer.memory is not None}
+            ngrams = ngrams_of(self.config, readers, input_ids, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -371,7 +394,7 @@ class UMv2Model(UMv2PreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids) if self.rotary_emb is not None else None
         delay = self.config.memory_read_delay
         begun: list[tuple[Tensor, ...]] = [()] * delay
-        for layer, has_window in zip(self.layers, self.windows):
+        for block, (layer, has_window) in enumerate(zip(self.layers, self.windows)):
             output = layer(
                 hidden_states,
                 *(begun.pop(0) if delay else ()),
@@ -380,6 +403,7 @@ class UMv2Model(UMv2PreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
+                ngrams=ngrams.get(block),
                 **kwargs,
             )
             if delay:

@@ -40,6 +40,10 @@ class MemorySizes:
     """Rows of the gate's projection; 0 without a gate."""
     projects_input: bool
     """Whether pre-values are multiplied with a projection of the input."""
+    ngram_size: int = 0
+    """Of a layer whose rows are addressed by n-grams; 0 with queries and keys."""
+    conv_kernel: int = 0
+    """Taps of an n-gram layer's convolution; 0 without one."""
 
 
 @dataclass(frozen=True)
@@ -245,14 +249,22 @@ _OF_EXPERTS = (
          lambda s: (1, s.hidden), lambda s: _has_shared(s) and _experts(s).shared_gate),
 )  # fmt: skip
 _OF_A_MEMORY_LAYER = (
-    _MemoryRow("retrieval.query.weight", lambda m, s: (m.query_rows, s.hidden)),
-    _MemoryRow("retrieval.keys", lambda m, s: (m.heads, 2, m.keys, m.key_dim, m.rank)),
+    _MemoryRow("retrieval.query.weight", lambda m, s: (m.query_rows, s.hidden), lambda m: not m.ngram_size),
+    _MemoryRow("retrieval.keys", lambda m, s: (m.heads, 2, m.keys, m.key_dim, m.rank),
+               lambda m: not m.ngram_size),
     _MemoryRow("retrieval.query_norm", lambda m, s: (m.key_dim,), lambda m: m.query_norm),
     _MemoryRow("retrieval.key_norm", lambda m, s: (m.key_dim,), lambda m: m.key_norm),
     _MemoryRow("retrieval.cores", lambda m, s: (m.cores, m.heads, m.rank, m.rank), lambda m: m.cores > 0),
     _MemoryRow("retrieval.u", lambda m, s: (m.heads, m.rank), lambda m: m.cores > 0, dtype="float32"),
     _MemoryRow("retrieval.t", lambda m, s: (m.heads, m.rank), lambda m: m.cores > 0, dtype="float32"),
-    _MemoryRow("perm", lambda m, s: (m.keys**2,), dtype="index"),
+    _MemoryRow("perm", lambda m, s: (m.keys**2,), lambda m: not m.ngram_size, dtype="index"),
+    _MemoryRow("query_norm", lambda m, s: (s.hidden,), lambda m: m.ngram_size > 0),
+    _MemoryRow("key_norm", lambda m, s: (s.hidden,), lambda m: m.ngram_size > 0),
+    _MemoryRow("conv_norm", lambda m, s: (s.hidden,), lambda m: m.conv_kernel > 0),
+    _MemoryRow("conv", lambda m, s: (s.hidden, m.conv_kernel), lambda m: m.conv_kernel > 0),
+    _MemoryRow("multipliers", lambda m, s: (m.ngram_size,), lambda m: m.ngram_size > 0, dtype="index"),
+    _MemoryRow("canonical", lambda m, s: (s.vocabulary,), lambda m: m.ngram_size > 0, dtype="index"),
+    _MemoryRow("key_proj.weight", lambda m, s: (s.hidden, m.projected), lambda m: m.ngram_size > 0),
     _MemoryRow("pre_proj.weight", lambda m, s: (m.pre_value_dim, s.hidden), lambda m: m.projects_input),
     _MemoryRow("gate_proj.weight", lambda m, s: (m.gate_rows, s.hidden), lambda m: m.gate_rows > 0),
     _MemoryRow("value_proj.weight", lambda m, s: (s.hidden, m.projected), lambda m: m.projected > 0),

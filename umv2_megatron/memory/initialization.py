@@ -46,6 +46,22 @@ BLOCK_ROWS = 4096
 BLOCK_COLUMNS = 64
 
 
+class InitializedEngram(Protocol):
+    """The same of an n-gram layer (`engram.EngramLayer`)."""
+
+    config: MemoryConfig
+    hidden_size: int
+    layer_index: int
+    owns_table: bool
+    table: ValueTable
+    key_proj: nn.Linear
+    value_proj: nn.Linear
+    query_norm: nn.Parameter
+    key_norm: nn.Parameter
+    conv_norm: Optional[nn.Parameter]
+    conv: Optional[nn.Parameter]
+
+
 class Initialized(Protocol):
     """What the initialisation reads and fills of a memory layer (`layer.MemoryLayer`, which calls it)."""
 
@@ -134,6 +150,38 @@ def _initialize_fixed(layer: Initialized) -> None:
         table_std = config.value_dim**-0.5
     if layer.owns_table:
         _draw_table(layer, table_std)
+
+
+@torch.no_grad()
+def initialize_engram(
+    layer: InitializedEngram,
+    ffn_hidden_size: int,
+    num_layers: int,
+    ffn_gated: bool = True,
+    ffn_activation: str | Callable[[Tensor], Tensor] = "silu",
+) -> None:
+    """Fill an n-gram layer: projections as all linear maps, gains 1, the convolution 0, and a table with which the
+    output variance is the FFN's.
+
+    Keys and queries are independent of each other and of root mean square 1, so that z of ``engram.py`` is N(0, 1), and
+    Var(y) = sigma^2 * E[alpha^2] * E * Dv * std(Wv)^2. "fixed": the authors' demo, which has PyTorch's sizes:
+    projections 1/sqrt(3 fan-in), table 1.
+    """
+    config, std = layer.config, linear_std(layer.hidden_size)
+    fixed = config.init == "fixed"
+    if fixed:
+        std = (3 * config.summed_dim) ** -0.5
+    for name in ("key_proj", "value_proj"):
+        normal_(getattr(layer, name).weight, std, config.seed, name, layer.layer_index)
+    for gain in (layer.query_norm, layer.key_norm, layer.conv_norm):
+        if gain is not None:
+            gain.fill_(1.0)
+    if layer.conv is not None:
+        layer.conv.zero_()
+    target = ffn_output_variance(layer.hidden_size, ffn_hidden_size, num_layers, ffn_gated, ffn_activation)
+    gate = _gaussian_mean_square(lambda z: torch.sigmoid(z.sign() * z.abs().sqrt()), 1.0)
+    if layer.owns_table:
+        _draw_table(layer, 1.0 if fixed else _rounded(math.sqrt(target / (gate * config.summed_dim * std**2))))
 
 
 def _fill_gains(layer: Initialized, value: float) -> None:
@@ -281,7 +329,7 @@ def _draw_projections(layer: Initialized, query: float, linear: Optional[float])
     layer.retrieval.refresh_singular_vectors()
 
 
-def _draw_table(layer: Initialized, std: float) -> None:
+def _draw_table(layer: Initialized | InitializedEngram, std: float) -> None:
     """Draw this rank's part of the tables that ``layer`` owns; of a table that holds shapes only, keep ``std``."""
     shard, config = layer.table.shard, layer.config
     layer.table.initial_std = std

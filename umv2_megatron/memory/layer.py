@@ -16,20 +16,17 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
 from umv2_megatron.memory.initialization import initialize_layer, seeded_generator
-from umv2_megatron.memory.losses import attach_loss, microbatch_scale, tucker_penalty
+from umv2_megatron.memory.losses import attach_loss, tucker_penalty
 from umv2_megatron.memory.product_keys import ProductKeys
 from umv2_megatron.memory.retrieval import Picks, Projection, Retrieval
 from umv2_megatron.memory.sharing import TableWindow, table_windows
-from umv2_megatron.memory.statistics import UsageStatistics
+from umv2_megatron.memory.table_layer import TableLayer
 from umv2_megatron.memory.value_table import StartedLookup, ValueTable
 
 
@@ -45,7 +42,7 @@ class Started:
     """Wg x, [T, E * Dv], or None."""
 
 
-class MemoryLayer(nn.Module):
+class MemoryLayer(TableLayer):
     """One memory layer of UltraMemV2, UltraMem v1, Memory+, PKM or PEER; which one is a matter of ``config``.
 
     Parameters (all replicated, but for the table): those of ``retrieval``, ``pre_proj.weight`` [Dp, H] (with
@@ -92,20 +89,8 @@ class MemoryLayer(nn.Module):
         ffn_activation: str | Callable[[Tensor], Tensor] = "silu",
         shard: Optional[TableShard] = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.hidden_size = hidden_size
-        self.layer_index = layer_index
-        self.window = window or table_windows(config, num_memory_layers)[layer_index]
-        self.sequence_parallel = sequence_parallel
-        self.loss_scale: Callable[[], float] = lambda: microbatch_scale(self.sequence_parallel)
-        """Called in the backward: what the auxiliary losses are multiplied by. Replace it in other schedules."""
-        self.last_losses: dict[str, Tensor] = {}
-        """Detached "balance_loss" and "tucker_penalty" of the last training forward, times their coefficients."""
-        self.statistics: Optional[UsageStatistics] = None
-        self.row_counts: Optional[Tensor] = None
-        """[A] int64: where it is set, every forward adds how often it picked each row of the table."""
-
+        window = window or table_windows(config, num_memory_layers)[layer_index]
+        super().__init__(config, hidden_size, layer_index, window, sequence_parallel)
         options: dict[str, Any] = {"dtype": params_dtype, "device": device}
         num_keys = config.key_expansion * self.window.side
         kind = Retrieval if config.scoring == "tucker" else ProductKeys
@@ -119,14 +104,8 @@ class MemoryLayer(nn.Module):
             parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.register_buffer("perm", torch.empty(num_keys**2, dtype=index_dtype(num_keys**2), device=device))
 
-        self.owns_table = table is None
-        if table is None:
-            name = f"memory layer {layer_index}"
-            self.table = ValueTable(config, self.window.rows, params_dtype, device, shard, name)
-        else:
-            assert table.rows == self.window.rows, f"a table of {table.rows} rows for {self.window}"
-            # Past nn.Module's registration, so that state_dict and named_parameters hold the table once.
-            object.__setattr__(self, "table", table)
+        name = f"memory layer {layer_index}"
+        self.take_table(table, lambda: ValueTable(config, self.window.rows, params_dtype, device, shard, name))
 
         if not self.perm.is_meta:
             self.shuffle()
@@ -168,11 +147,6 @@ class MemoryLayer(nn.Module):
                 self.statistics.served_picks += getattr(started.lookup, "received", 0)
         return output.view(started.shape)
 
-    def sort_ahead(self, started: Started) -> None:
-        """See ``ValueTable.sort_ahead``; for a ``started`` that is finished."""
-        if self.training:
-            self.table.sort_ahead(started.lookup)
-
     def _with_losses(self, output: Tensor, balance: Optional[Tensor]) -> Tensor:
         """Hang the auxiliary losses on ``output`` and keep their values for the log."""
         losses: dict[str, Tensor] = {}
@@ -186,32 +160,6 @@ class MemoryLayer(nn.Module):
             output = attach_loss(output, loss, self.loss_scale)
         self.last_losses = {name: loss.detach() for name, loss in losses.items()}
         return output
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: Optional[dict] = None
-    ) -> ShardedStateDict:
-        """For mcore's checkpoints: everything is the same on all ranks of the stage, but for the table's parts."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        replicated = {
-            name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if not name.startswith("table.")
-        }
-        state = make_sharded_tensors_for_checkpoint(
-            replicated, prefix, {}, sharded_offsets, dp_cp_group=metadata["dp_cp_group"],
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-        )  # fmt: skip
-        if self.owns_table:
-            state.update(self.table.sharded_state_dict(f"{prefix}table.", sharded_offsets, metadata))
-        return state
-
-    def refresh_singular_vectors(self) -> None:
-        """See ``Retrieval.refresh_singular_vectors``: once per optimizer step, at build and after load. Additive scores
-        have none."""
-        self.retrieval.refresh_singular_vectors()
-
-    def collect_statistics(self, enabled: bool) -> None:
-        """Start counting afresh with the next training forward, or stop; off costs nothing."""
-        window = self.window.window
-        self.statistics = UsageStatistics(window, self.config.num_heads, self.perm.device) if enabled else None
 
     @torch.no_grad()
     def shuffle(self) -> None:

@@ -281,7 +281,8 @@ class _Finish(torch.autograd.Function):
         grad_out = call.output_grad.wait().view(call.counts.shape[0], call.num_blocks, -1)
         weight_grad = call.parts.weighted_sum_backward(picks, weights, grad_out, values, value_sum)
         score_grad = weight_grad * active if active is not None else weight_grad
-        call.score_grads = exchange.all_to_all_ragged("score_grads", score_grad, call.receive, call.send)
+        if needs[0]:  # scores that are ones for all have no gradients, and nobody would wait for them
+            call.score_grads = exchange.all_to_all_ragged("score_grads", score_grad, call.receive, call.send)
         all_projected_grad, pre_value_sum = None, None
         if rho is not None:
             rho_grad = activation_backward((weight_grad * scores).sum(-1), rho, call.activation)
@@ -289,7 +290,7 @@ class _Finish(torch.autograd.Function):
             all_projected_grad = call.parts.pre_scores_backward(picks, rho_grad, projected, pre_values, pre_value_sum)
             call.projected_grad = exchange.reduce_scatter("projected_grad", all_projected_grad)
         # Gradients on their way, of the shapes that autograd expects; backwards of _Order and _Gather wait for them.
-        sent = (call.score_grads.output, all_projected_grad)
+        sent = (call.score_grads.output if call.score_grads is not None else None, all_projected_grad)
         return (*sent, hand_over(pre_values, pre_value_sum), hand_over(values, value_sum), None)
 
 

@@ -16,6 +16,7 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.model.layer_specs import umv2_layer_spec
+from umv2_megatron.model.token_contexts import bring_contexts
 from umv2_megatron.model.vocabulary import leave_padding_out
 from umv2_megatron.parallel import cpu_platform
 
@@ -40,6 +41,7 @@ def build_model(
             with_memory=run.has_memory,
             post_norm=run.model.norm_placement == "post",
             wide_qk_norm=run.model.qk_norm_span == "projection",
+            vocabulary=vocab_size,
         ),
         vocab_size=run.padded_vocab_size(vocab_size),
         max_sequence_length=run.max_position_embeddings,
@@ -56,6 +58,8 @@ def build_model(
         vp_stage=vp_stage,
     )
     leave_padding_out(model, vocab_size)
+    if run.has_memory and run.memory.hashes:
+        bring_contexts(model, run.memory, vocab_size)
     return model
 
 

@@ -28,6 +28,8 @@ from torch.nn.functional import rms_norm
 
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.table_shard import TableShard
+from umv2_megatron.memory.engram import EngramLayer
+from umv2_megatron.memory.engram import Started as StartedNgrams
 from umv2_megatron.memory.layer import MemoryLayer, Started
 from umv2_megatron.memory.losses import microbatch_scale
 from umv2_megatron.memory.sharing import table_windows
@@ -93,6 +95,7 @@ class FFNWithMemory(MegatronModule):
             (used by stock Megatron-LM, see docs/megatron-lm.md).
         post_norm: spec of a norm of this module's output; the memory layer then reads its input divided by its root
             mean square (``post_norm.py``). None: the input is normalised, the output is not.
+        vocabulary: number of token ids; needed where rows are addressed by n-grams of them.
         delayed: where outputs wait for a later block; needed when ``memory_config.read_delay`` is not 0.
         pg_collection, is_mtp_layer, name: what layers of mcore 0.17 and later say to every module in this slot; the
             groups are those of the process, of which mcore's own collection consists.
@@ -107,6 +110,7 @@ class FFNWithMemory(MegatronModule):
         standalone: bool = False,
         delayed: DelayedOutputs | None = None,
         post_norm: Any = None,
+        vocabulary: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
@@ -127,7 +131,8 @@ class FFNWithMemory(MegatronModule):
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
         self.post_layernorm = None if post_norm is None else build_post_norm(post_norm, config)
-        self.memory: MemoryLayer | None = None
+        self.vocabulary = vocabulary
+        self.memory: MemoryLayer | EngramLayer | None = None
         self.layer_number: int | None = None
         self.before_fork: Callable[[], None] | None = None
         """Called before a second stream begins to use parameters (``gather_before_forks``)."""
@@ -161,13 +166,16 @@ class FFNWithMemory(MegatronModule):
             ffn_gated=self.config.gated_linear_unit,
             ffn_activation=self.config.activation_func,
             shard=_table_shard(self.memory_config),
+            **({"vocabulary": self.vocabulary} if self.memory_config.hashes else {}),
         )
         if owns:
             self.tables.put(index, self.memory.table)
         self.memory.loss_scale = self._loss_scale
         if self._splits_tokens:
-            for parameter in self.memory.parameters():
-                if not getattr(parameter, TABLE_ATTRIBUTE, False):
+            # what convolves comes behind the gathering of all tokens and has seen all of them
+            whole = ("conv", "conv_norm") if self.memory_config.hashes else ()
+            for name, parameter in self.memory.named_parameters():
+                if not getattr(parameter, TABLE_ATTRIBUTE, False) and name not in whole:
                     parameter.register_hook(_sum_over_tensor_parallel_ranks)
 
     def _loss_scale(self) -> float:
@@ -181,22 +189,26 @@ class FFNWithMemory(MegatronModule):
     def forward(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None, **_: Any):
         """Normalised FFN input [s, b, H] -> (output [s, b, H], bias [H] or None).
 
-        ``padding_mask`` is what mcore passes to experts; a memory layer treats every token alike.
+        ``padding_mask`` is what mcore passes to experts, through all stages' layers and their recomputation. Where rows
+        are addressed by n-grams, contexts [b, s] of the tokens are in it (``model/token_contexts.py``); other memory
+        layers treat every token alike.
         """
+        contexts = self._own_contexts(padding_mask, hidden_states) if self.memory_config.hashes else None
         if self.post_layernorm is None:
-            return self._added_up(hidden_states, hidden_states)
+            return self._added_up(hidden_states, hidden_states, contexts)
         size = self.config.hidden_size
-        output, bias = self._added_up(hidden_states, rms_norm(hidden_states, [size], eps=self.config.layernorm_epsilon))
+        normed = rms_norm(hidden_states, [size], eps=self.config.layernorm_epsilon)
+        output, bias = self._added_up(hidden_states, normed, contexts)
         return self.post_layernorm(output if bias is None else output + bias), None
 
     def _added_up(
-        self, hidden_states: torch.Tensor, memory_input: torch.Tensor
+        self, hidden_states: torch.Tensor, memory_input: torch.Tensor, contexts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """FFN and memory of their inputs [s, b, H]: (output [s, b, H], bias [H] or None)."""
         if self.memory is None:
             output, bias = self.ffn(hidden_states)
             return self._with_delayed(output), bias
-        if self.standalone:
+        if self.standalone and self.memory.retrieval is not None:
             # Cores stay as they are between two optimizer steps, so refreshing in every forward (also in those of
             # activation recompute and of evaluation) gives what refreshing once per step would.
             self.memory.retrieval.refresh_due = True
@@ -206,10 +218,10 @@ class FFNWithMemory(MegatronModule):
         seen = branch.fork(memory_input, self.memory.table.tables())
         with branch.beside():
             # The exchanges of sharded tables run while the FFN computes.
-            started = self._start_memory(seen)
+            started = self._start_memory(seen, contexts)
         output, bias = self.ffn(hidden_states)
         with branch.beside():
-            memory = self._finish_memory(started, hidden_states)
+            memory = self._finish_memory(started, hidden_states, contexts)
         memory = branch.join(memory)
         if branch.apart:
             # Behind the join: the caller's stream goes on, the next fork comes after the next attention.
@@ -228,25 +240,64 @@ class FFNWithMemory(MegatronModule):
         assert self.layer_number is not None
         return output + self.delayed.take(self.layer_number)
 
-    def _start_memory(self, hidden_states: torch.Tensor) -> Started:
+    def _own_contexts(
+        self, contexts: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Contexts [b, s] of the tokens of ``hidden_states`` [s', b, H] as [s', b]."""
+        if self.memory is None:
+            return None
+        assert contexts is not None, "n-grams without token ids: see model/token_contexts.py"
+        contexts = contexts.transpose(0, 1)
+        if contexts.shape[0] != hidden_states.shape[0]:  # sequence parallelism, and mcore cuts on the first stage alone
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            contexts = contexts.chunk(self.config.tensor_model_parallel_size)[rank]
+        return contexts
+
+    def _start_memory(self, hidden_states: torch.Tensor, contexts: torch.Tensor | None) -> Started | StartedNgrams:
         """Start the memory layer on the tokens that are this rank's to look up."""
-        assert self.memory is not None
-        if not self._splits_tokens:
-            return self.memory.start(hidden_states)
+        memory = self.memory
+        if self._splits_tokens:
+            hidden_states = self._own_tokens(hidden_states)
+        if isinstance(memory, EngramLayer):
+            assert contexts is not None
+            return memory.start(hidden_states, self._own_places(contexts) if self._splits_tokens else contexts)
+        assert memory is not None
+        return memory.start(hidden_states)
+
+    def _own_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """This tensor-parallel rank's share of the tokens, [T, H], padded where they do not divide."""
         tokens = hidden_states.reshape(-1, self.config.hidden_size)
         padding = -tokens.shape[0] % self.config.tensor_model_parallel_size
         if padding:
             tokens = torch.cat([tokens, tokens.new_zeros(padding, tokens.shape[1])])
-        return self.memory.start(tensor_parallel.scatter_to_sequence_parallel_region(tokens))
+        return tensor_parallel.scatter_to_sequence_parallel_region(tokens)
 
-    def _finish_memory(self, started: Started, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _own_places(self, contexts: torch.Tensor) -> torch.Tensor:
+        """The contexts [T] of ``_own_tokens``; zeros are those of padding."""
+        size, packed = self.config.tensor_model_parallel_size, contexts.reshape(-1)
+        packed = torch.cat([packed, packed.new_zeros(-packed.shape[0] % size)])
+        return packed.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+
+    def _finish_memory(
+        self, started: Started | StartedNgrams, hidden_states: torch.Tensor, contexts: torch.Tensor | None
+    ) -> torch.Tensor:
         """The memory layer's output for all of ``hidden_states``."""
-        assert self.memory is not None
-        output = self.memory.finish(started)
-        if not self._splits_tokens:
+        memory: Any = self.memory
+        output: torch.Tensor = memory.finish(started)
+        if self._splits_tokens:
+            every = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
+            output = every[: hidden_states.numel() // self.config.hidden_size].view_as(hidden_states)
+        if not isinstance(self.memory, EngramLayer) or not self.memory_config.conv_kernel:
             return output
-        every = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
-        return every[: hidden_states.numel() // self.config.hidden_size].view_as(hidden_states)
+        assert contexts is not None
+        before = 0
+        if self.config.sequence_parallel:
+            # The tokens before this rank's first are those of other ranks.
+            own, rank = output.shape[0], parallel_state.get_tensor_model_parallel_rank()
+            before = min(self.memory_config.conv_reach, own * rank)
+            every = tensor_parallel.gather_from_sequence_parallel_region(output)
+            output = every[own * rank - before : own * (rank + 1)]
+        return self.memory.convolve(output, contexts, before)
 
     @property
     def linear_fc1(self) -> torch.nn.Module:
@@ -307,7 +358,7 @@ def gather_before_forks(chunk: DistributedDataParallel, align_param_gather: bool
             module.before_fork = functools.partial(gather, held)
 
 
-def memory_layers(model: torch.nn.Module) -> list[tuple[int, MemoryLayer]]:
+def memory_layers(model: torch.nn.Module) -> list[tuple[int, MemoryLayer | EngramLayer]]:
     """``(block number from 0, memory layer)`` of every memory layer below ``model``, in order."""
     found = [
         (module.layer_number - 1, module.memory)

@@ -39,6 +39,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.memory.engram import EngramLayer
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.model.bf16_attention import Bf16Attention
 from umv2_megatron.model.context_parallel_attention import ContextParallelAttention
@@ -65,12 +66,14 @@ def umv2_layer_spec(
     standalone: bool = False,
     post_norm: bool = False,
     wide_qk_norm: bool = False,
+    vocabulary: int | None = None,
 ) -> ModuleSpec:
     """The spec of one transformer layer for ``config.transformer_impl`` ("local" or "transformer_engine").
 
     ``with_memory=False`` leaves the FFN alone in the slot, with the same initialisation and parameter names. Where
     ``config.num_moe_experts`` is set, mcore's experts stand in the slot, without memory. ``post_norm``: norms behind
-    attention and FFN; ``wide_qk_norm``: norms of queries and keys over all heads (``post_norm.py``).
+    attention and FFN; ``wide_qk_norm``: norms of queries and keys over all heads (``post_norm.py``). ``vocabulary``: of
+    the tokenizer, for n-grams.
     """
     use_engine = config.transformer_impl == "transformer_engine"
     spec = _base_spec(config, use_engine)
@@ -86,6 +89,9 @@ def umv2_layer_spec(
     spec.submodules.mlp.params.update(
         memory_config=memory_config, tables=SharedTables(), delayed=DelayedOutputs(), standalone=standalone
     )
+    if memory_config.hashes:
+        spec.submodules.mlp.params["vocabulary"] = vocabulary
+        spec.submodules.mlp.submodules.memory = EngramLayer
     if not with_memory:
         spec.submodules.mlp.submodules.memory = None
     return spec
@@ -271,6 +277,11 @@ def _check_stock_run(config: TransformerConfig, memory_config: MemoryConfig, use
         raise ValueError(
             f"{MEMORY_CONFIG_VARIABLE}: read_delay is {memory_config.read_delay}; expected 0 with this --spec and "
             "--pipeline-model-parallel-size above 1 or activation recompute; use pretrain_umv2.py"
+        )
+    if memory_config.hashes:
+        raise ValueError(
+            f"{MEMORY_CONFIG_VARIABLE}: scoring is ngram; expected tucker or additive with this --spec, whose layers "
+            "do not see token ids; use pretrain_umv2.py"
         )
     if memory_config.parallel_size != 1:
         raise ValueError(

@@ -262,6 +262,9 @@ class _Block:
         """(retrieval, key scores, lookup): bytes kept, but for the second."""
         size, tokens = self.layout.weight_bytes, self.own
         picks = tokens * m.num_heads * m.topk
+        if m.hashes:  # of both norms and their product, the value; and of the convolution its input, norm, taps and sum
+            kept = 6 + (3 + m.conv_kernel if m.conv_kernel else 0)
+            return tokens * self.shape.hidden_size * kept * FP32, 0, self._lookup(m, picks)
         retrieval = tokens * m.query_rows * size  # their norms are computed again (memory/key_scores.py)
         scores = 2 * m.tucker_rank * tokens * m.num_heads * m.scored_keys * FP32
         if m.balance_loss_coeff > 0:

@@ -57,6 +57,8 @@ def exchange_bytes(
         columns = len(TableShard("dim", size, 0).cores(value, memory.num_cores))
         sent["rows"] = others * tokens * picks * _index_bytes(rows * blocks)
         sent["weights"] = sent["weight_grads"] = others * tokens * picks * columns * SCORE_BYTES
+        if memory.hashes:  # whose scores are ones
+            del sent["weight_grads"]
         sent["output"] = sent["output_grad"] = others * tokens * blocks * value // size * weight_bytes
         if pre:
             sent["projected"] = sent["projected_grad"] = others * tokens * pre // size * weight_bytes
@@ -68,7 +70,8 @@ def exchange_bytes(
     sent["pick_counts"] = others * tokens * 4
     sent["rows"] = sent_picks * _index_bytes(-(-rows // size) * blocks)
     sent["scores"] = sent_picks * memory.num_cores * SCORE_BYTES
-    sent["score_grads"] = received_picks * memory.num_cores * SCORE_BYTES
+    if not memory.hashes:  # whose scores are ones
+        sent["score_grads"] = received_picks * memory.num_cores * SCORE_BYTES
     sent["output"] = sent["output_grad"] = others * tokens * blocks * value * weight_bytes
     if pre:
         sent["projected"] = sent["projected_grad"] = others * tokens * pre * weight_bytes

@@ -21,7 +21,8 @@ class FlopsPerToken:
     """Forward operations per token, summed over all blocks; ``logits`` is the output matrix.
 
     ``memory_projections``: Wq, Wp, Wg, Wv. ``memory_scoring``: queries against all keys, and the first stage's sums
-    over ranks. ``memory_grid``: the K x K grid. ``memory_lookup``: pre-value products and the weighted sum of rows.
+    over ranks. ``memory_grid``: the K x K grid. ``memory_lookup``: pre-value products and the weighted sum of rows; of
+    n-grams, the gate's product and the convolution.
     """
 
     attention_projections: int
@@ -116,6 +117,8 @@ def _memory_layer(m: MemoryConfig, hidden: int) -> tuple[int, int, int, int]:
     value_rows = 0 if m.value_expansion == "none" else m.summed_dim
     pre_value_rows = m.pre_value_dim if m.has_pre_projection else 0
     projections = 2 * hidden * (m.query_rows + pre_value_rows + m.gate_rows + value_rows)
+    if m.hashes:  # rows are joined as they are
+        return projections, 0, 0, 2 * hidden * (1 + m.conv_kernel)
     lookup = heads * m.topk * 2 * (m.pre_value_dim + m.value_dim)
     if m.scoring == "additive":  # <q, key> per head, side and key; the sums of two scores are no products
         return projections, heads * 2 * m.scored_keys * 2 * m.key_dim, 0, lookup

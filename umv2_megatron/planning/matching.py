@@ -8,6 +8,9 @@ published UltraMem and Memory+ baselines from the published UltraMemV2-227M/1.2B
     numbers per key       R * Dk stays the same                             (2 x 192 = 2 x 192 = 1 x 384)
     width of a row        Dp + Dv stays; H where values are shared or a row is an expert (192 + 192 = 384; 768)
 
+An n-gram layer has the heads of its variant, and H/h for the width of a row, as published: the h rows of a token are
+joined to one vector of H numbers.
+
 Then two numbers are solved for: the FFN's width (or that of an expert) for the FLOPs, and N (or the number of experts)
 for the parameters, by turns, because each has some influence on both. Where the source has no memory of UltraMemV2, the
 paper's sizing rules stand for it: Dk = H/4, Dp + Dv = H/2 with Dp:Dv = 1:3, K = 32 in every block.
@@ -21,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.memory_config import MemoryConfig, hash_sizes
 from umv2_megatron.config.option_table import SECTIONS, option_table
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.config.run_config import RunConfig
@@ -38,6 +41,8 @@ SHAPE = tuple(
     for name in ("key_dim", "value_dim", "pre_value_dim", "topk", "key_topk_cap", *SWITCHES)
     if name not in ("value_lr", "norm_gain_exponent")
 )
+UNREAD = ("memory_key_dim", "memory_key_topk_cap")
+"""Those of ``SHAPE`` that n-gram layers have no use for."""
 ROUNDS = 60
 
 
@@ -160,7 +165,8 @@ def completed(found: Match, combine: Callable[[dict[str, Any]], RunConfig]) -> M
         except ValueError:  # the source's own switches do not go with the variant's
             made = found.source.values
         if wanted.memory is not None:
-            flags.update({key: wanted.values[key] for key in SHAPE if made[key] != wanted.values[key]})
+            told = [key for key in SHAPE if not (wanted.memory.hashes and key in UNREAD)]
+            flags.update({key: wanted.values[key] for key in told if made[key] != wanted.values[key]})
     try:
         model = Model.of(combine(flags))
     except ValueError as error:
@@ -196,6 +202,8 @@ def _start(source: Model, variant: str, kept: dict[str, Any]) -> tuple[Model, di
     )
     sizes = _memory_sizes(source, plain.memory, plain.num_layers, plain.hidden_size) if has_memory(variant) else {}
     guess = {"memory_num_keys": max(16, math.isqrt(sizes.get("memory_topk", 0)) + 1, sizes.get("memory_topk", 0))}
+    if variant == "engram":
+        guess = {"memory_num_keys": _least_keys(plain.memory)}
     layers = [("source", around), ("variant", chosen), ("rules", {**sizes, **(guess if sizes else {})}), ("keep", kept)]
     run = from_layers(layers, 1, for_training=False)
     return Model.of(run), sizes
@@ -203,13 +211,15 @@ def _start(source: Model, variant: str, kept: dict[str, Any]) -> tuple[Model, di
 
 def _memory_sizes(source: Model, target: MemoryConfig, num_layers: int, hidden: int) -> dict[str, Any]:
     """Dk, Dp, Dv and K by the rules at the top."""
+    if target.hashes:
+        return {"memory_value_dim": max(1, hidden // target.num_heads)}
     memory = source.memory
     pattern = MemoryConfig(key_dim=hidden // 4, pre_value_dim=hidden // 8, value_dim=hidden // 2 - hidden // 8, topk=32)
     pattern_layers = num_layers
     if memory is not None and source.variant == "umv2":
         pattern, pattern_layers = memory, sum(memory.memory_layers(num_layers))
     read = pattern_layers * pattern.num_heads * pattern.topk
-    if memory is not None:
+    if memory is not None and not memory.hashes:
         read = sum(memory.memory_layers(num_layers)) * memory.num_heads * memory.topk
     row = pattern.pre_value_dim + pattern.value_dim
     wide = target.scoring == "additive"
@@ -260,9 +270,12 @@ def _solve(start: Model, flops: int, total: int) -> Model:
 
 
 def _least_keys(memory: MemoryConfig | None) -> int:
-    """The smallest N with which a layer scores as many keys as it keeps."""
+    """The smallest N with which a layer scores as many keys as it keeps, or every hash has a table."""
     if memory is None:
         return 1
+    if memory.hashes:
+        heads = memory.num_heads
+        return next(n for n in range(1, 1 << 16) if len(hash_sizes(n * n, heads)) == heads)
     enough = (n for n in range(1, 1 << 16) if dataclasses.replace(memory, num_keys=n).scored_keys >= memory.key_topk)
     return next(enough)
 

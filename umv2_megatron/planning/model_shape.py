@@ -20,7 +20,8 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder-only model without its memory layers. ``vocab_size`` is the padded one.
+    """Sizes of a decoder-only model without its memory layers. ``vocab_size`` is the padded one, ``num_tokens`` is
+    without padding.
 
     ``num_experts`` is 0 where blocks have an FFN; ``shared_expert_hidden_size`` is 0 without a shared expert.
     ``post_norm``, ``wide_qk_norm``: --norm-placement post, --qk-norm-span projection.
@@ -35,6 +36,7 @@ class ModelShape:
     kv_channels: int
     seq_length: int
     vocab_size: int
+    num_tokens: int
     learned_positions: int
     untied: bool
     gated: bool
@@ -109,6 +111,7 @@ class ModelShape:
                 _size(fields, "vocab_size"), _size(fields, "make_vocab_size_divisible_by", 128),
                 _size(fields, "tensor_model_parallel_size", 1),
             ),
+            num_tokens=_size(fields, "vocab_size"),
             learned_positions=positions if fields.get("position_embedding_type") == "learned_absolute" else 0,
             untied=bool(fields.get("untie_embeddings_and_output_weights", False)),
             gated=gated,

@@ -28,17 +28,19 @@ class MemoryCount:
     value_projection: int
     table: int
     picked: int
+    convolution: int = 0
 
     @property
     def dense(self) -> int:
         """All parts outside the table; every token uses all of them."""
         return (self.query_projection + self.keys + self.gains + self.cores + self.pre_value_projection
-                + self.gate_projection + self.value_projection)
+                + self.gate_projection + self.value_projection + self.convolution)
 
     @classmethod
     def of(cls, memory_config: MemoryConfig, hidden_size: int) -> MemoryCount:
         """Wq [2*Dk times R, h or 1, H], keys [h, 2, N, Dk, R], gains 2 x [Dk], cores [C, h, R, R], Wp [Dp, H],
-        Wg [Dv*E, H], Wv [H, Dv*E]; which of them there are is a matter of the switches.
+        Wg [Dv*E, H], Wv [H, Dv*E]; which of them there are is a matter of the switches. Of n-grams: Wk (in the place of
+        Wg) and Wv [H, Dv*E], gains 2 x [H], and the convolution's gain and taps, [H] and [H, taps].
 
         ``table``: the N*N rows of Dp + Dv that a layer brings, whichever layers share them. ``picked``: values in the
         h*K rows that one token reads.
@@ -48,13 +50,14 @@ class MemoryCount:
         return cls(
             query_projection=m.query_rows * hidden_size,
             keys=m.num_heads * 2 * m.scored_keys * m.key_dim * m.tucker_rank,
-            gains=m.norm_gains,
+            gains=2 * hidden_size if m.hashes else m.norm_gains,
             cores=m.core_parameters,
             pre_value_projection=m.pre_value_dim * hidden_size if m.has_pre_projection else 0,
             gate_projection=m.gate_rows * hidden_size,
             value_projection=0 if m.value_expansion == "none" else hidden_size * m.summed_dim,
             table=m.rows_per_layer * row,
             picked=m.num_heads * m.topk * row,
+            convolution=hidden_size * (1 + m.conv_kernel) if m.hashes and m.conv_kernel else 0,
         )
 
 

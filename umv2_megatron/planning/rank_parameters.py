@@ -124,8 +124,14 @@ def _memory_layer(shape: ModelShape, m: MemoryConfig, shard: TableShard, owned: 
     }
     rows = {
         "retrieval.query.weight": m.query_rows, "pre_proj.weight": m.pre_value_dim, "gate_proj.weight": m.gate_rows,
-        "value_proj.weight": hidden,
+        "value_proj.weight": hidden, "key_proj.weight": hidden,
     }  # fmt: skip
+    if m.hashes:  # in the order in which a module has its parameters: its own before those of its parts
+        conv = hidden * m.conv_kernel
+        sizes = {
+            "query_norm": hidden, "key_norm": hidden, "conv_norm": hidden if conv else 0, "conv": conv,
+            "key_proj.weight": m.gate_rows * hidden, "value_proj.weight": hidden * m.summed_dim,
+        }  # fmt: skip
     for name, elements in sizes.items():
         if elements:
             yield Parameter(prefix + name, elements, "memory", rows=rows.get(name, 0))

@@ -33,11 +33,11 @@ def memory_statistics(chunks: list[torch.nn.Module]) -> dict[str, float]:
             assert statistics is not None, "start_counting was not called"
             numbers = {name: float(loss) for name, loss in layer.last_losses.items()}
             if layer.table.shard.by_row:
-                numbers["row_skew"] = _row_skew(statistics.served_picks, layer.perm.device)
+                numbers["row_skew"] = _row_skew(statistics.served_picks, layer.table.values.device)
             for tensor in statistics.tensors():
                 for group in (groups.get_memory_parallel_group(), groups.get_memory_data_parallel_group()):
                     torch.distributed.all_reduce(tensor, group=group)
-            numbers.update(statistics.summary(layer.retrieval.singular_values()))
+            numbers.update(statistics.summary(layer.singular_values()))
             here.update({f"memory/{name}/layer_{block:03d}": value for name, value in numbers.items()})
     stages: list[dict[str, float]] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
     torch.distributed.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())

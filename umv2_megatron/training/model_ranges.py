@@ -44,14 +44,16 @@ class WatchedModel:
                     model, "compute_language_model_loss", functools.partial(self._timed, "loss", inputs=False)
                 )
             for _, layer in memory_layers(model):
+                if layer.owns_table and layer.table.exchange is not None:
+                    self._replace(layer.table.exchange, "watched", self._timed_context)
+                if layer.retrieval is None:  # rows of n-grams are not searched for
+                    continue
                 self._replace(
                     layer.retrieval, "refresh_singular_vectors", functools.partial(self._timed, "u, t refresh")
                 )
                 self._watch("query projection", layer.retrieval.query, inputs=True)
                 # one piece with the search, and so not apart, where the backend has it
                 self._replace(layer.retrieval, "key_scores", functools.partial(self._timed, "scores of keys"))
-                if layer.owns_table and layer.table.exchange is not None:
-                    self._replace(layer.table.exchange, "watched", self._timed_context)
 
     def release(self) -> None:
         """Take everything off again."""

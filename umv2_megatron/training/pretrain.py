@@ -25,11 +25,13 @@ from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped, UsageError
 from umv2_megatron.data.batches import batch_iterator
+from umv2_megatron.data.canonical_ids import canonical_ids
 from umv2_megatron.data.datasets import build_datasets, data_identity
 from umv2_megatron.data.tokenizers import tokenizer_of
 from umv2_megatron.durable_files import replace_synced
 from umv2_megatron.memory.row_counts import RowSelection
 from umv2_megatron.model.builder import unwrap
+from umv2_megatron.model.token_contexts import set_canonical_ids
 from umv2_megatron.observation.device import device_name
 from umv2_megatron.observation.events import EventLog
 from umv2_megatron.observation.exporter import Exporter
@@ -81,6 +83,8 @@ def pretrain(run: RunConfig, load_tasks: Callable[[RunConfig], TaskEvaluation] |
             non_persistent = open_non_persistent(run, store, stack)
         tokenizer = tokenizer_of(vars(run.data))
         state = build_training_state(run, tokenizer.vocab_size)
+        if run.has_memory and run.memory.hashes and run.memory.ngram_tokens == "folded":
+            set_canonical_ids(state.chunks, canonical_ids(tokenizer))
         print_rank_0(told_backend(run))
         connect(run, state.chunks, state.optimizer)
         _describe_model(run, tokenizer.vocab_size, state)

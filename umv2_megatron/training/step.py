@@ -87,7 +87,7 @@ def refresh_singular_vectors(chunks: list[torch.nn.Module], *, at_next_forward: 
     ``at_next_forward`` waits for the layer's first forward, where --overlap-param-gather has its cores ready.
     """
     for chunk in chunks:
-        retrievals = [layer.retrieval for _, layer in memory_layers(unwrap(chunk))]
+        retrievals = [layer.retrieval for _, layer in memory_layers(unwrap(chunk)) if layer.retrieval is not None]
         if at_next_forward:
             for retrieval in retrievals:
                 retrieval.refresh_due = True

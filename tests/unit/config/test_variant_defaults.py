@@ -46,6 +46,37 @@ def test_switches_of_the_variants():
     assert peer.sharing == "none" and peer.value_lr is None
 
 
+def test_engram_and_back():
+    engram = run("--ffn-variant", "engram", base=PUBLISHED).memory
+    assert (engram.scoring, engram.num_heads, engram.topk, engram.value_dim) == ("ngram", 16, 1, 48)
+    assert blocks(engram, 20) == [0, 9] and engram.num_blocks == 16 and engram.num_keys == 360
+    assert (engram.value_lr_mult, engram.value_lr_decay_iters, engram.value_weight_decay) == (5.0, 0, 0.0)
+    assert run("--ffn-variant", "engram", "--memory-num-heads", "8", base=PUBLISHED).memory.value_dim == 96
+    constant = run("--ffn-variant", "engram", "--memory-value-lr", "1e-3", base=PUBLISHED).memory
+    assert (constant.value_lr, constant.value_lr_mult, constant.value_lr_decay_iters) == (1e-3, 4.0, None)
+    small = ["--model-preset", "engram-3m", "--train-iters", "10", "--mock-data", "--tokenizer-type", "NullTokenizer"]
+    assert blocks(run(base=small).memory, 8) == [0, 3]
+    back = run("--ffn-variant", "memory-plus", base=small).memory
+    assert back.scoring == "additive" and back.value_weight_decay is None and back.value_lr == 1e-3
+
+
+def test_settings_of_ngrams_are_refused_elsewhere_and_layouts_without_neighbours_too():
+    for argv, told in (
+        (["--memory-ngram-size", "2"], "--memory-ngram-size is 2; expected no value without --memory-scoring ngram"),
+        (
+            ["--ffn-variant", "engram", "--memory-num-keys", "30", "--context-parallel-size", "2"],
+            "--context-parallel-size is 2; expected 1 with --memory-scoring ngram",
+        ),
+        (
+            ["--ffn-variant", "engram", "--memory-sharing", "block"],
+            "--memory-sharing is block; expected none when --memory-scoring is ngram",
+        ),
+    ):
+        with pytest.raises(UsageError) as caught:
+            run(*argv, world_size=2)
+        assert told in str(caught.value)
+
+
 def test_sizes_stay_those_of_the_preset():
     memory = run("--ffn-variant", "memory-plus", base=PUBLISHED).memory
     assert (memory.num_keys, memory.key_dim, memory.topk, memory.value_dim) == (360, 192, 32, 192)

@@ -194,6 +194,10 @@ def pair(changes: dict[str, Any], hf_changes: dict[str, Any]) -> tuple[torch.nn.
         for parameter in megatron.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for _, layer in memory_layers(megatron):
+            if run.memory.hashes and layer.conv is not None:  # which starts at zero, and ids as they are
+                layer.conv.copy_(torch.randn(layer.conv.shape, generator=generator))
+                layer.set_canonical(torch.arange(layer.vocabulary) // 3)
     for _, layer in memory_layers(megatron):
         layer.refresh_singular_vectors()
     config = hf_config(run, **hf_changes)

@@ -43,6 +43,9 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**ADDITIVE, "memory_query_mode": "shared", "memory_qk_norm": "none", "memory_pre_projection": "none",
       "memory_pre_value_dim": 64, "memory_pre_value_activation": "gelu"}, {}),
     ({"memory_read_delay": 2, "memory_layer_freq": "[1,1,0,0]"}, {}),
+    ({"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 24}, {"memory_table_chunk_rows": 100}),
+    ({"ffn_variant": "engram", "memory_ngram_size": 4, "memory_num_heads": 3, "memory_conv_kernel": 2,
+      "norm_placement": "post"}, {}),
     ({"ffn_variant": "dense"}, {}),
     ({"ffn_variant": "moe", "moe_ffn_hidden_size": 16, "num_layers": 1}, {}),  # as OLMoE
     ({**MOE, "moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5, "moe_router_dtype": "fp64"}, {}),
