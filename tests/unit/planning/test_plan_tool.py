@@ -184,7 +184,7 @@ def test_help_names_the_device_flags(capsys):
     (["--model-preset", "umv2-8m", "--hidden", "3"], "did you mean --hidden-size?"),
     (["--model-preset", "umv2-8m", "--ffn-variant", "sparse"], "--ffn-variant is 'sparse'; expected one of umv2"),
     (["--model-preset", "umv2-8m", "--ffn-variant", "moe", "--num-experts", "4"],
-     "--ffn-variant is 'moe'; planning knows umv2, ultramem, memory-plus, pkm, peer and dense only"),
+     "--ffn-variant is 'moe'; planning knows umv2, ultramem, memory-plus, pkm, peer, engram and dense only"),
     (["--config", "missing.yaml"], "--config is 'missing.yaml'; expected a readable YAML file"),
     (["--model-preset", "umv2-8m", "--world-size", "0"], "--world-size is '0'; expected an integer of at least 1"),
     (["--model-preset", "umv2-8m", "--peak-tflops", "nan"], "--peak-tflops is 'nan'; expected a number above 0"),
