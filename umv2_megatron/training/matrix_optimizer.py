@@ -35,8 +35,8 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon updates the parameter called ``name``: a matrix that all tokens are multiplied by.
 
     Not so are embeddings, the output layer and value tables, of whose rows a token reads a few; keys and cores of
-    memory layers, which are stacks of vectors and of small matrices with losses of their own; the taps of n-gram layers'
-    convolutions, one filter for each channel; and gains and biases.
+    memory layers, which are stacks of vectors and of small matrices with losses of their own; convolutions of n-gram
+    layers, a filter for each channel; and gains and biases.
     """
     return parameter.dim() == 2 and not hasattr(parameter, TABLE_ATTRIBUTE) and not _ENDS & set(name.split("."))
 
