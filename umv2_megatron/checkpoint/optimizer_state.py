@@ -321,9 +321,14 @@ def groups_of_mcore(state: dict[Any, Any]) -> list[Group]:
     return found
 
 
+# mcore 0.19 tells groups apart by settings, too, which the flags of a resumed run may change.
+_SETTINGS = ("max_lr", "min_lr", "start_wd", "end_wd", "optimizer")
+_IDENTITY = tuple(key for key in param_group_identifier_keys if key not in _SETTINGS)
+
+
 def _identity(group: Group) -> tuple:
     """What tells a group from the others in every layout; settings that a schedule or a flag changes do not count."""
-    return (*(group.get(key) for key in param_group_identifier_keys), VALUE_GROUP in group, MATRIX_GROUP in group)
+    return (*(group.get(key) for key in _IDENTITY), VALUE_GROUP in group, MATRIX_GROUP in group)
 
 
 def _step(part: Any, group: Group) -> float | None:
@@ -345,7 +350,7 @@ def _set_group(part: Any, group: Group, saved: list[Group]) -> None:
         if not group["params"]:
             return
         raise CheckpointError(
-            f"the checkpoint has no parameter group {_identity(group)} of {param_group_identifier_keys}, "
+            f"the checkpoint has no parameter group {_identity(group)} of {_IDENTITY}, "
             f"{VALUE_GROUP} and {MATRIX_GROUP}: give --no-load-optim, or the flags that it was saved with"
         )
     group.update((key, value) for key, value in match.items() if key not in ("step", *KERNEL_CHOICES))

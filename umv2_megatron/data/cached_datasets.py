@@ -132,15 +132,15 @@ class CorpusDataset(GPTDataset):
             item["loss_mask"] = item["loss_mask"] * self.config.scored.mask(item["tokens"])
         return item
 
-    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of sample ``idx`` [seq_length + 1] and the documents that they are from."""
-        sample, documents = super()._query_document_sample_shuffle_indices(idx)
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple:
+        """The tokens of sample ``idx`` [seq_length + 1], the documents that they are from, and what mcore 0.19 adds."""
+        sample, *others = super()._query_document_sample_shuffle_indices(idx)
         config = self.config
         # losses of validation stay those of texts as they are
         if config.infilling is not None and self.index_split is Split.train:
             seed, number = self._seed_and_number(int(idx))
             sample = infill(sample, config.infilling, draws_of(seed, config.fingerprints[self.dataset_path], number))
-        return sample, documents
+        return sample, *others
 
     def _seed_and_number(self, idx: int) -> tuple[int, int]:
         """The seed of the order that sample ``idx`` is in, and the sample's number in it."""

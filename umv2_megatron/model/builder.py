@@ -33,16 +33,21 @@ def build_model(
         vp_stage: index of the virtual pipeline stage, None without the interleaved schedule.
     """
     config = config or run.transformer_config()
+    wide_qk_norm = run.model.qk_norm_span == "projection"
+    spec = umv2_layer_spec(
+        config,
+        run.memory,
+        with_memory=run.has_memory,
+        post_norm=run.model.norm_placement == "post",
+        wide_qk_norm=wide_qk_norm,
+        vocabulary=vocab_size,
+    )
+    # mcore 0.19 builds no norm of queries that the configuration does not tell of. Later it must not tell of ours: mcore
+    # would sum their gradients over tensor-parallel ranks, over which they are split.
+    config.qk_layernorm = config.qk_layernorm or wide_qk_norm
     model = GPTModel(
         config=config,
-        transformer_layer_spec=umv2_layer_spec(
-            config,
-            run.memory,
-            with_memory=run.has_memory,
-            post_norm=run.model.norm_placement == "post",
-            wide_qk_norm=run.model.qk_norm_span == "projection",
-            vocabulary=vocab_size,
-        ),
+        transformer_layer_spec=spec,
         vocab_size=run.padded_vocab_size(vocab_size),
         max_sequence_length=run.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -57,6 +62,7 @@ def build_model(
         seq_len_interpolation_factor=run.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
+    config.qk_layernorm = config.qk_layernorm and not wide_qk_norm
     leave_padding_out(model, vocab_size)
     if run.has_memory and run.memory.hashes:
         bring_contexts(model, run.memory, vocab_size)
