@@ -42,8 +42,8 @@ def build_model(
         wide_qk_norm=wide_qk_norm,
         vocabulary=vocab_size,
     )
-    # mcore 0.19 builds no norm of queries that the configuration does not tell of. Later it must not tell of ours: mcore
-    # would sum their gradients over tensor-parallel ranks, over which they are split.
+    # mcore 0.19 builds no norm of queries that the configuration does not tell of. Later it must not tell of ours:
+    # mcore would sum their gradients over tensor-parallel ranks, over which they are split.
     config.qk_layernorm = config.qk_layernorm or wide_qk_norm
     model = GPTModel(
         config=config,
