@@ -21,7 +21,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make fuzz       many damaged files and drawn command lines: a sentence and a non-zero exit, or success"
 	@echo "make test-mcore-next  the quick tests with the newest megatron-core, in an environment of its own (Python 3.12)"
-	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 12 minutes each)"
+	@echo "make test-other-cpus  the quick tests with the instruction sets of other CPUs (three settings, about 20 minutes each)"
 	@echo "make test-gpu   the tests that need a CUDA device"
 	@echo "make slurm-test  examples/slurm on a SLURM of two nodes on this machine, as root"
 	@echo "make layouts    train in every parallel layout and compare with one rank (about 20 minutes)"

@@ -188,6 +188,7 @@ def test_one_rank_fails_or_leaves(kind, what, code, tmp_path):
     assert "because" not in finished.outputs[1]
 
 
+@pytest.mark.slow
 def test_killed_under_torchrun(tmp_path):
     """The store is the agent's; its SIGTERM does not keep the others from telling."""
     program = tmp_path / "program.py"

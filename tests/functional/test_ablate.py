@@ -45,6 +45,7 @@ def in_process(arguments: list[str], folder: Path) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.slow
 def test_smoke_runs_a_plan(tmp_path: Path) -> None:
     """Other variants than these are trained in test_family.py."""
     plan, labels = tmp_path / "variants.yaml", ["dense", "umv2", "moe"]

@@ -43,6 +43,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {line.pop("name"): line for line in found}
 
 
+@pytest.mark.slow
 def test_a_layout_is_run_and_predicted(tmp_path: Path) -> None:
     program = tmp_path / "run.py"
     program.write_text(RUN)

@@ -56,7 +56,9 @@ def alone(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "stages" in name else name for name in LAYOUTS]
+)
 def test_every_layout(name: str, settings: dict[str, Any], alone: dict[int, list[float]], tmp_path: Path) -> None:
     ranks, changes = LAYOUTS[name]
     found = run(ranks, tmp_path, {**settings, "reset_attention_mask": True, **changes})

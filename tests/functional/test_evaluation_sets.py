@@ -83,9 +83,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "three-ranks" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_full_losses_are_those_of_one_rank(name, corpora, checkpoint, alone, tmp_path):
     ranks, layout = LAYOUTS[name]
     found = evaluated(ranks, checkpoint, sets(corpora, full_validation=True, **layout), tmp_path)

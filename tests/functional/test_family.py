@@ -28,7 +28,9 @@ OWN_TENSORS = {
 FOREIGN_TENSORS = ("retrieval.cores", "pre_proj.weight", "gate_proj.weight", "value_proj.weight", "table.pre_values")
 
 
-@pytest.mark.parametrize("variant", FAMILY)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name == "pkm" else name for name in FAMILY]
+)
 def test_trains_and_resumes(variant, tmp_path):
     settings = {**SMALL, "ffn_variant": variant, **FAMILY[variant]}
     whole = train(1, tiny_run(**settings, save=tmp_path / "whole"), tmp_path / "o")
@@ -55,7 +57,10 @@ def test_trains_and_resumes(variant, tmp_path):
     assert len(owners) == (1 if variant in ("memory-plus", "pkm") else 2)
 
 
-@pytest.mark.parametrize(("variant", "mode"), [("memory-plus", "row"), ("peer", "dim"), ("ultramem", "row")])
+@pytest.mark.parametrize(
+    ("variant", "mode"),
+    [("memory-plus", "row"), pytest.param("peer", "dim", marks=pytest.mark.slow), ("ultramem", "row")],
+)
 @pytest.mark.timeout(100)
 def test_sharded_tables_train_alike(variant, mode, tmp_path):
     """Two ranks that share the tables out against one that has them whole."""

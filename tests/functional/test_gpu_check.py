@@ -130,6 +130,7 @@ def running(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_failed_and_a_hanging_step_stop_no_other(tmp_path: Path) -> None:
     figures, child = tmp_path / "steps" / "hangs.json", tmp_path / "child"
     hang = keeping(figures, "half") + (
@@ -169,6 +170,7 @@ def test_a_failed_and_a_hanging_step_stop_no_other(tmp_path: Path) -> None:
     assert "== fails\n" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_steps_beyond_the_time_are_not_run(tmp_path: Path) -> None:
     check = Check(tmp_path, seconds=4, dry=False)
     first, second = (check.run(planted(name, "import time; time.sleep(60)")) for name in ("first", "second"))

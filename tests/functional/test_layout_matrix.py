@@ -23,8 +23,8 @@ PRUNED = [
     Layout(4, tp=2, sp=True, cp=2, m=2, mode="dim"),
     slow(Layout(4, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="block")),
     Layout(4, pp=2, m=2, mode="dim", extra=INTERLEAVED),
-    Layout(4, tp=2, sp=True, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="engram", extra=IN_PARTS),
-    slow(Layout(2, tp=2, m=2, mode="dim", sharing="engram", extra=FULL)),
+    slow(Layout(4, tp=2, sp=True, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="engram", extra=IN_PARTS)),
+    Layout(2, tp=2, m=2, mode="dim", sharing="engram", extra=FULL),
     slow(Layout(4, pp=2, m=2, mode="dim", sharing="engram", extra=INTERLEAVED)),
 ]
 

@@ -22,6 +22,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_machine_file_of_two_ranks(tmp_path: Path) -> None:
     file = tmp_path / "machine.json"
     run("benchmarks/machine.py", "--quick", "--rounds", "1", "--ranks", "2", "--out", str(file))

@@ -88,6 +88,7 @@ def die_at(iteration: int) -> None:
     Trainer._step = dying  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_killed_before_and_after_the_first_save_with_a_new_blend(corpora: Corpora, begun: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     shutil.copytree(begun, whole)

@@ -78,6 +78,7 @@ def local(tmp_path_factory) -> tuple[Path, Any]:
     return folder / "run", train(2, tiny_run(**SETTINGS, train_iters=6, save=folder / "run"), folder / "o")
 
 
+@pytest.mark.slow
 def test_a_killed_save_then_the_same_command(server, local, tmp_path):
     """Rank 1 in its shard, then rank 0 before the last file; the third start ends as the run on a disk does."""
     save, (reference, whole) = "s3://bucket/killed/run", local

@@ -125,7 +125,7 @@ def test_killed_while_saving(corpus, tmp_path):
     assert_same_run(finished, tmp_path / "killed", whole, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_asked_to_stop(number, corpus, tmp_path):
     """One rank is asked; all save the same step and end with 0. The loaders, asked too, hold out until then."""
     changes = {"num_workers": 1, "log_interval": 2, "save_interval": 100}

@@ -78,8 +78,9 @@ TWO_RANKS = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "ov
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [pytest.param(1, {"bf16": True}, id="one-bf16", marks=pytest.mark.slow), pytest.param(2, TWO_RANKS, id="two")],
+    [pytest.param(1, {"bf16": True}, id="one-bf16"), pytest.param(2, TWO_RANKS, id="two")],
 )
+@pytest.mark.slow
 def test_going_back_is_as_if_the_steps_had_not_been(ranks, changes, tmp_path):
     """Weights, losses and random states are those of a run that is told to leave out these steps."""
     argv = spike_run(tmp_path / "rewind", "rewind", **changes)

@@ -119,6 +119,7 @@ def collections(output: str, by_itself: bool = False) -> list[tuple[int, int]]:
     return [(int(generation), int(step)) for generation, step in found]
 
 
+@pytest.mark.slow
 def test_garbage_is_collected_on_all_ranks_after_the_same_steps(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"train_iters": 10, "manual_gc": True, "manual_gc_interval": 3, "eval_interval": 5,
                                 "eval_iters": 1}  # fmt: skip

@@ -132,7 +132,7 @@ def check_compiled_training(variant: str, backend: str, folder: Path) -> None:
         torch.testing.assert_close(compiled(batch).logits, in_memory, rtol=0, atol=close)
 
 
-@variants("delayed")
+@variants()
 def test_compiled_training_is_training(variant: str, tmp_path: Path) -> None:
     check_compiled_training(variant, "aot_eager", tmp_path)
 

@@ -15,6 +15,8 @@ from umv2_megatron.planning.launches import AROUND, DENSE_BLOCK, FORWARD_SHARE, 
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -r requirements-triton.txt")
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 SIZES = ("small", "227m")
 LOADED, STORED = "loaded", "stored"

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 FROM_STEP = "umv2_megatron/training/optimizer.py"
 TWO_RANKS = {"world": 2, "vocab_size": 256}
