@@ -54,8 +54,8 @@ SENTINELS = {f"fim_{part}_token": str(256 + i) for i, part in enumerate(("prefix
 GIVEN |= {
     "fim_rate": {"fim_rate": 0.9, **SENTINELS, "vocab_size": 270},
     **{key: {key: "265"} for key in SENTINELS},
-    "loss_start_token": {"loss_start_token": "101"},
-    "loss_stop_token": {"loss_stop_token": "102"},
+    "loss_start_token": {"loss_start_token": str(ord("d"))},
+    "loss_stop_token": {"loss_stop_token": str(ord("m"))},
     "qk_layernorm": GIVEN.pop("no_qk_layernorm"),
     "num_moe_experts": GIVEN.pop("num_experts"),
     "group_query_attention": {"group_query_attention": True, "num_query_groups": 2},
@@ -139,7 +139,8 @@ BESIDE["reset_position_ids"]["position_embedding_type"] = "learned_absolute"
 for _key in ("fim_rate", "fim_spm_rate", *SENTINELS):
     BESIDE[_key] = {"corpus": True, "fim_rate": 0.9, **SENTINELS, "vocab_size": 270}
 BESIDE["fim_rate"] = {"corpus": True, "vocab_size": 270}
-BESIDE |= {key: {"corpus": True, "loss_start_token": "97"} for key in ("loss_start_token", "loss_stop_token")}
+BESIDE["loss_start_token"] = {"corpus": True}
+BESIDE["loss_stop_token"] = {"corpus": True, "loss_start_token": str(ord("d"))}
 RANKS = {
     "expert_model_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": 2, "memory_exchange_parts": 2,
     "profile_ranks": 2,
