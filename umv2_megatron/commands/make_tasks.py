@@ -5,7 +5,7 @@
         --tokenizer-type ByteLevelTokenizer --append-eod
     torchrun pretrain_umv2.py --train-data-path 0.9 data/corpus_text_document 0.1 data/tasks_text_document ...
 
-Tasks that a model of a few layers learns on a CPU (docs/evaluation.md), in symbols of one token each; the tokenizer is
+Tasks for models of a few layers (docs/evaluation.md), in symbols of one token each; the tokenizer is
 written beside them, as data/symbols.tokenizer.json:
 
     python tools/make_tasks.py --preset learnable --task key-value,multi-round --documents 200000 \\

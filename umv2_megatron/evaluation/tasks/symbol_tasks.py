@@ -1,4 +1,4 @@
-"""The six context tasks in symbols of one token each, which models of a few layers learn; ``SYMBOL_TASKS`` has them.
+"""The six context tasks in symbols of one token each, for models of a few layers; ``SYMBOL_TASKS`` has them.
 
 In words of several tokens a model must first learn to spell before it can learn to look up. Here a document is a mark
 that names the task, a context, and questions, all of them symbols between spaces:
