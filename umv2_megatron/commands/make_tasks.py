@@ -41,13 +41,13 @@ def settle(arguments: argparse.Namespace) -> str:
     Raises ``ValueError`` for a tokenizer beside a preset that brings its own.
     """
     for name, value in {**PLAIN, **PRESETS.get(arguments.preset, {})}.items():
-        given = getattr(arguments, name)
-        if given is None:
+        if getattr(arguments, name) is None and not (arguments.preset and name == "tokenizer_type"):
             setattr(arguments, name, value)
-        elif arguments.preset is not None and name == "tokenizer_type":
-            raise ValueError(
-                f"--tokenizer-type is {given}; leave it out: --preset {arguments.preset} writes its own"
-            )
+    for name in ("tokenizer_type", "tokenizer_model"):
+        given = getattr(arguments, name)
+        if arguments.preset is not None and given is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {given}; leave it out: --preset {arguments.preset} writes its own tokenizer")
     return SYMBOLS if arguments.preset is not None else FORMS[0]
 
 

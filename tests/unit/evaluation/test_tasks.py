@@ -266,6 +266,7 @@ def test_the_tool_writes_what_preprocessing_reads(tmp_path, monkeypatch, capsys)
     for arguments, words in (
         (["--task", "all", "--preset", "learnable"], "--task holds 'fact-recall'"),
         (["--task", "icl", "--preset", "learnable", "--tokenizer-type", "ByteLevelTokenizer"], "leave it out"),
+        (["--task", "icl", "--preset", "learnable", "--tokenizer-model", "x"], "--tokenizer-model is x; leave it out"),
         (["--task", "key-value", "--preset", "learnable", "--lengths", "3000"], "expected at most 256"),
         (["--task", "sums"], "'sums'"),
         (["--task", "icl", "--lengths", "x"], "--lengths"),

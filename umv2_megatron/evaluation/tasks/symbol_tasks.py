@@ -18,6 +18,7 @@ is drawn at random, and a model that is taught to predict that as well learns la
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def key_value(rng: random.Random, items: int, difficulty: int, _: bool, queries:
     """Keys with values of ``difficulty`` symbols."""
     keys = _distinct(rng, max(items, CHOICES))
     values = {key: " ".join(rng.choices(SYMBOLS, k=difficulty)) for key in keys}
-    context = _context("key-value", [*(f"{key} {value}" for key, value in values.items())])
+    context = _context("key-value", [f"{key} {value}" for key, value in values.items()])
     known = list(values.values())
     made = [
         _query([key], values[key], _others(rng, known, values[key]), len(set(known)))
@@ -89,12 +90,13 @@ def key_value(rng: random.Random, items: int, difficulty: int, _: bool, queries:
 def memorize(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
     """A passage; given two neighbours that occur once, tell the ``difficulty`` symbols after them."""
     count = max(items, difficulty + CHOICES + 2)
-    words = rng.choices(SYMBOLS, k=count)
-    cues = [(words[at], words[at + 1]) for at in range(count - 1)]
+    once: list[int] = []
+    while not once:  # hardly ever drawn again: pairs of 256 symbols repeat in long passages only
+        words = rng.choices(SYMBOLS, k=count)
+        cues = list(zip(words, words[1:]))
+        times = Counter(cues)
+        once = [at for at in range(count - difficulty - 1) if times[cues[at]] == 1]
     spans = [" ".join(words[at + 2 : at + 2 + difficulty]) for at in range(count - difficulty - 1)]
-    once = [at for at in range(len(spans)) if cues.count(cues[at]) == 1]
-    if not once:  # of a passage this short: begin it with symbols that occur nowhere else
-        return memorize(rng, items, difficulty, _, queries)
     made = [
         _query(cues[at], spans[at], _others(rng, spans, spans[at]), len(set(spans)))
         for at in rng.sample(once, min(queries, len(once)))
@@ -171,7 +173,7 @@ def multi_hop(rng: random.Random, items: int, difficulty: int, _: bool, queries:
     held = [words[at * length : (at + 1) * length] for at in range(chains)]
     links = [link for chain in held for link in zip(chain, chain[1:])]
     rng.shuffle(links)
-    context = _context("multi-hop", [*(f"{one} {next_one}" for one, next_one in links)])
+    context = _context("multi-hop", [f"{one} {next_one}" for one, next_one in links])
     made = []
     for chain in rng.sample(held, min(queries, chains)):
         near = tuple(f" {other} {STOP}" for other in chain[1:] if other != chain[difficulty])[: CHOICES - 2]
