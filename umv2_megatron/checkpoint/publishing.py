@@ -96,7 +96,9 @@ def publish(
         sealed[CONFIG_FILE] = write_hashed(directory / CONFIG_FILE, text.encode())
         common_bytes = io.BytesIO()
         torch.save(common, common_bytes)
-        sealed[COMMON_FILE] = write_hashed(directory / COMMON_FILE, common_bytes.getbuffer())
+        # Not getbuffer(): where writing fails, the error's frames hold the view in a cycle, over which the garbage
+        # collector of Python 3.12 can crash (CPython issue 111211). getvalue() copies nothing either.
+        sealed[COMMON_FILE] = write_hashed(directory / COMMON_FILE, common_bytes.getvalue())
         sealed[FORMAT_FILE] = write_hashed(directory / FORMAT_FILE, format_text())
     except (OSError, RuntimeError) as error:
         raise explained(store, error, directory, tensor_bytes) from error

@@ -12,6 +12,7 @@ written beside them, as data/symbols.tokenizer.json:
         --output data/symbols.jsonl
     python tools/preprocess_data.py --input data/symbols.jsonl --output-prefix data/symbols --append-eod \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/symbols.tokenizer.json
+    torchrun pretrain_umv2.py --data-order sequential --loss-start-token = --loss-stop-token . ...
     python tools/evaluate.py --tasks key-value,multi-round --forms symbols --context-lengths 64,128,256 ...
 
 No question of tools/evaluate.py is among the documents, whatever the seeds: both draw from different random streams.
@@ -27,12 +28,17 @@ from umv2_megatron.config.data_config import PLAIN_TOKENIZER_TYPES
 from umv2_megatron.data.tokenizers import build_tokenizer
 from umv2_megatron.evaluation.tasks import mixture, symbol_tasks
 from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS
+from umv2_megatron.evaluation.tasks.fact_recall import NAME as FACTS
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
 from umv2_megatron.training.tool_entry import run_tool
 
-PLAIN = {"lengths": "512", "difficulty": "1", "queries": 4, "tokenizer_type": "ByteLevelTokenizer"}
+PLAIN = {
+    "lengths": "512", "difficulty": "1", "queries": 4, "curriculum": 0.0, "tokenizer_type": "ByteLevelTokenizer"
+}  # fmt: skip
 """Defaults of flags that --preset decides on, too."""
-PRESETS: dict[str, dict[str, Any]] = {"learnable": {"lengths": "48,64,96,128", "difficulty": "1,2", "queries": 64}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "learnable": {"lengths": "24,32,48,64,96,128", "difficulty": "1,2", "queries": 64, "curriculum": 0.5}
+}
 
 
 def settle(arguments: argparse.Namespace) -> str:
@@ -64,6 +70,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--queries is {arguments.queries}; expected 1 or more")
     if arguments.documents < 0:
         raise ValueError(f"--documents is {arguments.documents}; expected 0 or more")
+    if not 0 <= arguments.curriculum <= 1:
+        raise ValueError(f"--curriculum is {arguments.curriculum:g}; expected a share of the documents, from 0 to 1")
+    if arguments.curriculum and FACTS in names:
+        raise ValueError(
+            f"--task holds {FACTS!r}, whose documents have no length: make them by a command of their own, without "
+            f"--curriculum {arguments.curriculum:g}"
+        )
     tokenizer = None if form == SYMBOLS else build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model)
     documents = mixture.training_documents(
         names,
@@ -74,6 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
         tokenizer,
         arguments.queries,
         FactSet(arguments.fact_seed, arguments.facts_per_frequency, arguments.max_fact_frequency),
+        arguments.curriculum,
     )
     if not documents:
         raise ValueError("--documents is 0; expected 1 or more, or fact-recall among --task")
@@ -99,11 +113,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="learnable: symbols, --lengths 48,64,96,128 --difficulty 1,2 --queries 64",
+        help="learnable: symbols, " + " ".join(f"--{name} {value}" for name, value in PRESETS["learnable"].items()),
     )
     made.add_argument("--lengths", metavar="N,N", help="longest documents in tokens, drawn from (default: 512)")
     made.add_argument("--difficulty", metavar="N,N", help="drawn from, for each document (default: 1)")
     made.add_argument("--queries", type=int, help="questions at the end of a document, at most (default: 4)")
+    made.add_argument(
+        "--curriculum",
+        type=float,
+        metavar="SHARE",
+        help="the first documents are short: over this share of them the longest length grows from the shortest of "
+        "--lengths to all; for pretrain_umv2.py --data-order sequential (default: 0: lengths mixed, shuffled)",
+    )
     made.add_argument("--seed", type=int, default=1234, help="of the documents (default: 1234)")
     made.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSONL to write")
     group = made.add_argument_group("tokenizer that --lengths counts in")

@@ -22,6 +22,8 @@ PLAIN_TOKENIZER_TYPES = tuple(kind for kind in TOKENIZER_TYPES if kind != "TikTo
 # name=path; a path of that form is meant with ./ before it
 _SET = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]*)=(?P<rest>.*)", re.DOTALL)
 
+DATA_ORDERS = ("shuffled", "sequential")
+
 # The prefixes of a blend and, when the user gave them, their weights.
 Blend = tuple[list[str], Optional[list[float]]]
 
@@ -56,6 +58,12 @@ class DataConfig:
     split: str = option(
         "969,30,1",
         "shares of the documents of --data-path that become train, validation and test, in this order",
+    )
+    data_order: str = option(
+        DATA_ORDERS[0],
+        "order of training documents: shuffled anew in each epoch, or sequential, as they lie in their corpus, for a "
+        "curriculum or to read a prepared order again",
+        choices=DATA_ORDERS,
     )
     data_cache_path: Optional[str] = option(
         None,
@@ -233,6 +241,10 @@ class DataConfig:
         if self.mock_data and self.loss_start_token is not None:
             raise ValueError(
                 f"--loss-start-token is {self.loss_start_token!r}: leave it out with --mock-data, which has no answers"
+            )
+        if self.mock_data and self.data_order != DATA_ORDERS[0]:
+            raise ValueError(
+                f"--data-order is {self.data_order!r}: leave it out with --mock-data, which has no documents"
             )
         self._validate_infilling()
         self._validate_tokenizer()

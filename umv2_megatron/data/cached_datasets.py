@@ -7,7 +7,8 @@ mcore keeps the orders that it has built as ``.npy`` files. Here
 - cache files appear at once and complete, so a run killed while writing them can start again; they are read without
   pickle, which mcore allows; and a blend can be built without torch.distributed.
 
-Documents of training samples can be rearranged to teach filling in the middle (``infilling.py``).
+Documents of training samples can be rearranged to teach filling in the middle (``infilling.py``), and read in the
+order of their corpus (--data-order sequential), which is what a curriculum needs.
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from umv2_megatron.config.data_config import DATA_ORDERS
 from umv2_megatron.data.infilling import Infilling, draws_of, infill
 from umv2_megatron.data.scored_tokens import ScoredTokens
 
 
 @dataclass
 class CorpusConfig(GPTDatasetConfig):
-    """mcore's options, the content of each corpus, which becomes part of the names of cache files, how documents are
-    rearranged, which tokens bear a loss (None: all), and which epochs ``streams.py`` wants of a corpus."""
+    """mcore's options, the content of each corpus, which becomes part of the names of cache files, the order of
+    training documents, how they are rearranged, which tokens bear a loss (None: all), and which epochs ``streams.py``
+    wants of a corpus."""
 
     fingerprints: Optional[dict[str, str]] = None
+    data_order: str = DATA_ORDERS[0]
     infilling: Optional[Infilling] = None
     scored: Optional[ScoredTokens] = None
     first_epoch: int = 0
@@ -116,14 +120,36 @@ class CorpusDataset(GPTDataset):
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
-        return [*GPTDataset._key_config_attributes(), "fingerprints"]
+        return [*GPTDataset._key_config_attributes(), "fingerprints", "data_order"]
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        def build() -> tuple:
-            with without_cache(self):
-                return super(CorpusDataset, self)._build_document_sample_shuffle_indices()
+        return cached(self, self.index_split.name, ("document_index", "sample_index", "shuffle_index"), self._order)
 
-        return cached(self, self.index_split.name, ("document_index", "sample_index", "shuffle_index"), build)
+    def _order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The document, sample and shuffle index: mcore's, or of a training set those of its documents as they lie."""
+        if self.config.data_order == "sequential" and self.index_split is Split.train:
+            return self._sequential_order()
+        with without_cache(self):
+            return super()._build_document_sample_shuffle_indices()
+
+    def _sequential_order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        from megatron.core.datasets import helpers  # as late as mcore does, which may have to compile it first
+
+        tokens = self._get_num_tokens_per_epoch()
+        epochs = self._get_num_epochs(tokens)
+        documents = np.tile(np.asarray(self.indices, dtype=np.int32), epochs)
+        samples = helpers.build_sample_idx(
+            self.dataset.sequence_lengths,
+            documents,
+            self.config.sequence_length,
+            epochs,
+            tokens,
+            True,
+            self.config.add_extra_token_to_sequence,
+        )
+        # the types are mcore's: its shuffle index is uint32 as long as it can be
+        numbers = np.arange(len(samples) - 1, dtype=np.uint32 if len(samples) < 2**32 - 1 else np.int64)
+        return documents, samples, numbers
 
     def __getitem__(self, idx: Optional[int]) -> dict[str, Any]:
         item = super().__getitem__(idx)

@@ -2,7 +2,8 @@
 
 mcore decides what a sample is (documents are shuffled, joined and cut into windows of ``seq_length + 1`` tokens) and in
 which order samples come; both follow from the corpus, the seed and the number of samples asked for. It keeps these
-orders as ``.npy`` files (``cached_datasets.py``). After a change of the blend the training set is ``streams.py``'s.
+orders as ``.npy`` files (``cached_datasets.py``, which can also leave the corpus in its own order). After a change of
+the blend the training set is ``streams.py``'s.
 
 The corpora are checked before anything is built, on every rank alike. mcore itself loops forever over a split without
 tokens, and a bad offset would only show when its sample is drawn.
@@ -16,7 +17,7 @@ from typing import Any, Optional
 
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
 
-from umv2_megatron.config.data_config import DataConfig
+from umv2_megatron.config.data_config import DATA_ORDERS, DataConfig
 from umv2_megatron.data.cached_datasets import Builder, CorpusConfig, CorpusDataset
 from umv2_megatron.data.indexing import Index, check_corpus, ends_with, fingerprint, read_meta
 from umv2_megatron.data.infilling import infilling_of
@@ -63,6 +64,7 @@ def build_datasets(
         mcore_config = CorpusConfig(**options)
         _leave_out_empty(mcore_config, sizes)
         return Builder(MockGPTDataset, list(sizes), is_built_on_rank, mcore_config).build()
+    options["data_order"] = config.data_order
     options["infilling"] = infilling_of(config, tokenizer)
     options["scored"] = scored_tokens(config, tokenizer)
     indices = check_corpora(config, tokenizer)
@@ -126,6 +128,8 @@ def data_identity(config: DataConfig, tokenizer: Tokenizer, seq_length: int, see
         "tokenizer": dict(tokenizer.unique_identifiers),
         "seq_length": seq_length,
         "seed": seed,
+        # as None, so that checkpoints of before the flag agree
+        "data_order": None if config.data_order == DATA_ORDERS[0] else config.data_order,
         "infilling": list(infilling) if (infilling := infilling_of(config, tokenizer)) else None,
     }
 

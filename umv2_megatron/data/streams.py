@@ -6,6 +6,7 @@ A corpus is one endless row of samples, its stream, of which a run reads one aft
   epochs, more than one of them shuffled together.
 - Then, or at once for a corpus that came later, epochs follow one by one. Each has its documents and its samples in an
   order of its own, drawn from the seed plus the number of the epoch. So nothing depends on how many samples are read.
+  (With --data-order sequential all epochs have the order of the corpus.)
 
 ``phases.py`` says how many samples of each stream have been read before.
 """
@@ -20,7 +21,6 @@ from typing import Any, Optional, TypeVar
 
 import numpy as np
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split, normalize
 
@@ -30,7 +30,6 @@ from umv2_megatron.data.cached_datasets import (
     CorpusConfig,
     CorpusDataset,
     cached,
-    without_cache,
 )
 from umv2_megatron.data.phases import (
     Corpus,
@@ -70,9 +69,13 @@ class CorpusEpochs(CorpusDataset):
 
     def _epoch(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """mcore's document, sample and shuffle index of one epoch; ``number`` counts from ``config.first_epoch``."""
-        with without_cache(self):
-            self.config.random_seed += self.config.first_epoch + number  # of a copy that without_cache has made
-            return GPTDataset._build_document_sample_shuffle_indices(self)
+        config = self.config
+        self.config = copy.copy(config)
+        self.config.random_seed += config.first_epoch + number
+        try:
+            return self._order()
+        finally:
+            self.config = config
 
 
 def _one_after_another(epochs: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple:

@@ -194,7 +194,9 @@ def check_same_run(
         _compare(run, saved, (*SAME_RUN, *_model_keys(saved)), "--allow-config-change to go on regardless")
         if new_blend and not run.training.allow_new_blend:
             raise UsageError(_told_new_blend(run, saved, data, data_identity))
-        for name, old in data.items():
+        # what a checkpoint of before an option does not record had no value in its run
+        unrecorded = {name: None for name in data_identity if data and name not in data}
+        for name, old in {**data, **unrecorded}.items():
             new = data_identity.get(name)
             if name == "training_samples":
                 # once the blend has changed, samples are numbered in their corpora: nothing depends on how many follow

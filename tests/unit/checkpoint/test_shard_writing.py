@@ -18,6 +18,7 @@ import torch
 
 from umv2_megatron.checkpoint import shard_writing
 from umv2_megatron.checkpoint.shard_writing import Piece, joined_metadata, write_shard
+from umv2_megatron.checkpoint.snapshot import Snapshot
 from umv2_megatron.checkpoint.tensor_checks import checksum
 from umv2_megatron.checkpoint.verification import share_out
 from umv2_megatron.durable_files import CheckpointError
@@ -67,17 +68,26 @@ def test_a_file_is_hashed_without_being_read(tmp_path, monkeypatch):
 
 
 def test_a_process_without_device_and_ranks_can_write(tmp_path):
-    """What a save in the background does: the pieces travel, what comes back is small."""
-    (tmp_path / "pieces").write_bytes(pickle.dumps(pieces()))
+    """What a save in the background does: descriptions of the pieces travel, and what comes back is small."""
+    snapshot = Snapshot()
+    (tmp_path / "placed").write_bytes(pickle.dumps(snapshot.take(pieces())))
     program = (
         "import pickle, sys, pathlib, torch; from umv2_megatron.checkpoint.shard_writing import write_shard\n"
+        "from umv2_megatron.checkpoint.snapshot import read_snapshot\n"
         "here = pathlib.Path(sys.argv[1]); (here / 'out').mkdir()\n"
-        "shard = write_shard(here / 'out', 0, pickle.loads((here / 'pieces').read_bytes()))\n"
+        "placed = pickle.loads((here / 'placed').read_bytes())\n"
+        "shard = write_shard(here / 'out', 0, read_snapshot(int(sys.argv[2]), int(sys.argv[3]), placed))\n"
         "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
         "assert not [name for name in sys.modules if name.startswith('megatron')]\n"
         "(here / 'shard').write_bytes(pickle.dumps(shard))\n"
     )
-    subprocess.run([sys.executable, "-c", program, tmp_path], check=True, cwd=Path(__file__).parents[3])
+    subprocess.run(
+        [sys.executable, "-c", program, tmp_path, str(snapshot.descriptor), str(snapshot.size)],
+        check=True,
+        cwd=Path(__file__).parents[3],
+        pass_fds=[snapshot.descriptor],
+    )
+    snapshot.close()
     (tmp_path / "here").mkdir()
     assert pickle.loads((tmp_path / "shard").read_bytes()) == write_shard(tmp_path / "here", 0, pieces())
 

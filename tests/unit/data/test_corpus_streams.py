@@ -83,6 +83,7 @@ class Run:
     prefixes: dict[str, str]
     cache: Path
     split: str = "80,20,0"
+    data_order: str = "shuffled"
     phases: list[Phase] = field(default_factory=list)
     consumed: int = 0
     read: list[list[int]] = field(default_factory=list)
@@ -91,7 +92,8 @@ class Run:
     def take(self, weights: dict[str, float], samples: int, planned: int) -> list[list[int]]:
         """Go on with another blend for ``samples`` samples, of ``planned`` in all; the samples."""
         blend = [text for name, weight in weights.items() for text in (str(weight), self.prefixes[name])]
-        config = config_of(blend, split=self.split, data_cache_path=str(self.cache))
+        options = {"split": self.split, "data_order": self.data_order}
+        config = config_of(blend, data_cache_path=str(self.cache), **options)
         corpora = current_corpora(config, LENGTH)
         if self.phases:
             self.phases = with_new_blend(self.phases, corpora, self.consumed, planned)
@@ -119,7 +121,8 @@ class Run:
             most = Counter(token for sample in stream for token in sample).most_common(1)[0][1]
             seed += most
         while len(stream) < samples:
-            config = config_of([self.prefixes[name]], split=self.split, data_cache_path=str(self.cache / "other"))
+            options = {"split": self.split, "data_order": self.data_order}
+            config = config_of([self.prefixes[name]], data_cache_path=str(self.cache / "other"), **options)
             epoch = train_set(config, 1, seed=seed)  # one sample asked for is one epoch built
             stream += tokens_of(epoch, 0, len(epoch))
             ends.append(len(epoch))
@@ -143,9 +146,10 @@ def _json(phases: list[Phase]) -> list[dict]:
     return json.loads(json.dumps([phase.as_json() for phase in phases]))
 
 
-def test_a_corpus_goes_on_where_it_stood(prefixes, tmp_path):
+@pytest.mark.parametrize("data_order", ["shuffled", "sequential"])
+def test_a_corpus_goes_on_where_it_stood(data_order, prefixes, tmp_path):
     """Another share, dropped and taken back, new, and through several epochs."""
-    run = Run(prefixes, tmp_path)
+    run = Run(prefixes, tmp_path, data_order=data_order)
     run.take({"a": 0.7, "b": 0.3}, samples=20, planned=40)
     found = run.take({"a": 1, "c": 3}, samples=33, planned=90)
     assert [corpus_of(sample) for sample in found].count("c") == pytest.approx(0.75 * 33, abs=1)

@@ -76,6 +76,20 @@ def test_order_follows_the_seed(tmp_path):
     assert not (first == tokens_of(build(data_path=[prefix], seed=4)[0])[: len(first)]).all()
 
 
+def test_sequential_order_is_that_of_the_corpus(tmp_path):
+    """Over two epochs and a half; with the cache of the shuffled order beside it; validation as ever."""
+    prefix = corpus(tmp_path / "p")
+    shuffled, valid, _ = build(data_path=[prefix], split="80,20,0")
+    training = np.unique(tokens_of(shuffled))[1:]
+    tokens = np.fromfile(prefix + ".bin", dtype=np.uint16)
+    tokens = tokens[: np.flatnonzero(np.isin(tokens, training))[-1] + 2]  # with the end of the last document
+    samples = int(2.5 * len(tokens)) // LENGTH
+    train, again, _ = build((samples, 5, 0), data_path=[prefix], split="80,20,0", data_order="sequential")
+    assert len(train) >= samples and (tokens_of(again) == tokens_of(valid)).all()
+    found = tokens_of(train, samples).ravel()
+    assert (found == np.tile(tokens, 3)[: len(found)]).all()
+
+
 def test_options_reach_mcore(tmp_path):
     prefix = write_corpus(tmp_path / "p", [[1, 2, 3, 30_000]] * 100, 30_001)
     options = {"eod_mask_loss": True, "reset_position_ids": True, "reset_attention_mask": True}
@@ -209,6 +223,7 @@ def test_identity_changes_with_what_determines_the_samples(tmp_path):
         data_identity(config, build_tokenizer("ByteLevelTokenizer"), LENGTH, 3),
         data_identity(DataConfig(data_path=[prefix], split="1,1,1"), TOKENIZER, LENGTH, 3),
         data_identity(DataConfig(data_path=["2", prefix, "1", prefix]), TOKENIZER, LENGTH, 3),
+        data_identity(DataConfig(data_path=[prefix], data_order="sequential"), TOKENIZER, LENGTH, 3),
     ]
     corpus(tmp_path / "p", seed=9)
     others.append(data_identity(config, TOKENIZER, LENGTH, 3))
@@ -296,6 +311,7 @@ def test_blend_and_split_forms():
         ({"data_path": ["p"], "num_workers": -1}, "--num-workers"),
         ({"data_path": ["p"], "num_dataset_builder_threads": 0}, "--num-dataset-builder-threads"),
         ({"data_path": ["p"], "split": "x"}, "--split"),
+        ({"mock_data": True, "data_order": "sequential"}, "--data-order"),
     ],
 )
 def test_refused_options(options, flag):

@@ -16,7 +16,7 @@ from task_oracle import Oracle, OracleModel, SymbolOracle, UniformModel
 
 from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 from umv2_megatron.evaluation.tasks import mixture, symbol_tasks
-from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, Example
+from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, Example, largest
 from umv2_megatron.evaluation.tasks.fact_recall import RELATIONS, VALUES, FactSet
 from umv2_megatron.evaluation.tasks.scoring import answer_row, score, summarize
 
@@ -99,6 +99,31 @@ def test_documents_in_symbols_are_what_is_asked(symbols):
         assert len(told) == len(questions) and told != questions, "every pair is asked for, in another order"
     with pytest.raises(ValueError, match=r"different symbols; expected at most 256"):
         asked("key-value", SYMBOLS, 1, tokenizer=symbols, budget=602)
+
+
+def test_contexts_of_a_curriculum_grow():
+    """The shortest documents first, then longer ones among them; the lowest difficulty where a higher has no room."""
+    names, lengths = list(symbol_tasks.SYMBOL_TASKS), [24, 64, 128]
+    documents = mixture.training_documents(names, 600, 1, [1, 2], lengths, None, 64, curriculum=0.5)
+    sizes = [len(document.split()) for document in documents]
+    for stage, most in enumerate(lengths):
+        first, end = 100 * stage, 100 * (stage + 1) if stage < 2 else 600
+        assert max(sizes[first:end]) <= most and max(sizes[first:end]) > (0 if stage == 0 else lengths[stage - 1])
+    assert min(sizes[200:]) <= 24
+    links = [re.findall(r"\? (\d) ", document) for document in documents if document.startswith("@multi-hop")]
+    assert {number for each in links[: 100 // 6] for number in each} == {"1"}, "two links take 25 tokens"
+    assert {number for each in links for number in each} == {"1", "2"}
+    assert [document.split()[0] for document in documents] == [symbol_tasks.mark(name) for name in names] * 100
+
+
+@pytest.mark.parametrize("slope", [1, 3, 17])
+def test_the_largest_that_fits_is_found_with_few_tries(slope):
+    for budget in range(60, 2000, 37):
+        tried: list[int] = []
+        found = largest(lambda n, tried=tried: tried.append(n) or n, lambda n: 40 + slope * n, budget, "x")
+        assert found == (budget - 40) // slope and len(tried) <= 14 and max(tried) <= max(found, 1) + 1
+    steps = largest(lambda n: n, lambda n: 10 + 7 * (n // 8), 50, "x")  # level, then steep
+    assert steps == 47
 
 
 @pytest.mark.parametrize("name", ["memorize", "icl", "needle"])
@@ -269,6 +294,8 @@ def test_the_tool_writes_what_preprocessing_reads(tmp_path, monkeypatch, capsys)
         (["--task", "icl", "--preset", "learnable", "--tokenizer-model", "x"], "--tokenizer-model is x; leave it out"),
         (["--task", "key-value", "--preset", "learnable", "--lengths", "3000"], "expected at most 256"),
         (["--task", "sums"], "'sums'"),
+        (["--task", "icl", "--curriculum", "1.5"], "--curriculum is 1.5; expected a share"),
+        (["--task", "icl,fact-recall", "--curriculum", "0.5"], "--task holds 'fact-recall', whose documents"),
         (["--task", "icl", "--lengths", "x"], "--lengths"),
         (["--task", "icl", "--documents", "0"], "--documents"),
         (["--task", "fact-recall", "--facts-per-frequency", "10"], "--facts-per-frequency"),

@@ -118,22 +118,33 @@ def longest_tokens(example: Example, tokens_of: Callable[[str], int]) -> int:
 
 
 def largest(made: Callable[[int], Any], length_of: Callable[[Any], int], budget: int, name: str) -> Any:
-    """``made(n)`` of the largest n found whose length is within ``budget``: doubled until it is not, then halved.
+    """``made(n)`` of the largest n found whose length is within ``budget``.
 
-    Length need not grow with n everywhere, only on the whole; the result always fits.
+    Length is taken for a straight line, which it nearly is: through the last two n that fit, where the next is at most
+    twice as large, as there are tasks that refuse a large n; then through one that fits and one that does not. Where
+    that leaves more than half of what lay between them, the next is their middle. Length need not grow with n
+    everywhere, only on the whole; the result always fits.
     """
     best, fits, over = made(1), 1, 2
-    if length_of(best) > budget:
+    shortest = length_of(best)
+    if shortest > budget:
         raise ValueError(
             f"--context-lengths (--lengths of make_tasks.py) holds {budget}; the smallest example of {name} takes "
-            f"{length_of(best)} tokens: give a longer context or a lower --difficulty"
+            f"{shortest} tokens: give a longer context or a lower --difficulty"
         )
-    while length_of(candidate := made(over)) <= budget:
-        best, fits, over = candidate, over, 2 * over
+    length = shortest
+    while (longer := length_of(candidate := made(over))) <= budget:
+        missing = (budget - longer) * (over - fits) // max(longer - length, 1)
+        best, fits, length = candidate, over, longer
+        over += min(max(missing, 1), over)
+    between = 0  # of the guess before
     while over - fits > 1:
-        middle = (fits + over) // 2
-        if length_of(candidate := made(middle)) <= budget:
-            best, fits = candidate, middle
+        guess = fits + (budget - length) * (over - fits) // (longer - length)
+        if 2 * (over - fits) > between > 0:
+            guess = (fits + over) // 2
+        guess, between = min(max(guess, fits + 1), over - 1), over - fits
+        if (found := length_of(candidate := made(guess))) <= budget:
+            best, fits, length = candidate, guess, found
         else:
-            over = middle
+            over, longer = guess, found
     return best

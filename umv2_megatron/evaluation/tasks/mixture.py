@@ -7,8 +7,9 @@ fact recall they teach the facts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.evaluation.tasks import fact_recall
@@ -85,13 +86,18 @@ def training_documents(
     tokenizer: Tokenizer | None,
     queries: int = 4,
     facts: FactSet | None = None,
+    curriculum: float = 0.0,
 ) -> list[str]:
     """``count`` documents of the context tasks of ``names`` in turn, and all documents of fact recall, shuffled.
 
     Each document of a context task draws its difficulty from ``difficulties`` and its length in tokens from
     ``lengths``, and ends with ``queries`` questions and their answers. Without a ``tokenizer`` they are in symbols.
+    curriculum: the share of the documents, from the first on, over which the longest length that may be drawn grows
+    from the shortest of ``lengths`` to all of them. They stay in that order, and those that are too short for the
+    difficulty drawn take the highest that fits.
     """
     made = []
+    stages = sorted(lengths)
     tasks = _tasks(SYMBOLS if tokenizer is None else FORMS[0])
 
     def tokens_of(text: str) -> int:
@@ -102,12 +108,28 @@ def training_documents(
         name = context[number % len(context)]
         rng = stream("sizes", name, seed, number)
         difficulty, budget = rng.choice(list(difficulties)), rng.choice(list(lengths))
+        if curriculum:
+            stage = min(int(number / (curriculum * count) * len(stages)), len(stages) - 1)
+            budget = rng.choice(stages[: stage + 1])
+        write = functools.partial(
+            tasks[name].document, functools.partial(stream, "training", name, seed, number), tokens_of=tokens_of,
+            budget=budget, queries=queries,
+        )  # fmt: skip
         made.append(
-            tasks[name].document(
-                functools.partial(stream, "training", name, seed, number), difficulty, tokens_of, budget, queries
-            )
+            _hardest(write, [each for each in difficulties if each <= difficulty] if curriculum else [difficulty])
         )
     if fact_recall.NAME in names:
+        assert not curriculum
         made += (facts or FactSet()).documents()
-    stream("order", "mixture", seed, 0).shuffle(made)
+    if not curriculum:
+        stream("order", "mixture", seed, 0).shuffle(made)
     return made
+
+
+def _hardest(write: Callable[..., str], difficulties: Sequence[int]) -> str:
+    """A document of the highest of ``difficulties`` that its length has room for."""
+    *harder, lowest = sorted(difficulties, reverse=True)
+    for difficulty in harder:
+        with contextlib.suppress(ValueError):
+            return write(difficulty=difficulty)
+    return write(difficulty=lowest)

@@ -76,7 +76,7 @@ def _query(prompt: Sequence[str], answer: str, wrong: tuple[str, ...], candidate
 
 def key_value(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
     """Keys with values of ``difficulty`` symbols."""
-    keys = _distinct(rng, max(items, CHOICES))
+    keys = _distinct(rng, max(items, 2))
     values = {key: " ".join(rng.choices(SYMBOLS, k=difficulty)) for key in keys}
     context = _context("key-value", [f"{key} {value}" for key, value in values.items()])
     known = list(values.values())
@@ -90,6 +90,7 @@ def key_value(rng: random.Random, items: int, difficulty: int, _: bool, queries:
 def memorize(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
     """A passage; given two neighbours that occur once, tell the ``difficulty`` symbols after them."""
     count = max(items, difficulty + CHOICES + 2)
+    queries = min(queries, max(1, count // 4))
     once: list[int] = []
     while not once:  # hardly ever drawn again: pairs of 256 symbols repeat in long passages only
         words = rng.choices(SYMBOLS, k=count)
@@ -107,7 +108,7 @@ def memorize(rng: random.Random, items: int, difficulty: int, _: bool, queries: 
 def multi_round(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
     """Names are set to values, each ``difficulty`` times on average; the last value counts. Every third round asks."""
     names = _distinct(rng, min(max(2, items // difficulty), len(SYMBOLS)))
-    told = max(items, len(names) * difficulty, CHOICES)
+    told = max(items, len(names) * difficulty)
     order = names + rng.choices(names, k=told - len(names))
     rng.shuffle(order)
     values: dict[str, list[str]] = {name: [] for name in names}
