@@ -132,7 +132,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "muon_tp_mode": {"tensor_model_parallel_size": 2},
 }
 for _key in ("eod_mask_loss", "split", "reset_position_ids", "data_path", "train_data_path", "mock_data", "vocab_size",
-             "tokenizer_type", "num_dataset_builder_threads", "data_cache_path", "allow_new_blend"):  # fmt: skip
+             "tokenizer_type", "num_dataset_builder_threads", "data_cache_path", "data_order",
+             "allow_new_blend"):  # fmt: skip
     BESIDE[_key] = {"corpus": True}
 BESIDE["full_validation"] = {"corpus": True, "eval_iters": 1}
 BESIDE["reset_position_ids"]["position_embedding_type"] = "learned_absolute"

@@ -12,7 +12,7 @@ written beside them, as data/symbols.tokenizer.json:
         --output data/symbols.jsonl
     python tools/preprocess_data.py --input data/symbols.jsonl --output-prefix data/symbols --append-eod \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/symbols.tokenizer.json
-    torchrun pretrain_umv2.py --data-order sequential --loss-start-token = --loss-stop-token . ...
+    torchrun pretrain_umv2.py --data-order sequential --loss-start-token '?' --loss-stop-token . ...
     python tools/evaluate.py --tasks key-value,multi-round --forms symbols --context-lengths 64,128,256 ...
 
 No question of tools/evaluate.py is among the documents, whatever the seeds: both draw from different random streams.
@@ -37,7 +37,7 @@ PLAIN = {
 }  # fmt: skip
 """Defaults of flags that --preset decides on, too."""
 PRESETS: dict[str, dict[str, Any]] = {
-    "learnable": {"lengths": "24,32,48,64,96,128", "difficulty": "1,2", "queries": 64, "curriculum": 0.5}
+    "learnable": {"lengths": "16,24,32,48,64,96,128", "difficulty": "1,2", "queries": 64, "curriculum": 0.5}
 }
 
 

@@ -90,14 +90,15 @@ class SymbolOracle:
     def __init__(self, task: str, difficulty: int) -> None:
         self.tell = getattr(self, "_" + task.replace("-", "_"))
         self.difficulty = difficulty
+        self.asks = 2 if task in ("memorize", "icl", "multi-hop") else 1  # words of a question
 
     def read(self, text: str) -> tuple[str, str]:
         """Prompt and right answer of a row's text."""
         words = text.split()
-        at = len(words) - words[::-1].index("=")
-        asked = words[len(words) - words[::-1].index("?") : at - 1]
+        at = len(words) - words[::-1].index("?")
+        asked = words[at : at + self.asks]
         told = self.tell(words[1 : words.index("?")], asked, words[1:at])
-        return " ".join(words[:at]), "".join(f" {word}" for word in [*told, "."])
+        return " ".join(words[: at + self.asks]), "".join(f" {word}" for word in told)
 
     def _key_value(self, told: list[str], asked: list[str], _: list[str]) -> list[str]:
         step = 1 + self.difficulty
@@ -111,11 +112,11 @@ class SymbolOracle:
 
     def _multi_round(self, _: list[str], asked: list[str], everything: list[str]) -> list[str]:
         told, at = {}, 0
-        while at < len(everything) - 3:
+        while at < len(everything) - 1:
             if everything[at] == "?":
-                assert told[everything[at + 1]] == everything[at + 3], "a question in the conversation"
-                assert everything[at + 2] == "=" and everything[at + 4] == "."
-                at += 5
+                assert told[everything[at + 1]] == everything[at + 2], "a question in the conversation"
+                assert everything[at + 3] == "."
+                at += 4
             else:
                 told[everything[at]] = everything[at + 1]
                 at += 2

@@ -92,10 +92,10 @@ def test_documents_in_symbols_are_what_is_asked(symbols):
     assert documents == mixture.training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
     assert {document.split()[0] for document in documents} == {symbol_tasks.mark(name) for name in names}
     for document in documents:
-        assert 24 <= len(symbols.tokenize(document)) == len(document.split()) <= 128
+        assert 16 <= len(symbols.tokenize(document)) == len(document.split()) <= 128
     asks = [document for document in documents if document.startswith("@key-value")]
     for words in (document.split() for document in asks):
-        told, questions = words[1 : words.index("?")], [word for word in words[words.index("?") :] if word[0] == "s"]
+        told, questions = words[1 : words.index("?")], words[words.index("?") + 1 :]
         assert len(told) == len(questions) and told != questions, "every pair is asked for, in another order"
     with pytest.raises(ValueError, match=r"different symbols; expected at most 256"):
         asked("key-value", SYMBOLS, 1, tokenizer=symbols, budget=602)
@@ -103,15 +103,15 @@ def test_documents_in_symbols_are_what_is_asked(symbols):
 
 def test_contexts_of_a_curriculum_grow():
     """The shortest documents first, then longer ones among them; the lowest difficulty where a higher has no room."""
-    names, lengths = list(symbol_tasks.SYMBOL_TASKS), [24, 64, 128]
+    names, lengths = list(symbol_tasks.SYMBOL_TASKS), [16, 64, 128]
     documents = mixture.training_documents(names, 600, 1, [1, 2], lengths, None, 64, curriculum=0.5)
     sizes = [len(document.split()) for document in documents]
     for stage, most in enumerate(lengths):
         first, end = 100 * stage, 100 * (stage + 1) if stage < 2 else 600
         assert max(sizes[first:end]) <= most and max(sizes[first:end]) > (0 if stage == 0 else lengths[stage - 1])
-    assert min(sizes[200:]) <= 24
+    assert min(sizes[200:]) <= 16
     links = [re.findall(r"\? (\d) ", document) for document in documents if document.startswith("@multi-hop")]
-    assert {number for each in links[: 100 // 6] for number in each} == {"1"}, "two links take 25 tokens"
+    assert {number for each in links[: 100 // 6] for number in each} == {"1"}, "two links take 20 tokens"
     assert {number for each in links for number in each} == {"1", "2"}
     assert [document.split()[0] for document in documents] == [symbol_tasks.mark(name) for name in names] * 100
 
