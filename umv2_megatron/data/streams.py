@@ -48,6 +48,8 @@ class CorpusEpochs(CorpusDataset):
     mcore's dataset of several epochs would shuffle them together, and cut samples across their ends.
     """
 
+    config: CorpusConfig
+
     @staticmethod
     def _key_config_attributes() -> list[str]:
         return [*CorpusDataset._key_config_attributes(), "first_epoch", "epochs"]
