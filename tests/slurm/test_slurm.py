@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -37,8 +36,9 @@ TINY = [
     *("--save-interval", "100", "--distributed-timeout-minutes", "1"),
 ]
 ITERATIONS = 400
-LONG = 60.0
-"""Seconds of training that a time limit interrupts at least once: its signal comes within 60 s after the start."""
+LONG = 90.0
+"""Seconds of training, at the machine's best speed, that a time limit interrupts at least once: its signal comes within
+60 s after the start."""
 
 
 class Run:
@@ -185,7 +185,7 @@ def test_tables_over_nodes(train: Callable[..., Run], record_property) -> None:
 
 def test_time_limit(train: Callable[..., Run], finished: Run, record_property) -> None:
     """USR1 before the time limit."""
-    step = statistics.median(record["iteration-time"] for record in finished.records())
+    step = min(record["iteration-time"] for record in finished.records())  # an earlier job may have had company
     flags = f"--train-iters {max(ITERATIONS, int(LONG / step))}"
     whole = train("whole", flags=flags)
     whole.ends()

@@ -5,14 +5,16 @@
         --tokenizer-type ByteLevelTokenizer --append-eod
     torchrun pretrain_umv2.py --train-data-path 0.9 data/corpus_text_document 0.1 data/tasks_text_document ...
 
-Tasks for models of a few layers (docs/evaluation.md), in symbols of one token each; the tokenizer is
-written beside them, as data/symbols.tokenizer.json:
+Tasks for models of a few layers (docs/evaluation.md), in symbols of one token each. The tokenizer is written beside
+them, as data/symbols.tokenizer.json, and each line has marks of the tokens that are answers, under the key "loss":
 
     python tools/make_tasks.py --preset learnable --task key-value,multi-round --documents 200000 \\
         --output data/symbols.jsonl
     python tools/preprocess_data.py --input data/symbols.jsonl --output-prefix data/symbols --append-eod \\
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/symbols.tokenizer.json
-    torchrun pretrain_umv2.py --data-order sequential --loss-start-token '?' --loss-stop-token . ...
+    python tools/preprocess_data.py --input data/symbols.jsonl --output-prefix data/symbols --append-eod \\
+        --json-keys loss --tokenizer-type NullTokenizer --vocab-size 2
+    torchrun pretrain_umv2.py --data-path data/symbols_text_document --data-order sequential --loss-mask-key loss ...
     python tools/evaluate.py --tasks key-value,multi-round --forms symbols --context-lengths 64,128,256 ...
 
 No question of tools/evaluate.py is among the documents, whatever the seeds: both draw from different random streams.
@@ -37,7 +39,7 @@ PLAIN = {
 }  # fmt: skip
 """Defaults of flags that --preset decides on, too."""
 PRESETS: dict[str, dict[str, Any]] = {
-    "learnable": {"lengths": "16,24,32,48,64,96,128", "difficulty": "1,2", "queries": 64, "curriculum": 0.5}
+    "learnable": {"lengths": "16,24,32,48,64,96,128", "difficulty": "1", "queries": 64, "curriculum": 0.5}
 }
 
 
@@ -93,12 +95,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError("--documents is 0; expected 1 or more, or fact-recall among --task")
     temporary = output.with_name(output.name + ".incomplete")
     with open(temporary, "w", encoding="utf-8") as file:
-        for text in documents:
-            file.write(json.dumps({"text": text}) + "\n")
+        for document in documents:
+            marks = {"loss": symbol_tasks.loss_marks(document)} if form == SYMBOLS else {}
+            file.write(json.dumps({"text": document.text, **marks}) + "\n")
     if form == SYMBOLS:
         symbol_tasks.write_tokenizer(output.with_suffix(".tokenizer.json"))
     temporary.replace(output)
-    print(f"wrote {output}: {len(documents)} documents, {sum(map(len, documents)) / 1e6:.2f} MB of text")
+    print(f"wrote {output}: {len(documents)} documents, {output.stat().st_size / 1e6:.2f} MB")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -131,6 +131,11 @@ class DataConfig:
         "the last token that counts behind --loss-start-token: a token of the tokenizer, or its number",
         needs=("loss_start_token",),
     )
+    loss_mask_key: Optional[str] = option(
+        None,
+        "count the loss of the tokens that another corpus marks: beside P_text_document lies P_KEY_document, which "
+        "has a 1 in the place of each token that counts",
+    )
     reset_position_ids: bool = option(
         False,
         "count positions from 0 after each end-of-document token; with rotary positions --reset-attention-mask does so "
@@ -242,6 +247,8 @@ class DataConfig:
             raise ValueError(
                 f"--loss-start-token is {self.loss_start_token!r}: leave it out with --mock-data, which has no answers"
             )
+        if self.loss_mask_key is not None:
+            self._validate_loss_mask(self.loss_mask_key)
         if self.mock_data and self.data_order != DATA_ORDERS[0]:
             raise ValueError(
                 f"--data-order is {self.data_order!r}: leave it out with --mock-data, which has no documents"
@@ -252,6 +259,17 @@ class DataConfig:
             raise ValueError(f"--num-workers is {self.num_workers}: expected 0 or more")
         if self.num_dataset_builder_threads < 1:
             raise ValueError(f"--num-dataset-builder-threads is {self.num_dataset_builder_threads}: expected 1 or more")
+
+    def _validate_loss_mask(self, key: str) -> None:
+        flag = f"--loss-mask-key is {key!r}"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
+            raise ValueError(f"{flag}: expected a key of --json-keys of preprocess_data.py, such as loss")
+        if self.mock_data:
+            raise ValueError(f"{flag}: leave it out with --mock-data, which has no corpus")
+        if self.loss_start_token is not None:
+            raise ValueError(f"{flag} and --loss-start-token is {self.loss_start_token!r}: keep one of them")
+        if self.fim_rate:
+            raise ValueError(f"{flag}: leave it out with --fim-rate, which moves tokens away from their marks")
 
     def _validate_infilling(self) -> None:
         if not self.fim_rate:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -32,19 +33,20 @@ from megatron.core.datasets.utils import Split
 
 from umv2_megatron.config.data_config import DATA_ORDERS
 from umv2_megatron.data.infilling import Infilling, draws_of, infill
-from umv2_megatron.data.scored_tokens import ScoredTokens
+from umv2_megatron.data.scored_tokens import COUNTS, ScoredTokens, marks_prefix
 
 
 @dataclass
 class CorpusConfig(GPTDatasetConfig):
     """mcore's options, the content of each corpus, which becomes part of the names of cache files, the order of
-    training documents, how they are rearranged, which tokens bear a loss (None: all), and which epochs ``streams.py``
-    wants of a corpus."""
+    training documents, how they are rearranged, which tokens bear a loss (None: all) by tokens of the text or by the
+    marks of another corpus, and which epochs ``streams.py`` wants of a corpus."""
 
     fingerprints: Optional[dict[str, str]] = None
     data_order: str = DATA_ORDERS[0]
     infilling: Optional[Infilling] = None
     scored: Optional[ScoredTokens] = None
+    loss_mask_key: Optional[str] = None
     first_epoch: int = 0
     epochs: int = 1
 
@@ -118,6 +120,8 @@ def without_cache(dataset: Any) -> Iterator[None]:
 class CorpusDataset(GPTDataset):
     """mcore's GPTDataset with the cache described at the top of this file."""
 
+    _marks: Optional[CorpusDataset] = None  # the same samples of the corpus of marks
+
     @staticmethod
     def _key_config_attributes() -> list[str]:
         return [*GPTDataset._key_config_attributes(), "fingerprints", "data_order"]
@@ -156,7 +160,20 @@ class CorpusDataset(GPTDataset):
         if self.config.scored is not None:
             # mcore may keep the mask for all samples: make another
             item["loss_mask"] = item["loss_mask"] * self.config.scored.mask(item["tokens"])
+        if self.config.loss_mask_key is not None:
+            item["loss_mask"] = item["loss_mask"] * self._counts(0 if idx is None else idx)
         return item
+
+    def _counts(self, idx: int) -> torch.Tensor:
+        """[seq_length] float32: 1 where the label of sample ``idx`` is marked. The marks lie where the tokens do, so
+        that the corpus of marks is read by the same query."""
+        if self._marks is None:
+            assert self.config.loss_mask_key is not None
+            self._marks = copy.copy(self)
+            prefix = marks_prefix(self.dataset_path, self.config.loss_mask_key)
+            self._marks.dataset = self.build_low_level_dataset(prefix, self.config)
+        marks = GPTDataset._query_document_sample_shuffle_indices(self._marks, idx)[0]
+        return torch.from_numpy(marks[1:] == COUNTS).float()
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple:
         """The tokens of sample ``idx`` [seq_length + 1], the documents that they are from, and what mcore 0.19 adds."""

@@ -22,7 +22,7 @@ from umv2_megatron.data.cached_datasets import Builder, CorpusConfig, CorpusData
 from umv2_megatron.data.indexing import Index, check_corpus, ends_with, fingerprint, read_meta
 from umv2_megatron.data.infilling import infilling_of
 from umv2_megatron.data.phases import Phase, training_part, weighted
-from umv2_megatron.data.scored_tokens import scored_tokens
+from umv2_megatron.data.scored_tokens import check_marks, scored_tokens
 from umv2_megatron.data.streams import build_last_phase
 from umv2_megatron.data.tokenizers import Tokenizer
 
@@ -67,6 +67,7 @@ def build_datasets(
     options["data_order"] = config.data_order
     options["infilling"] = infilling_of(config, tokenizer)
     options["scored"] = scored_tokens(config, tokenizer)
+    options["loss_mask_key"] = config.loss_mask_key
     indices = check_corpora(config, tokenizer)
     if not any(sizes):
         return [None, None, None]  # without any, mcore builds mock data
@@ -102,6 +103,8 @@ def check_corpora(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Index]:
     prefixes = [prefix for blend in blends if blend is not None for prefix in blend[0]]
     found = {prefix: check_corpus(prefix, tokenizer.vocab_size, tokenizer.sha256) for prefix in dict.fromkeys(prefixes)}
     for prefix, index in found.items():
+        if config.loss_mask_key is not None:
+            check_marks(prefix, index, config.loss_mask_key)
         if read_meta(prefix) is None and not ends_with(prefix, index, tokenizer.eod):
             logging.getLogger(__name__).warning(
                 "%s: no document looked at ends with the end-of-document token %d of the run's tokenizer, and no "

@@ -1,17 +1,22 @@
-"""Which tokens the loss counts, where it counts answers only (--loss-start-token, --loss-stop-token).
+"""Which tokens the loss counts, where it counts answers only.
 
-A corpus of questions and answers, or of conversations, marks what the model is to say: an answer stands behind a start
-token and ends with a stop token or the document. What a user says is read, but the model is not taught to say it.
+A corpus of questions and answers, or of conversations, marks what the model is to say. What a user says is read, but
+the model is not taught to say it. Either two tokens of the text are the marks (--loss-start-token, --loss-stop-token):
+an answer stands behind a start token and ends with a stop token or the document. Or a second corpus holds a mark for
+each token (--loss-mask-key).
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from umv2_megatron.config.data_config import DataConfig
+from umv2_megatron.data.indexing import Index, read_index
 from umv2_megatron.data.tokenizers import Tokenizer, id_of_flag
 
 
@@ -55,3 +60,38 @@ def scored_tokens(config: DataConfig, tokenizer: Tokenizer) -> Optional[ScoredTo
             what = "the end-of-document token" if other == tokenizer.eod else "--loss-start-token"
             raise ValueError(f"{flag} is {token!r}, with the id {number} of {what}: expected another token")
     return ScoredTokens(start, stop, tokenizer.eod)
+
+
+COUNTS = 1
+"""The mark of a token whose loss counts; any other number leaves it out."""
+
+
+def marks_prefix(prefix: str, key: str) -> str:
+    """The corpus of the marks of ``prefix``, named as preprocess_data.py names it by its JSON key.
+
+    Raises ``ValueError`` naming the flag for a corpus whose name has no key.
+    """
+    found = re.fullmatch(r"(.*)_[^_/]+_document", prefix)
+    if found is None:
+        raise ValueError(
+            f"--loss-mask-key {key}: the corpus {prefix} has no key in its name; expected a name like P_text_document, "
+            f"with P_{key}_document beside it"
+        )
+    return f"{found[1]}_{key}_document"
+
+
+def check_marks(prefix: str, index: Index, key: str) -> None:
+    """Raise ``ValueError`` where the marks of a corpus are missing, or are not one for each token."""
+    marks = marks_prefix(prefix, key)
+    try:
+        held = read_index(marks)
+    except ValueError as error:
+        raise ValueError(f"--loss-mask-key {key}: {error}") from None
+    if not np.array_equal(held.lengths, index.lengths):
+        count = min(len(held.lengths), len(index.lengths))
+        differs = np.flatnonzero(held.lengths[:count] != index.lengths[:count])
+        where = f"document {differs[0]} differs" if len(differs) else "one has more documents"
+        raise ValueError(
+            f"--loss-mask-key {key}: {marks} has not one mark for each token of {prefix} ({where}); write both from "
+            "the same lines, and give --append-eod to both or to neither"
+        )

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.data.indexing import Index, read_index, read_tokens
-from umv2_megatron.data.scored_tokens import ScoredTokens
+from umv2_megatron.data.scored_tokens import COUNTS, ScoredTokens, marks_prefix
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class WholeCorpora(Dataset):
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         text = np.full(self._length + 1, self._pad, dtype=np.int64)
-        scored = slice(0, 0)
+        scored, counts = slice(0, 0), torch.ones(self._length)
         if number < self._first_windows[-1]:
             place = int(np.searchsorted(self._first_windows, number, side="right")) - 1
             begin, tokens_here = (number - self._first_windows[place]) * self._length, self._tokens_of(place)
@@ -81,6 +81,9 @@ class WholeCorpora(Dataset):
             text[0] = self._eod if start == 0 else self._read(place, start - 1, 1)[0]
             text[1 : count + 1] = self._read(place, start, count)
             scored = slice(begin - start, count)
+            if self._config.loss_mask_key is not None:
+                marks = marks_prefix(self._parts[place].prefix, self._config.loss_mask_key)
+                counts[:count] = torch.from_numpy(self._read(place, start, count, marks) == COUNTS)
         tokens, labels = torch.from_numpy(text[:-1].copy()), torch.from_numpy(text[1:].copy())
         config = self._config
         attention_mask, loss_mask, position_ids = _get_ltor_masks_and_position_ids(
@@ -93,6 +96,7 @@ class WholeCorpora(Dataset):
         )
         if self._scored is not None:
             loss_mask = loss_mask * self._scored.mask(tokens)
+        loss_mask = loss_mask * counts
         loss_mask[: scored.start], loss_mask[scored.stop :] = 0.0, 0.0
         item = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
         if config.create_attention_mask_in_dataloader:
@@ -103,10 +107,11 @@ class WholeCorpora(Dataset):
         ends = self._ends[place]
         return int(ends[-1]) if len(ends) else 0
 
-    def _read(self, place: int, begin: int, count: int) -> np.ndarray:
-        """``count`` tokens of a part from its token ``begin`` on."""
+    def _read(self, place: int, begin: int, count: int, marks: Optional[str] = None) -> np.ndarray:
+        """``count`` tokens of a part from its token ``begin`` on, or the marks of these in the corpus ``marks``."""
         part, index, ends = self._parts[place], self._indices[place], self._ends[place]
-        tokens = read_tokens(part.prefix, index)
+        index = index if marks is None else read_index(marks)
+        tokens = read_tokens(marks or part.prefix, index)
         found: list[np.ndarray] = []
         at = int(np.searchsorted(ends, begin, side="right"))
         while count:

@@ -9,6 +9,7 @@ from data_helpers import write_corpus
 
 from umv2_megatron.config.data_config import DataConfig
 from umv2_megatron.data.datasets import build_datasets
+from umv2_megatron.data.phases import Phase, current_corpora, with_new_blend
 from umv2_megatron.data.scored_tokens import ScoredTokens, scored_tokens
 from umv2_megatron.data.tokenizers import build_tokenizer
 from umv2_megatron.data.whole_corpora import WholeCorpora, corpus_parts
@@ -68,6 +69,77 @@ def test_samples_and_whole_corpora_bear_the_loss_of_answers(tmp_path) -> None:
             assert item["loss_mask"].tolist() == expected
             seen += sum(expected)
     assert seen > 100
+
+
+def with_marks(folder) -> tuple[str, list[int], list[int]]:
+    """A corpus of rising numbers with its marks (2 is no mark that counts): the prefix, all tokens, all marks."""
+    generator = np.random.default_rng(3)
+    documents, marks, first = [], [], 1
+    for _ in range(150):
+        size = int(generator.integers(3, 50))
+        documents.append(list(range(first, first + size)))
+        marks.append(generator.integers(0, 3, size).tolist())
+        first += size
+    write_corpus(folder / "p_loss_document", marks, 3)
+    prefix = write_corpus(folder / "p_text_document", documents, 30_000)
+    return prefix, [token for each in documents for token in each], [mark for each in marks for mark in each]
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
+def test_marked_tokens_bear_the_loss(order, tmp_path) -> None:
+    """In samples of several epochs, in blends, in phases of a blend, and in whole corpora."""
+    prefix, tokens, marks = with_marks(tmp_path)
+    counts = dict(zip(tokens, marks))
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=30_000)
+    options = {"split": "8,2,0", "tokenizer_type": "NullTokenizer", "vocab_size": 30_000, "loss_mask_key": "loss"}
+    config = DataConfig(data_path=[prefix], data_order=order, **options)
+    config.validate()
+    train, valid, _ = build_datasets(config, tokenizer, LENGTH, 1, (3 * len(tokens) // LENGTH, 4, 0))
+    blend = DataConfig(data_path=["1", prefix, "2", prefix], data_order=order, **options)
+    corpora = current_corpora(config, LENGTH)
+    phases = with_new_blend([Phase(0, 50, corpora, {})], corpora, 30, 100)
+    whole = WholeCorpora(corpus_parts(config, "validation", None), config, tokenizer.eod, LENGTH, 1)
+    others = (build_datasets(blend, tokenizer, LENGTH, 1, (40, 0, 0))[0],
+              build_datasets(config, tokenizer, LENGTH, 1, (100, 0, 0), phases)[0])  # fmt: skip
+    for dataset, first in ((train, 0), (valid, 0), (others[0], 0), (others[1], 30), (whole, 0)):
+        for number in range(first, len(dataset)):
+            item = dataset[number]
+            expected = [float(counts[token] == 1) for token in item["labels"].tolist()]
+            if dataset is whole and number == len(whole) - 1:  # has tokens in common with the window before
+                assert all(found <= score for found, score in zip(item["loss_mask"].tolist(), expected))
+                continue
+            assert item["loss_mask"].tolist() == expected, number
+
+
+def test_marks_that_do_not_fit_are_refused(tmp_path) -> None:
+    prefix, _, _ = with_marks(tmp_path)
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=30_000)
+
+    def build(path: str, key: str) -> None:
+        config = DataConfig(data_path=[path], tokenizer_type="NullTokenizer", vocab_size=30_000, loss_mask_key=key)
+        build_datasets(config, tokenizer, LENGTH, 1, (4, 0, 0))
+
+    with pytest.raises(ValueError, match=r"--loss-mask-key none: .*p_none_document.idx"):
+        build(prefix, "none")
+    write_corpus(tmp_path / "p_short_document", [[1] * 5] * 150, 3)
+    with pytest.raises(ValueError, match=r"has not one mark for each token of .*\(document 0 differs\)"):
+        build(prefix, "short")
+    with pytest.raises(ValueError, match="has no key in its name"):
+        build(write_corpus(tmp_path / "other", [[1, 2, 3]] * 90, 30_000), "loss")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mock_data": True}, "leave it out with --mock-data"),
+        ({"data_path": ["p"], "loss_start_token": "7"}, "and --loss-start-token is '7': keep one of them"),
+        ({"data_path": ["p"], "fim_rate": 0.5}, "leave it out with --fim-rate"),
+        ({"data_path": ["p"], "loss_mask_key": "a/b"}, "--loss-mask-key is 'a/b': expected a key"),
+    ],
+)
+def test_what_marks_exclude(options, told) -> None:
+    with pytest.raises(ValueError, match=told):
+        DataConfig(**{"tokenizer_type": "ByteLevelTokenizer", "loss_mask_key": "loss", **options}).validate()
 
 
 @pytest.mark.parametrize(

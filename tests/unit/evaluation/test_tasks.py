@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from task_oracle import Oracle, OracleModel, SymbolOracle, UniformModel
 
+from umv2_megatron.data.indexing import read_index
 from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 from umv2_megatron.evaluation.tasks import mixture, symbol_tasks
 from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, Example, largest
@@ -40,7 +41,7 @@ def subwords(tmp_path_factory):
         show_progress=False,
     )
     tokenizer.train_from_iterator(
-        mixture.training_documents(["key-value", "needle"], 20, 1, [1], [300], BYTES), trainer
+        [each.text for each in mixture.training_documents(["key-value", "needle"], 20, 1, [1], [300], BYTES)], trainer
     )
     file = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(file))
@@ -88,11 +89,25 @@ def test_an_oracle_that_reads_symbols_scores_everything(name, difficulty, symbol
 
 def test_documents_in_symbols_are_what_is_asked(symbols):
     names = list(symbol_tasks.SYMBOL_TASKS)
-    documents = mixture.training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
-    assert documents == mixture.training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
+    made = mixture.training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
+    assert made == mixture.training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
+    documents = [each.text for each in made]
     assert {document.split()[0] for document in documents} == {symbol_tasks.mark(name) for name in names}
     for document in documents:
         assert 16 <= len(symbols.tokenize(document)) == len(document.split()) <= 128
+    for each in made:
+        words, marks = each.text.split(), symbol_tasks.loss_marks(each).split()
+        assert len(words) == len(marks) and set(marks) == {"0", "1"}
+        name, last = words[0].removeprefix("@"), len(words) - words[::-1].index("?")
+        cue = 2 if name in ("memorize", "icl", "multi-hop") else 1
+        answer = marks[last:].index("0", cue) - cue if "0" in marks[last + cue :] else len(marks) - last - cue
+        oracle = SymbolOracle(name, answer)
+        for at in range(last, len(words), cue + answer):  # each question alone, behind the context
+            _, told = oracle.read(" ".join([*words[:last], *words[at : at + cue]]))
+            assert told.split() == words[at + cue : at + cue + answer]
+            assert marks[at : at + cue + answer] == ["0"] * cue + ["1"] * answer
+        for at in range(last):
+            assert marks[at] == ("1" if words[at + 1 : at + 2] == ["."] else "0")
     asks = [document for document in documents if document.startswith("@key-value")]
     for words in (document.split() for document in asks):
         told, questions = words[1 : words.index("?")], words[words.index("?") + 1 :]
@@ -104,7 +119,8 @@ def test_documents_in_symbols_are_what_is_asked(symbols):
 def test_contexts_of_a_curriculum_grow():
     """The shortest documents first, then longer ones among them; the lowest difficulty where a higher has no room."""
     names, lengths = list(symbol_tasks.SYMBOL_TASKS), [16, 64, 128]
-    documents = mixture.training_documents(names, 600, 1, [1, 2], lengths, None, 64, curriculum=0.5)
+    made = mixture.training_documents(names, 600, 1, [1, 2], lengths, None, 64, curriculum=0.5)
+    documents = [each.text for each in made]
     sizes = [len(document.split()) for document in documents]
     for stage, most in enumerate(lengths):
         first, end = 100 * stage, 100 * (stage + 1) if stage < 2 else 600
@@ -184,8 +200,9 @@ def test_seeds_decide_and_training_is_apart():
         one, again, other = (asked(name, "trained", 5, seed=seed) for seed in (1, 1, 2))
         assert one == again and asked(name, "trained", 8)[:5] == one
         assert not {e.prompt for e in one} & {e.prompt for e in other}
-    documents = mixture.training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
-    assert documents == mixture.training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
+    made = mixture.training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
+    assert made == mixture.training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
+    documents = [each.text for each in made]
     assert len(documents) == 60 + len(FACTS.documents())
     held = "".join(documents)
     for name in mixture.CONTEXT_TASKS:
@@ -288,6 +305,12 @@ def test_the_tool_writes_what_preprocessing_reads(tmp_path, monkeypatch, capsys)
                          "--output-prefix", str(tmp_path / "s"), "--tokenizer-type", "HuggingFaceTokenizer",
                          "--tokenizer-model", str(tmp_path / "signs.tokenizer.json"))  # fmt: skip
     assert code == 0 and "9 documents" in told
+    code, told, _ = call(monkeypatch, capsys, "preprocess_data.py", "--input", str(signs), "--append-eod",
+                         "--output-prefix", str(tmp_path / "s"), "--json-keys", "loss",
+                         "--tokenizer-type", "NullTokenizer", "--vocab-size", "2")  # fmt: skip
+    assert code == 0 and "9 documents" in told
+    lengths = [read_index(str(tmp_path / f"s_{key}_document")).lengths.tolist() for key in ("text", "loss")]
+    assert lengths[0] == lengths[1] and sum(lengths[0]) > 9 * 8
     for arguments, words in (
         (["--task", "all", "--preset", "learnable"], "--task holds 'fact-recall'"),
         (["--task", "icl", "--preset", "learnable", "--tokenizer-type", "ByteLevelTokenizer"], "leave it out"),

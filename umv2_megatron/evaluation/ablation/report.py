@@ -1,4 +1,4 @@
-"""The report of an ablation: means and spreads over seeds, as Markdown and plots.
+"""The report of an ablation: means, spreads and paired differences over seeds, as Markdown and plots.
 
 Runs are compared over the seeds that both have finished, so that a report on an unfinished plan does not take one
 seed's luck for a run's merit.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from umv2_megatron.evaluation.ablation.paired import shown
 from umv2_megatron.evaluation.ablation.plan import Plan
 from umv2_megatron.evaluation.curves import COLOURS, styles
 
@@ -28,7 +29,7 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
     plots = [_plot_losses(plan, results)]
     if plan.baseline in results and len(results) > 1:
         plots.append(_plot_differences(plan, results))
-    plots += _plot_facts(plan, results)
+    plots += _plot_facts(plan, results) + _plot_contexts(plan, results)
     done = sum(map(len, results.values()))
     counts = {r["tokens"] for group in results.values() for r in group}
     tokens = ("up to " if len(counts) > 1 else "") + f"{max(counts, default=0):,}"
@@ -37,12 +38,13 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
         f"# {plan.path.stem}",
         "",
         f"{done} of {len(plan.trials)} trials are done, {tokens} tokens each, {hours:.2f} hours in all (the last start "
-        f"of a resumed trial counts alone), on {_machine()}. Mean over seeds, in brackets lowest to highest. Loss: "
-        "nats per token on the validation set.",
+        f"of a resumed trial counts alone), on {_machine()}. Mean over seeds, in brackets lowest to highest. "
+        "Differences: mean over the seeds that both runs have, ± half of its 95% confidence interval (Student's t). "
+        "Loss: nats per token on the validation set.",
         "",
         *_main_table(plan, results, bytes_per_token),
         "",
-        *_task_tables(results),
+        *_task_tables(results, plan.baseline),
         *(f"![{plot.stem}]({plot.name})\n" for plot in plots),
         "How it was made: " + f"`python tools/ablate.py {plan.path}`.",
         "",
@@ -100,10 +102,12 @@ def _against(group: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> lis
         return ["-", "-"]
     behind = [iteration for iteration, value in difference if not value <= 0]  # nan included
     later = [iteration for iteration, _ in difference if not behind or iteration > behind[-1]]
-    last, value = difference[-1]
+    last, _ = difference[-1]
     ends = {result["curve"][-1][0] for result in [*group, *baseline] if result["curve"]}
-    shown = "-" if math.isnan(value) else f"{value:+.4f}" + ("" if ends == {last} else f" at iteration {last}")
-    return [shown, str(later[0]) if later else "never"]
+    told = shown(seed_differences(group, baseline, last), 4)
+    if told != "-" and ends != {last}:
+        told += f" at iteration {last}"
+    return [told, str(later[0]) if later else "never"]
 
 
 def shared_seeds(
@@ -135,42 +139,64 @@ def mean_difference(group: list[dict[str, Any]], baseline: list[dict[str, Any]])
     ]
 
 
-def _task_tables(results: Results) -> list[str]:
+def seed_differences(group: list[dict[str, Any]], baseline: list[dict[str, Any]], iteration: int) -> list[float]:
+    """Loss of ``group`` minus loss of ``baseline`` at an iteration, of each seed that both have."""
+    ours, theirs = (
+        {result["seed"]: dict(map(tuple, result["curve"]))[iteration] for result in results}
+        for results in shared_seeds(group, baseline)
+    )
+    return [ours[seed] - theirs[seed] for seed in ours]
+
+
+def _task_tables(results: Results, baseline: str | None) -> list[str]:
     """Exact match and the answer's loss in every task, by form and size (context length, or times a fact was seen).
 
-    Where there is more than one difficulty, by difficulty, too.
+    Where there is more than one difficulty, by difficulty, too. With a ``baseline`` the differences from it follow.
     """
     lines = []
-    several = len({task.get("difficulty") for _, task in _tasks(results)} - {None}) > 1
+    several = len({task.get("difficulty") for _, _, task in _tasks(results)} - {None}) > 1
     head = ["task", "form", "size", *(["difficulty"] if several else [])]
     for name, factor, digits, title in (
         ("exact_match", 100, 1, "Exact match in percent:"),
         ("answer_nats", 1, 3, "Loss of the right answer, in nats for the whole answer:"),
     ):
-        scores: dict[tuple[str, ...], dict[str, list[float]]] = {}
-        for label, task in _tasks(results):
+        # task, form, ... -> run -> seed -> score
+        scores: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
+        for label, seed, task in _tasks(results):
             if task.get(name) is not None:
                 seen = task.get("times_seen")
                 size = str(task["context_length"]) if seen is None else f"seen {seen}x"
                 difficulty = [str(task.get("difficulty") or "-")] if several else []
                 place = scores.setdefault((task["task"], task["form"], size, *difficulty), {})
-                place.setdefault(label, []).append(factor * task[name])
+                place.setdefault(label, {})[seed] = factor * task[name]
         if not scores:
             continue
         labels = [label for label in results if any(label in by_label for by_label in scores.values())]
         rows = [[*head, *labels], ["---"] * (len(head) + len(labels))]
         for key, by_label in scores.items():
-            rows.append([*key, *(spread(by_label[label], digits) if label in by_label else "-" for label in labels)])
+            told = [spread([*by_label[label].values()], digits) if label in by_label else "-" for label in labels]
+            rows.append([*key, *told])
         lines += [title, "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+        others = [label for label in labels if label != baseline]
+        if baseline in labels and others:
+            rows = [[*head, *others], ["---"] * (len(head) + len(others))]
+            for key, by_label in scores.items():
+                rows.append([*key, *(shown(_paired(by_label, label, baseline), digits) for label in others)])
+            lines += [f"The same minus that of {baseline}:", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
     return lines
 
 
-def _tasks(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(run, one task's result) for everything that was evaluated."""
+def _paired(by_label: dict[str, dict[int, float]], label: str, baseline: str) -> list[float]:
+    other = by_label.get(baseline, {})
+    return [score - other[seed] for seed, score in by_label.get(label, {}).items() if seed in other]
+
+
+def _tasks(results: Results) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(run, seed, one task's result) for everything that was evaluated."""
     for label, group in results.items():
         for result in group:
             for task in result.get("evaluation", {}).get("tasks", []):
-                yield label, task
+                yield label, result["seed"], task
 
 
 def _plot_losses(plan: Plan, results: Results) -> Path:
@@ -200,7 +226,7 @@ def _plot_differences(plan: Plan, results: Results) -> Path:
 
 def _plot_facts(plan: Plan, results: Results) -> list[Path]:
     """Score and loss of answers against the times that a fact was seen, means over seeds: a row per form."""
-    found = [(label, task) for label, task in _tasks(results) if task.get("times_seen") is not None]
+    found = [(label, task) for label, _, task in _tasks(results) if task.get("times_seen") is not None]
     forms = list(dict.fromkeys(task["form"] for _, task in found))
     if not forms:
         return []
@@ -226,6 +252,35 @@ def _plot_facts(plan: Plan, results: Results) -> list[Path]:
             place.minorticks_off()
             place.set(xlabel="times a fact stands in the training documents", ylabel=what, title=f"facts, {form} form")
     return [_save(figure, axes, plan.output / "facts.png")]
+
+
+def _plot_contexts(plan: Plan, results: Results) -> list[Path]:
+    """Exact match of context tasks against the length of the context, means over seeds: a panel for each task and form,
+    of its lowest difficulty."""
+    found = [(label, task) for label, _, task in _tasks(results) if task.get("times_seen") is None]
+    panels = sorted({(task["task"], task["form"]) for _, task in found})
+    if not panels:
+        return []
+    columns = min(3, len(panels))
+    figure, axes = _figure(-(-len(panels) // columns), columns)
+    places = list(axes.flat) if hasattr(axes, "flat") else [axes]
+    for place in places[len(panels) :]:
+        place.set_axis_off()
+    for (name, form), place in zip(panels, places):
+        shown_here = [(label, task) for label, task in found if (task["task"], task["form"]) == (name, form)]
+        easiest = min(task.get("difficulty") or 0 for _, task in shown_here)
+        for style, label in zip(styles(), results):
+            points: dict[int, list[float]] = {}
+            for owner, task in shown_here:
+                if owner == label and (task.get("difficulty") or 0) == easiest:
+                    points.setdefault(task["context_length"], []).append(100 * task["exact_match"])
+            if points:
+                at = sorted(points)
+                place.plot(at, [sum(points[x]) / len(points[x]) for x in at], **style, markersize=3, label=label)
+                lowest, highest = zip(*((min(points[x]), max(points[x])) for x in at))
+                place.fill_between(at, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
+        place.set(xlabel="tokens of context", ylabel="exact match (%)", title=f"{name}, {form}", ylim=(-3, 103))
+    return [_save(figure, axes, plan.output / "contexts.png")]
 
 
 def _figure(rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,19 @@ class Situation:
     context: str
     queries: list[Query]
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A training document: a context, and questions with their answers."""
+
+    context: str
+    queries: Sequence[Query] = ()
+
+    @property
+    def text(self) -> str:
+        """The whole."""
+        return self.context + "".join(query.prompt + query.answer for query in self.queries)
 
 
 # build(random stream, items of context, difficulty, zero-shot?, number of questions)
@@ -94,14 +107,14 @@ class ContextTask:
         tokens_of: Callable[[str], int],
         budget: int,
         queries: int,
-    ) -> str:
+    ) -> Document:
         """A training document: a context (in words: of the trained form) and ``queries`` questions with answers."""
 
-        def made(items: int) -> str:
+        def made(items: int) -> Document:
             situation = self.build(rng_of(), items, difficulty, False, queries)
-            return situation.context + "".join(query.prompt + query.answer for query in situation.queries)
+            return Document(situation.context, situation.queries)
 
-        return largest(made, tokens_of, budget, self.name)
+        return largest(made, lambda document: tokens_of(document.text), budget, self.name)
 
 
 def offer(rng: random.Random, prompt: str, query: Query, details: dict[str, Any]) -> Example:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.evaluation.tasks import fact_recall
-from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, ContextTask, Example
+from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, ContextTask, Document, Example
 from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
 from umv2_megatron.evaluation.tasks.symbol_tasks import SYMBOL_TASKS
@@ -87,7 +87,7 @@ def training_documents(
     queries: int = 4,
     facts: FactSet | None = None,
     curriculum: float = 0.0,
-) -> list[str]:
+) -> list[Document]:
     """``count`` documents of the context tasks of ``names`` in turn, and all documents of fact recall, shuffled.
 
     Each document of a context task draws its difficulty from ``difficulties`` and its length in tokens from
@@ -96,7 +96,7 @@ def training_documents(
     from the shortest of ``lengths`` to all of them. They stay in that order, and those that are too short for the
     difficulty drawn take the highest that fits.
     """
-    made = []
+    made: list[Document] = []
     stages = sorted(lengths)
     tasks = _tasks(SYMBOLS if tokenizer is None else FORMS[0])
 
@@ -120,13 +120,13 @@ def training_documents(
         )
     if fact_recall.NAME in names:
         assert not curriculum
-        made += (facts or FactSet()).documents()
+        made += map(Document, (facts or FactSet()).documents())
     if not curriculum:
         stream("order", "mixture", seed, 0).shuffle(made)
     return made
 
 
-def _hardest(write: Callable[..., str], difficulties: Sequence[int]) -> str:
+def _hardest(write: Callable[..., Document], difficulties: Sequence[int]) -> Document:
     """A document of the highest of ``difficulties`` that its length has room for."""
     *harder, lowest = sorted(difficulties, reverse=True)
     for difficulty in harder:

@@ -11,10 +11,9 @@ that names the task, a context, a question mark, and questions with their answer
     multi-hop    @multi-hop a b d e b c ... ? 2 a c         so many links on
 
 Symbols have no meaning of their own: which value belongs to a key is drawn anew in every document. Most of a document
-is drawn at random, and a model that is taught to predict that as well learns late or never to answer; so train with
---loss-start-token "?" --loss-stop-token ".". What is asked has the form of what was told: with marks around each
-question and between a key and its value, small models did not begin to learn in ten times as many tokens
-(docs/evaluation.md).
+is drawn at random, what is asked for included, and a model that is taught to predict that as well learns late or never
+to answer; so ``loss_marks`` tells which tokens are answers. What is asked has the form of what was told: small models
+learn that a value follows its key, and marks between the two are in the way (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from umv2_megatron.evaluation.tasks.base import CHOICES, ContextTask, Query, Situation
+from umv2_megatron.evaluation.tasks.base import CHOICES, ContextTask, Document, Query, Situation
 from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
 
 SYMBOLS = tuple(f"s{number}" for number in range(256))
@@ -42,6 +41,15 @@ def write_tokenizer(path: Path) -> None:
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens([END])
     made.save(str(path))
+
+
+def loss_marks(document: Document) -> str:
+    """A mark for each token of a document, for --loss-mask-key: 1 for those of answers, 0 for the others."""
+    told = document.context.split()
+    marks = [int(after == STOP) for after in [*told[1:], ""]]  # an answer on the way ends with a stop
+    for query in document.queries:
+        marks += [0] * len(query.prompt.split()) + [1] * len(query.answer.split())
+    return " ".join(map(str, marks))
 
 
 def mark(name: str) -> str:
