@@ -60,7 +60,7 @@ def settle(arguments: argparse.Namespace) -> str:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Make all documents, then write them under a temporary name and rename."""
+    """Make all documents, written under a temporary name, then rename."""
     form = settle(arguments)
     names = mixture.in_form("--task", mixture.task_names("--task", arguments.task), form)
     output: Path = arguments.output
@@ -91,17 +91,22 @@ def main(arguments: argparse.Namespace) -> None:
         FactSet(arguments.fact_seed, arguments.facts_per_frequency, arguments.max_fact_frequency),
         arguments.curriculum,
     )
-    if not documents:
-        raise ValueError("--documents is 0; expected 1 or more, or fact-recall among --task")
     temporary = output.with_name(output.name + ".incomplete")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for document in documents:
-            marks = {"loss": symbol_tasks.loss_marks(document)} if form == SYMBOLS else {}
-            file.write(json.dumps({"text": document.text, **marks}) + "\n")
-    if form == SYMBOLS:
-        symbol_tasks.write_tokenizer(output.with_suffix(".tokenizer.json"))
-    temporary.replace(output)
-    print(f"wrote {output}: {len(documents)} documents, {output.stat().st_size / 1e6:.2f} MB")
+    written = 0
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for document in documents:
+                marks = {"loss": symbol_tasks.loss_marks(document)} if form == SYMBOLS else {}
+                file.write(json.dumps({"text": document.text, **marks}) + "\n")
+                written += 1
+        if not written:
+            raise ValueError("--documents is 0; expected 1 or more, or fact-recall among --task")
+        if form == SYMBOLS:
+            symbol_tasks.write_tokenizer(output.with_suffix(".tokenizer.json"))
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {output}: {written} documents, {output.stat().st_size / 1e6:.2f} MB")
 
 
 def parser() -> argparse.ArgumentParser:

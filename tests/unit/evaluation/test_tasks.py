@@ -55,6 +55,10 @@ def symbols(tmp_path_factory):
     return HuggingFaceTokenizer(str(file))
 
 
+def training_documents(*arguments, **options):
+    return list(mixture.training_documents(*arguments, **options))
+
+
 def asked(name: str, form: str, count: int, difficulty: int = 1, seed: int = 1, tokenizer=BYTES, budget: int = 320):
     return mixture.questions(name, form, count, seed, difficulty, tokenizer, budget)
 
@@ -89,8 +93,8 @@ def test_an_oracle_that_reads_symbols_scores_everything(name, difficulty, symbol
 
 def test_documents_in_symbols_are_what_is_asked(symbols):
     names = list(symbol_tasks.SYMBOL_TASKS)
-    made = mixture.training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
-    assert made == mixture.training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
+    made = training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
+    assert made == training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
     documents = [each.text for each in made]
     assert {document.split()[0] for document in documents} == {symbol_tasks.mark(name) for name in names}
     for document in documents:
@@ -119,7 +123,7 @@ def test_documents_in_symbols_are_what_is_asked(symbols):
 def test_contexts_of_a_curriculum_grow():
     """The shortest documents first, then longer ones among them; the lowest difficulty where a higher has no room."""
     names, lengths = list(symbol_tasks.SYMBOL_TASKS), [16, 64, 128]
-    made = mixture.training_documents(names, 600, 1, [1, 2], lengths, None, 64, curriculum=0.5)
+    made = training_documents(names, 600, 1, [1, 2], lengths, None, 64, curriculum=0.5)
     documents = [each.text for each in made]
     sizes = [len(document.split()) for document in documents]
     for stage, most in enumerate(lengths):
@@ -200,8 +204,8 @@ def test_seeds_decide_and_training_is_apart():
         one, again, other = (asked(name, "trained", 5, seed=seed) for seed in (1, 1, 2))
         assert one == again and asked(name, "trained", 8)[:5] == one
         assert not {e.prompt for e in one} & {e.prompt for e in other}
-    made = mixture.training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
-    assert made == mixture.training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
+    made = training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
+    assert made == training_documents(mixture.TASKS, 60, 1, [1, 2], [300, 400], BYTES, facts=FACTS)
     documents = [each.text for each in made]
     assert len(documents) == 60 + len(FACTS.documents())
     held = "".join(documents)

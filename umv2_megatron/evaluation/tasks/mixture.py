@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.evaluation.tasks import fact_recall
@@ -87,8 +87,9 @@ def training_documents(
     queries: int = 4,
     facts: FactSet | None = None,
     curriculum: float = 0.0,
-) -> list[Document]:
-    """``count`` documents of the context tasks of ``names`` in turn, and all documents of fact recall, shuffled.
+) -> Iterator[Document]:
+    """``count`` documents of the context tasks of ``names`` in turn, and all documents of fact recall, shuffled; each
+    is made when it is asked for.
 
     Each document of a context task draws its difficulty from ``difficulties`` and its length in tokens from
     ``lengths``, and ends with ``queries`` questions and their answers. Without a ``tokenizer`` they are in symbols.
@@ -96,15 +97,15 @@ def training_documents(
     from the shortest of ``lengths`` to all of them. They stay in that order, and those that are too short for the
     difficulty drawn take the highest that fits.
     """
-    made: list[Document] = []
     stages = sorted(lengths)
     tasks = _tasks(SYMBOLS if tokenizer is None else FORMS[0])
+    context = [name for name in names if name in CONTEXT_TASKS]
+    count = count if context else 0
 
     def tokens_of(text: str) -> int:
         return text.count(" ") + 1 if tokenizer is None else len(tokenizer.tokenize(text))
 
-    context = [name for name in names if name in CONTEXT_TASKS]
-    for number in range(count if context else 0):
+    def made(number: int) -> Document:
         name = context[number % len(context)]
         rng = stream("sizes", name, seed, number)
         difficulty, budget = rng.choice(list(difficulties)), rng.choice(list(lengths))
@@ -115,15 +116,14 @@ def training_documents(
             tasks[name].document, functools.partial(stream, "training", name, seed, number), tokens_of=tokens_of,
             budget=budget, queries=queries,
         )  # fmt: skip
-        made.append(
-            _hardest(write, [each for each in difficulties if each <= difficulty] if curriculum else [difficulty])
-        )
-    if fact_recall.NAME in names:
-        assert not curriculum
-        made += map(Document, (facts or FactSet()).documents())
+        return _hardest(write, [each for each in difficulties if each <= difficulty] if curriculum else [difficulty])
+
+    told = (facts or FactSet()).documents() if fact_recall.NAME in names else []
+    order = list(range(count + len(told)))
     if not curriculum:
-        stream("order", "mixture", seed, 0).shuffle(made)
-    return made
+        stream("order", "mixture", seed, 0).shuffle(order)
+    for number in order:
+        yield made(number) if number < count else Document(told[number - count])
 
 
 def _hardest(write: Callable[..., Document], difficulties: Sequence[int]) -> Document:
