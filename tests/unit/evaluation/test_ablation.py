@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 
 from umv2_megatron.commands import ablate
 from umv2_megatron.evaluation.ablation import runner
+from umv2_megatron.evaluation.ablation.paired import t_point
 from umv2_megatron.evaluation.ablation.plan import Plan, read_plan
 from umv2_megatron.evaluation.ablation.report import mean_difference, spread, write_report
 from umv2_megatron.planning import flops_per_token
@@ -319,7 +321,7 @@ def test_report_has_means_spreads_differences_and_plots(program: Path) -> None:
     text = write_report(plan, results, bytes_per_token=2.0).read_text()
     row = next(line for line in text.splitlines() if line.startswith("| umv2"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[0:2] == ["umv2", "2"] and cells[7:9] == ["-0.3000 at iteration 3", "2"]
+    assert cells[0:2] == ["umv2", "2"] and cells[7:9] == ["-0.3000 ± 2.5412 at iteration 3", "2"]
     assert "| facts | trained | seen 4x | 37.5 (25.0 to 50.0) |" in text and "| task | form | size | umv2 |" in text
     assert "| facts | trained | seen 4x | 1.500 (1.500 to 1.500) |" in text
     assert (plan.output / "facts.png").stat().st_size > 10_000
@@ -365,6 +367,38 @@ def test_runs_are_compared_over_the_seeds_that_both_have() -> None:
     dense = [result([[1, 5.0]]), result([[1, 3.0]], seed=2)]
     assert mean_difference([result([[1, 2.5]], seed=2)], dense) == [(1, -0.5)]
     assert mean_difference([result([[1, 2.5]], seed=3)], dense) == []
+
+
+def test_differences_of_tasks_are_paired_by_seed(program: Path) -> None:
+    """A third seed that one run lacks does not count; context tasks are plotted."""
+    plan = plan_of(program)
+    plan.output.mkdir()
+    needle = {"task": "needle", "form": "trained", "times_seen": None, "context_length": 64, "answer_nats": None}
+
+    def group(scores: list[float]) -> list[dict[str, Any]]:
+        made = [{"tasks": [{**needle, "exact_match": score}]} for score in scores]
+        return [result([[1, 2.0]], seed=seed, evaluation=each) for seed, each in enumerate(made)]
+
+    text = write_report(plan, {"dense": group([0.1, 0.5]), "umv2": group([0.2, 0.7, 0.9])}, None).read_text()
+    assert "| needle | trained | 64 | 30.0 (10.0 to 50.0) | 60.0 (20.0 to 90.0) |" in text
+    # 10 and 20 points: mean 15, t(1) sd / sqrt(2) = 12.706 * 7.071 / 1.414
+    assert "The same minus that of dense:" in text and "| needle | trained | 64 | +15.0 ± 63.5 |" in text
+    assert (plan.output / "contexts.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 4, 9, 10, 30])
+def test_the_point_of_students_t_leaves_2_5_percent_above(degrees: int) -> None:
+    """By integrating the density from 0; Simpson's rule."""
+    scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+
+    def density(x: float) -> float:
+        return scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
+
+    steps = 2000
+    width = t_point(degrees) / steps
+    inner = sum((4 if number % 2 else 2) * density(number * width) for number in range(1, steps))
+    area = (density(0) + inner + density(steps * width)) * width / 3
+    assert area == pytest.approx(0.475, abs=1e-4)
 
 
 def task(score: float) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def t_point(degrees: int) -> float:
     if degrees <= len(_T):
         return _T[degrees - 1]
     z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    return z + (z**3 + z) / (4 * degrees) + second + third
 
 
 def half_width(differences: Sequence[float]) -> float | None:
@@ -33,9 +35,10 @@ def half_width(differences: Sequence[float]) -> float | None:
 
 
 def shown(differences: Sequence[float], digits: int) -> str:
-    """ "+mean ± half width" of the interval, or the one difference; "-" where a run diverged or no seed is shared."""
-    if not differences or not all(map(math.isfinite, differences)):
+    """ "+mean ± half width" of the interval, or the one difference. Where a run diverged the mean alone, and "-" where
+    that is not a number (both diverged), or no seed is shared."""
+    mean = sum(differences) / len(differences) if differences else math.nan
+    if math.isnan(mean):
         return "-"
-    half = half_width(differences)
-    mean = f"{statistics.fmean(differences):+,.{digits}f}"
-    return mean if half is None else f"{mean} ± {half:,.{digits}f}"
+    half = half_width(differences) if math.isfinite(mean) else None
+    return f"{mean:+,.{digits}f}" + ("" if half is None else f" ± {half:,.{digits}f}")
