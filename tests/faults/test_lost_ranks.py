@@ -155,7 +155,9 @@ def test_killed_at_any_moment(tmp_path):
     assert_named(finished, victim, "is gone", {rank: "" for rank in range(3) if rank != victim})
 
 
-@pytest.mark.parametrize("hosts", [False, True], ids=["same-host", "other-hosts"])
+@pytest.mark.parametrize(
+    "hosts", [pytest.param(False, id="same-host"), pytest.param(True, id="other-hosts", marks=pytest.mark.slow)]
+)
 def test_stopped(hosts, tmp_path):
     """gloo's own message names no rank here. From another host a stopped process is one that does not answer."""
     victim = drawn(range(2))

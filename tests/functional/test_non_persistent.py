@@ -111,6 +111,7 @@ def left(killed) -> Run:
     return killed[0]
 
 
+@pytest.mark.slow  # stages of such saves are in tests/faults
 def test_goes_on_from_the_newest_local_one(left, whole):
     finished = left.start()
     assert loaded(finished) == "local 10" and warned(finished) == ""

@@ -94,6 +94,7 @@ def check_killed_runs(world_size, corpus, tmp_path, iterations, kills, **changes
     assert not list((tmp_path / "killed").glob(".tmp_*"))
 
 
+@pytest.mark.slow  # tests/faults has 40 such kills
 def test_killed_twice_at_random_on_two_ranks(corpus, tmp_path):
     changes = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
     check_killed_runs(2, corpus, tmp_path, iterations=24, kills=2, save_interval=4, **changes)
