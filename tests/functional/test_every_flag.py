@@ -55,6 +55,7 @@ GIVEN |= {
     "fim_rate": {"fim_rate": 0.9, **SENTINELS, "vocab_size": 270},
     **{key: {key: "265"} for key in SENTINELS},
     "loss_start_token": {"loss_start_token": str(ord("d"))},
+    "loss_mask_key": {"loss_mask_key": "marks"},
     "loss_stop_token": {"loss_stop_token": str(ord("m"))},
     "qk_layernorm": GIVEN.pop("no_qk_layernorm"),
     "num_moe_experts": GIVEN.pop("num_experts"),
@@ -140,7 +141,7 @@ BESIDE["reset_position_ids"]["position_embedding_type"] = "learned_absolute"
 for _key in ("fim_rate", "fim_spm_rate", *SENTINELS):
     BESIDE[_key] = {"corpus": True, "fim_rate": 0.9, **SENTINELS, "vocab_size": 270}
 BESIDE["fim_rate"] = {"corpus": True, "vocab_size": 270}
-BESIDE["loss_start_token"] = {"corpus": True}
+BESIDE["loss_start_token"] = BESIDE["loss_mask_key"] = {"corpus": True}
 BESIDE["loss_stop_token"] = {"corpus": True, "loss_start_token": str(ord("d"))}
 RANKS = {
     "expert_model_parallel_size": 2, "memory_parallel_size": 2, "memory_parallel_mode": 2, "memory_exchange_parts": 2,
@@ -218,10 +219,14 @@ def needed_by(made: Option) -> dict[str, Any]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings that train on a few documents of different lengths."""
     folder = tmp_path_factory.mktemp("corpus")
-    text = write_jsonl(folder / "text.jsonl", [f"document {number} " * (1 + number % 5) for number in range(60)])
-    done = run_tool("preprocess_data.py", "--input", text, "--output-prefix", folder / "corpus",
-                    "--tokenizer-type", "ByteLevelTokenizer", "--append-eod")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    texts = [f"document {number} " * (1 + number % 5) for number in range(60)]
+    marks = [" ".join(str(place % 2) for place in range(len(text))) for text in texts]
+    for key, lines, *tokenizer in (("text", texts, "ByteLevelTokenizer"),
+                                   ("marks", marks, "NullTokenizer", "--vocab-size", "2")):  # fmt: skip
+        file = write_jsonl(folder / f"{key}.jsonl", lines, key)
+        done = run_tool("preprocess_data.py", "--input", file, "--output-prefix", folder / "corpus", "--json-keys", key,
+                        "--append-eod", "--tokenizer-type", *tokenizer)  # fmt: skip
+        assert done.returncode == 0, done.stderr
     return {
         "mock_data": None, "tokenizer_type": "ByteLevelTokenizer", "data_path": folder / "corpus_text_document",
         "split": "80,10,10",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from umv2_megatron.config.data_config import marks_prefix
 from umv2_megatron.config.document_checks import check_documents
 from umv2_megatron.config.evaluation_checks import check_evaluation
 from umv2_megatron.config.fp8_checks import check_fp8
@@ -256,6 +257,19 @@ def _check_expert_biases(run: RunConfig) -> None:
         )
 
 
+def _check_marks_are_there(prefix: str, key: str) -> None:
+    try:
+        marks = marks_prefix(prefix, key)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    for suffix in (".idx", ".bin"):
+        if not os.path.isfile(marks + suffix):
+            raise UsageError(
+                f"--loss-mask-key {key}: there is no file {marks}{suffix} with the marks of {prefix}; make it by "
+                f"tools/preprocess_data.py --json-keys {key}"
+            )
+
+
 def check_data(run: RunConfig) -> None:
     """Raise ``UsageError`` when the data flags contradict each other or name files that are not there; reads none."""
     try:
@@ -274,6 +288,8 @@ def check_data(run: RunConfig) -> None:
                         f"{flag} names {prefix}, but there is no file {prefix}{suffix}; give the path without "
                         "extension, as tools/preprocess_data.py printed it"
                     )
+            if run.data.loss_mask_key is not None:
+                _check_marks_are_there(prefix, run.data.loss_mask_key)
     for flag, where in (("--save", run.training.save), ("--load", run.training.load)):
         user_path(where or "", flag)
     if run.data.tokenizer_model is not None and not os.path.exists(run.data.tokenizer_model):

@@ -351,6 +351,24 @@ def parse_split(split: str) -> list[float]:
     return [share / sum(numbers) for share in numbers]
 
 
+def marks_prefix(prefix: str, key: str) -> str:
+    """The corpus of the marks of ``prefix`` by --loss-mask-key, named as preprocess_data.py names it by its JSON key.
+
+    Raises ``ValueError`` naming the flag for a corpus whose name has no key, or this one.
+    """
+    found = re.fullmatch(r"(.*)_([^_/]+)_document", prefix)
+    if found is None:
+        raise ValueError(
+            f"--loss-mask-key {key}: the corpus {prefix} has no key in its name; expected a name like P_text_document, "
+            f"with P_{key}_document beside it"
+        )
+    if found[2] == key:
+        raise ValueError(
+            f"--loss-mask-key {key}: {prefix} is the corpus of that key itself; give the key of its marks, such as loss"
+        )
+    return f"{found[1]}_{key}_document"
+
+
 def _as_number(value: str) -> Optional[float]:
     try:
         return float(value)

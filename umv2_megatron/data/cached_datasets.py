@@ -31,9 +31,9 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from umv2_megatron.config.data_config import DATA_ORDERS
+from umv2_megatron.config.data_config import DATA_ORDERS, marks_prefix
 from umv2_megatron.data.infilling import Infilling, draws_of, infill
-from umv2_megatron.data.scored_tokens import COUNTS, ScoredTokens, marks_prefix
+from umv2_megatron.data.scored_tokens import COUNTS, ScoredTokens
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
 
-from umv2_megatron.config.data_config import DATA_ORDERS, DataConfig
+from umv2_megatron.config.data_config import DataConfig, marks_prefix
 from umv2_megatron.data.cached_datasets import Builder, CorpusConfig, CorpusDataset
 from umv2_megatron.data.indexing import Index, check_corpus, ends_with, fingerprint, read_meta
 from umv2_megatron.data.infilling import infilling_of
@@ -116,7 +116,10 @@ def check_corpora(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Index]:
 
 
 def data_identity(config: DataConfig, tokenizer: Tokenizer, seq_length: int, seed: int) -> dict[str, Any]:
-    """What determines the order of samples, as JSON: a resumed run must find the same, or the user must say so."""
+    """What determines the samples and their order, as JSON: a resumed run must find the same, or the user must say so.
+
+    marks: fingerprints of the marks of --loss-mask-key, by those of their corpora; None without it.
+    """
     blends = {"data_path": config.blend()}
     blends.update(zip(("train_data_path", "valid_data_path", "test_data_path"), config.split_blends()))
     corpora = {
@@ -124,6 +127,9 @@ def data_identity(config: DataConfig, tokenizer: Tokenizer, seq_length: int, see
         for name, blend in blends.items()
         if blend is not None
     }
+    prefixes = {prefix for blend in blends.values() if blend is not None for prefix in blend[0]}
+    key = config.loss_mask_key
+    marks = None if key is None else {fingerprint(each): fingerprint(marks_prefix(each, key)) for each in prefixes}
     return {
         "corpora": corpora,
         "split": config.split if config.data_path is not None else None,
@@ -131,8 +137,8 @@ def data_identity(config: DataConfig, tokenizer: Tokenizer, seq_length: int, see
         "tokenizer": dict(tokenizer.unique_identifiers),
         "seq_length": seq_length,
         "seed": seed,
-        # as None, so that checkpoints of before the flag agree
-        "data_order": None if config.data_order == DATA_ORDERS[0] else config.data_order,
+        "data_order": config.data_order,
+        "marks": marks,
         "infilling": list(infilling) if (infilling := infilling_of(config, tokenizer)) else None,
     }
 

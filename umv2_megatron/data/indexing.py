@@ -248,7 +248,7 @@ def check_corpus(prefix: str, vocab_size: int, tokenizer_sha256: Optional[str] =
     Raises ``ValueError`` with one sentence that names the file.
     """
     index = read_index(prefix)
-    _check_offsets(prefix, index)
+    check_offsets(prefix, index)
     meta = read_meta(prefix)
     if meta is not None and tokenizer_sha256 is not None:
         made_by = meta.get("tokenizer", {})
@@ -277,7 +277,8 @@ def ends_with(prefix: str, index: Index, token: int, sample: int = 256) -> bool:
     return bool((tokens[ends] == token).any())
 
 
-def _check_offsets(prefix: str, index: Index) -> None:
+def check_offsets(prefix: str, index: Index) -> None:
+    """Raise ``ValueError`` naming the file where an index does not describe the ``.bin`` file beside it."""
     size = os.path.getsize(prefix + ".bin")
     end = 0
     for first in range(0, len(index.lengths), _BLOCK):

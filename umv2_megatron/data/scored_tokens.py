@@ -8,15 +8,14 @@ each token (--loss-mask-key).
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from umv2_megatron.config.data_config import DataConfig
-from umv2_megatron.data.indexing import Index, read_index
+from umv2_megatron.config.data_config import DataConfig, marks_prefix
+from umv2_megatron.data.indexing import Index, check_offsets, read_index
 from umv2_megatron.data.tokenizers import Tokenizer, id_of_flag
 
 
@@ -66,25 +65,12 @@ COUNTS = 1
 """The mark of a token whose loss counts; any other number leaves it out."""
 
 
-def marks_prefix(prefix: str, key: str) -> str:
-    """The corpus of the marks of ``prefix``, named as preprocess_data.py names it by its JSON key.
-
-    Raises ``ValueError`` naming the flag for a corpus whose name has no key.
-    """
-    found = re.fullmatch(r"(.*)_[^_/]+_document", prefix)
-    if found is None:
-        raise ValueError(
-            f"--loss-mask-key {key}: the corpus {prefix} has no key in its name; expected a name like P_text_document, "
-            f"with P_{key}_document beside it"
-        )
-    return f"{found[1]}_{key}_document"
-
-
 def check_marks(prefix: str, index: Index, key: str) -> None:
-    """Raise ``ValueError`` where the marks of a corpus are missing, or are not one for each token."""
+    """Raise ``ValueError`` where the marks of a corpus are missing or damaged, or are not one for each token."""
     marks = marks_prefix(prefix, key)
     try:
         held = read_index(marks)
+        check_offsets(marks, held)
     except ValueError as error:
         raise ValueError(f"--loss-mask-key {key}: {error}") from None
     if not np.array_equal(held.lengths, index.lengths):

@@ -19,9 +19,9 @@ import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from torch.utils.data import Dataset
 
-from umv2_megatron.config.data_config import DataConfig
+from umv2_megatron.config.data_config import DataConfig, marks_prefix
 from umv2_megatron.data.indexing import Index, read_index, read_tokens
-from umv2_megatron.data.scored_tokens import COUNTS, ScoredTokens, marks_prefix
+from umv2_megatron.data.scored_tokens import COUNTS, ScoredTokens
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from umv2_megatron.data.phases import Corpus, Phase, current_corpora, saved_phas
 from umv2_megatron.observation.events import EventLog
 from umv2_megatron.training.first_rank import on_rank_0
 from umv2_megatron.training.initialize import Progress, print_rank_0
-from umv2_megatron.training.resume import STREAMS, is_new_blend
+from umv2_megatron.training.resume import STREAMS, is_new_blend, recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,8 @@ def _after(
                 f"the checkpoint of iteration {progress.iteration}, which was loaded in place of a newer one, is from "
                 "before the change of the blend; give --allow-new-blend again"
             )
-        if not same or any(name in data and data[name] != identity[name] for name in STREAMS):
+        before = recorded(data)
+        if not same or any(name in before and before[name] != identity[name] for name in STREAMS):
             return anew  # --allow-config-change: at the run's place in the order of whatever the flags name
     planned = 0 if "training_blends" in data else _planned_samples(config, progress)
     phases = saved_phases(data, config["values"], planned, run.data, run.model.seq_length)

@@ -12,6 +12,7 @@ from typing import Any
 from umv2_megatron.checkpoint import saved_config
 from umv2_megatron.checkpoint.manifest import Manifest
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
+from umv2_megatron.config.data_config import DATA_ORDERS
 from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
@@ -22,7 +23,7 @@ from umv2_megatron.user_paths import same_directory
 
 # What a step computes from its samples; --allow-config-change lets it differ.
 SAME_RUN = ("global_batch_size", "rampup_batch_size", "clip_grad", "eod_mask_loss", "reset_position_ids",
-            "reset_attention_mask", "loss_start_token", "loss_stop_token", "trainable")  # fmt: skip
+            "reset_attention_mask", "loss_start_token", "loss_stop_token", "loss_mask_key", "trainable")  # fmt: skip
 # The schedule; --override-opt-param-scheduler takes the new values.
 SAME_SCHEDULE = (
     "lr",
@@ -62,6 +63,7 @@ STREAMS = {
     "tokenizer": "the tokenizer",
     "seq_length": "--seq-length",
     "seed": "--seed",
+    "data_order": "--data-order",
 }
 
 
@@ -188,25 +190,34 @@ def check_same_run(
     saved, data = config["values"], config.get("data", {})
     new_blend = is_new_blend(data, data_identity)
     if run.training.allow_new_blend:
-        _check_streams(data, data_identity)
+        _check_streams(recorded(data), data_identity)
     _check_schedule(run, saved, source)
     if not run.training.allow_config_change:
         _compare(run, saved, (*SAME_RUN, *_model_keys(saved)), "--allow-config-change to go on regardless")
         if new_blend and not run.training.allow_new_blend:
             raise UsageError(_told_new_blend(run, saved, data, data_identity))
-        # what a checkpoint of before an option does not record had no value in its run
-        unrecorded = {name: None for name in data_identity if data and name not in data}
-        for name, old in {**data, **unrecorded}.items():
+        _check_marks(run, data.get("marks") or {}, data_identity.get("marks") or {})
+        for name, old in recorded(data).items():
             new = data_identity.get(name)
+            if name == "marks":
+                continue
             if name == "training_samples":
                 # once the blend has changed, samples are numbered in their corpora: nothing depends on how many follow
                 if not (new_blend or len(data.get("training_blends", ())) > 1):
                     _check_samples(old, new)
             elif name in data_identity and _but_for_training(name, old) != _but_for_training(name, new):
                 raise UsageError(
-                    f"{name} is {_short(new)}, but the checkpoint was trained with {_short(old)}; give the "
-                    "old data, or --allow-config-change to go on regardless"
+                    f"{STREAMS.get(name, name)} is {_short(new)}, but the checkpoint was trained with {_short(old)}; "
+                    f"give the old {'data' if name == 'corpora' else 'value'}, or --allow-config-change to go on "
+                    "regardless"
                 )
+
+
+def recorded(data: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's data identity, with the values of its run for entries that its version did not write yet."""
+    if not data:
+        return {}
+    return {**data, "data_order": data.get("data_order") or DATA_ORDERS[0], "infilling": data.get("infilling")}
 
 
 def is_new_blend(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -251,6 +262,15 @@ def _told_new_blend(run: RunConfig, saved: dict[str, Any], old: dict[str, Any], 
         f"{_flag(now)} is {_short(told)}, but the checkpoint was trained with {_flag(before)} {_short(was)}{differ}; "
         f"give the old data, {stream}or --allow-config-change to read the new data from the run's place in its order"
     )
+
+
+def _check_marks(run: RunConfig, old: dict[str, str], new: dict[str, str]) -> None:
+    """Compare the marks of corpora that both have: those of a new blend come with their marks."""
+    if any(old[corpus] != new[corpus] for corpus in old.keys() & new.keys()):
+        raise UsageError(
+            f"--loss-mask-key is {run.data.loss_mask_key}, but the marks of that key have changed since the "
+            "checkpoint; give the old ones, or --allow-config-change to go on with these"
+        )
 
 
 def _check_samples(old: int, new: int | None) -> None:

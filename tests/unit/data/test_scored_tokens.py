@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from data_helpers import write_corpus
 
+from umv2_megatron.config.checks import check_data
 from umv2_megatron.config.data_config import DataConfig
-from umv2_megatron.data.datasets import build_datasets
+from umv2_megatron.config.resolve import resolve
+from umv2_megatron.config.usage import UsageError
+from umv2_megatron.data.datasets import build_datasets, data_identity
 from umv2_megatron.data.phases import Phase, current_corpora, with_new_blend
 from umv2_megatron.data.scored_tokens import ScoredTokens, scored_tokens
 from umv2_megatron.data.tokenizers import build_tokenizer
@@ -126,6 +131,43 @@ def test_marks_that_do_not_fit_are_refused(tmp_path) -> None:
         build(prefix, "short")
     with pytest.raises(ValueError, match="has no key in its name"):
         build(write_corpus(tmp_path / "other", [[1, 2, 3]] * 90, 30_000), "loss")
+    with pytest.raises(ValueError, match="p_text_document is the corpus of that key itself"):
+        build(prefix, "text")
+    with open(tmp_path / "p_loss_document.bin", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match=r"--loss-mask-key loss: .*p_loss_document.idx places document \d+ outside of"):
+        build(prefix, "loss")
+
+
+def test_marks_are_part_of_the_data(tmp_path) -> None:
+    """Other marks under the same name are other data; they must be there when a run starts."""
+    prefix, _, marks = with_marks(tmp_path)
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=30_000)
+    config = DataConfig(data_path=[prefix], tokenizer_type="NullTokenizer", vocab_size=30_000, loss_mask_key="loss")
+    first = data_identity(config, tokenizer, LENGTH, 1)
+    assert first["marks"].keys() == set(first["corpora"]["data_path"]["fingerprints"])
+    write_corpus(tmp_path / "p_loss_document", [[1 - min(mark, 1) for mark in marks]], 3)
+    again = data_identity(config, tokenizer, LENGTH, 1)
+    assert again["marks"] != first["marks"] and {**again, "marks": first["marks"]} == first
+    argv = ["--model-preset", "umv2-tiny", "--data-path", prefix, "--tokenizer-type", "NullTokenizer",
+            "--vocab-size", "30000", "--lr", "1e-3", "--train-iters", "1", "--loss-mask-key"]  # fmt: skip
+    check_data(resolve([*argv, "loss"], 1))
+    for key, told in (("none", r"there is no file .*p_none_document.idx with the marks of"), ("text", "key itself")):
+        with pytest.raises(UsageError, match=f"--loss-mask-key {key}: .*{told}"):
+            check_data(resolve([*argv, key], 1))
+
+
+def test_loaders_that_begin_anew_get_the_marks(tmp_path) -> None:
+    """A dataset travels to them pickled, before or after its marks have been read."""
+    prefix, _, _ = with_marks(tmp_path)
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=30_000)
+    config = DataConfig(data_path=[prefix], tokenizer_type="NullTokenizer", vocab_size=30_000, loss_mask_key="loss")
+    train = build_datasets(config, tokenizer, LENGTH, 1, (20, 0, 0))[0]
+    fresh = pickle.dumps(train)
+    expected = train[3]["loss_mask"].tolist()
+    assert 0 < sum(expected) < LENGTH
+    for each in (fresh, pickle.dumps(train)):
+        assert pickle.loads(each)[3]["loss_mask"].tolist() == expected
 
 
 @pytest.mark.parametrize(

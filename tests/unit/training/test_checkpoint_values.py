@@ -138,3 +138,46 @@ def test_weight_decay_that_grows_does_so_over_the_same_run(tmp_path):
                 check_same_run(run, find_source(run), {})
             run = resolve([*argv, "12", *save, *flags, "--override-opt-param-scheduler"], 1)
         check_same_run(run, find_source(run), {})
+
+
+BLEND = {"corpora": {"data_path": {"weights": None, "fingerprints": ["a"]}}, "seed": 1}
+OTHER_BLEND = {"corpora": {"data_path": {"weights": None, "fingerprints": ["a", "b"]}}, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "flags", "told"),
+    [
+        ({}, {"data_order": "sequential"}, [], "--data-order is sequential, .* trained with shuffled"),
+        ({"data_order": "sequential"}, {"data_order": "shuffled"}, [], "--data-order is shuffled, .* with sequential"),
+        ({"marks": {"a": "x"}}, {"data_order": "shuffled", "marks": {"a": "y"}}, [], "marks of that key have changed"),
+        (
+            {"data_order": "sequential"},
+            {**OTHER_BLEND, "data_order": "shuffled"},
+            ["--allow-new-blend", "--allow-config-change"],
+            "--data-order has to be as it was; it is shuffled, the checkpoint's is sequential",
+        ),
+        # what is no other run
+        ({}, {"data_order": "shuffled", "infilling": None, "marks": None}, [], None),
+        ({}, {"data_order": "shuffled", "training_samples": 8, "split": "1,1,1"}, [], None),  # recorded later
+        (
+            {"marks": {"a": "x"}},
+            {**OTHER_BLEND, "data_order": "shuffled", "marks": {"a": "x", "b": "y"}},
+            ["--allow-new-blend"],
+            None,
+        ),
+    ],
+)
+def test_other_samples_are_refused_by_name(old, new, flags, told, trained):
+    run = run_with(trained, *flags)
+    config = {"values": run.values, "data": {**BLEND, **old}}
+    if told is None:
+        return check_same_run(run, find_source(run), {**BLEND, **new}, config)
+    with pytest.raises(UsageError, match=told):
+        check_same_run(run, find_source(run), {**BLEND, **new}, config)
+
+
+def test_other_marks_of_the_loss_are_refused_by_name(trained):
+    run = run_with(trained)
+    config = {"values": {**run.values, "loss_mask_key": "loss"}}
+    with pytest.raises(UsageError, match="--loss-mask-key is None, .* trained with loss"):
+        check_same_run(run, find_source(run), {}, config)
