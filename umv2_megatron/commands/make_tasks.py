@@ -14,7 +14,8 @@ them, as data/symbols.tokenizer.json, and each line has marks of the tokens that
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/symbols.tokenizer.json
     python tools/preprocess_data.py --input data/symbols.jsonl --output-prefix data/symbols --append-eod \\
         --json-keys loss --tokenizer-type NullTokenizer --vocab-size 2
-    torchrun pretrain_umv2.py --data-path data/symbols_text_document --data-order sequential --loss-mask-key loss ...
+    torchrun pretrain_umv2.py --train-data-path data/symbols_text_document --data-order sequential \\
+        --loss-mask-key loss ...
     python tools/evaluate.py --tasks key-value,multi-round --forms symbols --context-lengths 64,128,256 ...
 
 No question of tools/evaluate.py is among the documents, whatever the seeds: both draw from different random streams.

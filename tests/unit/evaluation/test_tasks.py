@@ -134,6 +134,8 @@ def test_contexts_of_a_curriculum_grow():
     assert {number for each in links[: 100 // 6] for number in each} == {"1"}, "two links take 20 tokens"
     assert {number for each in links for number in each} == {"1", "2"}
     assert [document.split()[0] for document in documents] == [symbol_tasks.mark(name) for name in names] * 100
+    with pytest.raises(ValueError, match="--difficulty holds 12; multi-hop in symbols takes at most 9 links"):
+        training_documents(["multi-hop"], 60, 1, [1, 12], lengths, None, 64, curriculum=0.5)
 
 
 @pytest.mark.parametrize("slope", [1, 3, 17])

@@ -15,6 +15,10 @@ SYMBOLS = "symbols"
 CHOICES = 4
 
 
+class NoRoom(ValueError):
+    """Not even the smallest context fits in the tokens given."""
+
+
 @dataclass(frozen=True)
 class Query:
     """A question about a context: the text up to the answer, and the answer with its white space and final mark.
@@ -89,7 +93,7 @@ class ContextTask:
         """The question whose prompt and longest answer fill at most ``budget`` tokens, as far as items go.
 
         ``rng_of`` gives the example's random stream afresh; ``tokens_of`` counts the tokens of a text.
-        Raises ``ValueError`` naming --context-lengths when not even the smallest context fits.
+        Raises ``NoRoom`` naming --context-lengths when not even the smallest context fits.
         """
         zero_shot = form == "zero-shot"
 
@@ -141,7 +145,7 @@ def largest(made: Callable[[int], Any], length_of: Callable[[Any], int], budget:
     best, fits, over = made(1), 1, 2
     shortest = length_of(best)
     if shortest > budget:
-        raise ValueError(
+        raise NoRoom(
             f"--context-lengths (--lengths of make_tasks.py) holds {budget}; the smallest example of {name} takes "
             f"{shortest} tokens: give a longer context or a lower --difficulty"
         )

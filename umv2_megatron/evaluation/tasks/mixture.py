@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from umv2_megatron.data.tokenizers import Tokenizer
 from umv2_megatron.evaluation.tasks import fact_recall
-from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, ContextTask, Document, Example
+from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, ContextTask, Document, Example, NoRoom
 from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
 from umv2_megatron.evaluation.tasks.fact_recall import FactSet
 from umv2_megatron.evaluation.tasks.symbol_tasks import SYMBOL_TASKS
@@ -130,6 +130,6 @@ def _hardest(write: Callable[..., Document], difficulties: Sequence[int]) -> Doc
     """A document of the highest of ``difficulties`` that its length has room for."""
     *harder, lowest = sorted(difficulties, reverse=True)
     for difficulty in harder:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(NoRoom):
             return write(difficulty=difficulty)
     return write(difficulty=lowest)
