@@ -127,7 +127,7 @@ def data_identity(config: DataConfig, tokenizer: Tokenizer, seq_length: int, see
         for name, blend in blends.items()
         if blend is not None
     }
-    prefixes = {prefix for blend in blends.values() if blend is not None for prefix in blend[0]}
+    prefixes = [prefix for blend in blends.values() if blend is not None for prefix in blend[0]]
     key = config.loss_mask_key
     marks = None if key is None else {fingerprint(each): fingerprint(marks_prefix(each, key)) for each in prefixes}
     return {

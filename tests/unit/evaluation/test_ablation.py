@@ -50,6 +50,11 @@ def test_trials_are_runs_times_seeds_with_their_settings_resolved(tmp_path: Path
 def test_smoke_shortens_every_trial(tmp_path: Path) -> None:
     run = plan_of(tmp_path, smoke=True, launcher="torchrun", ranks=2).trials[0].run
     assert run.train_iters == 2 and run.model.seq_length == 32 and run.data.mock_data and run.world_size == 1
+    corpus = {"train-data-path": ["a"], "data-order": "sequential", "loss-mask-key": "loss"}
+    schedule = {"lr-decay-style": "WSD", "lr-wsd-decay-iters": 600, "train-iters": 2000, "lr-decay-iters": 2000}
+    run = plan_of(tmp_path, smoke=True, common={**CONTENT["common"], **corpus, **schedule}).trials[0].run
+    run.data.validate()
+    assert run.data.data_order == "shuffled" and run.data.loss_mask_key is None
 
 
 def test_trials_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ SMOKE = {
     "train-iters": 2, "lr-decay-iters": 2, "lr-warmup-iters": 0, "eval-interval": 2, "eval-iters": 1,
     "save-interval": 2, "log-interval": 1, "global-batch-size": None, "micro-batch-size": 1, "seq-length": 32,
     "max-position-embeddings": 32, "mock-data": True, "data-path": None, "train-data-path": None,
-    "valid-data-path": None, "test-data-path": None, "num-workers": 0,
+    "valid-data-path": None, "test-data-path": None, "data-order": None, "loss-mask-key": None,
+    "loss-start-token": None, "loss-stop-token": None, "num-workers": 0,
 }  # fmt: skip
 """What --smoke puts in the place of a plan's own settings; None leaves the setting out."""
 
@@ -155,6 +156,8 @@ def _trial(path: Path, output: Path, label: str, given: dict[str, Any], seed: in
     if smoke:
         for key in ("load", "finetune"):
             named.pop(key, None)
+        if "lr_wsd_decay_iters" in named:
+            named["lr_wsd_decay_iters"] = 1
     if named.get("load") is not None and not named.get("finetune"):
         raise ValueError(
             f"{where}: load is set; expected finetune: true too, with which every trial begins with those weights"
