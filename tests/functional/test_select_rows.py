@@ -41,17 +41,11 @@ def corpus(prefix: Path, low: int, high: int) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model of one step in ``run``, two corpora, and what one rank counts of them.
-
-    The model was trained on marked tokens of documents in their order; the corpora have no marks.
-    """
+    """A directory with a model of one step in ``run``, two corpora, and what one rank counts of them."""
     folder = tmp_path_factory.mktemp("rows")
-    for name, first, end in (
-        ("known", 0, 100), ("new", 100, 200), ("m_text_document", 0, 100), ("m_loss_document", 0, 2)
-    ):  # fmt: skip
-        corpus(folder / name, first, end)
-    paths = {"train_data_path": folder / "m_text_document", "loss_mask_key": "loss", "data_order": "sequential"}
-    train(1, tiny_run(**{**MODEL, **paths, "save": folder / "run", "train_iters": 1}), folder / "train")
+    known, _ = corpus(folder / "known", 0, 100), corpus(folder / "new", 100, 200)
+    paths = {"train_data_path": known, "save": folder / "run", "train_iters": 1}
+    train(1, tiny_run(**{**MODEL, **paths}), folder / "train")
     for name in ("new", "known"):
         counted(1, folder, folder / name, folder / f"{name}.counts")
     return folder

@@ -46,7 +46,6 @@ def count(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from umv2_megatron.config.data_config import DATA_ORDERS
     from umv2_megatron.config.memory_checks import check_split_tokens
     from umv2_megatron.data.datasets import build_datasets, check_corpora
     from umv2_megatron.data.indexing import fingerprint
@@ -74,9 +73,6 @@ def count(arguments: argparse.Namespace) -> None:
         test_data_path=None,
         data_cache_path=arguments.data_cache_path,
         num_workers=0,
-        # of the training, not of this corpus: picks are counted at every token, of documents all over it
-        data_order=DATA_ORDERS[0],
-        loss_mask_key=None,
     )
     try:
         data.validate()

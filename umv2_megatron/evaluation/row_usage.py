@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +59,7 @@ def count_rows(restored: RestoredModel, dataset: Any, batches: int) -> RowUsage:
     counts = _of_all_stages(picks, used, batches)
     rows = sum(len(each) for each in counts.batches.values())
     share = sum(int(each.sum()) for each in counts.batches.values()) / (rows * batches) if rows else 0.0
-    return RowUsage(counts, nats / tokens if tokens else math.nan, share)
+    return RowUsage(counts, nats / tokens, share)
 
 
 def _of_all_stages(picks: dict[int, torch.Tensor], used: dict[int, torch.Tensor], batches: int) -> RowCounts:
