@@ -96,7 +96,7 @@ def test_documents_in_symbols_are_what_is_asked(symbols):
     made = training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
     assert made == training_documents(names, 60, 1, [1, 2], [48, 64, 128], None, 64)
     documents = [each.text for each in made]
-    assert {document.split()[0] for document in documents} == {symbol_tasks.mark(name) for name in names}
+    assert {document.split()[0] for document in documents} == {symbol_tasks.task_symbol(name) for name in names}
     for document in documents:
         assert 16 <= len(symbols.tokenize(document)) == len(document.split()) <= 128
     for each in made:
@@ -133,7 +133,7 @@ def test_contexts_of_a_curriculum_grow():
     links = [re.findall(r"\? (\d) ", document) for document in documents if document.startswith("@multi-hop")]
     assert {number for each in links[: 100 // 6] for number in each} == {"1"}, "two links take 20 tokens"
     assert {number for each in links for number in each} == {"1", "2"}
-    assert [document.split()[0] for document in documents] == [symbol_tasks.mark(name) for name in names] * 100
+    assert [document.split()[0] for document in documents] == [symbol_tasks.task_symbol(name) for name in names] * 100
     with pytest.raises(ValueError, match="--difficulty holds 12; multi-hop in symbols takes at most 9 links"):
         training_documents(["multi-hop"], 60, 1, [1, 12], lengths, None, 64, curriculum=0.5)
 

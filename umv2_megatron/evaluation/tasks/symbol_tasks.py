@@ -1,6 +1,6 @@
 """The six context tasks in symbols of one token each, for models of a few layers; ``SYMBOL_TASKS`` has them.
 
-In words of several tokens a model must first learn to spell before it can learn to look up. Here a document is a mark
+In words of several tokens a model must first learn to spell before it can learn to look up. Here a document is a symbol
 that names the task, a context, a question mark, and questions with their answers, all of them symbols between spaces:
 
     key-value    @key-value k v k v ... ? k v k v           a question is a key
@@ -13,7 +13,7 @@ that names the task, a context, a question mark, and questions with their answer
 Symbols have no meaning of their own: which value belongs to a key is drawn anew in every document. Most of a document
 is drawn at random, what is asked for included, and a model that is taught to predict that as well learns late or never
 to answer; so ``loss_marks`` tells which tokens are answers. What is asked has the form of what was told: small models
-learn that a value follows its key, and marks between the two are in the way (docs/evaluation.md).
+learn that a value follows its key, and signs between the two are in the way (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def write_tokenizer(path: Path) -> None:
     import tokenizers
 
     numbers = map(str, range(1, MOST_LINKS + 1))
-    words = [END, QUESTION, SIGN, STOP, *numbers, *(mark(name) for name in CONTEXT_TASKS), *SYMBOLS]
+    words = [END, QUESTION, SIGN, STOP, *numbers, *(task_symbol(name) for name in CONTEXT_TASKS), *SYMBOLS]
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens([END])
@@ -52,7 +52,7 @@ def loss_marks(document: Document) -> str:
     return " ".join(map(str, marks))
 
 
-def mark(name: str) -> str:
+def task_symbol(name: str) -> str:
     """The word that documents of a task begin with."""
     return "@" + name
 
@@ -62,7 +62,7 @@ def _text(words: Sequence[str]) -> str:
 
 
 def _context(name: str, words: Sequence[str]) -> str:
-    return mark(name) + _text([*words, QUESTION])
+    return task_symbol(name) + _text([*words, QUESTION])
 
 
 def _distinct(rng: random.Random, count: int) -> list[str]:
