@@ -75,7 +75,10 @@ def _report(plan: Plan) -> None:
 
 
 def _bytes_per_token(plan: Plan) -> float | None:
-    """Of the one corpus that all trials are validated on; None when there are several, or random tokens."""
+    """Of the one corpus that all trials are validated on; None when there are several, random tokens, or tokens whose
+    loss does not count."""
+    if any(trial.run.data.loss_mask_key or trial.run.data.loss_start_token for trial in plan.trials):
+        return None
     from umv2_megatron.evaluation.entropy import unigram_entropy
 
     blends = [trial.run.data.split_blends()[1] or trial.run.data.blend() for trial in plan.trials]
