@@ -51,11 +51,16 @@ class WholeCorpora(Dataset):
         self._scored = scored
         self._parts, self._config, self._eod, self._length = list(parts), config, eod, seq_length
         self._ends: list[np.ndarray] = []  # per part: tokens up to the end of each sequence
-        self._indices: list[Index] = []
+        # per part: the tokens' prefix and index, and those of their marks
+        self._tokens_at: list[tuple[str, Index]] = []
+        self._marks_at: list[tuple[str, Index]] = []
         windows = [0]
         for part in self._parts:
             index = read_index(part.prefix)
-            self._indices.append(index)
+            self._tokens_at.append((part.prefix, index))
+            if config.loss_mask_key is not None:
+                marks = marks_prefix(part.prefix, config.loss_mask_key)
+                self._marks_at.append((marks, read_index(marks)))
             self._ends.append(np.cumsum(index.lengths[part.first : part.end], dtype=np.int64))
             windows.append(windows[-1] + -(-self._tokens_of(len(windows) - 1) // seq_length))
         self._first_windows = windows
@@ -78,12 +83,11 @@ class WholeCorpora(Dataset):
             begin, tokens_here = (number - self._first_windows[place]) * self._length, self._tokens_of(place)
             start = max(0, min(begin, tokens_here - self._length))
             count = min(self._length, tokens_here - start)
-            text[0] = self._eod if start == 0 else self._read(place, start - 1, 1)[0]
-            text[1 : count + 1] = self._read(place, start, count)
+            text[0] = self._eod if start == 0 else self._read(self._tokens_at, place, start - 1, 1)[0]
+            text[1 : count + 1] = self._read(self._tokens_at, place, start, count)
             scored = slice(begin - start, count)
-            if self._config.loss_mask_key is not None:
-                marks = marks_prefix(self._parts[place].prefix, self._config.loss_mask_key)
-                counts[:count] = torch.from_numpy(self._read(place, start, count, marks) == COUNTS)
+            if self._marks_at:
+                counts[:count] = torch.from_numpy(self._read(self._marks_at, place, start, count) == COUNTS)
         tokens, labels = torch.from_numpy(text[:-1].copy()), torch.from_numpy(text[1:].copy())
         config = self._config
         attention_mask, loss_mask, position_ids = _get_ltor_masks_and_position_ids(
@@ -107,11 +111,11 @@ class WholeCorpora(Dataset):
         ends = self._ends[place]
         return int(ends[-1]) if len(ends) else 0
 
-    def _read(self, place: int, begin: int, count: int, marks: Optional[str] = None) -> np.ndarray:
-        """``count`` tokens of a part from its token ``begin`` on, or the marks of these in the corpus ``marks``."""
-        part, index, ends = self._parts[place], self._indices[place], self._ends[place]
-        index = index if marks is None else read_index(marks)
-        tokens = read_tokens(marks or part.prefix, index)
+    def _read(self, corpora: Sequence[tuple[str, Index]], place: int, begin: int, count: int) -> np.ndarray:
+        """``count`` tokens of a part from its token ``begin`` on, or marks, by where ``corpora`` has them."""
+        part, ends = self._parts[place], self._ends[place]
+        prefix, index = corpora[place]
+        tokens = read_tokens(prefix, index)
         found: list[np.ndarray] = []
         at = int(np.searchsorted(ends, begin, side="right"))
         while count:
