@@ -18,6 +18,8 @@ from umv2_megatron.durable_files import CheckpointError
 
 CONFIG_FILE = "config.json"
 _SIZES = ("world_size", "tokenizer_vocab_size", "padded_vocab_size")
+_NEVER_NULL = ("num_layers", "hidden_size", "num_attention_heads", "init_method_std", "tokenizer_type")
+"""Settings that every run has when it saves, though their flags have no default."""
 
 
 class _Settings(dict):
@@ -60,5 +62,8 @@ def read_config(store: CheckpointStore, iteration: int) -> dict[str, Any]:
         read_mapping({key: value for key, value in values.items() if key in option_table()}, str(path))
     except UsageError as error:
         raise CheckpointError(str(error)) from error
+    for key in _NEVER_NULL:
+        if key in values and values[key] is None:
+            raise CheckpointError(f"{path} has the setting {key} null: expected a value, as every run has one")
     config["values"] = _Settings(values, path, "setting ")
     return config
