@@ -54,7 +54,7 @@ def go_on(directory: str, changes: dict[str, Any], load_optim: bool = True) -> A
     return numbers, digest
 
 
-QUICK = ("dp2-dist-bf16", "tp2-m2-row-dist-bf16-by-row")
+QUICK = ("dp2-dist-bf16", "m2-dim-by-row")
 
 
 @pytest.mark.parametrize(
