@@ -85,11 +85,14 @@ SCHEDULE = {
 }
 
 
+TOKENIZER = ("--tokenizer-type", "ByteLevelTokenizer")
+
+
 def run_with(directory: Path, *more: str, **changes: str):
     """The run of ``SCHEDULE`` that goes on from ``directory``, with changed flags."""
     settings = {key: old for key, (old, _) in SCHEDULE.items()} | changes
     argv = ["--model-preset", "umv2-tiny", "--mock-data", "--train-iters", "10", "--micro-batch-size", "1"]
-    argv += ["--save", str(directory), *more]
+    argv += [*TOKENIZER, "--save", str(directory), *more]
     for key, value in settings.items():
         argv += ["--" + key.replace("_", "-"), value]
     return resolve(argv, 1)
@@ -127,7 +130,8 @@ def test_load_of_the_directory_that_is_saved_to(tmp_path):
 
 
 def test_weight_decay_that_grows_does_so_over_the_same_run(tmp_path):
-    argv = ["--model-preset", "umv2-tiny", "--mock-data", "--lr", "1e-3", "--lr-decay-iters", "8", "--train-iters"]
+    argv = ["--model-preset", "umv2-tiny", "--mock-data", *TOKENIZER, "--lr", "1e-3", "--lr-decay-iters", "8"]
+    argv += ["--train-iters"]
     growing = ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.05", "--end-weight-decay", "0.25"]
     for name, flags in (("constant", []), ("growing", growing)):
         save = ["--save", str(tmp_path / name)]
