@@ -7,6 +7,7 @@ corpora are written without extension: ``p_text_document`` stands for ``p_text_d
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Optional
@@ -262,7 +263,7 @@ class DataConfig:
 
     def _validate_loss_mask(self, key: str) -> None:
         flag = f"--loss-mask-key is {key!r}"
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
+        if not key.strip() or "/" in key:
             raise ValueError(f"{flag}: expected a key of --json-keys of preprocess_data.py, such as loss")
         if self.mock_data:
             raise ValueError(f"{flag}: leave it out with --mock-data, which has no corpus")
@@ -354,19 +355,25 @@ def parse_split(split: str) -> list[float]:
 def marks_prefix(prefix: str, key: str) -> str:
     """The corpus of the marks of ``prefix`` by --loss-mask-key, named as preprocess_data.py names it by its JSON key.
 
+    A key may have underscores, so P_my_text_document is of the key text or my_text: P_my_KEY_document is taken where it
+    exists, then P_KEY_document; the former where neither does.
     Raises ``ValueError`` naming the flag for a corpus whose name has no key, or this one.
     """
-    found = re.fullmatch(r"(.*)_([^_/]+)_document", prefix)
-    if found is None:
+    stem = prefix.removesuffix("_document")
+    folder, name = os.path.split(stem)
+    parts = name.split("_")
+    if stem == prefix or len(parts) < 2 or not parts[-1]:
         raise ValueError(
             f"--loss-mask-key {key}: the corpus {prefix} has no key in its name; expected a name like P_text_document, "
             f"with P_{key}_document beside it"
         )
-    if found[2] == key:
+    if stem.endswith(f"_{key}"):
         raise ValueError(
             f"--loss-mask-key {key}: {prefix} is the corpus of that key itself; give the key of its marks, such as loss"
         )
-    return f"{found[1]}_{key}_document"
+    names = ["_".join([*parts[:cut], key, "document"]) for cut in range(len(parts) - 1, 0, -1)]
+    found = [os.path.join(folder, each) for each in names]
+    return next((each for each in found if os.path.isfile(f"{each}.idx")), found[0])
 
 
 def _as_number(value: str) -> Optional[float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from umv2_megatron.config.data_config import DataConfig, marks_prefix
-from umv2_megatron.data.indexing import Index, check_offsets, read_index
+from umv2_megatron.data.indexing import Index, check_offsets, read_index, read_tokens
 from umv2_megatron.data.tokenizers import Tokenizer, id_of_flag
 
 
@@ -63,10 +63,12 @@ def scored_tokens(config: DataConfig, tokenizer: Tokenizer) -> Optional[ScoredTo
 
 COUNTS = 1
 """The mark of a token whose loss counts; any other number leaves it out."""
+_BLOCK = 1 << 20
 
 
 def check_marks(prefix: str, index: Index, key: str) -> None:
-    """Raise ``ValueError`` where the marks of a corpus are missing or damaged, or are not one for each token."""
+    """Raise ``ValueError`` where the marks of a corpus are missing or damaged, are not one for each token, or let none
+    count. Marks are read up to the first that counts."""
     marks = marks_prefix(prefix, key)
     try:
         held = read_index(marks)
@@ -80,4 +82,10 @@ def check_marks(prefix: str, index: Index, key: str) -> None:
         raise ValueError(
             f"--loss-mask-key {key}: {marks} has not one mark for each token of {prefix} ({where}); write both from "
             "the same lines, and give --append-eod to both or to neither"
+        )
+    tokens = read_tokens(marks, held)
+    if not any(np.any(tokens[at : at + _BLOCK] == COUNTS) for at in range(0, len(tokens), _BLOCK)):
+        raise ValueError(
+            f"--loss-mask-key {key}: {marks} has no {COUNTS}, so that no token of {prefix} would count; expected a "
+            f"{COUNTS} for each token whose loss counts and any other number for the others"
         )

@@ -13,6 +13,7 @@ from umv2_megatron.checkpoint import saved_config
 from umv2_megatron.checkpoint.manifest import Manifest
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
 from umv2_megatron.config.data_config import DATA_ORDERS
+from umv2_megatron.config.option_table import option_table
 from umv2_megatron.config.resolve import model_values
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
@@ -319,10 +320,10 @@ def _model_keys(saved: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _compare(run: RunConfig, saved: dict[str, Any], keys: tuple[str, ...], remedy: str) -> None:
+    table = option_table()
     for key in keys:
-        if key not in saved:
-            continue
-        old, new = saved[key], run.values[key]
+        # a version that had no such setting trained as its default says
+        old, new = saved.get(key, table[key].default), run.values[key]
         if old != new:
             raise UsageError(
                 f"--{key.replace('_', '-')} is {new}, but the checkpoint was trained with {old}; give the "

@@ -10,10 +10,11 @@ import torch
 from data_helpers import write_corpus
 
 from umv2_megatron.config.checks import check_data
-from umv2_megatron.config.data_config import DataConfig
+from umv2_megatron.config.data_config import DataConfig, marks_prefix
 from umv2_megatron.config.resolve import resolve
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.data.datasets import build_datasets, data_identity
+from umv2_megatron.data.indexing import read_index
 from umv2_megatron.data.phases import Phase, current_corpora, with_new_blend
 from umv2_megatron.data.scored_tokens import ScoredTokens, scored_tokens
 from umv2_megatron.data.tokenizers import build_tokenizer
@@ -133,10 +134,23 @@ def test_marks_that_do_not_fit_are_refused(tmp_path) -> None:
         build(write_corpus(tmp_path / "other", [[1, 2, 3]] * 90, 30_000), "loss")
     with pytest.raises(ValueError, match="p_text_document is the corpus of that key itself"):
         build(prefix, "text")
+    write_corpus(tmp_path / "p_none_document", [[0] * length for length in read_index(prefix).lengths.tolist()], 3)
+    with pytest.raises(ValueError, match=r"--loss-mask-key none: .*p_none_document has no 1, so that no token of"):
+        build(prefix, "none")
     with open(tmp_path / "p_loss_document.bin", "r+b") as file:
         file.truncate(100)
     with pytest.raises(ValueError, match=r"--loss-mask-key loss: .*p_loss_document.idx places document \d+ outside of"):
         build(prefix, "loss")
+
+
+def test_marks_of_a_key_with_underscores(tmp_path) -> None:
+    """P_my_text_document may be of the key text, or of my_text."""
+    prefix = str(tmp_path / "a_b" / "p_my_text_document")
+    assert marks_prefix(prefix, "loss") == str(tmp_path / "a_b" / "p_my_loss_document")
+    (tmp_path / "a_b").mkdir()
+    for made in ("p_loss_document", "p_my_loss_document"):
+        (tmp_path / "a_b" / f"{made}.idx").touch()
+        assert marks_prefix(prefix, "loss") == str(tmp_path / "a_b" / made)
 
 
 def test_marks_are_part_of_the_data(tmp_path) -> None:

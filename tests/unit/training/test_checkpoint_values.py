@@ -185,3 +185,12 @@ def test_other_marks_of_the_loss_are_refused_by_name(trained):
     config = {"values": {**run.values, "loss_mask_key": "loss"}}
     with pytest.raises(UsageError, match="--loss-mask-key is None, .* trained with loss"):
         check_same_run(run, find_source(run), {}, config)
+
+
+def test_a_setting_that_the_checkpoint_does_not_know_was_at_its_default(trained):
+    run = run_with(trained)
+    old = {"values": {key: value for key, value in run.values.items() if key not in ("loss_mask_key", "muon_momentum")}}
+    check_same_run(run, find_source(run), {}, old)
+    with pytest.raises(UsageError, match="--loss-mask-key is loss, .* trained with None"):
+        run = run_with(trained, loss_mask_key="loss")
+        check_same_run(run, find_source(run), {}, old)
