@@ -119,6 +119,16 @@ def test_configurations_that_once_failed(changes: dict[str, Any], checkpoint: Pa
     convert(save, "to-hf", tmp_path / "export")
 
 
+@pytest.mark.slow
+def test_a_null_in_the_place_of_each_setting(checkpoint: Path, tmp_path: Path) -> None:
+    save, directory = copied(checkpoint, tmp_path / "copy")
+    good = json.loads((directory / "config.json").read_bytes())
+    assert len(good["values"]) > 300
+    for key in good["values"]:
+        put(directory, "config.json", as_text({**good, "values": {**good["values"], key: None}}))
+        convert(save, "to-hf", tmp_path / "export")
+
+
 def test_manifests_of_any_bytes(checkpoint: Path, tmp_path: Path) -> None:
     save, directory = copied(checkpoint, tmp_path / "copy")
 
