@@ -21,6 +21,9 @@ CASES: dict[str, dict[str, Any]] = {  # fmt: skip
     "recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "recompute-attention": {"recompute_granularity": "selective"},
     "engram": {"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 24, "memory_layer_freq": "[1,1,0]"},
+    "both": {
+        "engram_num_heads": 4, "engram_num_keys": 24, "engram_layer_freq": "[1,1,0]", "memory_layer_freq": "[1,0,1]",
+    },
     "experts": {
         "ffn_variant": "moe", "num_experts": 4, "moe_router_topk": 2, "memory_backend": None,
         "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,

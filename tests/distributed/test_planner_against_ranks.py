@@ -125,7 +125,8 @@ def held_bytes(state: Any) -> dict[str, int]:
         for each in tensors:
             if each.untyped_storage().data_ptr() not in weights:
                 (on_host if offloaded else kept)[id(each)] = each
-    layers = [buffer for chunk in state.chunks for name, buffer in unwrap(chunk).named_buffers() if ".memory." in name]
+    layers = [buffer for chunk in state.chunks for name, buffer in unwrap(chunk).named_buffers()
+              if ".memory." in name or ".engram." in name]
     return {
         "parameters": sum(each.numel() for chunk in state.chunks for each in chunk.parameters()),
         "weights": sum(each.untyped_storage().nbytes() for each in weights.values()),
@@ -172,6 +173,8 @@ STATE_CASES += [(4, {**DEALT, **ROW2, "bf16": True, "tensor_model_parallel_size"
 ENGRAM = {"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 12, "memory_topk": 1,
           "memory_pre_value_dim": 0}
 STATE_CASES += [(2, {**SHARDED, **ROW2, **ENGRAM, "tensor_model_parallel_size": 2, "sequence_parallel": True})]
+BOTH = {"engram_layer_freq": "[1,0,1,0]", "engram_num_heads": 4, "engram_num_keys": 12,
+        "memory_layer_freq": "[1,1,0,1]"}
 RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, {**MUON, "bf16": True}),
     (2, {**MUON, "bf16": True, "trainable": "memory"}),
@@ -179,6 +182,8 @@ RARER_STATE_CASES: list[tuple[int, dict[str, Any]]] = [
     (4, {**DEALT, "bf16": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
     (1, {}),
     (1, {**ENGRAM, "memory_conv_kernel": 0, "bf16": True}),
+    (2, {**SHARDED, **ROW2, **BOTH, **BY_ROW, "bf16": True}),
+    (2, {**BOTH, "pipeline_model_parallel_size": 2}),
     (1, {"ffn_variant": "peer", **PEER}),
     (1, {"ffn_variant": "pkm", "memory_qk_norm": "query", "memory_num_heads": 3}),
     (1, {"ffn_variant": "ultramem", "bf16": True}),
@@ -282,7 +287,7 @@ def exchange_differences(changes: dict[str, Any]) -> list[str]:
 
     run = prepare("umv2-tiny", {**SMALL, **changes})
     state = build_training_state(run, run.values["vocab_size"])
-    shape, memory, layout = plan_of(run)
+    shape, _, layout = plan_of(run)
     passes: list[tuple[int, int]] = []
     start = row_sharded.RowShardedLookup.start
 
@@ -301,12 +306,12 @@ def exchange_differences(changes: dict[str, Any]) -> list[str]:
     again = layout.recompute == "full"
     planned: dict[str, float] = defaultdict(float)
     tokens = layout.own_tokens(shape.seq_length)
-    rows = table_rows(memory, sum(memory.memory_layers(shape.num_layers)))
-    times = len(layers) * run.num_microbatches
-    for index in range(times):
+    for index, layer in enumerate(layers * run.num_microbatches):
+        family = layer.config
+        rows = table_rows(family, sum(family.memory_layers(shape.num_layers)))
         # with recomputation every layer has two forward passes, with the same picks
         sent, received = passes[index] if passes else (None, None)
-        for name, count in exchange_bytes(memory, layout.memory_mode, layout.memory_size, tokens, rows,
+        for name, count in exchange_bytes(family, layout.memory_mode, layout.memory_size, tokens, rows,
                                           layout.weight_bytes, sent, received).items():
             planned[name] += count * (2 if again and name in FORWARD else 1)
     return [f"{name}: {found[name]} bytes sent, {planned[name]} planned"
@@ -324,6 +329,8 @@ EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 RARER_EXCHANGE_CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {**DIM2, **ENGRAM}),
+    (2, {**DIM2, **BOTH}),
+    (2, {**ROW2, **BOTH, "global_batch_size": 4}),
     (2, {**ROW2, **ENGRAM, "bf16": True}),
     (2, {**DIM2, "ffn_variant": "peer", **PEER}),
     (2, {**ROW2, "ffn_variant": "memory-plus", "memory_layer_freq": "2"}),
@@ -406,6 +413,7 @@ ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
 RARER_ACTIVATION_CASES: list[tuple[int, dict[str, Any]]] = [
     (1, MID),
     (1, {**SMALL_LOGITS, "ffn_variant": "engram"}),
+    (1, {**SMALL_LOGITS, "engram_layer_freq": "2"}),
     (1, {**SMALL_LOGITS, "bf16": True}),
     (1, {**SMALL_LOGITS, **FULL}),
     (1, {**SMALL_LOGITS, **FULL, "recompute_method": "block", "recompute_num_layers": 2}),

@@ -59,7 +59,7 @@ class Layout:
     mode: str = "dim"
     distributed_optimizer: bool = False
     sharing: str = "none"
-    """Which layers share tables; or "engram": layers of n-grams."""
+    """Which layers share tables; or "engram": layers of n-grams; or "both": such layers beside those of umv2."""
     extra: tuple[tuple[str, Any], ...] = ()
     """Further settings, such as recomputation."""
 
@@ -73,7 +73,7 @@ class Layout:
         """Largest differences allowed."""
         if self.tp == 1:
             return LIMITS
-        return NGRAM_LIMITS if self.sharing == "engram" else TENSOR_LIMITS
+        return NGRAM_LIMITS if self.sharing in ("engram", "both") else TENSOR_LIMITS
 
     @property
     def name(self) -> str:
@@ -108,11 +108,17 @@ ENGRAM = {
 }  # fmt: skip
 
 
+BOTH = {
+    "engram_num_heads": 4, "engram_num_keys": 24, "engram_value_dim": 16, "engram_layer_freq": "[1,0,1,0]",
+    "memory_layer_freq": "[1,1,0,1]",
+}  # fmt: skip
+
+
 def sharing_settings(sharing: str) -> dict[str, Any]:
     """Flags of a sharing pattern; blocks of two layers, so that one fits into a pipeline stage. Of n-grams, three
-    layers on two stages."""
-    if sharing == "engram":
-        return ENGRAM
+    layers on two stages; of both kinds, a block with both, and blocks with one."""
+    if sharing in ("engram", "both"):
+        return ENGRAM if sharing == "engram" else BOTH
     return {} if sharing == "none" else {"memory_sharing": sharing, "memory_sharing_size": 2}
 
 

@@ -42,7 +42,8 @@ GIVEN: dict[str, dict[str, Any]] = {
         "cp_comm_type": "all_gather", "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.5,
         "moe_router_dtype": "fp64", "moe_expert_capacity_factor": 0.5,
         "memory_value_dim": 96, "memory_topk": 8, "memory_key_topk_cap": 2, "memory_layer_freq": "[1,0]",
-        "memory_ngram_size": 2,
+        "memory_ngram_size": 2, "engram_layer_freq": "[1,0]", "engram_ngram_size": 2, "engram_value_dim": 8,
+        "engram_num_heads": 8,
         "memory_read_delay": 1, "memory_parallel_mode": "row", "micro_batch_size": 4, "global_batch_size": 4,
         "lr_warmup_init": 1e-4, "lr_wsd_decay_iters": 1, "min_lr": 5e-4, "split": "50,40,10",
         "transformer_impl": "transformer_engine", "cross_entropy_fusion_impl": "te", "memory_backward": "atomic",
@@ -91,6 +92,7 @@ INTERLEAVED = {**STAGES, "num_layers_per_virtual_pipeline_stage": 1}
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 ADDITIVE = {"memory_scoring": "additive", "memory_tucker_rank": 1, "memory_num_cores": 1, "memory_query_mode": "shared"}
 ENGRAM = {"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 24}
+BOTH = {"engram_layer_freq": "1", "engram_num_heads": 4, "engram_num_keys": 24}
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 BESIDE: dict[str, dict[str, Any]] = {
     "max_position_embeddings": {"position_embedding_type": "learned_absolute"},
@@ -114,6 +116,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "memory_ngram_size": ENGRAM,
     "memory_ngram_tokens": {**ENGRAM, "corpus": True},
     "memory_conv_kernel": ENGRAM,
+    **{key: BOTH for key in option_table() if key.startswith("engram_") and key != "engram_layer_freq"},
+    "engram_ngram_tokens": {**BOTH, "corpus": True},
     "memory_qk_norm": ADDITIVE,
     "memory_pre_projection": {"memory_pre_value_dim": 64},
     "memory_pre_value_activation": {"memory_pre_value_dim": 16},

@@ -26,6 +26,13 @@ PRUNED = [
     slow(Layout(4, tp=2, sp=True, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="engram", extra=IN_PARTS)),
     Layout(2, tp=2, m=2, mode="dim", sharing="engram", extra=FULL),
     slow(Layout(4, pp=2, m=2, mode="dim", sharing="engram", extra=INTERLEAVED)),
+    slow(Layout(2, m=2, mode="row", distributed_optimizer=True, sharing="both", extra=(*FULL, *IN_PARTS))),
+    slow(Layout(2, m=2, mode="dim", sharing="both")),
+    slow(Layout(2, tp=2, m=2, mode="dim", distributed_optimizer=True, sharing="both")),
+    slow(Layout(2, tp=2, sp=True, m=2, mode="row", sharing="both")),
+    slow(Layout(2, pp=2, sharing="both", extra=SELECTIVE)),
+    slow(Layout(4, pp=2, m=2, mode="dim", sharing="both", extra=INTERLEAVED)),
+    slow(Layout(2, sharing="both", distributed_optimizer=True)),
 ]
 
 

@@ -25,7 +25,8 @@ from umv2_megatron.checkpoint.torch_dist_io import (
 from umv2_megatron.user_paths import user_path
 
 KINDS = ("tables", "weights", "buffers", "moments", "main parameters", "other")
-_BUFFERS = re.compile(r"\.memory\.(perm|retrieval\.[ut])$")
+_BUFFERS = re.compile(r"\.(memory|engram)\.(perm|multipliers|canonical|retrieval\.[ut])$")
+_TABLES = re.compile(r"\.(memory|engram)\.table\.")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _kind(key: str) -> str:
         return "moments" if key.startswith("optimizer.state.") or last.startswith("exp_avg") else "other"
     if _BUFFERS.search(key):
         return "buffers"
-    return "tables" if ".memory.table." in key else "weights"
+    return "tables" if _TABLES.search(key) else "weights"
 
 
 def _saved_by(store: CheckpointStore, iteration: int) -> dict[str, Any]:

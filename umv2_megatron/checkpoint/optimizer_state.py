@@ -31,7 +31,7 @@ from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.memory.host_adam import main_weights
 from umv2_megatron.memory.row_adam import ROW_MOMENT, RowAdam, TableRange
 from umv2_megatron.memory.selected_rows import SelectedPart, SelectedRowsAdam
-from umv2_megatron.memory.value_table import SELECTED_ROWS, VALUE_GROUP
+from umv2_megatron.memory.value_table import SELECTED_ROWS, TABLE_FAMILY, VALUE_GROUP
 
 PREFIX = "optimizer.state"
 MAIN_PARAM = "fp32_param"
@@ -328,7 +328,8 @@ _IDENTITY = tuple(key for key in param_group_identifier_keys if key not in _SETT
 
 def _identity(group: Group) -> tuple:
     """What tells a group from the others in every layout; settings that a schedule or a flag changes do not count."""
-    return (*(group.get(key) for key in _IDENTITY), VALUE_GROUP in group, MATRIX_GROUP in group)
+    of_tables = (VALUE_GROUP in group, group.get(TABLE_FAMILY))
+    return (*(group.get(key) for key in _IDENTITY), *of_tables, MATRIX_GROUP in group)
 
 
 def _step(part: Any, group: Group) -> float | None:
@@ -350,8 +351,8 @@ def _set_group(part: Any, group: Group, saved: list[Group]) -> None:
         if not group["params"]:
             return
         raise CheckpointError(
-            f"the checkpoint has no parameter group {_identity(group)} of {_IDENTITY}, "
-            f"{VALUE_GROUP} and {MATRIX_GROUP}: give --no-load-optim, or the flags that it was saved with"
+            f"the checkpoint has no parameter group {_identity(group)} of {_IDENTITY}, {VALUE_GROUP}, {TABLE_FAMILY} "
+            f"and {MATRIX_GROUP}: give --no-load-optim, or the flags that it was saved with"
         )
     group.update((key, value) for key, value in match.items() if key not in ("step", *KERNEL_CHOICES))
     if match["step"] is None or not group["params"]:

@@ -90,7 +90,7 @@ def _match(given: argparse.Namespace, rest: list[str]) -> tuple[Match, list[str]
     found = match(Model.of(source), given.to, kept, total, _number("tolerance", given.tolerance))
     own, preset, config = parse_flags(rest, program_name(), "")
     # A preset's experts go when another variant is chosen; experts given as flags are refused, and no flag undoes them.
-    # The same goes for settings of memory layers where the other variant has none.
+    # The same goes for settings of memory layers where the other variant has none, and of n-gram layers beside them.
     left_out = [
         key
         for key in own
@@ -98,6 +98,8 @@ def _match(given: argparse.Namespace, rest: list[str]) -> tuple[Match, list[str]
         and (key.startswith("moe_") or key == "num_moe_experts")
         or not has_memory(given.to)
         and key.startswith("memory_")
+        or (not has_memory(given.to) or given.to == "engram")
+        and key.startswith("engram_")
     ]
     command = [*(["--model-preset", preset] if preset else []), *(["--config", config] if config else [])]
 

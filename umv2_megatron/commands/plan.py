@@ -19,6 +19,7 @@ import json
 import sys
 from typing import Any, NoReturn
 
+from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.presets import PRESETS, Preset
 from umv2_megatron.config.resolve import resolve
 from umv2_megatron.config.usage import OneLineParser
@@ -27,6 +28,7 @@ from umv2_megatron.planning.device import Device
 from umv2_megatron.planning.exchange import FORWARD
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.machine_file import read_machine
+from umv2_megatron.planning.model_shape import ModelShape
 from umv2_megatron.planning.search import GIB, Evaluation, Model, RankBytes, evaluate, search
 from umv2_megatron.planning.step_time import layer_exchange
 from umv2_megatron.planning.tables import layout_tables, model_tables, search_table
@@ -212,6 +214,7 @@ def _number(flag: str, text: Any, kind: Any, zero: bool = False) -> Any:
 def _model_figures(preset: Preset | None, values: dict[str, Any], memory: Any) -> dict[str, Any]:
     count = count_parameters(values, memory)
     flops = flops_per_token(values, memory)
+    ngrams = ModelShape.from_fields(values).ngrams
     touched = [bytes_touched_per_token(values, memory, batch) for batch in DECODE_BATCHES]
     derived = ("memory", "blocks", "memory_share", "forward", "training")
     return {
@@ -220,6 +223,7 @@ def _model_figures(preset: Preset | None, values: dict[str, Any], memory: Any) -
         "source": preset.source if preset else None,
         "model": {key: values[key] for key in MODEL_KEYS if key in values},
         "memory": dataclasses.asdict(memory) if memory else None,
+        "engram": dataclasses.asdict(ngrams) if ngrams else None,
         "parameters": {name: getattr(count, name) for name in COUNTS},
         "flops_per_token": {**dataclasses.asdict(flops), **{name: getattr(flops, name) for name in derived}},
         "bytes_touched_per_token": [{**dataclasses.asdict(item), "all": item.all} for item in touched],
@@ -269,10 +273,9 @@ def _run_figures(found: Evaluation, model: Model, device: Device, reserve: float
     }
 
 
-def _memory_layers(model: Model, layout: Layout) -> list[int]:
-    """Memory layers on each pipeline stage."""
-    assert model.memory is not None
-    present = model.memory.memory_layers(model.shape(1).num_layers)
+def _memory_layers(family: MemoryConfig, model: Model, layout: Layout) -> list[int]:
+    """Memory layers of one family on each pipeline stage."""
+    present = family.memory_layers(model.shape(1).num_layers)
     return [sum(present[block] for chunk in range(layout.chunks)
                 for block in layout.stage_blocks(len(present), stage, chunk)) for stage in range(layout.pp)]
 
@@ -284,13 +287,19 @@ def _exchange(model: Model, layout: Layout, mode: str) -> dict[str, Any] | None:
     shape = model.shape(layout.tp)
     if layout.complaint(shape, model.memory) is not None:
         return None
-    once = layer_exchange(shape, model.memory, layout)
     mlp = layout.recompute == "selective" and "mlp" in layout.recompute_modules
-    again = {name: 2 if (layout.recompute == "full" or mlp) and name in FORWARD else 1 for name in once}
-    times = layout.micro_batches * max(_memory_layers(model, layout))
-    steps = {name: count * again[name] * times for name, count in once.items()}
-    tokens = layout.own_tokens(shape.seq_length)
-    return {"steps": steps, "all": sum(steps.values()), "per_token_and_layer": sum(once.values()) / tokens}
+    families = shape.families(model.memory)
+    layers = [_memory_layers(family, model, layout) for family in families]
+    busiest = max(range(layout.pp), key=lambda stage: sum(each[stage] for each in layers))
+    steps: dict[str, float] = {}
+    sent = 0.0
+    for family, each in zip(families, layers):
+        for name, count in layer_exchange(shape, family, layout).items():
+            again = 2 if (layout.recompute == "full" or mlp) and name in FORWARD else 1
+            steps[name] = steps.get(name, 0) + count * again * layout.micro_batches * each[busiest]
+            sent += count * each[busiest]
+    tokens = layout.own_tokens(shape.seq_length) * sum(each[busiest] for each in layers)
+    return {"steps": steps, "all": sum(steps.values()), "per_token_and_layer": sent / tokens}
 
 
 def _collectives(found: Evaluation, model: Model) -> dict[str, float]:

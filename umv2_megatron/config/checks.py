@@ -10,7 +10,12 @@ from umv2_megatron.config.document_checks import check_documents
 from umv2_megatron.config.evaluation_checks import check_evaluation
 from umv2_megatron.config.fp8_checks import check_fp8
 from umv2_megatron.config.graph_checks import check_graphs
-from umv2_megatron.config.memory_checks import check_memory_layout, check_split_tokens, check_trainable
+from umv2_megatron.config.memory_checks import (
+    check_engram,
+    check_memory_layout,
+    check_split_tokens,
+    check_trainable,
+)
 from umv2_megatron.config.optimizer_checks import check_optimizer
 from umv2_megatron.config.option_checks import check_limits, check_partners
 from umv2_megatron.config.run_config import RunConfig
@@ -37,9 +42,11 @@ def check(run: RunConfig, *, for_training: bool = True) -> None:
     check_fp8(run, for_training=for_training)
     check_optimizer(run, for_training=for_training)
     check_graphs(run, for_training=for_training)
+    check_engram(run)
     if run.has_memory:
         try:
-            run.memory.validate(run.hidden_size, run.num_layers)
+            for family in run.families:
+                family.validate(run.hidden_size, run.num_layers)
         except ValueError as error:
             raise UsageError(str(error)) from error
         check_memory_layout(run)

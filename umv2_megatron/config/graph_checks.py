@@ -74,6 +74,8 @@ def _memory_hindrances(run: RunConfig, untried: str) -> Iterator[tuple[str, obje
         yield "overlap-param-gather", "on", "off, because u and t are refreshed before the gathered cores are there,"
     if memory.hashes:
         yield "memory-scoring", memory.scoring, f"tucker or additive, because contexts of tokens in a graph {untried},"
+    if run.ngrams is not None:
+        yield "engram-layer-freq", run.ngrams.layer_freq, f"no value, because contexts of tokens in a graph {untried},"
     if memory.sharing != "none":
         yield "memory-sharing", memory.sharing, f"none, because a table that several graphs write to {untried},"
     if memory.read_delay:

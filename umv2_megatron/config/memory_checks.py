@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.option_table import option_table
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import refuse
@@ -26,7 +27,7 @@ def check_memory_layout(run: RunConfig) -> None:
                 run.values[key],
                 "0 with --calculate-per-token-loss, which would divide it by the number of tokens",
             )
-    if memory.hashes:
+    if run.hashing is not None:
         _check_ngrams(run)
     if memory.value_lr is not None:
         for key in ("memory_value_lr_mult", "memory_value_lr_decay_iters"):
@@ -54,20 +55,44 @@ def check_memory_layout(run: RunConfig) -> None:
                 )
 
 
+def check_engram(run: RunConfig) -> None:
+    """Whether n-gram layers beside others (--engram-layer-freq) stand beside memory layers that they are not."""
+    if run.ngrams is None:
+        return
+    variant, freq = run.model.ffn_variant, run.ngrams.layer_freq
+    if not run.has_memory:
+        refuse(
+            "engram-layer-freq",
+            freq,
+            f"no value with --ffn-variant {variant}, which has no memory layers; --ffn-variant engram has n-gram "
+            "layers alone",
+        )
+    if run.memory.hashes:
+        refuse(
+            "engram-layer-freq",
+            freq,
+            f"no value with --ffn-variant {variant}, whose memory layers are n-gram layers: --memory-layer-freq says "
+            "where they are",
+        )
+    if run.training.trainable == "rows":
+        refuse("trainable", "rows", "all or memory with --engram-layer-freq: rows are selected of one kind of tables")
+
+
 def _check_ngrams(run: RunConfig) -> None:
     """Whether every token has those before it, and knows where its document begins."""
+    told = "--memory-scoring ngram" if run.ngrams is None else "--engram-layer-freq"
     if run.context_parallel_size > 1:
         refuse(
             "context-parallel-size",
             run.context_parallel_size,
-            "1 with --memory-scoring ngram: the tokens before a rank's chunk are on other ranks",
+            f"1 with {told}: the tokens before a rank's chunk are on other ranks",
         )
     if run.data.reset_attention_mask and not run.data.packs_documents:
         refuse(
             "create-attention-mask-in-dataloader",
             "on",
-            "off with --reset-attention-mask and --memory-scoring ngram: n-grams know documents by the places where "
-            "they begin, not by masks",
+            f"off with --reset-attention-mask and {told}: n-grams know documents by the places where they begin, not "
+            "by masks",
         )
 
 
@@ -127,7 +152,7 @@ def check_trainable(run: RunConfig) -> None:
         return
     if run.num_layers_in_first_pipeline_stage or run.num_layers_in_last_pipeline_stage:
         refuse("trainable", trainable, "all where pipeline stages have different numbers of layers")
-    here = run.memory.memory_layers(run.num_layers)
+    here = [any(each) for each in zip(*(family.memory_layers(run.num_layers) for family in run.families))]
     size = run.num_layers // (pp * (run.virtual_pipeline_size or 1))
     for first in range(0, run.num_layers, size):
         if not any(here[first : first + size]):
@@ -158,15 +183,20 @@ def _check_table_shards(run: RunConfig) -> None:
         refuse("memory-parallel-size", size, f"a divisor of the {per_stage} ranks of a pipeline stage")
     if memory.backend == "reference":
         refuse("memory-backend", memory.backend, "auto, scatter, cpu or triton with --memory-parallel-size above 1")
-    if memory.parallel_mode == "row":
-        rows = memory.rows_per_layer
+    for family in run.families:
+        _check_shards_of(family, size)
+
+
+def _check_shards_of(family: MemoryConfig, size: int) -> None:
+    if family.parallel_mode == "row":
+        rows = family.rows_per_layer
         if rows < size:
             refuse("memory-parallel-size", size, f"at most the {rows} rows (N*N) of a value table")
         return
-    for name, columns in (("value", memory.value_dim), ("pre-value", memory.pre_value_dim)):
+    for name, columns in (("value", family.value_dim), ("pre-value", family.pre_value_dim)):
         if columns % size:
             refuse(
-                f"memory-{name}-dim",
+                f"{family.family}-{name}-dim",
                 columns,
                 f"a multiple of --memory-parallel-size ({size}) with --memory-parallel-mode dim; row has no such limit",
             )

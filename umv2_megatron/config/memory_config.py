@@ -41,6 +41,9 @@ class MemoryConfig:
     names the flag, its value and what was expected.
     """
 
+    family = "memory"
+    """What the flags of these layers begin with, and the name of a layer in its block."""
+
     num_keys: int = option(128, "N: keys per side; every memory layer brings N*N rows to its value table", letter="N")
     key_dim: int = option(64, "Dk: dimension of queries and keys", letter="Dk")
     value_dim: int = option(64, "Dv: dimension of a value row", letter="Dv")
@@ -293,7 +296,7 @@ class MemoryConfig:
 
     def memory_layers(self, num_layers: int) -> list[bool]:
         """For each of the ``num_layers`` blocks, whether it has a memory layer."""
-        return parse_layer_freq(self.layer_freq, num_layers)
+        return parse_layer_freq(self.layer_freq, num_layers, f"{self.family}-layer-freq")
 
     # -- checks -------------------------------------------------------------------------------------------------
 
@@ -302,7 +305,7 @@ class MemoryConfig:
 
         def refuse(flag: str, expected: str) -> None:
             value = getattr(self, flag)
-            raise ValueError(f"--memory-{flag.replace('_', '-')} is {value}; expected {expected}")
+            raise ValueError(f"--{self.family}-{flag.replace('_', '-')} is {value}; expected {expected}")
 
         for name in (
             "num_keys",
@@ -396,12 +399,12 @@ class MemoryConfig:
         lengths = self.ngram_size - 1
         if self.num_heads % lengths:
             refuse("num_heads", f"a multiple of {lengths}: as many hashes for n-grams of each length up to "
-                   f"--memory-ngram-size ({self.ngram_size})")  # fmt: skip
+                   f"--{self.family}-ngram-size ({self.ngram_size})")  # fmt: skip
         if len(hash_sizes(self.rows_per_layer, self.num_heads)) < self.num_heads:
             refuse(
                 "num_keys",
-                f"so many that N*N rows ({self.rows_per_layer}) hold {self.num_heads} tables (--memory-num-heads) of "
-                "different prime sizes",
+                f"so many that N*N rows ({self.rows_per_layer}) hold {self.num_heads} tables "
+                f"(--{self.family}-num-heads) of different prime sizes",
             )
 
     def _validate_scoring(self, refuse: Callable[[str, str], None]) -> None:
@@ -443,10 +446,10 @@ def model_keys() -> list[str]:
     return [f"memory_{field.name}" for field in fields(MemoryConfig) if field.name not in OF_A_RUN]
 
 
-def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
+def parse_layer_freq(pattern: str | int, num_layers: int, flag: str = "memory-layer-freq") -> list[bool]:
     """Read ``--memory-layer-freq``: an integer n, or a list of 0 and 1 in Python's notation with ``+`` and ``*``.
 
-    Returns one bool per block. Raises ``ValueError`` naming the flag when the pattern cannot be read or has another
+    Returns one bool per block. Raises ``ValueError`` naming ``flag`` when the pattern cannot be read or has another
     length than ``num_layers``.
     """
     text = str(pattern).strip()
@@ -456,8 +459,8 @@ def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
     flags = _evaluate_list(text, num_layers)
     if flags is None:
         raise ValueError(
-            f"--memory-layer-freq is {pattern!r}; expected a positive integer or a list of {num_layers} zeros and "
-            "ones such as '[1,0]*2'"
+            f"--{flag} is {pattern!r}; expected a positive integer or a list of {num_layers} zeros and ones such as "
+            "'[1,0]*2'"
         )
     return flags
 

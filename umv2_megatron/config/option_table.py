@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from umv2_megatron.config.data_config import DataConfig
+from umv2_megatron.config.engram_config import EngramConfig
 from umv2_megatron.config.fusion_settings import FusionSettings
 from umv2_megatron.config.mcore_settings import DataParallelSettings, OptimizerSettings, TransformerSettings
 from umv2_megatron.config.memory_config import MemoryConfig
@@ -32,6 +33,7 @@ SECTIONS: dict[type, str] = {
     TransformerSettings: "transformer (megatron-core)",
     FusionSettings: "fused kernels (megatron-core)",
     MemoryConfig: "memory layers",
+    EngramConfig: "n-gram layers beside other memory layers",
     TrainingConfig: "training, checkpoints, logging",
     ObservationConfig: "observation",
     DataConfig: "data",

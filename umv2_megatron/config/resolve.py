@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from umv2_megatron.config.checks import check
+from umv2_megatron.config.engram_config import EngramConfig
 from umv2_megatron.config.flags import parse_flags, read_mapping
 from umv2_megatron.config.fusions import resolve_fusions
 from umv2_megatron.config.mcore_settings import TransformerSettings
@@ -99,7 +100,8 @@ def virtual_world_size(argv: list[str], program: str, description: str) -> int |
 
 def model_values(values: dict[str, Any]) -> dict[str, Any]:
     """Of settings by key, those that say what the model is (not how it is split, trained or logged)."""
-    sections = {SECTIONS[ModelConfig], SECTIONS[MemoryConfig], SECTIONS[TransformerSettings]}
+    parts = (ModelConfig, MemoryConfig, EngramConfig, TransformerSettings)
+    sections = {SECTIONS[part] for part in parts}
     own = {key for key, made in option_table().items() if made.section in sections} | {"vocab_size"}
     return {key: value for key, value in values.items() if key in own and not _is_layout(key)}
 

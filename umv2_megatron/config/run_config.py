@@ -17,6 +17,7 @@ import yaml
 
 from umv2_megatron.config.batch_rampup import BatchRampup
 from umv2_megatron.config.data_config import DataConfig
+from umv2_megatron.config.engram_config import ngram_layers
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.model_config import ModelConfig
 from umv2_megatron.config.observation_config import ObservationConfig
@@ -59,6 +60,8 @@ class RunConfig:
         self.observation: ObservationConfig = self._fill(ObservationConfig)
         self.data: DataConfig = self._fill(DataConfig)
         self.memory: MemoryConfig = self._fill(MemoryConfig, prefix="memory_")
+        self.ngrams: MemoryConfig | None = ngram_layers(self.values)
+        """The n-gram layers beside those of ``memory`` (--engram-layer-freq)."""
 
     def __getattr__(self, key: str) -> Any:
         """A setting by key, for those that live in megatron-core's dataclasses (``num_layers``, ``bf16``, ...)."""
@@ -81,6 +84,17 @@ class RunConfig:
     def has_memory(self) -> bool:
         """Whether the blocks have memory layers."""
         return has_memory(self.model.ffn_variant)
+
+    @property
+    def families(self) -> list[MemoryConfig]:
+        """The kinds of memory layers that the blocks have: none, those of --ffn-variant, or n-gram layers, too."""
+        first = [self.memory] if self.has_memory else []
+        return first if self.ngrams is None else [*first, self.ngrams]
+
+    @property
+    def hashing(self) -> MemoryConfig | None:
+        """The family whose rows are addressed by n-grams, of which there is at most one."""
+        return next((family for family in self.families if family.hashes), None)
 
     @property
     def has_experts(self) -> bool:

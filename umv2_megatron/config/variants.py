@@ -26,8 +26,10 @@ preset go when a variant without them is chosen.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+from umv2_megatron.config.engram_config import EngramConfig
 from umv2_megatron.config.memory_config import MemoryConfig, parse_layer_freq
 
 MEMORY_VARIANTS = ("umv2", "ultramem", "memory-plus", "pkm", "peer", "engram")
@@ -48,6 +50,8 @@ NO_EXPERTS = {
     "moe_router_dtype": None,
 }
 """Megatron-core's defaults of what presets of ``moe`` and the variant itself set."""
+NO_ENGRAM = {field.name: field.default for field in fields(EngramConfig)}
+"""No n-gram layers beside others; variants without other memory layers drop those of a checkpoint."""
 
 SWITCHES = (
     "scoring", "score_normalization", "query_mode", "qk_norm", "gate", "pre_projection", "pre_value_activation",
@@ -115,11 +119,13 @@ def variant_defaults(variant: str, values: Mapping[str, Any], given: Mapping[str
         given: those that the user gave, which decide what follows from them.
     """
     layers, hidden = values.get("num_layers"), values.get("hidden_size")
+    kept = variant not in ("engram", "moe", "dense") or "engram_layer_freq" in given
+    dropped = {} if kept or not values.get("engram_layer_freq") else NO_ENGRAM
     if variant == "moe":
-        return ROUTER if "num_moe_experts" in given else {**ROUTER, **_experts(values, given)}
+        return {**ROUTER, **({} if "num_moe_experts" in given else _experts(values, given)), **dropped}
     if variant not in FFN_VARIANTS:
         return {}
-    without = NO_EXPERTS if values.get("num_moe_experts") else {}
+    without = {**(NO_EXPERTS if values.get("num_moe_experts") else {}), **dropped}
     if variant == "dense":
         return dict(without)
     memory = dict(_CHANGES[variant])

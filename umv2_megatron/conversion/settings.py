@@ -73,6 +73,7 @@ _FIXED = {
     "qk_l2_norm": False,
     "softmax_scale": None,
     "softmax_type": "vanilla",
+    "engram_layer_freq": None,
     # of experts: what one token gets would depend on the others in its batch, or on chance
     "moe_expert_capacity_factor": None,
     "moe_input_jitter_eps": None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.data.batches import batch_iterator
 from umv2_megatron.memory.row_counts import RowCounts
 from umv2_megatron.model.builder import unwrap
@@ -28,9 +29,10 @@ class RowUsage:
 
 def count_rows(restored: RestoredModel, dataset: Any, batches: int) -> RowUsage:
     """Run the model over the first ``batches`` global batches of ``dataset`` and count picks by row. Collective; every
-    rank returns the same. Layers that share a table are counted together."""
+    rank returns the same. Layers that share a table are counted together; n-gram layers beside others are not."""
     run, chunks = restored.run, restored.chunks
-    layers = [layer for chunk in chunks for _, layer in memory_layers(unwrap(chunk))]
+    every = [layer for chunk in chunks for _, layer in memory_layers(unwrap(chunk))]
+    layers = [layer for layer in every if layer.config.family == MemoryConfig.family]
     device = layers[0].perm.device if layers else torch.device("cpu")
     here = {layer.window.owner: layer.window.rows for layer in layers}
     batch = {owner: torch.zeros(rows, dtype=torch.int64, device=device) for owner, rows in here.items()}

@@ -107,7 +107,7 @@ class EngramLayer(TableLayer):
             parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.register_buffer("multipliers", torch.empty(config.ngram_size, dtype=torch.int64, device=device))
         self.register_buffer("canonical", torch.empty(vocabulary, dtype=torch.int32, device=device))
-        name = f"memory layer {layer_index}"
+        name = f"{config.family} layer {layer_index}"
         self.take_table(table, lambda: ValueTable(config, self.window.rows, params_dtype, device, shard, name))
         if not self.canonical.is_meta:
             self.multipliers.copy_(draw_multipliers(config, vocabulary, layer_index))

@@ -43,7 +43,7 @@ def check_contexts(config: MemoryConfig, vocabulary: int) -> None:
     needed = config.ngram_size * id_bits(vocabulary) + reach_limit(config).bit_length()
     if needed > BITS:
         raise ValueError(
-            f"--memory-ngram-size is {config.ngram_size}; expected n-grams of at most {BITS} bits, and with a "
+            f"--{config.family}-ngram-size is {config.ngram_size}; expected n-grams of at most {BITS} bits, and with a "
             f"vocabulary of {vocabulary:,} these take {needed}"
         )
 

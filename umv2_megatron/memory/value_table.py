@@ -28,6 +28,9 @@ from umv2_megatron.parallel.exchange import Exchange
 
 TABLE_ATTRIBUTE = "is_memory_table"  # marks the parameters of value tables
 VALUE_GROUP = "value_lr_mult"  # key of an optimizer's parameter group that holds value tables
+TABLE_FAMILY = "table_family"
+"""Attribute of the parameters of value tables, and key of the groups that hold those of n-gram layers beside other
+memory layers: ``MemoryConfig.family``."""
 SELECTED_ROWS = "selected_rows"  # key of such a group: SHA-256 of the file that names the only rows that learn
 
 
@@ -80,7 +83,7 @@ class ValueTable(nn.Module):
         if config.has_pre_values:
             self.pre_values = nn.Parameter(self._part(config.pre_value_dim, params_dtype, device))
         for table in self.tables():
-            mark_as_memory_table(table)
+            mark_as_memory_table(table, config.family)
         self.exchange: Optional[Exchange] = None
         """What the parts of a sharded table exchange; None for a whole table."""
         self._sharded: Union[dim_sharded.DimShardedLookup, row_sharded.RowShardedLookup, None] = None
@@ -182,14 +185,15 @@ class ValueTable(nn.Module):
             yield self.pre_values
 
 
-def mark_as_memory_table(parameter: nn.Parameter) -> None:
+def mark_as_memory_table(parameter: nn.Parameter, family: str = MemoryConfig.family) -> None:
     """Put the marks on ``parameter`` that mcore and our optimizer set-up read.
 
     ``allreduce = False``: mcore's DDP and optimizer reduce it over the expert data-parallel group (the ranks that
     hold the same shard) instead of over all ranks. ``tensor_model_parallel``: every tensor-parallel rank counts
     its shard in the gradient norm; without it the norm silently misses the shards of ranks above 0.
-    ``TABLE_ATTRIBUTE``: our parameter group with a learning rate of its own.
+    ``TABLE_ATTRIBUTE``, and of which ``family``: our parameter group with a learning rate of its own.
     """
     parameter.allreduce = False  # type: ignore[attr-defined]
     setattr(parameter, TABLE_ATTRIBUTE, True)
+    setattr(parameter, TABLE_FAMILY, family)
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)

@@ -37,6 +37,7 @@ def build_model(
     spec = umv2_layer_spec(
         config,
         run.memory,
+        ngrams=run.ngrams,
         with_memory=run.has_memory,
         post_norm=run.model.norm_placement == "post",
         wide_qk_norm=wide_qk_norm,
@@ -64,8 +65,8 @@ def build_model(
     )
     config.qk_layernorm = config.qk_layernorm and not wide_qk_norm
     leave_padding_out(model, vocab_size)
-    if run.has_memory and run.memory.hashes:
-        bring_contexts(model, run.memory, vocab_size)
+    if run.hashing is not None:
+        bring_contexts(model, run.hashing, vocab_size)
     return model
 
 

@@ -1,8 +1,9 @@
-"""The module in a transformer layer's ``mlp`` slot: a dense FFN with a memory layer beside it.
+"""The module in a transformer layer's ``mlp`` slot: a dense FFN with a memory layer beside it, or two.
 
-    y = FFN(x) + Memory(x),   x = norm(s),   s' = s + y       (ultramemv2, step "Forward")
+    y = FFN(x) + Memory(x),              x = norm(s),   s' = s + y       (ultramemv2, step "Forward")
+    y = FFN(x) + Memory(x) + Ngrams(x)                                   (--engram-layer-freq)
 
-mcore builds the slot first and tells it its layer number afterwards (``set_layer_number``), so the memory layer is
+mcore builds the slot first and tells it its layer number afterwards (``set_layer_number``), so the memory layers are
 made at that moment: only then is it known whether this block has one, which rows it sees and which table it shares.
 """
 
@@ -83,7 +84,8 @@ class SharedTables:
 class FFNWithMemory(MegatronModule):
     """``ffn(x) + memory(x)`` for ``x`` of shape [s, b, H]; the blocks without a memory layer give ``ffn(x)``.
 
-    With a read delay of k, ``ffn(x)`` plus the output of the memory layer of the block k before, if that has one.
+    With a read delay of k, ``ffn(x)`` plus the output of the memory layer of the block k before, if that has one. An
+    n-gram layer beside it (``engram``) is added in its own block.
 
     Args:
         config: the TransformerConfig of the model.
@@ -96,6 +98,7 @@ class FFNWithMemory(MegatronModule):
         post_norm: spec of a norm of this module's output; the memory layer then reads its input divided by its root
             mean square (``post_norm.py``). None: the input is normalised, the output is not.
         vocabulary: number of token ids; needed where rows are addressed by n-grams of them.
+        ngrams: sizes and switches of n-gram layers beside the memory layers; None for none.
         delayed: where outputs wait for a later block; needed when ``memory_config.read_delay`` is not 0.
         pg_collection, is_mtp_layer, name: what layers of mcore 0.17 and later say to every module in this slot; the
             groups are those of the process, of which mcore's own collection consists.
@@ -111,12 +114,14 @@ class FFNWithMemory(MegatronModule):
         delayed: DelayedOutputs | None = None,
         post_norm: Any = None,
         vocabulary: int | None = None,
+        ngrams: MemoryConfig | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
     ):
         super().__init__(config=config)
         self.memory_config = memory_config
+        self.ngrams = ngrams
         self.tables = tables if tables is not None else SharedTables()
         self.standalone = standalone
         self.delayed = delayed if delayed is not None else DelayedOutputs()
@@ -133,25 +138,33 @@ class FFNWithMemory(MegatronModule):
         self.post_layernorm = None if post_norm is None else build_post_norm(post_norm, config)
         self.vocabulary = vocabulary
         self.memory: MemoryLayer | EngramLayer | None = None
+        self.engram: EngramLayer | None = None
         self.layer_number: int | None = None
         self.before_fork: Callable[[], None] | None = None
         """Called before a second stream begins to use parameters (``gather_before_forks``)."""
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Build the memory layer of block ``layer_number`` (1-based over the whole model), if it has one."""
+        """Build the memory layers of block ``layer_number`` (1-based over the whole model), if it has any."""
         self.layer_number = layer_number
-        blocks = self.memory_config.memory_layers(self.config.num_layers)
         if self._memory_class is None:
             return
+        blocks = self.memory_config.memory_layers(self.config.num_layers)
         source = layer_number - 1 - self.memory_config.read_delay
         self._adds_delayed = 0 <= source < layer_number - 1 and blocks[source]
+        self.memory = self._built(self._memory_class, self.memory_config, layer_number)
+        if self.ngrams is not None:
+            self.engram = self._built(EngramLayer, self.ngrams, layer_number)
+
+    def _built(self, kind: type, memory_config: MemoryConfig, layer_number: int) -> Any:
+        """The layer of one family in block ``layer_number``, None where it has none."""
+        blocks = memory_config.memory_layers(self.config.num_layers)
         if not blocks[layer_number - 1]:
-            return
+            return None
         index = sum(blocks[: layer_number - 1])
-        window = table_windows(self.memory_config, sum(blocks))[index]
+        window = table_windows(memory_config, sum(blocks))[index]
         owns = window.owner == index
-        self.memory = self._memory_class(
-            self.memory_config,
+        layer = kind(
+            memory_config,
             hidden_size=self.config.hidden_size,
             layer_index=index,
             num_memory_layers=sum(blocks),
@@ -165,18 +178,24 @@ class FFNWithMemory(MegatronModule):
             perform_initialization=self.config.perform_initialization,
             ffn_gated=self.config.gated_linear_unit,
             ffn_activation=self.config.activation_func,
-            shard=_table_shard(self.memory_config),
-            **({"vocabulary": self.vocabulary} if self.memory_config.hashes else {}),
+            shard=_table_shard(memory_config),
+            **({"vocabulary": self.vocabulary} if memory_config.hashes else {}),
         )
-        if owns:
-            self.tables.put(index, self.memory.table)
-        self.memory.loss_scale = self._loss_scale
+        if owns and memory_config.sharing != "none":
+            self.tables.put(index, layer.table)
+        layer.loss_scale = self._loss_scale
         if self._splits_tokens:
             # what convolves comes behind the gathering of all tokens and has seen all of them
-            whole = ("conv", "conv_norm") if self.memory_config.hashes else ()
-            for name, parameter in self.memory.named_parameters():
+            whole = ("conv", "conv_norm") if memory_config.hashes else ()
+            for name, parameter in layer.named_parameters():
                 if not getattr(parameter, TABLE_ATTRIBUTE, False) and name not in whole:
                     parameter.register_hook(_sum_over_tensor_parallel_ranks)
+        return layer
+
+    @property
+    def layers(self) -> list[MemoryLayer | EngramLayer]:
+        """The memory layers of this block."""
+        return [layer for layer in (self.memory, self.engram) if layer is not None]
 
     def _loss_scale(self) -> float:
         """What the gradient of an auxiliary loss is multiplied by."""
@@ -193,7 +212,7 @@ class FFNWithMemory(MegatronModule):
         are addressed by n-grams, contexts [b, s] of the tokens are in it (``model/token_contexts.py``); other memory
         layers treat every token alike.
         """
-        contexts = self._own_contexts(padding_mask, hidden_states) if self.memory_config.hashes else None
+        contexts = self._own_contexts(padding_mask, hidden_states) if any(map(_hashes, self.layers)) else None
         if self.post_layernorm is None:
             return self._added_up(hidden_states, hidden_states, contexts)
         size = self.config.hidden_size
@@ -205,32 +224,39 @@ class FFNWithMemory(MegatronModule):
         self, hidden_states: torch.Tensor, memory_input: torch.Tensor, contexts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """FFN and memory of their inputs [s, b, H]: (output [s, b, H], bias [H] or None)."""
-        if self.memory is None:
+        layers = self.layers
+        if not layers:
             output, bias = self.ffn(hidden_states)
             return self._with_delayed(output), bias
-        if self.standalone and self.memory.retrieval is not None:
+        if self.standalone and self.memory is not None and self.memory.retrieval is not None:
             # Cores stay as they are between two optimizer steps, so refreshing in every forward (also in those of
             # activation recompute and of evaluation) gives what refreshing once per step would.
             self.memory.retrieval.refresh_due = True
         branch = streams.branch_for(hidden_states.device, self.memory_config.stream)
         if self.before_fork is not None:
             self.before_fork()
-        seen = branch.fork(memory_input, self.memory.table.tables())
+        seen = branch.fork(memory_input, [table for layer in layers for table in layer.table.tables()])
         with branch.beside():
             # The exchanges of sharded tables run while the FFN computes.
-            started = self._start_memory(seen, contexts)
+            started = [self._start(layer, seen, contexts) for layer in layers]
         output, bias = self.ffn(hidden_states)
         with branch.beside():
-            memory = self._finish_memory(started, hidden_states, contexts)
-        memory = branch.join(memory)
+            finished = [
+                self._finish(layer, each, hidden_states, contexts) for layer, each in zip(layers, started, strict=True)
+            ]
+        finished = [branch.join(each) for each in finished]
         if branch.apart:
             # Behind the join: the caller's stream goes on, the next fork comes after the next attention.
             with branch.beside():
-                self.memory.sort_ahead(started)
-        if self.memory_config.read_delay == 0:
-            return output + memory, bias
-        assert self.layer_number is not None
-        self.delayed.put(self.layer_number + self.memory_config.read_delay, memory)
+                for layer, each in zip(layers, started, strict=True):
+                    layer.sort_ahead(each)
+        for layer, memory in zip(layers, finished, strict=True):
+            delay = layer.config.read_delay
+            if delay == 0:
+                output = output + memory
+            else:
+                assert self.layer_number is not None
+                self.delayed.put(self.layer_number + delay, memory)
         return self._with_delayed(output), bias
 
     def _with_delayed(self, output: torch.Tensor) -> torch.Tensor:
@@ -240,12 +266,8 @@ class FFNWithMemory(MegatronModule):
         assert self.layer_number is not None
         return output + self.delayed.take(self.layer_number)
 
-    def _own_contexts(
-        self, contexts: torch.Tensor | None, hidden_states: torch.Tensor
-    ) -> torch.Tensor | None:
+    def _own_contexts(self, contexts: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
         """Contexts [b, s] of the tokens of ``hidden_states`` [s', b, H] as [s', b]."""
-        if self.memory is None:
-            return None
         assert contexts is not None, "n-grams without token ids: see model/token_contexts.py"
         contexts = contexts.transpose(0, 1)
         if contexts.shape[0] != hidden_states.shape[0]:  # sequence parallelism, and mcore cuts on the first stage alone
@@ -253,15 +275,15 @@ class FFNWithMemory(MegatronModule):
             contexts = contexts.chunk(self.config.tensor_model_parallel_size)[rank]
         return contexts
 
-    def _start_memory(self, hidden_states: torch.Tensor, contexts: torch.Tensor | None) -> Started | StartedNgrams:
-        """Start the memory layer on the tokens that are this rank's to look up."""
-        memory = self.memory
+    def _start(
+        self, memory: MemoryLayer | EngramLayer, hidden_states: torch.Tensor, contexts: torch.Tensor | None
+    ) -> Started | StartedNgrams:
+        """Start a memory layer on the tokens that are this rank's to look up."""
         if self._splits_tokens:
             hidden_states = self._own_tokens(hidden_states)
         if isinstance(memory, EngramLayer):
             assert contexts is not None
             return memory.start(hidden_states, self._own_places(contexts) if self._splits_tokens else contexts)
-        assert memory is not None
         return memory.start(hidden_states)
 
     def _own_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -278,26 +300,29 @@ class FFNWithMemory(MegatronModule):
         packed = torch.cat([packed, packed.new_zeros(-packed.shape[0] % size)])
         return packed.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
 
-    def _finish_memory(
-        self, started: Started | StartedNgrams, hidden_states: torch.Tensor, contexts: torch.Tensor | None
+    def _finish(
+        self,
+        memory: MemoryLayer | EngramLayer,
+        started: Any,
+        hidden_states: torch.Tensor,
+        contexts: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The memory layer's output for all of ``hidden_states``."""
-        memory: Any = self.memory
-        output: torch.Tensor = memory.finish(started)
+        """The output of a memory layer that was started for all of ``hidden_states``."""
+        output = memory.finish(started)
         if self._splits_tokens:
             every = tensor_parallel.gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
             output = every[: hidden_states.numel() // self.config.hidden_size].view_as(hidden_states)
-        if not isinstance(self.memory, EngramLayer) or not self.memory_config.conv_kernel:
+        if not isinstance(memory, EngramLayer) or not memory.config.conv_kernel:
             return output
         assert contexts is not None
         before = 0
         if self.config.sequence_parallel:
             # The tokens before this rank's first are those of other ranks.
             own, rank = output.shape[0], parallel_state.get_tensor_model_parallel_rank()
-            before = min(self.memory_config.conv_reach, own * rank)
+            before = min(memory.config.conv_reach, own * rank)
             every = tensor_parallel.gather_from_sequence_parallel_region(output)
             output = every[own * rank - before : own * (rank + 1)]
-        return self.memory.convolve(output, contexts, before)
+        return memory.convolve(output, contexts, before)
 
     @property
     def linear_fc1(self) -> torch.nn.Module:
@@ -307,6 +332,10 @@ class FFNWithMemory(MegatronModule):
     def backward_dw(self) -> None:
         """Weight gradients that the FFN's linear layers put off (mcore's delayed weight gradients)."""
         self.ffn.backward_dw()
+
+
+def _hashes(layer: MemoryLayer | EngramLayer) -> bool:
+    return layer.config.hashes
 
 
 def _table_shard(memory_config: MemoryConfig) -> TableShard:
@@ -352,17 +381,20 @@ def gather_before_forks(chunk: DistributedDataParallel, align_param_gather: bool
             group.finish_param_sync(skip_next_bucket_dispatch=align_param_gather)
 
     for module in chunk.modules():
-        if isinstance(module, FFNWithMemory) and module.memory is not None:
-            used = [*module.parameters(), *module.memory.table.tables()]  # a shared table belongs to another block
+        if isinstance(module, FFNWithMemory) and module.layers:
+            tables = [table for layer in module.layers for table in layer.table.tables()]
+            used = [*module.parameters(), *tables]  # a shared table belongs to another block
             held = [each for each in used if each in chunk.param_to_bucket_group]
             module.before_fork = functools.partial(gather, held)
 
 
 def memory_layers(model: torch.nn.Module) -> list[tuple[int, MemoryLayer | EngramLayer]]:
-    """``(block number from 0, memory layer)`` of every memory layer below ``model``, in order."""
+    """``(block number from 0, memory layer)`` of every memory layer below ``model``, in order; n-gram layers beside
+    others come behind those of their block."""
     found = [
-        (module.layer_number - 1, module.memory)
+        (module.layer_number - 1, layer)
         for module in model.modules()
-        if isinstance(module, FFNWithMemory) and module.memory is not None and module.layer_number is not None
+        if isinstance(module, FFNWithMemory) and module.layer_number is not None
+        for layer in module.layers
     ]
     return sorted(found, key=lambda pair: pair[0])

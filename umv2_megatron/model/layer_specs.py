@@ -62,6 +62,7 @@ def umv2_layer_spec(
     config: TransformerConfig,
     memory_config: MemoryConfig,
     *,
+    ngrams: MemoryConfig | None = None,
     with_memory: bool = True,
     standalone: bool = False,
     post_norm: bool = False,
@@ -70,6 +71,7 @@ def umv2_layer_spec(
 ) -> ModuleSpec:
     """The spec of one transformer layer for ``config.transformer_impl`` ("local" or "transformer_engine").
 
+    ``ngrams``: n-gram layers beside those of ``memory_config``.
     ``with_memory=False`` leaves the FFN alone in the slot, with the same initialisation and parameter names. Where
     ``config.num_moe_experts`` is set, mcore's experts stand in the slot, without memory. ``post_norm``: norms behind
     attention and FFN; ``wide_qk_norm``: norms of queries and keys over all heads (``post_norm.py``). ``vocabulary``: of
@@ -89,8 +91,9 @@ def umv2_layer_spec(
     spec.submodules.mlp.params.update(
         memory_config=memory_config, tables=SharedTables(), delayed=DelayedOutputs(), standalone=standalone
     )
+    if memory_config.hashes or ngrams is not None:
+        spec.submodules.mlp.params.update(vocabulary=vocabulary, ngrams=ngrams)
     if memory_config.hashes:
-        spec.submodules.mlp.params["vocabulary"] = vocabulary
         spec.submodules.mlp.submodules.memory = EngramLayer
     if not with_memory:
         spec.submodules.mlp.submodules.memory = None

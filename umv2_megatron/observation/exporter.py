@@ -27,6 +27,8 @@ GAUGES = {
     "lm loss test": ("umv2_test_loss", 1, "test loss in nats per token"),
     "learning-rate": ("umv2_learning_rate", 1, "learning rate of dense parameters"),
     "value-learning-rate": ("umv2_value_learning_rate", 1, "learning rate of value tables"),
+    "engram-value-learning-rate": (
+        "umv2_engram_value_learning_rate", 1, "learning rate of tables of n-gram layers beside other memory layers"),
     "grad-norm": ("umv2_gradient_norm", 1, "norm of the gradients before clipping"),
     "params-norm": ("umv2_parameter_norm", 1, "norm of the parameters"),
     "iteration-time": ("umv2_iteration_seconds", 1, "time of a step, mean since the last log line"),

@@ -75,9 +75,9 @@ class ActivationBytes:
 
 def activation_bytes(shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stage: int) -> ActivationBytes:
     """Activations of a rank of pipeline stage ``stage`` at their peak."""
-    with_memory = memory.memory_layers(shape.num_layers) if memory else [False] * shape.num_layers
+    families = [(family, family.memory_layers(shape.num_layers)) for family in shape.families(memory)]
     hidden = layout.resident_tokens(shape.seq_length) * shape.hidden_size * layout.weight_bytes
-    blocks = [[_Block(shape, memory if with_memory[block] else None, layout)
+    blocks = [[_Block(shape, [family for family, here in families if here[block]], layout)
                for block in layout.stage_blocks(shape.num_layers, stage, chunk)] for chunk in range(layout.chunks)]
     kept = [_kept(chunk, layout, hidden) for chunk in blocks]
     if layout.is_first(stage):
@@ -168,15 +168,17 @@ def _masks(shape: ModelShape, layout: Layout) -> int:
 
 
 class _Block:
-    """The sizes of one block on one rank. ``memory`` is None in a block without a memory layer."""
+    """The sizes of one block on one rank. ``memory`` are its memory layers: none, one, or n-grams beside it."""
 
-    def __init__(self, shape: ModelShape, memory: MemoryConfig | None, layout: Layout) -> None:
+    def __init__(self, shape: ModelShape, memory: list[MemoryConfig], layout: Layout) -> None:
         self.shape, self.memory, self.layout = shape, memory, layout
         self.tokens = layout.tokens(shape.seq_length)
         self.own = layout.own_tokens(shape.seq_length)
         self.inner = self.tokens * shape.ffn_hidden_size // layout.tp * layout.weight_bytes
         core, projections = self._attention()
-        retrieval, key_scores, lookup = self._memory_parts(memory) if memory else (0, 0, 0)
+        retrieval = key_scores = lookup = 0
+        for parts in map(self._memory_parts, memory):
+            retrieval, key_scores, lookup = retrieval + parts[0], key_scores + parts[1], lookup + parts[2]
         norms = 2 * _norm(layout.resident_tokens(shape.seq_length) * shape.hidden_size, layout)
         self.bytes = BlockBytes(norms, projections, core, self._ffn(), retrieval, key_scores, lookup)
 
@@ -207,10 +209,11 @@ class _Block:
             in_attention = _probabilities(self.shape, self.layout) * (2 * FP32 if size == FP32 else 2 * FP32 + size)
         gated = 2 if self.shape.gated else 1
         found = [(missing + hidden + gated * self.inner - parts.lookup, 0)]
-        if self.memory is not None:
-            exchange = self._exchange_buffers(self.memory)
-            found.append((missing + hidden + self._chunk(self.memory) + exchange, exchange))
-            scoring = self._scoring(self.memory, parts.key_scores) + self._queries_again(self.memory)
+        if self.memory:
+            exchange = sum(map(self._exchange_buffers, self.memory))
+            found.append((missing + hidden + max(map(self._chunk, self.memory)) + exchange, exchange))
+            first = self.memory[0]
+            scoring = self._scoring(first, parts.key_scores) + self._queries_again(first)
             found.append((missing + hidden + scoring - parts.lookup - parts.ffn, 0))
         found.append((missing + 2 * hidden + in_attention - parts.memory - parts.ffn, 0))
         return found

@@ -81,17 +81,19 @@ def flops_per_token(model_fields: Mapping[str, Any], memory_config: MemoryConfig
     memory_config = memory_in_use(model_fields, memory_config)
     layers, hidden = shape.num_layers, shape.hidden_size
     projections = hidden * (shape.query_size + 2 * shape.key_value_size) + shape.query_size * hidden
-    memory = _memory_layer(memory_config, hidden) if memory_config else (0, 0, 0, 0)
-    memory_layers = sum(memory_config.memory_layers(layers)) if memory_config else 0
+    memory = [0, 0, 0, 0]
+    for family in shape.families(memory_config):
+        count = sum(family.memory_layers(layers))
+        memory = [total + count * part for total, part in zip(memory, memory_layer_flops(family, hidden))]
     return FlopsPerToken(
         attention_projections=layers * 2 * projections,
         # two products (scores, weighted values) of 2 * S/2 operations per channel
         attention_scores=layers * 2 * shape.seq_length * shape.query_size,
         ffn=layers * _ffn(shape),
-        memory_projections=memory_layers * memory[0],
-        memory_scoring=memory_layers * memory[1],
-        memory_grid=memory_layers * memory[2],
-        memory_lookup=memory_layers * memory[3],
+        memory_projections=memory[0],
+        memory_scoring=memory[1],
+        memory_grid=memory[2],
+        memory_lookup=memory[3],
         logits=2 * hidden * shape.vocab_size,
     )
 
@@ -111,8 +113,8 @@ def _ffn(shape: ModelShape) -> int:
     return 2 * shape.hidden_size * (used * matrices + routed)
 
 
-def _memory_layer(m: MemoryConfig, hidden: int) -> tuple[int, int, int, int]:
-    """One layer's projections, scoring, grid and lookup (steps 1-7 of docs/memory-layer.md)."""
+def memory_layer_flops(m: MemoryConfig, hidden: int) -> tuple[int, int, int, int]:
+    """One layer's projections, scoring, grid and lookup (steps 1-7 of docs/memory-layer.md), per token, forward."""
     heads, ranks, cores, kept = m.num_heads, m.tucker_rank, m.num_cores, m.key_topk
     value_rows = 0 if m.value_expansion == "none" else m.summed_dim
     pre_value_rows = m.pre_value_dim if m.has_pre_projection else 0

@@ -320,10 +320,11 @@ class Layout:
         if size > 1:
             if self.world // self.pp % size:
                 return f"M {size} does not divide the {self.world // self.pp} ranks of a stage"
-            if self.memory_mode == "dim" and (memory.value_dim % size or memory.pre_value_dim % size):
-                return f"Dv {memory.value_dim} and Dp {memory.pre_value_dim} by dimension over M {size}"
-            if self.memory_mode == "row" and memory.rows_per_layer < size:
-                return f"{memory.rows_per_layer} rows over M {size}"
+            for family in shape.families(memory):
+                if self.memory_mode == "dim" and (family.value_dim % size or family.pre_value_dim % size):
+                    return f"Dv {family.value_dim} and Dp {family.pre_value_dim} by dimension over M {size}"
+                if self.memory_mode == "row" and family.rows_per_layer < size:
+                    return f"{family.rows_per_layer} rows over M {size}"
         if memory.read_delay:
             complaint = self._delay_complaint(shape, memory)
             if complaint is not None:

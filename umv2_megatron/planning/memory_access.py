@@ -63,9 +63,10 @@ def bytes_touched_per_token(
     dense = around + count.attention + count.ffn + count.norms + count.memory
     if memory_config is None:
         return BytesTouched(batch, dense * bytes_per_weight / batch, 0.0, None)
-    row = memory_config.pre_value_dim + memory_config.value_dim
-    picks = memory_config.num_heads * memory_config.topk
-    rows = len(count.memory_layers) * row * _distinct(memory_config.window_rows, picks, batch)
+    rows = 0.0
+    for family in shape.families(memory_config):
+        row, picks = family.pre_value_dim + family.value_dim, family.num_heads * family.topk
+        rows += sum(family.memory_layers(shape.num_layers)) * row * _distinct(family.window_rows, picks, batch)
     outside = count.attention + count.norms
     expert = (count.activated_without_embeddings - outside) / ACTIVE_EXPERTS
     experts = (count.total - outside) / expert

@@ -1,4 +1,5 @@
-"""The sizes of the decoder around the memory layers, read from flag values with Megatron's defaults filled in."""
+"""The sizes of the decoder around the memory layers, and the n-gram layers beside them, read from flag values with
+Megatron's defaults filled in."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from umv2_megatron.config.engram_config import ngram_layers
+from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.variants import MEMORY_VARIANTS, has_memory
 
 FFN_VARIANTS = (*MEMORY_VARIANTS, "dense")
@@ -20,9 +23,10 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder-only model without its memory layers. ``vocab_size`` is the padded one, ``num_tokens`` is
-    without padding.
+    """Sizes of a decoder-only model without the memory layers of its variant. ``vocab_size`` is the padded one,
+    ``num_tokens`` is without padding.
 
+    ``ngrams``: the n-gram layers beside those of the variant (--engram-layer-freq).
     ``num_experts`` is 0 where blocks have an FFN; ``shared_expert_hidden_size`` is 0 without a shared expert.
     ``post_norm``, ``wide_qk_norm``: --norm-placement post, --qk-norm-span projection.
     ``query_size`` is heads * head dim, ``key_value_size`` groups * head dim; all sizes are counts of elements.
@@ -52,6 +56,11 @@ class ModelShape:
     expert_hidden_size: int
     shared_expert_hidden_size: int
     shared_expert_gate: bool
+    ngrams: MemoryConfig | None = None
+
+    def families(self, memory: MemoryConfig | None) -> list[MemoryConfig]:
+        """All kinds of memory layers of the model, of which ``memory`` is that of its variant."""
+        return [family for family in (memory, self.ngrams) if family is not None]
 
     @property
     def query_size(self) -> int:
@@ -127,6 +136,7 @@ class ModelShape:
             expert_hidden_size=_size(fields, "moe_ffn_hidden_size", ffn) if has_experts else 0,
             shared_expert_hidden_size=_size(fields, "moe_shared_expert_intermediate_size") if shared else 0,
             shared_expert_gate=bool(shared and fields.get("moe_shared_expert_gate", False)),
+            ngrams=ngram_layers(fields) if has_memory(variant) else None,
         )
 
 

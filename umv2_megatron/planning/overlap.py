@@ -15,18 +15,22 @@ nothing is hidden: who moves bytes does not compute.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True)
 class Work:
     """Seconds of computation in one direction, of one block: ``search``: projections, scores and search; ``lookup``:
-    rows and what belongs to them; ``rest``: the value projection; ``ffn``."""
+    rows and what belongs to them; ``rest``: the value projection; ``ffn``. The sum of two is that of both at one
+    place."""
 
-    search: float
-    lookup: float
-    rest: float
-    ffn: float
+    search: float = 0.0
+    lookup: float = 0.0
+    rest: float = 0.0
+    ffn: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
 
     @property
     def all(self) -> float:
@@ -41,6 +45,9 @@ class Sent:
     early: float = 0.0
     beside: float = 0.0
     waited: float = 0.0
+
+    def __add__(self, other: Sent) -> Sent:
+        return Sent(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
 
     @property
     def all(self) -> float:

@@ -63,7 +63,8 @@ class MemoryCount:
 
 @dataclass(frozen=True)
 class BlockCount:
-    """Parameters of one block. ``memory`` is None in a block without a memory layer.
+    """Parameters of one block. ``memory`` is None in a block without a memory layer, ``ngrams`` in one without an
+    n-gram layer beside it.
 
     With experts ``ffn`` counts the router, all experts and the shared one; a token does not use ``idle`` of them.
     """
@@ -73,16 +74,22 @@ class BlockCount:
     norms: int
     memory: MemoryCount | None
     idle: int = 0
+    ngrams: MemoryCount | None = None
+
+    @property
+    def layers(self) -> tuple[MemoryCount, ...]:
+        """The memory layers of the block."""
+        return tuple(layer for layer in (self.memory, self.ngrams) if layer is not None)
 
     @property
     def dense(self) -> int:
-        """Everything outside the value table."""
-        return self.attention + self.ffn + self.norms + (self.memory.dense if self.memory else 0)
+        """Everything outside the value tables."""
+        return self.attention + self.ffn + self.norms + sum(layer.dense for layer in self.layers)
 
     @property
     def table(self) -> int:
         """Value-table parameters that this block brings."""
-        return self.memory.table if self.memory else 0
+        return sum(layer.table for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class ParameterCount:
     @property
     def memory_layers(self) -> tuple[MemoryCount, ...]:
         """The memory layers in the order of their blocks."""
-        return tuple(block.memory for block in self.blocks if block.memory)
+        return tuple(layer for block in self.blocks for layer in block.layers)
 
     @property
     def memory(self) -> int:
@@ -165,7 +172,8 @@ def memory_in_use(model_fields: Mapping[str, Any], memory_config: MemoryConfig |
     shape = ModelShape.from_fields(model_fields)
     if memory_config is None or not shape.has_memory:
         return None
-    memory_config.validate(shape.hidden_size, shape.num_layers)
+    for family in shape.families(memory_config):
+        family.validate(shape.hidden_size, shape.num_layers)
     return memory_config
 
 
@@ -174,16 +182,15 @@ def count_parameters(model_fields: Mapping[str, Any], memory_config: MemoryConfi
 
     Args:
         model_fields: Megatron's flag names with underscores -> values; ``ffn_variant`` (default umv2) says whether
-            memory layers or experts count.
-        memory_config: the memory layers; None for none.
+            memory layers or experts count, ``engram_layer_freq`` whether n-gram layers do, too.
+        memory_config: the memory layers of the variant; None for none.
 
     Raises:
         ValueError: one sentence naming the flag whose value cannot work.
     """
     shape = ModelShape.from_fields(model_fields)
     memory_config = memory_in_use(model_fields, memory_config)
-    layer = MemoryCount.of(memory_config, shape.hidden_size) if memory_config else None
-    present = memory_config.memory_layers(shape.num_layers) if memory_config else [False] * shape.num_layers
+    memory, ngrams = (_by_block(each, shape) for each in (memory_config, shape.ngrams))
     norm = shape.hidden_size * (2 if shape.norm_bias else 1)
     attention = _attention(shape)
     ffn, idle = _experts(shape) if shape.num_experts else (_ffn(shape, shape.ffn_hidden_size), 0)
@@ -192,8 +199,19 @@ def count_parameters(model_fields: Mapping[str, Any], memory_config: MemoryConfi
         positions=shape.learned_positions * shape.hidden_size,
         output=shape.vocab_size * shape.hidden_size if shape.untied else 0,
         final_norm=norm,
-        blocks=tuple(BlockCount(attention, ffn, 2 * norm, layer if here else None, idle) for here in present),
+        blocks=tuple(
+            BlockCount(attention, ffn, 2 * norm, memory[block], idle, ngrams[block])
+            for block in range(shape.num_layers)
+        ),
     )
+
+
+def _by_block(family: MemoryConfig | None, shape: ModelShape) -> list[MemoryCount | None]:
+    """The layer of one family in each block."""
+    if family is None:
+        return [None] * shape.num_layers
+    layer = MemoryCount.of(family, shape.hidden_size)
+    return [layer if here else None for here in family.memory_layers(shape.num_layers)]
 
 
 def _attention(shape: ModelShape) -> int:

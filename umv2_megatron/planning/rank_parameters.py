@@ -62,14 +62,14 @@ def chunk_parameters(
         if shape.learned_positions:
             positions = shape.learned_positions * shape.hidden_size
             found.append(Parameter("embedding.position_embeddings.weight", positions, "embedding"))
-    with_memory = memory.memory_layers(shape.num_layers) if memory else [False] * shape.num_layers
-    alike: dict[tuple[bool, int], tuple[Parameter, ...]] = {}
+    families = [(family, family.memory_layers(shape.num_layers)) for family in shape.families(memory)]
+    alike: dict[tuple[int | None, ...], tuple[Parameter, ...]] = {}
     for place, block in enumerate(layout.stage_blocks(shape.num_layers, stage, chunk)):
         prefix = f"decoder.layers.{place}."
-        kind = (bool(with_memory[block]), owned_rows(shape, memory, block) if memory and with_memory[block] else 0)
-        if kind not in alike:
-            alike[kind] = _block(shape, memory, layout.tp, layout.shard(memory_rank), *kind)
-        found += [dataclasses.replace(each, name=prefix + each.name) for each in alike[kind]]
+        owned = tuple(owned_rows(shape, family, block) if here[block] else None for family, here in families)
+        if owned not in alike:
+            alike[owned] = _block(shape, memory, layout.tp, layout.shard(memory_rank), owned)
+        found += [dataclasses.replace(each, name=prefix + each.name) for each in alike[owned]]
     if last:
         found += list(_norm("decoder.final_layernorm", shape.hidden_size, shape.norm_bias))
         if shape.untied or not first:
@@ -78,12 +78,14 @@ def chunk_parameters(
 
 
 def _block(
-    shape: ModelShape, memory: MemoryConfig | None, tp: int, shard: TableShard, has_memory: bool, rows: int
+    shape: ModelShape, memory: MemoryConfig | None, tp: int, shard: TableShard, owned: tuple[int | None, ...]
 ) -> tuple[Parameter, ...]:
-    """One block: norm, attention, norm, FFN, memory layer; ``rows``: of the table that its layer owns, 0 without."""
+    """One block: norm, attention, norm, FFN, memory layers; ``owned``, of each family: rows of the table that its layer
+    owns, 0 where it owns none, None where there is no layer."""
     found = _dense_block(shape, tp)
-    if memory is not None and has_memory:
-        found = itertools.chain(found, _memory_layer(shape, memory, shard, rows))
+    for family, rows in zip(shape.families(memory), owned, strict=True):
+        if rows is not None:
+            found = itertools.chain(found, _memory_layer(shape, family, shard, rows))
     return tuple(found)
 
 
@@ -111,7 +113,7 @@ def _dense_block(shape: ModelShape, tp: int) -> Iterator[Parameter]:
 
 def _memory_layer(shape: ModelShape, m: MemoryConfig, shard: TableShard, owned: int) -> Iterator[Parameter]:
     """All but the table is the same on every rank; the layer that owns a table has its part of it."""
-    hidden, prefix = shape.hidden_size, "mlp.memory."
+    hidden, prefix = shape.hidden_size, f"mlp.{m.family}."
     sizes = {
         "retrieval.keys": m.num_heads * 2 * m.scored_keys * m.key_dim * m.tucker_rank,
         "retrieval.query_norm": m.key_dim if m.qk_norm != "none" else 0,

@@ -246,13 +246,17 @@ def _buffer_bytes(
 def _buffer_size(shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stage: int) -> int:
     """The shuffle [N^2] of every memory layer on the stage, int32 where that can number the cells, and u, t [h, R]; of
     n-grams the multipliers [n] and the canonical ids [vocabulary]."""
-    if memory is None:
-        return 0
-    layers = memory.memory_layers(shape.num_layers)
-    here = sum(layers[block] for chunk in range(layout.chunks)
-               for block in layout.stage_blocks(shape.num_layers, stage, chunk))
+    blocks = [block for chunk in range(layout.chunks) for block in layout.stage_blocks(shape.num_layers, stage, chunk)]
+    total = 0
+    for family in shape.families(memory):
+        layers = family.memory_layers(shape.num_layers)
+        total += sum(layers[block] for block in blocks) * _layer_buffers(shape, family)
+    return total
+
+
+def _layer_buffers(shape: ModelShape, memory: MemoryConfig) -> int:
     if memory.hashes:
-        return here * (8 * memory.ngram_size + 4 * shape.num_tokens)
+        return 8 * memory.ngram_size + 4 * shape.num_tokens
     cells = memory.scored_keys**2
     vectors = 2 * memory.num_heads * memory.tucker_rank if memory.scoring == "tucker" else 0
-    return here * (cells * (4 if cells <= 2**31 else 8) + vectors * FP32)
+    return cells * (4 if cells <= 2**31 else 8) + vectors * FP32

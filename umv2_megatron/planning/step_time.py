@@ -17,6 +17,7 @@ another node through the rank's own link; in all-gather and reduce-scatter the r
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from umv2_megatron.config.memory_config import MemoryConfig
@@ -24,7 +25,7 @@ from umv2_megatron.planning import device_bytes
 from umv2_megatron.planning.device import Device
 from umv2_megatron.planning.device_bytes import Moved
 from umv2_megatron.planning.exchange import EARLY, FORWARD, OVERLAPPED, WHOLE, exchange_bytes
-from umv2_megatron.planning.flops import FlopsPerToken
+from umv2_megatron.planning.flops import FlopsPerToken, memory_layer_flops
 from umv2_megatron.planning.launches import FORWARD_SHARE, micro_batch_launches
 from umv2_megatron.planning.layout import Layout
 from umv2_megatron.planning.model_shape import ModelShape
@@ -113,9 +114,12 @@ class _Stage:
         blocks = [block for chunk in range(layout.chunks)
                   for block in layout.stage_blocks(shape.num_layers, stage, chunk)]
         self.blocks = len(blocks)
-        present = memory.memory_layers(shape.num_layers) if memory else [False] * shape.num_layers
-        self.memory_layers = sum(present[block] for block in blocks)
-        self.all_memory_layers = sum(present)
+        self.families = shape.families(memory)
+        here = [family.memory_layers(shape.num_layers) for family in self.families]
+        kinds = [tuple(index for index, layers in enumerate(here) if layers[block]) for block in blocks]
+        self.slots = Counter(kind for kind in kinds if kind)
+        """Blocks by which families they have memory layers of, where they have any."""
+        self.memory_layers = sum(map(len, kinds))
         self._compute(flops, layout.is_last(stage))
         self._communicate(stage)
 
@@ -130,9 +134,9 @@ class _Stage:
         rest = self._seconds(device_bytes.block(self.shape, layout, self.shape.seq_length))
         self.forward = self.blocks * (attention + rest[0])
         self.backward = self.blocks * (2 * attention + rest[1])
-        alone = (self.blocks - self.memory_layers) * ffn
+        alone = (self.blocks - self.slots.total()) * ffn
         self.forward, self.backward = self.forward + alone, self.backward + 2 * alone
-        slot = self._slots(tokens, flops, ffn)
+        slots = self._slots(tokens, ffn)
         blocks = self.forward
         dense = (self.state.gradients - self.state.table_gradients) / layout.grad_bytes
         self.backward += self._seconds(device_bytes.accumulation(dense, layout, self._linear(has_logits)))[1]
@@ -151,7 +155,7 @@ class _Stage:
             if "core_attn" in layout.recompute_modules:
                 self.backward += self.blocks * core
             if "mlp" in layout.recompute_modules:
-                self.backward += alone + self.memory_layers * slot
+                self.backward += alone + slots
         self._launch()
 
     def _linear(self, has_logits: bool) -> float:
@@ -162,35 +166,43 @@ class _Stage:
         logits = shape.hidden_size * shape.vocab_size if has_logits else 0
         return (self.blocks * (attention + ffn) + logits) / tp
 
-    def _slots(self, tokens: float, flops: FlopsPerToken, ffn: float) -> float:
-        """Add FFNs with memory layers to ``forward`` and ``backward``; returns the forward of one.
+    def _slots(self, tokens: float, ffn: float) -> float:
+        """Add FFNs with memory layers to ``forward`` and ``backward``; returns the forward of all of them.
 
         ``tokens``: a micro-batch's over products per second.
         """
         self.exchange, self.busy = 0.0, (0.0, 0.0)
-        m, layout, layers = self.memory, self.layout, self.memory_layers
-        if m is None or not layers:
-            return 0.0
-        own = layout.own_tokens(self.shape.seq_length)
-        rows = self._seconds(device_bytes.lookup(m, layout, own, self.device.cache_bytes))
-        scores = self._seconds(device_bytes.retrieval(m, layout, own))
-        looked_at = own * m.num_heads * (2 * m.scored_keys + m.key_topk**2) / (self.device.search_rate * 1e9)
-        products = tokens / self.all_memory_layers
-        found = products * flops.memory_lookup
-        last = tokens * (0 if m.value_expansion == "none" else 2 * self.shape.hidden_size * m.summed_dim)
-        search = products * (flops.memory - flops.memory_lookup) - last
-        forward = Work(search + scores[0] + looked_at, found + rows[0], last, ffn)
-        backward = Work(2 * search + scores[1], 2 * found + rows[1], 2 * last, 2 * ffn)
-        sent = self._sent(m)
-        hides = bool(self.device.starts_ahead)
-        taken = [slot_seconds(work, each, layout.exchange_parts, stream=layout.memory_stream, hides=hides)
-                 for work, each in zip((forward, backward), sent)]  # fmt: skip
+        layout, hides, total = self.layout, bool(self.device.starts_ahead), 0.0
         again = 1 + (layout.recompute == "full" or "mlp" in layout.recompute_modules)
-        self.forward += layers * taken[0]
-        self.backward += layers * taken[1]
-        self.exchange = layers * (again * (taken[0] - forward.all) + taken[1] - backward.all)
-        self.busy = (layers * sent[0].all, layers * (sent[1].all + (again - 1) * sent[0].all))
-        return taken[0]
+        work = [self._work(family, tokens) for family in self.families]
+        links = [self._sent(family) for family in self.families]
+        for kind, blocks in self.slots.items():
+            computed = [sum((work[index][way] for index in kind), Work(ffn=(1 + way) * ffn)) for way in (0, 1)]
+            sent = [sum((links[index][way] for index in kind), Sent()) for way in (0, 1)]
+            taken = [slot_seconds(each, other, layout.exchange_parts, stream=layout.memory_stream, hides=hides)
+                     for each, other in zip(computed, sent)]  # fmt: skip
+            self.forward += blocks * taken[0]
+            self.backward += blocks * taken[1]
+            total += blocks * taken[0]
+            self.exchange += blocks * (again * (taken[0] - computed[0].all) + taken[1] - computed[1].all)
+            busy = (blocks * sent[0].all, blocks * (sent[1].all + (again - 1) * sent[0].all))
+            self.busy = (self.busy[0] + busy[0], self.busy[1] + busy[1])
+        return total
+
+    def _work(self, m: MemoryConfig, tokens: float) -> tuple[Work, Work]:
+        """Forward and backward of one memory layer."""
+        own = self.layout.own_tokens(self.shape.seq_length)
+        rows = self._seconds(device_bytes.lookup(m, self.layout, own, self.device.cache_bytes))
+        scores = self._seconds(device_bytes.retrieval(m, self.layout, own))
+        looked_at = own * m.num_heads * (2 * m.scored_keys + m.key_topk**2) / (self.device.search_rate * 1e9)
+        *searching, looking_up = memory_layer_flops(m, self.shape.hidden_size)
+        found = tokens * looking_up
+        last = tokens * (0 if m.value_expansion == "none" else 2 * self.shape.hidden_size * m.summed_dim)
+        search = tokens * sum(searching) - last
+        return (
+            Work(search + scores[0] + looked_at, found + rows[0], last),
+            Work(2 * search + scores[1], 2 * found + rows[1], 2 * last),
+        )
 
     def _sent(self, m: MemoryConfig) -> tuple[Sent, Sent]:
         """Seconds of one memory layer's exchanges, forward and backward."""

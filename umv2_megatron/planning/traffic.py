@@ -45,6 +45,8 @@ def traffic(shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stat
     forward, backward, beside = (4 * hidden, 6 * hidden, 2 * hidden)
     if not layout.sequence_parallel:
         shared_out = hidden if memory is not None else 0.0
+        if shape.ngrams is not None:  # whose layers are in few blocks
+            shared_out += hidden * sum(shape.ngrams.memory_layers(shape.num_layers)) / shape.num_layers
         forward, backward, beside = 4 * hidden + shared_out, 4 * hidden + shared_out, 0.0
     keys = 2 * tokens * shape.key_value_size // layout.tp * size
     reduced = 1 if layout.distributed_optimizer else 2

@@ -21,6 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from umv2_megatron.config.checks import check_data
+from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.text_numbers import whole_numbers
 from umv2_megatron.config.usage import UsageError
@@ -34,6 +35,7 @@ from umv2_megatron.training.optimizer import build_optimizer
 _KINDS = (
     (".table.", "value tables"),
     (".memory.", "memory layers"),
+    (".engram.", "n-gram layers"),
     (".experts.", "experts"),
     (".router.", "experts"),
     ("self_attention.", "attention"),
@@ -51,7 +53,7 @@ class TablePart:
     block: int
     """Block that owns the table, from 1."""
     name: str
-    """"values" or "pre_values"."""
+    """"values" or "pre_values"; "engram values" of an n-gram layer beside another memory layer."""
     whole: tuple[int, int]
     """Rows and columns of the whole table."""
     rows: tuple[int, int]
@@ -217,7 +219,8 @@ def _table_parts(model: torch.nn.Module) -> Iterator[TablePart]:
             width = table.config.value_dim if name == "values" else table.config.pre_value_dim
             rows, columns = table.shard.rows(table.rows), table.shard.columns(width)
             assert tuple(parameter.shape) == (rows[1] - rows[0], columns[1] - columns[0]), (block, name)
-            yield TablePart(block + 1, name, (table.rows, width), rows, columns, parameter.nbytes)
+            told = name if table.config.family == MemoryConfig.family else f"{table.config.family} {name}"
+            yield TablePart(block + 1, told, (table.rows, width), rows, columns, parameter.nbytes)
 
 
 def _bytes(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> dict[str, int]:

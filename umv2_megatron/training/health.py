@@ -19,7 +19,8 @@ def start_counting(chunks: list[torch.nn.Module]) -> None:
 
 
 def memory_statistics(chunks: list[torch.nn.Module]) -> dict[str, float]:
-    """Statistics of every memory layer since ``start_counting``, as ``memory/<name>/layer_000``; a collective.
+    """Statistics of every memory layer since ``start_counting``, as ``memory/<name>/layer_000``, those of n-gram layers
+    beside others as ``engram/<name>/layer_000``; a collective.
 
     Rows are counted over all tokens of the interval: summed over all ranks of a pipeline stage, and collected from all
     stages. Tables sharded by row also report ``row_skew``: the picks that the busiest rank of a memory-parallel group
@@ -38,7 +39,8 @@ def memory_statistics(chunks: list[torch.nn.Module]) -> dict[str, float]:
                 for group in (groups.get_memory_parallel_group(), groups.get_memory_data_parallel_group()):
                     torch.distributed.all_reduce(tensor, group=group)
             numbers.update(statistics.summary(layer.singular_values()))
-            here.update({f"memory/{name}/layer_{block:03d}": value for name, value in numbers.items()})
+            family = layer.config.family
+            here.update({f"{family}/{name}/layer_{block:03d}": value for name, value in numbers.items()})
     stages: list[dict[str, float]] = [{} for _ in range(parallel_state.get_pipeline_model_parallel_world_size())]
     torch.distributed.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())
     return {name: value for stage in stages for name, value in stage.items()}

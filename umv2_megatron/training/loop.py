@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from umv2_megatron.checkpoint.save_load import gathered_parameters
+from umv2_megatron.config.engram_config import NgramLayers
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import TrainingStopped
 from umv2_megatron.durable_files import CheckpointError
@@ -212,6 +213,7 @@ class Trainer:
                 "lm loss": loss,
                 "learning-rate": scheduler.dense_lr,
                 "value-learning-rate": scheduler.value_lr,
+                "engram-value-learning-rate": scheduler.value_lr_of(NgramLayers.family),
                 "batch-size": self._batch,
                 "grad-norm": step.grad_norm if step else None,
                 "params-norm": norm,

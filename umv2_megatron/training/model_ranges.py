@@ -124,10 +124,11 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield "attention", layer.self_attention
         yield ("FFN", layer.mlp.ffn) if hasattr(layer.mlp, "ffn") else ("experts", layer.mlp)
     for _, layer in memory_layers(model):
-        yield "memory: lookup", layer.table
+        family = layer.config.family
+        yield f"{family}: lookup", layer.table
         for name, part in layer.named_children():
             if part is not layer.table:
-                yield f"memory: {name.replace('_', ' ')}", part
+                yield f"{family}: {name.replace('_', ' ')}", part
 
 
 def _section() -> str:

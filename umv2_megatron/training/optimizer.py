@@ -8,12 +8,14 @@ and it scales the peak and the floor *before* warm-up and decay are applied; dec
 With --memory-value-lr they learn at that rate instead, without warm-up and decay (Memory+, arXiv 2412.09764).
 --memory-value-weight-decay gives them a weight decay of their own; like Adam's always, a step multiplies it by the
 learning rate, theirs: rows shrink by a factor exp(-sum of rate * decay) over a run, however rarely they are picked.
+The tables of n-gram layers beside other memory layers are a group with all of that of their own (--engram-value-*).
 Steps are counted in samples, as mcore's scheduler does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -23,12 +25,14 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from umv2_megatron.checkpoint.optimizer_state import optimizer_parts
+from umv2_megatron.config.engram_config import NgramLayers
+from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.run_config import RunConfig
-from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE, VALUE_GROUP
+from umv2_megatron.memory.value_table import TABLE_FAMILY, VALUE_GROUP
 from umv2_megatron.training.matrix_optimizer import build_with_muon
 from umv2_megatron.training.table_optimizer import (
     MainWeightsOnHost,
@@ -52,13 +56,56 @@ class ValueFactor:
         return 1.0 + (self.mult - 1.0) * max(0.0, 1.0 - step / self.decay_steps)
 
 
-class ParamScheduler(OptimizerParamScheduler):
-    """mcore's schedule of learning rate and weight decay, plus the value tables' factor.
+@dataclass
+class TableRates:
+    """How the value tables of one family learn: ``factor`` times the learning rate, or at ``value_lr`` where that is
+    one; with their own ``weight_decay``, or (None) that of everything else.
 
-    ``value_lr`` and ``value_weight_decay`` are the tables' where they have their own. ``warmup_init_fraction`` starts
-    the warm-up at that fraction of the (scaled) peak instead of at ``init_lr``. The factor's horizon is part of the
-    state: a resumed run keeps it, whatever --train-iters says now. With --override-opt-param-scheduler a horizon that
-    the user gave (``keep_saved_horizon`` off) takes its place.
+    The factor's horizon is part of the state: a resumed run keeps it, whatever --train-iters says now. With
+    --override-opt-param-scheduler a horizon that the user gave (``keep_saved_horizon`` off) takes its place.
+    """
+
+    factor: ValueFactor
+    keep_saved_horizon: bool = True
+    value_lr: float | None = None
+    weight_decay: float | None = None
+
+    @classmethod
+    def of(cls, family: MemoryConfig, run: RunConfig) -> TableRates:
+        """Those that the settings of ``family`` say; steps in samples."""
+        iters = family.value_lr_decay_iters
+        steps = run.schedule.decay if iters is None else iters * run.global_batch_size
+        factor = ValueFactor(family.value_lr_mult, steps)
+        return cls(factor, iters is None, family.value_lr, family.value_weight_decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but where the horizon comes from."""
+        return {
+            "value_lr_mult": self.factor.mult,
+            "value_lr_decay_steps": self.factor.decay_steps,
+            "value_lr": self.value_lr,
+            "value_weight_decay": self.weight_decay,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], override: bool) -> None:
+        """Restore; with ``override`` the saved horizon alone, and that only where it is to be kept."""
+        if "value_lr_mult" not in state:
+            return
+        mult, steps = state["value_lr_mult"], state["value_lr_decay_steps"]
+        if override:
+            mult = self.factor.mult
+            steps = steps if self.keep_saved_horizon else self.factor.decay_steps
+        else:
+            self.value_lr = state.get("value_lr")
+            self.weight_decay = state.get("value_weight_decay")
+        self.factor = ValueFactor(mult, steps)
+
+
+class ParamScheduler(OptimizerParamScheduler):
+    """mcore's schedule of learning rate and weight decay, plus what the value tables have of their own.
+
+    ``tables``: by family (``MemoryConfig.family``). ``warmup_init_fraction`` starts the warm-up at that fraction of the
+    (scaled) peak instead of at ``init_lr``.
     """
 
     init_lr: float
@@ -68,25 +115,20 @@ class ParamScheduler(OptimizerParamScheduler):
     def __init__(
         self,
         *args: Any,
-        value_factor: ValueFactor,
-        keep_saved_horizon: bool = True,
-        value_lr: float | None = None,
-        value_weight_decay: float | None = None,
+        tables: dict[str, TableRates],
         warmup_init_fraction: float | None = None,
         **kwargs: Any,
     ):
-        self.value_factor = value_factor
-        self.keep_saved_horizon = keep_saved_horizon
-        self.fixed_value_lr = value_lr
-        self.value_weight_decay = value_weight_decay
+        self.tables = tables
         self.warmup_init_fraction = warmup_init_fraction
         super().__init__(*args, **kwargs)
 
     def get_lr(self, param_group: dict) -> float:
         """Learning rate of ``param_group`` at the current step."""
-        if VALUE_GROUP in param_group and self.fixed_value_lr is not None:
-            return self.fixed_value_lr
-        factor = self.value_factor(self.num_steps) if VALUE_GROUP in param_group else 1.0
+        rates = self._rates(param_group)
+        if rates is not None and rates.value_lr is not None:
+            return rates.value_lr
+        factor = 1.0 if rates is None else rates.factor(self.num_steps)
         peak: float = param_group.get("max_lr", self.max_lr) * factor
         scaled = {**param_group, "max_lr": peak, "min_lr": param_group.get("min_lr", self.min_lr) * factor}
         dense_init = self.init_lr
@@ -99,33 +141,30 @@ class ParamScheduler(OptimizerParamScheduler):
 
     def get_wd(self, param_group: dict | None = None) -> float:
         """Weight decay of ``param_group`` at the current step."""
-        if param_group is not None and VALUE_GROUP in param_group and self.value_weight_decay is not None:
-            return self.value_weight_decay
+        rates = None if param_group is None else self._rates(param_group)
+        if rates is not None and rates.weight_decay is not None:
+            return rates.weight_decay
         decay: float = super().get_wd(param_group)
         return decay
 
+    def _rates(self, param_group: dict) -> TableRates | None:
+        """What the tables of a group have of their own; None for a group of other parameters."""
+        return self.tables[_family(param_group)] if VALUE_GROUP in param_group else None
+
     def state_dict(self) -> dict:
-        """mcore's state, the value factor, and what the tables have of their own."""
-        return {
-            **super().state_dict(),
-            "value_lr_mult": self.value_factor.mult,
-            "value_lr_decay_steps": self.value_factor.decay_steps,
-            "value_lr": self.fixed_value_lr,
-            "value_weight_decay": self.value_weight_decay,
-        }
+        """mcore's state, and what the tables have of their own, of n-gram layers beside others with their prefix."""
+        state: dict[str, Any] = super().state_dict()
+        for name, rates in self.tables.items():
+            state.update({_PREFIX[name] + key: value for key, value in rates.state_dict().items()})
+        return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore; ``override_opt_param_scheduler`` keeps this object's own values, the factor's horizon only with
-        ``keep_saved_horizon`` off."""
-        if "value_lr_mult" in state_dict:
-            mult, steps = state_dict["value_lr_mult"], state_dict["value_lr_decay_steps"]
-            if self.override_opt_param_scheduler:
-                mult = self.value_factor.mult
-                steps = steps if self.keep_saved_horizon else self.value_factor.decay_steps
-            else:
-                self.fixed_value_lr = state_dict.get("value_lr")
-                self.value_weight_decay = state_dict.get("value_weight_decay")
-            self.value_factor = ValueFactor(mult, steps)
+        """Restore; ``override_opt_param_scheduler`` keeps this object's own values, but for a horizon
+        (``TableRates``)."""
+        for name, rates in self.tables.items():
+            prefix = _PREFIX[name]
+            own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+            rates.load_state_dict(own, self.override_opt_param_scheduler)
         self.num_steps = 0  # mcore adds the saved number of steps to the present one
         super().load_state_dict(state_dict)
         self.step(0)  # mcore sets the rates before it has read the saved weight decay
@@ -133,7 +172,12 @@ class ParamScheduler(OptimizerParamScheduler):
     @property
     def value_lr(self) -> float | None:
         """Current learning rate of the value tables, None where no group holds any."""
-        return next((group["lr"] for group in self.optimizer.param_groups if VALUE_GROUP in group), None)
+        return self.value_lr_of(MemoryConfig.family)
+
+    def value_lr_of(self, family: str) -> float | None:
+        """The same of the tables of one family."""
+        tables = [group for group in self.optimizer.param_groups if VALUE_GROUP in group]
+        return next((group["lr"] for group in tables if _family(group) == family), None)
 
     @property
     def dense_lr(self) -> float:
@@ -141,6 +185,15 @@ class ParamScheduler(OptimizerParamScheduler):
         others = (group["lr"] for group in self.optimizer.param_groups if VALUE_GROUP not in group)
         rate: float = next(others, None) or self.get_lr({})
         return rate
+
+
+_PREFIX = {MemoryConfig.family: "", NgramLayers.family: f"{NgramLayers.family}_"}
+"""Of keys of the schedule's state, by family."""
+
+
+def _family(group: dict) -> str:
+    """Whose tables a parameter group holds."""
+    return group.get(TABLE_FAMILY, MemoryConfig.family)
 
 
 def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_groups: bool = True) -> MegatronOptimizer:
@@ -151,7 +204,12 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_grou
     """
     config = run.optimizer_config()
     overrides = dict(get_standard_config_overrides(config))
-    overrides[ParamKey(attr=TABLE_ATTRIBUTE)] = {VALUE_GROUP: run.memory.value_lr_mult}  # type: ignore[typeddict-unknown-key]
+    for family in run.families:
+        own: Any = {VALUE_GROUP: family.value_lr_mult}
+        if family is not run.memory:
+            own[TABLE_FAMILY] = family.family
+        is_own = ParamPredicate(f"{family.family} tables", functools.partial(_is_table_of, family.family))
+        overrides[ParamKey(predicate=is_own)] = own
     offload = run.has_memory and run.memory.value_optimizer_offload
 
     def build() -> MegatronOptimizer:
@@ -168,6 +226,10 @@ def build_optimizer(run: RunConfig, chunks: list[torch.nn.Module], use_gloo_grou
         replace_table_optimizers(optimizer, run, chunks)
     fuse_updates(optimizer)
     return optimizer
+
+
+def _is_table_of(family: str, parameter: torch.nn.Parameter) -> bool:
+    return getattr(parameter, TABLE_FAMILY, None) == family
 
 
 def initialize_precise_state(fused_adam: Any, config: Any = None) -> None:
@@ -202,8 +264,6 @@ def fuse_updates(optimizer: MegatronOptimizer) -> None:
 def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamScheduler:
     """The schedule of ``run`` in samples."""
     training, schedule = run.training, run.schedule
-    value_iters = run.memory.value_lr_decay_iters
-    value_steps = schedule.decay if value_iters is None else value_iters * run.global_batch_size
     constant = training.weight_decay_incr_style == "constant"
     return ParamScheduler(
         optimizer,
@@ -221,10 +281,7 @@ def build_scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> ParamSchedu
         override_opt_param_scheduler=training.override_opt_param_scheduler,
         wsd_decay_steps=schedule.last_part or None,
         lr_wsd_decay_style=training.lr_wsd_decay_style,
-        value_factor=ValueFactor(run.memory.value_lr_mult, value_steps),
-        keep_saved_horizon=value_iters is None,
-        value_lr=run.memory.value_lr,
-        value_weight_decay=run.memory.value_weight_decay,
+        tables={family.family: TableRates.of(family, run) for family in (run.memory, *run.families)},
         warmup_init_fraction=training.lr_warmup_init_fraction,
     )
 

@@ -83,7 +83,7 @@ def pretrain(run: RunConfig, load_tasks: Callable[[RunConfig], TaskEvaluation] |
             non_persistent = open_non_persistent(run, store, stack)
         tokenizer = tokenizer_of(vars(run.data))
         state = build_training_state(run, tokenizer.vocab_size)
-        if run.has_memory and run.memory.hashes and run.memory.ngram_tokens == "folded":
+        if run.hashing is not None and run.hashing.ngram_tokens == "folded":
             set_canonical_ids(state.chunks, canonical_ids(tokenizer))
         print_rank_0(told_backend(run))
         connect(run, state.chunks, state.optimizer)

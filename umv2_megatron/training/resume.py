@@ -56,6 +56,9 @@ SAME_SCHEDULE = (
     "memory_value_lr_decay_iters",
     "memory_value_lr",
     "memory_value_weight_decay",
+    "engram_value_lr_mult",
+    "engram_value_lr_decay_iters",
+    "engram_value_weight_decay",
 )
 # Of the data's identity, what decides the order of a corpus's samples: --allow-new-blend goes on in that order.
 STREAMS = {

@@ -11,6 +11,7 @@ from umv2_megatron.checkpoint.store import TRACKER, CheckpointError, CheckpointS
 from umv2_megatron.checkpoint.torch_dist_io import METADATA_FILE
 
 LAYER = "decoder.layers.3.mlp.memory"
+BESIDE = "decoder.layers.3.mlp.engram"
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,10 @@ LAYER = "decoder.layers.3.mlp.memory"
         (f"{LAYER}.retrieval.u", "buffers"),
         (f"{LAYER}.retrieval.t", "buffers"),
         (f"{LAYER}.retrieval.cores", "weights"),
+        (f"{BESIDE}.table.values", "tables"),
+        (f"{BESIDE}.multipliers", "buffers"),
+        (f"{BESIDE}.canonical", "buffers"),
+        (f"{BESIDE}.conv", "weights"),
         (f"optimizer.state.fp32_param.{LAYER}.table.values", "main parameters"),
         (f"optimizer.state.param.{LAYER}.table.values", "main parameters"),
         (f"optimizer.state.exp_avg.{LAYER}.table.values", "moments"),

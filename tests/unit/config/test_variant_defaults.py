@@ -77,6 +77,49 @@ def test_settings_of_ngrams_are_refused_elsewhere_and_layouts_without_neighbours
         assert told in str(caught.value)
 
 
+def test_ngram_layers_beside_others_are_a_family_of_their_own():
+    alone = run("--memory-seed", "9")
+    assert alone.families == [alone.memory] and alone.ngrams is None and alone.hashing is None
+    both = run("--memory-seed", "9", "--engram-layer-freq", "2", "--memory-parallel-size", "2", world_size=2)
+    assert both.families == [both.memory, both.ngrams] and both.hashing is both.ngrams
+    ngrams = both.ngrams
+    assert ngrams.scoring == "ngram" and ngrams.seed != 9 and ngrams.parallel_size == 2 and blocks(ngrams, 4) == [0, 2]
+    assert (ngrams.num_keys, ngrams.num_heads, ngrams.value_dim, ngrams.topk) == (128, 16, 4, 1)
+    assert (ngrams.value_lr_mult, ngrams.value_lr_decay_iters, ngrams.value_weight_decay) == (5.0, 0, 0.0)
+    assert both.memory == dataclasses.replace(alone.memory, parallel_size=2)
+    given = {"engram_layer_freq": "2", "engram_num_keys": 40}
+    layers = [("checkpoint", {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, **given})]
+    for variant in ("dense", "moe", "engram"):
+        made = from_layers([*layers, ("flag", {"ffn_variant": variant})], 1, for_training=False)
+        assert made.ngrams is None and made.values["engram_num_keys"] == 128
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--engram-num-keys", "50"], "--engram-num-keys is 50; expected no value without --engram-layer-freq"),
+        (["--engram-layer-freq", "[1,0]"], "--engram-layer-freq is '[1,0]'; expected a positive integer or a list of"),
+        (["--engram-layer-freq", "[0]*4"], "--engram-layer-freq is [0]*4; expected a pattern with at least one"),
+        (["--engram-layer-freq", "2", "--engram-num-heads", "5"], "--engram-num-heads is 5; expected a multiple of 2"),
+        (["--engram-layer-freq", "2", "--engram-num-keys", "3"], "--engram-num-keys is 3; expected so many that N*N"),
+        (["--engram-layer-freq", "2", "--engram-num-keys", "0"], "--engram-num-keys is 0; expected an integer of at"),
+        (["--engram-layer-freq", "2", "--ffn-variant", "dense"], "--engram-layer-freq is 2; expected no value with "),
+        (["--engram-layer-freq", "2", "--ffn-variant", "engram"], "whose memory layers are n-gram layers"),
+        (["--engram-layer-freq", "2", "--context-parallel-size", "2"], "expected 1 with --engram-layer-freq: the"),
+        (["--engram-layer-freq", "2", "--cuda-graph-impl", "local"], "--engram-layer-freq is 2; expected no value, "),
+        (["--engram-layer-freq", "2", "--engram-value-dim", "3", "--memory-parallel-size", "2"],
+         "--engram-value-dim is 3; expected a multiple of --memory-parallel-size (2)"),
+        (["--engram-layer-freq", "2", "--trainable", "rows", "--trainable-rows", "x"], "--trainable is rows; expected"),
+        (["--engram-layer-freq", "2", "--reset-attention-mask", "--create-attention-mask-in-dataloader"],
+         "off with --reset-attention-mask and --engram-layer-freq"),
+    ],
+)  # fmt: skip
+def test_ngram_layers_beside_others_that_cannot_be_are_refused(argv, told):
+    with pytest.raises(UsageError) as caught:
+        run(*argv, world_size=2)
+    assert told in str(caught.value)
+
+
 def test_sizes_stay_those_of_the_preset():
     memory = run("--ffn-variant", "memory-plus", base=PUBLISHED).memory
     assert (memory.num_keys, memory.key_dim, memory.topk, memory.value_dim) == (360, 192, 32, 192)

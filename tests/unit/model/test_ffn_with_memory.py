@@ -31,6 +31,8 @@ from umv2_megatron.model.layer_specs import umv2_layer_spec  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "distributed"))
 from harness import run_ranks  # noqa: E402
 
+VOCABULARY = 100
+
 
 def start() -> None:
     from megatron.core import parallel_state, tensor_parallel
@@ -52,9 +54,10 @@ def slots_of(run: RunConfig) -> list[FFNWithMemory]:
     config = run.transformer_config()
     slot = umv2_layer_spec(config, run.memory).submodules.mlp
     tables, delayed = SharedTables(), DelayedOutputs()
+    ngrams = {} if run.ngrams is None else {"ngrams": run.ngrams, "vocabulary": VOCABULARY}
     slots = []
     for number in range(1, config.num_layers + 1):
-        slots.append(FFNWithMemory(config, slot.submodules, run.memory, tables, delayed=delayed))
+        slots.append(FFNWithMemory(config, slot.submodules, run.memory, tables, delayed=delayed, **ngrams))
         slots[-1].set_layer_number(number)
     return slots
 
@@ -87,6 +90,40 @@ def sum_of_both() -> None:
 
 def test_output_is_ffn_plus_memory_of_the_same_input() -> None:
     run_ranks(1, sum_of_both)
+
+
+def sum_of_all_three() -> None:
+    start()
+    from umv2_megatron.memory.ngrams import contexts
+
+    freqs = {"memory_layer_freq": "[1,1,0,0]", "engram_layer_freq": "[1,0,1,0]"}
+    for changes in ({}, {"ffn_variant": "ultramem", "memory_read_delay": 2}):
+        run = configured("umv2-tiny", **freqs, engram_num_heads=4, engram_num_keys=24, **changes)
+        slots = slots_of(run)
+        assert [slot.memory is not None for slot in slots] == [True, True, False, False]
+        assert [slot.engram is not None for slot in slots] == [True, False, True, False]
+        for slot in (slots[0], slots[2]):
+            torch.nn.init.normal_(slot.engram.conv)  # which starts at zero
+        tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(4))
+        packed = contexts(tokens, run.ngrams, VOCABULARY)
+        inputs = [normalised(32, 64).view(16, 2, 64).roll(block, 0).requires_grad_() for block in range(4)]
+        outputs = [slot(x, padding_mask=packed)[0] for slot, x in zip(slots, inputs)]
+        delay = run.memory.read_delay
+        for block, (slot, x, output) in enumerate(zip(slots, inputs, outputs)):
+            expected = slot.ffn(x)[0]
+            if slot.engram is not None:
+                expected = expected + slot.engram(x, packed.t())
+                assert slot.engram(x, packed.t()).abs().max() > 0
+            if block in (delay, delay + 1):
+                expected = expected + slots[block - delay].memory(inputs[block - delay])
+            torch.testing.assert_close(output, expected)
+        outputs[2].square().sum().backward()
+        used = [slots[2].engram] + ([slots[0].memory] if delay else [])
+        assert all(parameter.grad.abs().sum() > 0 for layer in used for parameter in layer.parameters())
+
+
+def test_an_ngram_layer_is_added_beside_a_memory_layer() -> None:
+    run_ranks(1, sum_of_all_three)
 
 
 def delayed_sums() -> None:

@@ -55,9 +55,9 @@ def count(preset: str, changes: dict) -> dict:
 
 def kind_of(name: str) -> str:
     """The kind of a parameter of mcore's GPTModel by its name."""
-    for part, kind in ((".table.", "tables"), (".memory.", "memory"), (".self_attention.", "attention"),
-                       ("layernorm", "norms"), (".mlp.", "ffn"), ("embedding", "embedding"),
-                       ("output_layer", "embedding")):
+    for part, kind in ((".table.", "tables"), (".memory.", "memory"), (".engram.", "memory"),
+                       (".self_attention.", "attention"), ("layernorm", "norms"), (".mlp.", "ffn"),
+                       ("embedding", "embedding"), ("output_layer", "embedding")):
         if part in name:
             return kind
     raise AssertionError(f"no kind for {name}")

@@ -23,6 +23,8 @@ CASES = [(name, {}) for name in PRESETS] + [
     ("umv2-8m", {"memory_query_mode": "shared", "memory_key_expansion": 2, "memory_value_expansion": "per-block",
                  "memory_pre_value_dim": 0, "memory_num_heads": 2}),
     ("umv2-8m", {"memory_value_expansion": "none", "memory_value_dim": 256}),
+    ("umv2-8m", {"memory_layer_freq": "2", "engram_layer_freq": "3", "engram_num_keys": 40, "engram_num_heads": 8}),
+    ("umv2-8m", {"ffn_variant": "memory-plus", "engram_layer_freq": "2", "engram_conv_kernel": 0}),
     ("umv2-8m", {"disable_bias_linear": False, "normalization": "LayerNorm", "swiglu": False, "qk_layernorm": False,
                  "position_embedding_type": "learned_absolute", "untie_embeddings_and_output_weights": True}),
     ("umv2-8m", {"group_query_attention": True, "num_query_groups": 2, "add_qkv_bias": True, "kv_channels": 32}),

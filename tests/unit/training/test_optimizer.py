@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from umv2_megatron.config.resolve import resolve
-from umv2_megatron.memory.value_table import VALUE_GROUP
-from umv2_megatron.training.optimizer import ParamScheduler, ValueFactor, build_scheduler
+from umv2_megatron.memory.value_table import TABLE_FAMILY, VALUE_GROUP
+from umv2_megatron.training.optimizer import ParamScheduler, TableRates, ValueFactor, build_scheduler
 
 ROWS = json.loads((Path(__file__).parents[2] / "golden" / "value_lr.json").read_text())["rows"]
 
@@ -32,10 +32,12 @@ def scheduler(row: dict, **changes) -> ParamScheduler:
         "end_wd": 0.1,
         "wd_incr_steps": 1,
         "wd_incr_style": "constant",
-        "value_factor": ValueFactor(row["times"], int(row["rate"] * (row["t_max"] or row["max_steps"]))),
         "warmup_init_fraction": 0.1 if row["warmup_min_lr"] is None else None,
     }
-    return ParamScheduler(SimpleNamespace(param_groups=groups), **{**settings, **changes})
+    own = {key: changes.pop(key) for key in ("factor", "value_lr", "weight_decay") if key in changes}
+    factor = ValueFactor(row["times"], int(row["rate"] * (row["t_max"] or row["max_steps"])))
+    tables = {"memory": TableRates(**{"factor": factor, **own})}
+    return ParamScheduler(SimpleNamespace(param_groups=groups), tables=tables, **{**settings, **changes})
 
 
 @pytest.mark.parametrize("index", range(len(ROWS)))
@@ -50,21 +52,22 @@ def test_rates_of_the_released_code(index):
 def test_the_horizon_is_part_of_the_state():
     first = scheduler(ROWS[0])
     first.step(300)
-    second = scheduler(ROWS[0], value_factor=ValueFactor(9.0, 77), use_checkpoint_opt_param_scheduler=True)
+    second = scheduler(ROWS[0], factor=ValueFactor(9.0, 77), use_checkpoint_opt_param_scheduler=True)
     second.load_state_dict(first.state_dict())
-    assert (second.value_factor, second.num_steps) == (first.value_factor, 300)
+    assert (second.tables["memory"].factor, second.num_steps) == (first.tables["memory"].factor, 300)
     assert (second.dense_lr, second.value_lr) == (first.dense_lr, first.value_lr)
     other = scheduler(
         ROWS[0],
-        value_factor=ValueFactor(9.0, 77),
+        factor=ValueFactor(9.0, 77),
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
     other.load_state_dict(first.state_dict())
-    assert other.value_factor == ValueFactor(9.0, first.value_factor.decay_steps) and other.num_steps == 300
-    other.keep_saved_horizon, other.value_factor = False, ValueFactor(9.0, 77)
+    horizon = first.tables["memory"].factor.decay_steps
+    assert other.tables["memory"].factor == ValueFactor(9.0, horizon) and other.num_steps == 300
+    other.tables["memory"].keep_saved_horizon, other.tables["memory"].factor = False, ValueFactor(9.0, 77)
     other.load_state_dict(first.state_dict())
-    assert other.value_factor == ValueFactor(9.0, 77)
+    assert other.tables["memory"].factor == ValueFactor(9.0, 77)
 
 
 def test_a_rate_of_the_tables_own_has_no_schedule_and_is_part_of_the_state():
@@ -83,7 +86,7 @@ def test_a_rate_of_the_tables_own_has_no_schedule_and_is_part_of_the_state():
 
 
 def test_a_weight_decay_of_the_tables_own_is_theirs_alone_and_part_of_the_state():
-    first = scheduler(ROWS[0], value_weight_decay=1.0)
+    first = scheduler(ROWS[0], weight_decay=1.0)
     first.step(100)
     assert [group["weight_decay"] for group in first.optimizer.param_groups] == [0.1, 1.0]
     second = scheduler(ROWS[0], use_checkpoint_opt_param_scheduler=True)
@@ -94,7 +97,7 @@ def test_a_weight_decay_of_the_tables_own_is_theirs_alone_and_part_of_the_state(
     assert [group["weight_decay"] for group in other.optimizer.param_groups] == [0.1, 0.1]
     old = {key: value for key, value in first.state_dict().items() if key != "value_weight_decay"}
     second.load_state_dict(old)
-    assert second.value_weight_decay is None
+    assert second.tables["memory"].weight_decay is None
 
 
 def test_a_factor_without_decay_stays():
@@ -123,7 +126,7 @@ def schedule_of(*flags: str) -> ParamScheduler:
 )
 def test_the_horizon_of_the_multiple_follows_the_flags(flags, value_steps, decay_steps):
     made = schedule_of(*flags)
-    assert made.value_factor == ValueFactor(3.0, value_steps) and made.lr_decay_steps == decay_steps
+    assert made.tables["memory"].factor == ValueFactor(3.0, value_steps) and made.lr_decay_steps == decay_steps
     assert made.wd_incr_steps == decay_steps
 
 
@@ -144,9 +147,33 @@ def test_a_resumed_run_keeps_the_horizon_unless_told_otherwise(flags, horizon):
     assert saved.value_lr == pytest.approx(2 * saved.dense_lr)
     resumed = schedule_of(*flags)
     resumed.load_state_dict(saved.state_dict())
-    assert resumed.value_factor == ValueFactor(3.0, horizon) and resumed.num_steps == 40
+    assert resumed.tables["memory"].factor == ValueFactor(3.0, horizon) and resumed.num_steps == 40
     factor = {80: 2.0, 32: 1.0, 0: 3.0}[horizon]
     assert resumed.value_lr == pytest.approx(factor * resumed.dense_lr)
+
+
+def test_tables_of_ngrams_beside_others_have_rates_of_their_own():
+    dense = {"params": [], "lr": 0.0, "weight_decay": 0.1}
+    tables = {**dense, VALUE_GROUP: 3.0}
+    beside = {**dense, VALUE_GROUP: 7.0, TABLE_FAMILY: "engram"}
+    fixed = ["--model-preset", "umv2-tiny", "--mock-data", "--train-iters", "10", "--lr", "1e-2"]
+    fixed += ["--micro-batch-size", "1", "--global-batch-size", "8", "--memory-value-lr-mult", "3"]
+    fixed += ["--engram-layer-freq", "2", "--memory-value-weight-decay", "1.0", "--weight-decay", "0.1"]
+
+    def made(*flags: str) -> ParamScheduler:
+        groups = SimpleNamespace(param_groups=[dict(dense), dict(beside), dict(tables)])
+        return build_scheduler(resolve([*fixed, *flags], 1), groups)
+
+    first = made()
+    first.step(40)
+    assert first.value_lr == pytest.approx(2 * first.dense_lr)
+    assert first.value_lr_of("engram") == pytest.approx(5 * first.dense_lr)
+    assert [group["weight_decay"] for group in first.optimizer.param_groups] == [0.1, 0.0, 1.0]
+    other = made("--engram-value-lr-mult", "7", "--engram-value-lr-decay-iters", "10", "--memory-value-lr-mult", "3")
+    other.step(40)
+    assert other.value_lr_of("engram") == pytest.approx(4 * other.dense_lr)
+    other.load_state_dict(first.state_dict())
+    assert other.value_lr_of("engram") == pytest.approx(5 * other.dense_lr), "a resumed run keeps the saved one"
 
 
 def in_samples(*flags: str) -> ParamScheduler:
