@@ -36,10 +36,13 @@ def test_every_layout_there_and_back(layout: Layout, model, tmp_path):
     _check(forked(there_and_back, saved(tmp_path, layout.world, **settings), tmp_path))
 
 
-@pytest.mark.parametrize("variant", ["ultramem", "memory-plus", "pkm", "peer", "engram"])
+@pytest.mark.parametrize("variant", ["ultramem", "memory-plus", "pkm", "peer", "engram", "umv2-engram"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_every_variant_there_and_back(variant, bf16, tmp_path):
     settings = {"ffn_variant": variant, "num_layers": 8, "bf16": bf16}
+    if variant == "umv2-engram":
+        beside = {"engram_layer_freq": "3", "engram_num_keys": 40}
+        settings = {**settings, "ffn_variant": "umv2", "memory_layer_freq": "2", **beside}
     if variant == "engram":
         settings["memory_num_keys"] = 40  # of 16 hashes
     _check(forked(there_and_back, saved(tmp_path, **settings), tmp_path))

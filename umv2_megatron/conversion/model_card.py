@@ -78,7 +78,7 @@ def card(
     """The text; arguments as of ``write_card``, ``code`` the names of the export's Python files."""
     values = config["values"]
     sections = [
-        _head(values["ffn_variant"], licence),
+        _head(values["ffn_variant"], licence, beside=bool(values.get("engram_layer_freq"))),
         _sizes(config, dtype),
         _data(values, training),
         _loading(directory, values, code),
@@ -87,11 +87,15 @@ def card(
     return "\n\n".join(sections) + "\n"
 
 
-def _head(variant: str, licence: str | None) -> str:
+def _head(variant: str, licence: str | None, beside: bool = False) -> str:
     tags = ["umv2", variant, "memory-layers"] if variant not in ("moe", "dense") else ["umv2", variant]
+    if beside:
+        tags.append("engram")
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += [f"license: {json.dumps(licence or 'unknown')}", "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags))]
     kind = _KINDS.get(variant, variant)
+    if beside:
+        kind += f"; beside them {_KINDS['engram']}"
     return "\n".join(lines) + (
         f"\n---\n\n# A language model of the kind {variant}\n\n{kind}. A base model: it continues text. Trained with "
         f"umv2_megatron {__version__}, in the way of Megatron-LM."

@@ -7,11 +7,13 @@ the model. A setting that would change what the model computes and that the othe
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from umv2_megatron.config.engram_config import EngramConfig, NgramLayers, ngram_layers
 from umv2_megatron.config.memory_config import MemoryConfig, model_keys
 from umv2_megatron.config.option_table import option_table
 from umv2_megatron.config.variants import has_memory
@@ -20,6 +22,8 @@ from umv2_megatron.hf.configuration_umv2 import UMv2Config
 from umv2_megatron.hf.name_table import ExpertSizes, MemorySizes, Sizes
 from umv2_megatron.memory.sharing import table_windows
 
+MEMORY_KEYS = (*model_keys(), *(each.name for each in fields(EngramConfig)))
+"""Settings of all memory layers, which have the same names on both sides."""
 # Megatron's key -> the other side's, where value and meaning are the same.
 SAME = {
     "hidden_size": "hidden_size",
@@ -73,7 +77,6 @@ _FIXED = {
     "qk_l2_norm": False,
     "softmax_scale": None,
     "softmax_type": "vanilla",
-    "engram_layer_freq": None,
     # of experts: what one token gets would depend on the others in its batch, or on chance
     "moe_expert_capacity_factor": None,
     "moe_input_jitter_eps": None,
@@ -84,7 +87,7 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
     """Raise ``ConversionError`` naming a setting of a checkpoint's ``config`` that an export cannot express."""
     values = config["values"]
     known, table = UMv2Config().to_dict(), option_table()
-    fixed = {**_FIXED, **{key: table[key].default for key in model_keys() if key not in known}}
+    fixed = {**_FIXED, **{key: table[key].default for key in MEMORY_KEYS if key not in known}}
     if values["ffn_variant"] == "moe" and values["moe_router_load_balancing_type"] == "sinkhorn":
         raise ConversionError(
             "the model was trained with --moe-router-load-balancing-type sinkhorn, which the Hugging Face model does "
@@ -122,7 +125,7 @@ def hf_config(config: dict[str, Any], dtype: torch.dtype, chunk_rows: int, eod: 
     experts = _expert_settings(values)
     made = UMv2Config(
         **{theirs: values[ours] for ours, theirs in SAME.items()},
-        **{key: values[key] for key in model_keys() if key in known and key in values},
+        **{key: values[key] for key in MEMORY_KEYS if key in known and key in values},
         **{theirs: experts[ours] for ours, theirs in OF_EXPERTS.items() if ours in experts},
         # variants with memory layers differ in the fields of those only
         ffn_variant="umv2" if with_memory else values["ffn_variant"],
@@ -278,7 +281,7 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
         )
     theirs = config.to_dict()
     values = {ours: theirs[name] for ours, name in SAME.items()}
-    values.update({key: theirs[key] for key in model_keys() if key in theirs})
+    values.update({key: theirs[key] for key in MEMORY_KEYS if key in theirs})
     if config.ffn_variant == "moe":
         values.update({ours: theirs[name] for ours, name in OF_EXPERTS.items()})
     grouped = config.num_key_value_heads != config.num_attention_heads
@@ -297,21 +300,22 @@ def megatron_values(config: UMv2Config) -> dict[str, Any]:
         add_qkv_bias=config.attention_bias and not config.mlp_bias,
         vocab_size=config.vocab_size,
     )
-    values["memory_layer_freq"] = str(values["memory_layer_freq"])
+    for key in ("memory_layer_freq", "engram_layer_freq"):
+        values[key] = None if values[key] is None else str(values[key])
     return values
 
 
 def sizes_of(values: dict[str, Any], vocabulary: int, chunk_rows: int | None) -> Sizes:
     """Sizes for the name table, from settings by key; ``chunk_rows`` None keeps every value table whole."""
     values = with_sizes(values)
-    memory = memory_config(values)
-    layers: list[MemorySizes | None] = [None] * values["num_layers"]
+    none: list[MemorySizes | None] = [None] * values["num_layers"]
+    layers = {MemoryConfig.family: none, **{family.family: list(none) for family in families(values)}}
     largest = 1
-    if memory is not None:
+    for memory in families(values):
         blocks = [block for block, here in enumerate(memory.memory_layers(values["num_layers"])) if here]
         for index, (block, window) in enumerate(zip(blocks, table_windows(memory, len(blocks)))):
             largest = max(largest, window.rows)
-            layers[block] = MemorySizes(
+            layers[memory.family][block] = MemorySizes(
                 heads=memory.num_heads,
                 keys=memory.key_expansion * window.side,
                 key_dim=memory.key_dim,
@@ -345,7 +349,8 @@ def sizes_of(values: dict[str, Any], vocabulary: int, chunk_rows: int | None) ->
         qk_norm=values["qk_layernorm"],
         post_norm=values.get("norm_placement") == "post",
         wide_qk_norm=values.get("qk_norm_span") == "projection",
-        memory=tuple(layers),
+        memory=tuple(layers[MemoryConfig.family]),
+        ngrams=tuple(layers.get(NgramLayers.family, ())),
         chunk_rows=chunk_rows or largest,
         experts=_expert_sizes(values),
     )
@@ -371,15 +376,21 @@ def memory_config(values: dict[str, Any]) -> MemoryConfig | None:
     return MemoryConfig(**{key.removeprefix("memory_"): values[key] for key in model_keys() if key in values})
 
 
+def families(values: dict[str, Any]) -> list[MemoryConfig]:
+    """All kinds of memory layers of a model: none, those of its variant, or n-gram layers beside them, too."""
+    memory = memory_config(values)
+    beside = None if memory is None else ngram_layers(values)
+    return [family for family in (memory, beside) if family is not None]
+
+
 def chunk_rows_below(values: dict[str, Any], max_bytes: int, itemsize: int) -> int:
     """The most rows of a chunk of a value table that fit into ``max_bytes``, or all rows of the largest table."""
-    memory = memory_config(values)
-    if memory is None:
-        return 1
-    count = sum(memory.memory_layers(values["num_layers"]))
-    largest = max(window.rows for window in table_windows(memory, count))
-    row = max(memory.value_dim, memory.pre_value_dim) * itemsize
-    return max(1, min(largest, max_bytes // row))
+    largest = widest = 1
+    for memory in families(values):
+        count = sum(memory.memory_layers(values["num_layers"]))
+        largest = max(largest, *(window.rows for window in table_windows(memory, count)))
+        widest = max(widest, memory.value_dim, memory.pre_value_dim)
+    return max(1, min(largest, max_bytes // (widest * itemsize)))
 
 
 def _groups(values: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ noted. A manifest keeps the hashes for whoever reads the export later.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from umv2_megatron.hf.name_table import Pairing, pairings
 from umv2_megatron.memory.singular_pair import leading_pair
 
 _JOURNAL = "journal.json"
+_TABLE = re.compile(r"\.(memory|engram)\.table\.")
 _SAME_VECTOR = 1e-6
 """Vectors nearer to each other than this are the same singular vector, computed twice."""
 
@@ -138,8 +140,8 @@ def _files_of(copies: list[Copy], largest: int) -> list[list[Copy]]:
     files mapped whose tensors it loaded, which would be a second mapping of tables that are read from their files."""
     if sum(copy.info.num_bytes for copy in copies) <= largest:
         return [copies]
-    tables = [copy for copy in copies if ".memory.table." in copy.name]
-    others = [copy for copy in copies if ".memory.table." not in copy.name]
+    tables = [copy for copy in copies if _TABLE.search(copy.name)]
+    others = [copy for copy in copies if not _TABLE.search(copy.name)]
     return group_by_size(others, largest) + group_by_size(tables, largest)
 
 

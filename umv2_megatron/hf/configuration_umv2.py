@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -28,6 +28,7 @@ _CHOICES: dict[str, tuple] = {
     "moe_router_dtype": (None, "fp32", "fp64"),
     "memory_scoring": ("tucker", "additive", "ngram"),
     "memory_ngram_tokens": ("folded", "ids"),
+    "engram_ngram_tokens": ("folded", "ids"),
     "memory_score_normalization": ("none", "softmax"),
     "memory_query_mode": ("per_rank", "shared", "per_head"),
     "memory_qk_norm": ("both", "query", "none"),
@@ -40,9 +41,20 @@ _CHOICES: dict[str, tuple] = {
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "max_position_embeddings", "memory_num_keys", "memory_key_dim", "memory_value_dim", "memory_topk",
           "memory_key_topk_cap", "memory_num_heads", "memory_tucker_rank", "memory_num_cores", "memory_key_expansion",
-          "memory_sharing_size")  # fmt: skip
+          "memory_sharing_size", "engram_num_keys", "engram_num_heads")  # fmt: skip
 _KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string", list: "a list",
           dict: "a dictionary", types.NoneType: "None"}  # fmt: skip
+
+
+class UMv2NgramSizes(NamedTuple):
+    """Of an n-gram layer: rows of its table, hashes of n-grams of all lengths together, columns of a row, the longest
+    n-gram, and taps of the convolution (0: none)."""
+
+    rows: int
+    heads: int
+    value_dim: int
+    size: int
+    taps: int
 
 
 class UMv2Config(PreTrainedConfig):
@@ -70,6 +82,8 @@ class UMv2Config(PreTrainedConfig):
         auto_map: where transformers finds the classes when it trusts the code beside an export.
         memory_table_chunk_rows: rows of one chunk of a value table; None keeps every table in one.
         memory_*: the fields of training's MemoryConfig.
+        engram_*: of n-gram layers beside the memory layers, where ``engram_layer_freq`` is not None; training's flags
+            ``--engram-<name>``.
 
     Raises ``ValueError``, one sentence, for sizes and switches that the model cannot compute, and for values of another
     type than their field's.
@@ -177,6 +191,18 @@ class UMv2Config(PreTrainedConfig):
     memory_norm_gain_exponent: float | int = 0.4
     memory_seed: int = 1234
 
+    engram_layer_freq: str | int | None = None
+    engram_num_keys: int = 128
+    engram_value_dim: int | None = None
+    engram_num_heads: int = 16
+    engram_ngram_size: int = 3
+    engram_ngram_tokens: str = "folded"
+    engram_conv_kernel: int = 4
+    # read by training alone
+    engram_value_lr_mult: float | int = 5.0
+    engram_value_lr_decay_iters: int | None = 0
+    engram_value_weight_decay: float | None = 0.0
+
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_types()
         if self.num_key_value_heads is None:
@@ -185,7 +211,7 @@ class UMv2Config(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.ffn_variant == "moe":
             self._take_olmoe()
-        unknown = sorted(key for key in kwargs if key.startswith(("memory_", "moe_")))
+        unknown = sorted(key for key in kwargs if key.startswith(("memory_", "moe_", "engram_")))
         if unknown:
             raise ValueError(
                 f"{unknown[0]} is {kwargs[unknown[0]]!r}, a setting that this version of the model does not know; "
@@ -228,6 +254,8 @@ class UMv2Config(PreTrainedConfig):
                 f"layer_types is {kinds}; expected sliding_attention or full_attention for each of the "
                 f"{self.num_hidden_layers} blocks"
             )
+        if self.engram_layer_freq is not None:
+            self._check_engram()
         if self.ffn_variant == "umv2":
             self._check_memory()
         elif self.ffn_variant == "moe":
@@ -318,14 +346,30 @@ class UMv2Config(PreTrainedConfig):
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; expected {expected} where memory_scoring is ngram"
                 )
-        if self.memory_ngram_size < 2:
-            raise ValueError(f"memory_ngram_size is {self.memory_ngram_size}; expected 2 or more")
-        if self.memory_conv_kernel < 0:
-            raise ValueError(f"memory_conv_kernel is {self.memory_conv_kernel}; expected 0 or more")
-        if self.memory_num_heads % (self.memory_ngram_size - 1):
+        self._check_hashes("memory")
+
+    def _check_engram(self) -> None:
+        if self.ffn_variant != "umv2" or self.memory_scoring == "ngram":
             raise ValueError(
-                f"memory_num_heads is {self.memory_num_heads}; expected a multiple of {self.memory_ngram_size - 1} "
-                f"with memory_ngram_size {self.memory_ngram_size}"
+                f"engram_layer_freq is {self.engram_layer_freq!r}; expected None but beside memory layers (ffn_variant "
+                "umv2) that are no n-gram layers (memory_scoring)"
+            )
+        if not any(self.engram_layers):
+            raise ValueError(f"engram_layer_freq is {self.engram_layer_freq!r}; expected an n-gram layer")
+        if self.engram_value_dim is not None and self.engram_value_dim < 1:
+            raise ValueError(f"engram_value_dim is {self.engram_value_dim}; expected 1 or more")
+        self._check_hashes("engram")
+
+    def _check_hashes(self, prefix: str) -> None:
+        """Of the n-gram layers whose fields begin with ``prefix``."""
+        size, taps, heads = (getattr(self, f"{prefix}_{name}") for name in ("ngram_size", "conv_kernel", "num_heads"))
+        if size < 2:
+            raise ValueError(f"{prefix}_ngram_size is {size}; expected 2 or more")
+        if taps < 0:
+            raise ValueError(f"{prefix}_conv_kernel is {taps}; expected 0 or more")
+        if heads % (size - 1):
+            raise ValueError(
+                f"{prefix}_num_heads is {heads}; expected a multiple of {size - 1} with {prefix}_ngram_size {size}"
             )
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
@@ -380,9 +424,29 @@ class UMv2Config(PreTrainedConfig):
         return parse_layer_freq(self.memory_layer_freq, self.num_hidden_layers)
 
     @property
-    def has_ngrams(self) -> bool:
-        """Whether memory layers are addressed by n-grams of token ids."""
+    def engram_layers(self) -> list[bool]:
+        """For each block, whether it has an n-gram layer beside its memory layer, or where it has none."""
+        if self.engram_layer_freq is None:
+            return [False] * self.num_hidden_layers
+        return parse_layer_freq(self.engram_layer_freq, self.num_hidden_layers, "engram_layer_freq")
+
+    @property
+    def memory_hashes(self) -> bool:
+        """Whether the rows of memory layers are addressed by n-grams of token ids."""
         return self.ffn_variant == "umv2" and self.memory_scoring == "ngram"
+
+    @property
+    def has_ngrams(self) -> bool:
+        """Whether any layer reads n-grams of token ids: memory layers, or those beside them."""
+        return self.memory_hashes or self.engram_layer_freq is not None
+
+    @property
+    def ngrams(self) -> UMv2NgramSizes:
+        """The sizes of the n-gram layers, of a model that has some."""
+        prefix = "memory" if self.memory_hashes else "engram"
+        names = ("num_keys", "num_heads", "value_dim", "ngram_size", "conv_kernel")
+        keys, heads, width, size, taps = (getattr(self, f"{prefix}_{name}") for name in names)
+        return UMv2NgramSizes(keys**2, heads, width or max(1, self.hidden_size // heads), size, taps)
 
     def has_window(self, block: int) -> bool:
         """Whether attention of this block sees the last ``sliding_window`` tokens alone."""
@@ -426,7 +490,7 @@ class UMv2Config(PreTrainedConfig):
         return [(0, layers * brought, start * brought, window) for start in first]
 
 
-def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
+def parse_layer_freq(pattern: str | int, num_layers: int, name: str = "memory_layer_freq") -> list[bool]:
     """Which of ``num_layers`` blocks have a memory layer: "n" means every n-th from the first, otherwise a list of
     zeros and ones in Python's notation with + and * such as "[1,0]*4". ``ValueError`` when it does not fit."""
     text = str(pattern).replace(" ", "")
@@ -444,8 +508,8 @@ def parse_layer_freq(pattern: str | int, num_layers: int) -> list[bool]:
         flags += [digit == "1" for digit in digits] * repeats
     if len(flags) != num_layers:
         raise ValueError(
-            f"memory_layer_freq is {pattern!r}; expected a positive integer or a list of {num_layers} zeros and ones "
-            "such as '[1,0]*2'"
+            f"{name} is {pattern!r}; expected a positive integer or a list of {num_layers} zeros and ones such as "
+            "'[1,0]*2'"
         )
     return flags
 

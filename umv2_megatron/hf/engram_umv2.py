@@ -65,11 +65,12 @@ class UMv2Engram(nn.Module):
 
     def __init__(self, config: UMv2Config, index: int, tables: str) -> None:
         super().__init__()
-        hidden, joined = config.hidden_size, config.memory_num_heads * config.memory_value_dim
+        sizes, hidden = config.ngrams, config.hidden_size
+        joined = sizes.heads * sizes.value_dim
         self.index, self.seed = index, config.memory_seed
-        self.size, self.taps = config.memory_ngram_size, config.memory_conv_kernel
+        self.size, self.taps = sizes.size, sizes.taps
         self.epsilon, self.vocabulary = config.memory_norm_epsilon, config.vocab_size
-        self.primes = hash_sizes(config.memory_num_keys**2, config.memory_num_heads)
+        self.primes = hash_sizes(sizes.rows, sizes.heads)
         self.key_proj = nn.Linear(joined, hidden, bias=False)
         self.value_proj = nn.Linear(joined, hidden, bias=False)
         self.query_norm = nn.Parameter(torch.empty(hidden))
@@ -81,7 +82,7 @@ class UMv2Engram(nn.Module):
         if not self.canonical.is_meta:
             self.multipliers.copy_(self.draw_multipliers())
             self.canonical.copy_(torch.arange(config.vocab_size))
-        self.table = UMv2Table(config, config.memory_num_keys**2, tables)
+        self.table = UMv2Table(config, sizes.rows, tables, sizes.value_dim)
 
     def find_table(self) -> UMv2Table:
         """The table."""
@@ -189,7 +190,7 @@ def ngrams_of(
         keys, values = histories[0].update(ids[:, None, :, None], begins[:, None, :, None])
         ids, begins = (tensor[:, 0, -(length + limit) :, 0] for tensor in (keys, values))
     reach = _reach(ids, begins)[:, -length:].clamp(max=limit)
-    grams = torch.stack([_shifted(ids, back) for back in range(config.memory_ngram_size)], -1)[:, -length:]
+    grams = torch.stack([_shifted(ids, back) for back in range(config.ngrams.size)], -1)[:, -length:]
     found = {}
     for index, (block, layer) in enumerate(layers.items()):
         rows = layer.find_table().announce(layer.addresses(grams, reach))
@@ -198,8 +199,8 @@ def ngrams_of(
 
 
 def _limit(config: UMv2Config) -> int:
-    size = config.memory_ngram_size
-    return max(size - 1, size * (config.memory_conv_kernel - 1))
+    size, taps = config.ngrams.size, config.ngrams.taps
+    return max(size - 1, size * (taps - 1))
 
 
 def _tokens(ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:

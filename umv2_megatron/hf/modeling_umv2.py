@@ -59,6 +59,7 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         layer_idx: int,
         memory: UMv2Memory | UMv2Engram | None,
         reader: UMv2DecoderLayer | None,
+        engram: UMv2Engram | None = None,
     ) -> None:
         super().__init__()
         self.hidden_dropout, self.attention_dropout = config.hidden_dropout, config.attention_dropout
@@ -67,12 +68,18 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = UMv2Attention(config, layer_idx)
         self.mlp = UMv2SparseMLP(config) if config.ffn_variant == "moe" else UMv2MLP(config)
         self.memory = memory
+        self.engram = engram
         self.epsilon = config.norm_eps
         post = config.norm_placement == "post"
         self.input_layernorm = None if post else UMv2Norm(config, config.hidden_size)
         self.post_attention_layernorm = UMv2Norm(config, config.hidden_size)
         self.post_feedforward_layernorm = UMv2Norm(config, config.hidden_size) if post else None
         self._step = UMv2Step()
+
+    @property
+    def hashing(self) -> UMv2Engram | None:
+        """The n-gram layer of this block: its memory layer, or one beside it."""
+        return self.memory if isinstance(self.memory, UMv2Engram) else self.engram
 
     @property
     def adds(self) -> nn.Module | None:
@@ -93,7 +100,7 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor | tuple[Tensor, ...]:
         """The next hidden states. With a read delay ``begun`` is what the memory layer ``adds`` started in its block,
         and what this block's own has started is returned after them; side by side, because checkpointing of activations
-        finds gradients of plain arguments only. ``ngrams`` is for a memory layer that reads some."""
+        finds gradients of plain arguments only. ``ngrams`` is for the layer of this block that reads some."""
         stepped = self._step.attention(self, hidden_states, attention_mask, past_key_values, position_embeddings)
         if stepped is not None:
             hidden_states = stepped
@@ -112,11 +119,16 @@ class UMv2DecoderLayer(GradientCheckpointingLayer):
             x, read = hidden_states, functional.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.epsilon)
         # Rows that lie outside the device are on their way while the FFN computes.
         known = {} if ngrams is None else {"ngrams": ngrams}
-        started = self.memory(read, **known) if self.memory is not None else None
+        started = None
+        if self.memory is not None:
+            started = self.memory(read, **known) if self.engram is None else self.memory(read)
+        beside = self.engram(read, **known) if self.engram is not None else None
         added = self.mlp(x)
         adds = self.adds
         if adds is not None:
             added = added + adds(None, begun if self.delayed else started).to(added.device)
+        if self.engram is not None:
+            added = added + self.engram(None, beside).to(added.device)
         if self.post_feedforward_layernorm is not None:
             added = self.post_feedforward_layernorm(added)
         hidden_states = hidden_states + self._dropped(added)
@@ -148,7 +160,7 @@ class UMv2PreTrainedModel(PreTrainedModel):
         self.memory_tables = memory_tables
         if memory_tables != "device":
             # transformers shall leave them in the files
-            self._keys_to_ignore_on_load_unexpected = [r"\.memory\.table\."]
+            self._keys_to_ignore_on_load_unexpected = [r"\.(memory|engram)\.table\."]
 
     @classmethod
     def from_pretrained(
@@ -322,14 +334,17 @@ class UMv2Model(UMv2PreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList()
         blocks: list[UMv2Elsewhere] = []  # of the memory layers
+        beside = config.engram_layers
         for index, has_memory in enumerate(config.memory_layers):
             reader = index - config.memory_read_delay
             memory: UMv2Memory | UMv2Engram | None = None
-            if has_memory and config.has_ngrams:
+            if has_memory and config.memory_hashes:
                 memory = UMv2Engram(config, len(blocks), memory_tables)
             elif has_memory:
                 memory = UMv2Memory(config, len(blocks), blocks, memory_tables)
-            layer = UMv2DecoderLayer(config, index, memory, self.layers[reader] if 0 <= reader < index else None)
+            engram = UMv2Engram(config, sum(beside[:index]), memory_tables) if beside[index] else None
+            source = self.layers[reader] if 0 <= reader < index else None
+            layer = UMv2DecoderLayer(config, index, memory, source, engram)
             self.layers.append(layer)
             if has_memory:
                 blocks.append(UMv2Elsewhere(layer))
@@ -372,7 +387,7 @@ class UMv2Model(UMv2PreTrainedModel):
             let_grow(past_key_values)
         ngrams: dict[int, UMv2Ngrams] = {}
         if self.config.has_ngrams:
-            readers = {block: layer.memory for block, layer in enumerate(self.layers) if layer.memory is not None}
+            readers = {block: layer.hashing for block, layer in enumerate(self.layers) if layer.hashing is not None}
             ngrams = ngrams_of(self.config, readers, input_ids, attention_mask, position_ids, past_key_values)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -83,6 +83,8 @@ class Sizes:
     """Whether norms stand behind attention and FFN, and not before them."""
     wide_qk_norm: bool = False
     """Whether the norms of queries and keys have a gain for each element of all heads."""
+    ngrams: tuple[Optional[MemorySizes], ...] = ()
+    """The n-gram layers beside the memory layers, one for each block as these; empty where there are none."""
     experts: Optional[ExpertSizes] = None
     """What every block has in the place of the FFN; None with an FFN."""
 
@@ -287,7 +289,10 @@ def pairings(sizes: Sizes) -> Iterator[Pairing]:
         rows = _OF_A_LAYER + (_OF_AN_FFN if sizes.experts is None else _OF_EXPERTS)
         yield from _pair(rows, sizes, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
         if memory is not None:
-            yield from _pair_memory(memory, sizes, layer)
+            yield from _pair_memory(memory, sizes, layer, "memory")
+        beside = sizes.ngrams[layer] if sizes.ngrams else None
+        if beside is not None:
+            yield from _pair_memory(beside, sizes, layer, "engram")
     yield from _pair(_LAST, sizes)
 
 
@@ -301,11 +306,11 @@ def _pair(rows: tuple[_Row, ...], sizes: Sizes, key_prefix: str = "", name_prefi
             yield Pairing(key_prefix + row.key, shape, parts, row.dtype, row.padded)
 
 
-def _pair_memory(memory: MemorySizes, sizes: Sizes, layer: int) -> Iterator[Pairing]:
+def _pair_memory(memory: MemorySizes, sizes: Sizes, layer: int, place: str) -> Iterator[Pairing]:
     for row in _OF_A_MEMORY_LAYER:
         if not row.when(memory):
             continue
-        name, shape = f"model.layers.{layer}.memory.{row.name}", row.shape(memory, sizes)
+        name, shape = f"model.layers.{layer}.{place}.{row.name}", row.shape(memory, sizes)
         if row.chunked:
             starts = range(0, shape[0], sizes.chunk_rows)
             parts = tuple(
@@ -314,4 +319,4 @@ def _pair_memory(memory: MemorySizes, sizes: Sizes, layer: int) -> Iterator[Pair
             )
         else:
             parts = (Part(name, ((0, shape[0]),)),)
-        yield Pairing(f"decoder.layers.{layer}.mlp.memory.{row.name}", shape, parts, row.dtype, False)
+        yield Pairing(f"decoder.layers.{layer}.mlp.{place}.{row.name}", shape, parts, row.dtype, False)

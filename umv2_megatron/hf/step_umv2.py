@@ -282,7 +282,7 @@ def _angles(angles: tuple[Tensor, Tensor] | None, batch: int) -> tuple[int | Non
 
 def _feedforward_call(block: Any) -> tuple[_Contents, FeedforwardPart, _MemoryCall | None]:
     contents, call = _Contents(), FeedforwardPart()
-    contents.complete = _norms_come_first(block)
+    contents.complete = _norms_come_first(block) and block.engram is None
     call.norm = contents.norm(block, "post_attention_layernorm")
     mlp = contents.module(block, "mlp", UMv2MLP)
     contents.complete &= type(mlp) is UMv2MLP and mlp.gate_proj is not None and type(mlp.act_fn) in _SILU

@@ -228,16 +228,19 @@ class UMv2Table(nn.Module):
     Args:
         config: of the model.
         rows: A, of the whole table.
+        value_dim: Dv, where it is not that of the configuration's memory layers; such a table has no pre-values.
         place: one of ``PLACES``. Off the device and in int8 there are no parameters; the chunks come by ``attach``.
     """
 
-    def __init__(self, config: UMv2Config, rows: int, place: str) -> None:
+    def __init__(self, config: UMv2Config, rows: int, place: str, value_dim: int | None = None) -> None:
         super().__init__()
         self.rows = rows
         self.place, _, rounded = place.partition("-")
         self.rounded = bool(rounded)
         self.chunk_rows = min(config.memory_table_chunk_rows or rows, rows)
         widths = {"values": config.memory_value_dim, "pre_values": config.memory_pre_value_dim}
+        if value_dim is not None:
+            widths = {"values": value_dim}
         self.widths = {kind: width for kind, width in widths.items() if width}
         self.dtype = torch.get_default_dtype()  # that of the model, in which picked rows are given
         self._mapped: dict[str, list[MappedTensor]] = {}

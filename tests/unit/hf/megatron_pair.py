@@ -15,6 +15,7 @@ from umv2_megatron.parallel import cpu_platform
 
 cpu_platform.install()
 
+from umv2_megatron.config.engram_config import EngramConfig  # noqa: E402
 from umv2_megatron.config.flags import read_mapping  # noqa: E402
 from umv2_megatron.config.memory_config import MemoryConfig  # noqa: E402
 from umv2_megatron.config.presets import PRESETS  # noqa: E402
@@ -52,6 +53,7 @@ def hf_config(run: RunConfig, **changes: Any) -> UMv2Config:
     config = run.transformer_config()
     memory = {f"memory_{f.name}": getattr(run.memory, f.name) for f in dataclasses.fields(MemoryConfig)
               if f.name not in NOT_EXPORTED}  # fmt: skip
+    beside = {f.name: run.values[f.name] for f in dataclasses.fields(EngramConfig)}
     values = {
         "vocab_size": run.padded_vocab_size(run.values["vocab_size"]),
         "hidden_size": config.hidden_size,
@@ -82,6 +84,7 @@ def hf_config(run: RunConfig, **changes: Any) -> UMv2Config:
         "mlp_bias": config.add_bias_linear,
         "ffn_variant": "umv2" if run.has_memory else run.model.ffn_variant,
         **memory,
+        **beside,
         **(experts_config(config) if run.has_experts else {}),
         **changes,
     }
@@ -162,8 +165,8 @@ def hf_state(megatron: torch.nn.Module, config: UMv2Config) -> dict[str, torch.T
                     state[f"{prefix}mlp.{target}_proj.{kind}"] = part
             elif ".table" in rest:
                 for index, chunk in enumerate(tensor.split(config.memory_table_chunk_rows or len(tensor))):
-                    state[f"{prefix}memory.table.{kind}.{index}"] = chunk
-            elif rest.startswith("mlp.memory"):
+                    state[f"{prefix}{parts[4]}.table.{kind}.{index}"] = chunk
+            elif rest.startswith(("mlp.memory", "mlp.engram")):
                 state[prefix + name.split(".mlp.", 1)[1]] = tensor
             else:
                 state[f"{prefix}{SIMPLE[rest]}.{kind}"] = tensor
@@ -195,7 +198,7 @@ def pair(changes: dict[str, Any], hf_changes: dict[str, Any]) -> tuple[torch.nn.
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         for _, layer in memory_layers(megatron):
-            if run.memory.hashes and layer.conv is not None:  # which starts at zero, and ids as they are
+            if layer.config.hashes and layer.conv is not None:  # which starts at zero, and ids as they are
                 layer.conv.copy_(torch.randn(layer.conv.shape, generator=generator))
                 layer.set_canonical(torch.arange(layer.vocabulary) // 3)
     for _, layer in memory_layers(megatron):

@@ -46,6 +46,11 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"ffn_variant": "engram", "memory_num_heads": 4, "memory_num_keys": 24}, {"memory_table_chunk_rows": 100}),
     ({"ffn_variant": "engram", "memory_ngram_size": 4, "memory_num_heads": 3, "memory_conv_kernel": 2,
       "norm_placement": "post"}, {}),
+    ({"engram_layer_freq": "[1,0,1,0]", "memory_layer_freq": "[1,1,0,0]", "engram_num_heads": 4,
+      "engram_num_keys": 24}, {"memory_table_chunk_rows": 100}),
+    ({"engram_layer_freq": "1", "engram_num_heads": 3, "engram_ngram_size": 4, "engram_value_dim": 5,
+      "ffn_variant": "ultramem", "memory_layer_freq": "[1,0,0,0]", "memory_num_keys": 40,
+      "norm_placement": "post"}, {}),
     ({"ffn_variant": "dense"}, {}),
     ({"ffn_variant": "moe", "moe_ffn_hidden_size": 16, "num_layers": 1}, {}),  # as OLMoE
     ({**MOE, "moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 2.5, "moe_router_dtype": "fp64"}, {}),

@@ -24,6 +24,12 @@ ENGRAM: dict[str, Any] = {
     "memory_num_cores": 1, "memory_tucker_rank": 1, "memory_query_mode": "shared", "memory_layer_freq": "[1,1,0,0]",
     "memory_num_keys": 40,
 }  # fmt: skip
+BESIDE: dict[str, Any] = {
+    "memory_scoring": "tucker", "memory_num_heads": 1, "memory_topk": 6, "memory_pre_value_dim": 12,
+    "memory_num_cores": 2, "memory_tucker_rank": 2, "memory_query_mode": "per_rank", "memory_layer_freq": "[0,1,1,0]",
+    "memory_num_keys": 14, "engram_layer_freq": "[1,1,0,0]", "engram_num_heads": 4, "engram_num_keys": 40,
+}  # fmt: skip
+"""Changes of ``ENGRAM``: the same n-gram layers beside others."""
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -31,15 +37,17 @@ def model_of(**changes: Any) -> UMv2ForCausalLM:
     """The tiny model with two n-gram layers, some equal tokens, and a convolution that does something."""
     model = tiny_model(**{**ENGRAM, **changes}).double()
     for layer in model.model.layers:
-        if layer.memory is not None:
-            layer.memory.canonical //= 2
-            if layer.memory.conv is not None:
-                torch.nn.init.normal_(layer.memory.conv)
+        if layer.hashing is not None:
+            layer.hashing.canonical //= 2
+            if layer.hashing.conv is not None:
+                torch.nn.init.normal_(layer.hashing.conv)
     return model
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, {"memory_ngram_size": 2, "memory_conv_kernel": 0}, {"sliding_window": 5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"memory_ngram_size": 2, "memory_conv_kernel": 0}, {"sliding_window": 5}, BESIDE]
+)
 def test_decoding_with_a_cache_is_decoding_without(changes: dict[str, Any]) -> None:
     model, prompt = model_of(**changes), tokens(3, 7)
     options = {"max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -63,9 +71,24 @@ def test_decoding_with_a_cache_is_decoding_without(changes: dict[str, Any]) -> N
         torch.testing.assert_close(model(sequence[:, 7:], past_key_values=cache).logits, expected[:, 7:], **CLOSE)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side: str) -> None:
-    model, lengths = model_of(), (3, 12, 6)
+@torch.no_grad()
+def test_compiled_steps_leave_no_layer_out() -> None:
+    """In float32, blocks without an n-gram layer take compiled steps where this machine has a compiler."""
+    model, sequence = model_of(**BESIDE).float(), tokens(1, 12)
+    expected = model(sequence, use_cache=False).logits
+    for layer in (model.model.layers[0].hashing, model.model.layers[2].memory):
+        assert layer is not None
+    cache, found = None, []
+    for place in range(12):
+        step = model(sequence[:, place : place + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        found.append(step.logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "changes"), [("left", {}), ("right", {}), ("left", BESIDE)])
+def test_padding_changes_nothing(side: str, changes: dict[str, Any]) -> None:
+    model, lengths = model_of(**changes), (3, 12, 6)
     rows = [tokens(1, length, seed=length) for length in lengths]
     batch, mask = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.int64)
     for row, one in enumerate(rows):
@@ -106,23 +129,28 @@ def test_only_the_tokens_that_the_layer_reads_change_a_logit() -> None:
     assert {back for back, changed in enumerate(seen, 1) if changed} == reached
 
 
+@pytest.mark.parametrize("changes", [{}, BESIDE], ids=["alone", "beside"])
 @pytest.mark.parametrize("place", ["device", "cpu", "mmap", "cpu-int8"])
-def test_saved_and_loaded_with_tables_anywhere(place: str, tmp_path: Path) -> None:
-    model = model_of(memory_table_chunk_rows=700).float()
+def test_saved_and_loaded_with_tables_anywhere(place: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of(memory_table_chunk_rows=700, **changes).float()
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, memory_tables=place)
-    memory = loaded.model.layers[1].memory
-    assert torch.equal(memory.multipliers, model.model.layers[1].memory.multipliers)
+    memory = loaded.model.layers[1].hashing
+    assert torch.equal(memory.multipliers, model.model.layers[1].hashing.multipliers)
     assert torch.equal(memory.canonical, torch.arange(96) // 2)
     prompt = tokens(2, 9)
-    limit = {"rtol": 0, "atol": 0.2 if "int8" in place else 1e-5}
     with torch.no_grad():
-        torch.testing.assert_close(loaded(prompt).logits, model(prompt).logits, **limit)
+        found, expected = loaded(prompt).logits, model(prompt).logits
+        if "int8" in place:  # where rounded rows may change the picks of later blocks
+            assert 0 < (found - expected).abs().mean() < 0.05 * expected.std()
+        else:
+            torch.testing.assert_close(found, expected, **CLOSE)
         assert loaded.generate(prompt, max_new_tokens=3, do_sample=False).shape == (2, 12)
 
 
-def test_gradients_reach_every_parameter() -> None:
-    model, batch = model_of().train(), tokens(2, 15)
+@pytest.mark.parametrize("changes", [{}, BESIDE], ids=["alone", "beside"])
+def test_gradients_reach_every_parameter(changes: dict[str, Any]) -> None:
+    model, batch = model_of(**changes).train(), tokens(2, 15)
     model.gradient_checkpointing_enable()
     model(batch, labels=batch).loss.backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
@@ -143,3 +171,14 @@ def test_what_does_not_say_which_tokens_come_before_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             tiny_config(**{**ENGRAM, **changes})
+    for changes, told in (
+        ({"memory_scoring": "ngram"}, "engram_layer_freq is '.*'; expected None but beside memory layers"),
+        ({"ffn_variant": "dense"}, "engram_layer_freq is '.*'; expected None but beside memory layers"),
+        ({"engram_layer_freq": "[1,0]"}, r"engram_layer_freq is '\[1,0\]'; expected a positive integer or a list of 4"),
+        ({"engram_layer_freq": "[0]*4"}, "expected an n-gram layer"),
+        ({"engram_num_heads": 3}, "engram_num_heads is 3; expected a multiple of 2 with engram_ngram_size 3"),
+        ({"engram_value_dim": 0}, "engram_value_dim is 0; expected 1 or more"),
+        ({"engram_more": 1}, "engram_more is 1, a setting that this version of the model does not know"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            tiny_config(**{**BESIDE, **changes})
