@@ -106,7 +106,7 @@ def test_an_export_gives_the_numbers_of_its_checkpoint_and_goes_back(whole, tmp_
     numbers = {name: value for name, value in alone.items() if isinstance(value, float)}
     assert numbers and all(there[name] == pytest.approx(value, rel=1e-4) for name, value in numbers.items())
     assert all(again[name] == value for name, value in numbers.items())
-    train(1, ["verify", "--load", str(whole[0]), "--export", str(export)], tmp_path / "o", run_convert_instead)
+    train(1, ["verify", "--load", str(whole[0]), "--hf", str(export)], tmp_path / "o", run_convert_instead)
 
 
 def test_other_layers_on_resumption_are_refused(whole, tmp_path):

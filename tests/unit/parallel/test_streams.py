@@ -217,9 +217,12 @@ def test_inline_is_nothing() -> None:
         pass
 
 
-def real_slot() -> dict[str, Any]:
-    """FFNWithMemory with and without the second stream: results, gradients, and what was recorded."""
+def real_slot(*beside: str) -> dict[str, Any]:
+    """FFNWithMemory with and without the second stream: results, gradients, and what was recorded. ``beside``: flags of
+    an n-gram layer beside the memory layer."""
     from megatron.core import parallel_state, tensor_parallel
+
+    from umv2_megatron.memory.ngrams import contexts
 
     parallel_state.initialize_model_parallel()
     found: dict[str, Any] = {}
@@ -227,16 +230,24 @@ def real_slot() -> dict[str, Any]:
         tensor_parallel.model_parallel_cuda_manual_seed(3)
         torch.manual_seed(3)
         flags = ["--model-preset", "umv2-tiny", "--transformer-impl", "local", *(["--memory-stream"] * stream)]
-        run = resolve(flags, for_training=False)
+        run = resolve([*flags, *beside], for_training=False)
         config = run.transformer_config()
-        slot = FFNWithMemory(config, umv2_layer_spec(config, run.memory).submodules.mlp.submodules, run.memory)
+        spec = umv2_layer_spec(config, run.memory, ngrams=run.ngrams, vocabulary=50).submodules.mlp
+        slot = FFNWithMemory(config, spec.submodules, **spec.params)
         slot.set_layer_number(1)
-        assert slot.memory is not None
+        assert slot.memory is not None and (slot.engram is not None) is bool(beside)
         recorder = Recorder()
         side = streams.SideStream(recorder)
         streams.branch_for = lambda _, wanted, side=side: side if wanted else streams.INLINE  # this process is ours
         accumulators = []
-        for name, table in slot.memory.table.named_parameters():
+        tables = list(slot.memory.table.named_parameters())
+        told = {}
+        if slot.engram is not None:
+            torch.nn.init.normal_(slot.engram.conv)
+            tables.append(("values beside", slot.engram.table.values))
+            ids = torch.randint(50, (1, 32), generator=torch.Generator().manual_seed(6))
+            told["padding_mask"] = contexts(ids, run.ngrams, 50)
+        for name, table in tables:
             table.main_grad = torch.zeros_like(table)
             accumulators.append(table.expand_as(table).grad_fn.next_functions[0][0])
             accumulators[-1].register_hook(lambda *_, name=name, r=recorder: r.note(f"{name} is complete", "main"))
@@ -244,7 +255,7 @@ def real_slot() -> dict[str, Any]:
             getattr(slot.memory, part).register_forward_hook(lambda *_, p=part, r=recorder: r.note(p))
         slot.ffn.register_forward_hook(lambda *_, r=recorder: r.note("ffn"))
         x = torch.randn(32, 1, 64, generator=torch.Generator().manual_seed(5)).requires_grad_()
-        output, _ = slot(x)
+        output, _ = slot(x, **told)
         output.square().sum().backward()
         gradients = {n: getattr(p, "main_grad", p.grad).clone() for n, p in slot.named_parameters()}
         found[str(stream)] = {"output": output.detach(), "x": x.grad, **gradients}
@@ -326,6 +337,17 @@ def test_the_real_slot_gives_the_same_bits() -> None:
         "values is complete", "pre_values is complete",
     }  # fmt: skip
     assert {stream for stream, _ in found["False events"]} == {"main"}
+
+
+def test_with_an_ngram_layer_beside_it_too() -> None:
+    flags = ("--engram-layer-freq", "1", "--engram-num-heads", "4", "--engram-num-keys", "24")
+    found = run_ranks(1, real_slot, *flags)[0]
+    assert any(name.startswith("engram.") for name in found["True"])
+    for name, tensor in found["True"].items():
+        assert torch.equal(tensor, found["False"][name]) and tensor.abs().sum() > 0, name
+    events = found["True events"]
+    assert [name for _, name in events if "complete" in name].count("values beside is complete") == 1
+    assert events[0] == ("side", "wait for main") and [name for _, name in events].count("wait for side") == 2
 
 
 def row_slot() -> dict[str, Any]:
