@@ -344,7 +344,10 @@ def test_with_an_ngram_layer_beside_it_too() -> None:
     found = run_ranks(1, real_slot, *flags)[0]
     assert any(name.startswith("engram.") for name in found["True"])
     for name, tensor in found["True"].items():
-        assert torch.equal(tensor, found["False"][name]) and tensor.abs().sum() > 0, name
+        if name == "x":  # the sum of three gradients, those of both layers first where they share a fork
+            torch.testing.assert_close(tensor, found["False"][name], rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(tensor, found["False"][name]) and tensor.abs().sum() > 0, name
     events = found["True events"]
     assert [name for _, name in events if "complete" in name].count("values beside is complete") == 1
     assert events[0] == ("side", "wait for main") and [name for _, name in events].count("wait for side") == 2
