@@ -19,7 +19,7 @@ from torch import Tensor
 
 from umv2_megatron.ops import cpu_build
 
-AHEAD = (0, 4, 8, 16, 32)
+AHEAD = (0, 8, 16, 32, 64, 128)
 LEVELS = (1, 2)
 
 

@@ -126,6 +126,12 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype).contiguous()
 
 
+def _sums(picks: Picks, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Room for a sum of every token; zeros where there are tokens without picks, to which kernels write nothing."""
+    written = picks.tokens is None and picks.rows.numel() > 0
+    return (torch.empty if written else torch.zeros)(tokens, width, dtype=dtype)
+
+
 # -- flat picks -----------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +145,7 @@ def flat_pre_scores(picks: Picks, projected: Tensor, pre_values: Tensor, dtype: 
 
 def flat_weighted_sum(picks: Picks, tokens: int, weights: Tensor, values: Tensor, num_blocks: int) -> Tensor:
     """[T, E * Dv] for T = ``tokens``."""
-    out = torch.zeros(tokens, num_blocks * values.shape[1], dtype=values.dtype)
+    out = _sums(picks, tokens, num_blocks * values.shape[1], values.dtype)
     weights = _as(weights, _wide(values))
     picks.run("umv2_weighted_sum", values, num_blocks, weights.shape[-1], weights, values, out)
     return out
@@ -165,7 +171,7 @@ def flat_pre_scores_backward(
 ) -> Tensor:
     """The gradient of ``projected``."""
     inputs = _as(projected, pre_values.dtype)
-    projected_grad = torch.zeros_like(inputs)
+    projected_grad = _sums(picks, inputs.shape[0], inputs.shape[1], inputs.dtype)
     picks.run(
         "umv2_pre_scores_backward", pre_values, 1, 1,
         _as(rho_grad, _wide(pre_values)), inputs, pre_values, projected_grad, pre_value_sum,
@@ -212,7 +218,7 @@ def one_pass(
         return None
     assert pre_values.shape[0] == values.shape[0], (pre_values.shape, values.shape)
     picks = _grid(rows, blocks if num_blocks > 1 else None)
-    out = torch.zeros(rows.shape[0], num_blocks * values.shape[1], dtype=values.dtype)
+    out = _sums(picks, rows.shape[0], num_blocks * values.shape[1], values.dtype)
     rho = torch.empty(rows.shape, dtype=scores.dtype)
     picks.run(
         "umv2_one_pass", values, num_blocks, scores.shape[-1],
@@ -220,6 +226,37 @@ def one_pass(
         pre_width=pre_values.shape[1],
     )  # fmt: skip
     return out, rho
+
+
+def one_pass_backward(
+    rows: Tensor,
+    blocks: Optional[Tensor],
+    scores: Tensor,
+    rho: Tensor,
+    projected: Tensor,
+    pre_values: Tensor,
+    grad_out: Tensor,
+    values: Tensor,
+    value_sum: Optional[Tensor],
+    pre_value_sum: Optional[Tensor],
+) -> Optional[tuple[Tensor, Tensor]]:
+    """The gradients of scores and projected input after ``one_pass``; those of the tables are added to the two sums.
+    What ``weighted_sum_backward`` and ``pre_scores_backward`` give, but for the last bits; None without a kernel."""
+    sums = [each.dtype for each in (value_sum, pre_value_sum) if each is not None]
+    if len(set(sums)) > 1 or not supports(values, value_sum) or not supports(pre_values, pre_value_sum):
+        return None
+    num_blocks = grad_out.shape[1]
+    picks = _grid(rows, blocks if num_blocks > 1 else None)
+    scores, inputs = _as(scores, scores.dtype), _as(projected, values.dtype)
+    score_grad, rho_grad = torch.empty_like(scores), torch.empty_like(rho)
+    projected_grad = _sums(picks, inputs.shape[0], inputs.shape[1], inputs.dtype)
+    picks.run(
+        "umv2_one_pass_backward", values, num_blocks, scores.shape[-1],
+        scores, rho, inputs, pre_values, _as(grad_out, values.dtype), values,
+        score_grad, rho_grad, projected_grad, value_sum, pre_value_sum,
+        sum_dtype=sums[0] if sums else None, pre_width=pre_values.shape[1],
+    )  # fmt: skip
+    return score_grad, projected_grad.to(projected.dtype)
 
 
 @or_plain(scatter, "values", "value_sum")

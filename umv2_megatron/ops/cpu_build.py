@@ -11,7 +11,7 @@ from umv2_megatron.ops.from_export import module_of_exports
 
 _HERE = Path(__file__).parent
 _SOURCES = tuple(f"cpu_{name}.cpp" for name in ("attention", "blocks", "kernels", "retrieval", "search"))
-_HEADERS = tuple(f"cpu_{name}.h" for name in ("exponential", "product", "rows", "threads"))
+_HEADERS = tuple(f"cpu_{name}.h" for name in ("exponential", "picks", "product", "rows", "threads"))
 
 
 def library() -> ctypes.CDLL:

@@ -46,7 +46,7 @@ def _cpu() -> Backend:
     from umv2_megatron.ops import cpu, cpu_build, cpu_ragged, cpu_retrieval, cpu_search, whole_table
 
     cpu_build.library()
-    lookup = partial(whole_table.lookup, cpu, one_pass=cpu.one_pass)
+    lookup = partial(whole_table.lookup, cpu, one_pass=whole_table.OnePass(cpu.one_pass, cpu.one_pass_backward))
     return Backend("cpu", cpu_search, lookup, cpu, cpu_ragged, retrieve=cpu_retrieval.retrieve)
 
 

@@ -77,7 +77,10 @@ def in_list(parts, x: dict, blocks: int, sum_dtype: torch.dtype) -> dict[str, Te
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("cores, width, blocks", [(1, 1, 1), (2, 24, 1), (3, 57, 4), (5, 5, 2)])
+# 149 columns of a slice: every step that a loop over columns has, with vectors of 32 and of 64 bytes.
+@pytest.mark.parametrize(
+    "cores, width, blocks", [(1, 1, 1), (2, 24, 1), (3, 57, 4), (5, 5, 2), (2, 298, 1), (1, 75, 2)]
+)
 @pytest.mark.parametrize("kind", ["grid", "list"])
 def test_parts_equal_plain_pytorch(kind: str, cores: int, width: int, blocks: int, threads: int) -> None:
     run, compiled, plain = (on_grid, cpu, scatter) if kind == "grid" else (in_list, cpu_ragged, ragged)
@@ -85,6 +88,7 @@ def test_parts_equal_plain_pytorch(kind: str, cores: int, width: int, blocks: in
         (torch.float64, torch.float64, 1e-13),
         (torch.float32, torch.float32, 1e-5),
         (torch.bfloat16, torch.float32, 1e-2),
+        (torch.bfloat16, torch.bfloat16, 5e-2),
     ):
         x = inputs(cores, width, blocks, dtype)
         exact = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
@@ -114,6 +118,108 @@ def test_one_pass_has_the_bits_of_two(
     assert cpu.one_pass(*half, "none") is None
 
 
+def both_backwards(x: dict, pre_width: int, blocks: int, sum_dtype: torch.dtype, frozen: tuple[str, ...] = ()) -> tuple:
+    """Gradients of scores and projected input and the two sums, by one pass and by parts."""
+    generator = torch.Generator().manual_seed(6)
+    dtype = x["table"].dtype
+    pre_values = torch.randn(ROWS, pre_width, generator=generator).to(dtype)
+    projected = torch.randn(TOKENS, pre_width, generator=generator).to(dtype)
+    rho = cpu.pre_scores(x["rows"], projected, pre_values, x["weights"].dtype)
+    results = []
+    for one in (True, False):
+        sums = [None if name in frozen else torch.full(table.shape, 0.5, dtype=sum_dtype)
+                for name, table in (("values", x["table"]), ("pre_values", pre_values))]  # fmt: skip
+        places = x["blocks"] if blocks > 1 else None
+        if one:
+            tensors = (projected, pre_values, x["grad_out"], x["table"])
+            found = cpu.one_pass_backward(x["rows"], places, x["weights"], rho, *tensors, *sums)
+            assert found is not None
+        else:
+            weights = x["weights"] * rho.unsqueeze(-1)
+            weight_grad = cpu.weighted_sum_backward(x["rows"], places, weights, x["grad_out"], x["table"], sums[0])
+            rho_grad = (weight_grad * x["weights"]).sum(-1)
+            projected_grad = cpu.pre_scores_backward(x["rows"], rho_grad, projected, pre_values, sums[1])
+            found = weight_grad * rho.unsqueeze(-1), projected_grad
+        results.append([*found, *(each for each in sums if each is not None)])
+    return tuple(results)
+
+
+@pytest.mark.parametrize("frozen", [(), ("values",), ("pre_values",), ("values", "pre_values")])
+@pytest.mark.parametrize("cores, pre_width, width, blocks", [(1, 3, 1, 1), (2, 75, 298, 1), (3, 40, 57, 4)])
+def test_backward_in_one_pass_equals_the_parts(
+    cores: int, pre_width: int, width: int, blocks: int, frozen: tuple[str, ...], threads: int
+) -> None:
+    for dtype, sum_dtype, tolerance in (
+        (torch.float64, torch.float64, 1e-14),
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 1e-2),  # the gradient of the projected input is rounded to bfloat16
+        (torch.bfloat16, torch.bfloat16, 2e-2),
+    ):
+        one, parts = both_backwards(inputs(cores, width, blocks, dtype), pre_width, blocks, sum_dtype, frozen)
+        assert len(one) == 4 - len(frozen)
+        for found, expected in zip(one, parts):
+            assert found.dtype == expected.dtype and expected.abs().max() > 0.5
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max(), (dtype, sum_dtype)
+
+
+def test_backward_in_one_pass_refuses_what_it_has_no_kernel_for() -> None:
+    x = inputs(1, 8, 1, torch.bfloat16)
+    rho, sums = x["rho_grad"], [torch.zeros(ROWS, 8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    arguments = (x["rows"], None, x["weights"], rho, x["projected"], x["table"], x["grad_out"], x["table"])
+    assert cpu.one_pass_backward(*arguments, *sums) is None and not any(each.any() for each in sums)
+    assert cpu.one_pass_backward(*arguments, sums[0].double(), None) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_columns_keep_their_places(dtype: torch.dtype) -> None:
+    """One pick of a token with a weight of 1 is its row, of any width, also NaN and infinities."""
+    special = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, torch.finfo(dtype).tiny, torch.finfo(dtype).max]
+    for width in range(1, 150):
+        table = torch.randn(5, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+        table[3] = torch.tensor(special, dtype=dtype).repeat(width)[:width]
+        rows, wide = torch.tensor([[4], [0], [3]]), torch.float64 if dtype == torch.float64 else torch.float32
+        out = cpu.weighted_sum(rows, None, torch.ones(3, 1, 1, dtype=wide), table, 1)
+        torch.testing.assert_close(out, table[rows[:, 0]], rtol=0, atol=0, equal_nan=True)
+        total = torch.zeros_like(table)
+        picked = cpu.weighted_sum_backward(
+            rows[:2], None, torch.ones(2, 1, 1, dtype=wide), table[:2].unsqueeze(1), table, total
+        )
+        assert torch.equal(total[4], table[0]) and torch.equal(total[0], table[1]) and not total[1:4].any()
+        expected = (table[[4, 0]].double() * table[:2].double()).sum(-1)
+        torch.testing.assert_close(picked.flatten().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [1.00390625, 1.0078125, 3.0, 1e-3])
+def test_sums_in_bfloat16_are_rounded_to_nearest(weight: float) -> None:
+    """Ties to even, as PyTorch rounds."""
+    table = torch.randn(300, 77, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rows = torch.arange(300).unsqueeze(1)
+    out = cpu.weighted_sum(rows, None, torch.full((300, 1, 1), weight), table, 1)
+    assert torch.equal(out, (table.float() * weight).bfloat16())
+
+
+@pytest.mark.parametrize("rows", [[0] * 4000, [0] * 700 + [1] * 2600 + [2] * 700])
+def test_rows_that_all_tokens_pick(rows: list[int], threads: int) -> None:
+    """Threads whose rows are not picked for long."""
+    picked = torch.tensor(rows).unsqueeze(1)
+    table, total = torch.ones(3, 40), torch.zeros(3, 40)
+    grad = cpu.weighted_sum_backward(picked, None, torch.ones(4000, 1, 1), torch.ones(4000, 1, 40), table, total)
+    assert torch.equal(total, torch.bincount(picked[:, 0], minlength=3).float().unsqueeze(1).expand(3, 40))
+    assert torch.equal(grad, torch.full_like(grad, 40.0))
+
+
+@pytest.mark.parametrize("tokens, picks", [(0, 8), (5, 0)])
+def test_nothing_picked(tokens: int, picks: int) -> None:
+    rows, weights = torch.zeros(tokens, picks, dtype=torch.long), torch.zeros(tokens, picks, 1)
+    table, total = torch.ones(3, 40), torch.zeros(3, 40)
+    assert torch.equal(cpu.weighted_sum(rows, None, weights, table, 1), torch.zeros(tokens, 40))
+    done = cpu.one_pass(rows, None, weights, torch.ones(tokens, 40), table, table, 1, "none")
+    assert done is not None and torch.equal(done[0], torch.zeros(tokens, 40)) and done[1].shape == (tokens, picks)
+    upstream = torch.ones(tokens, 1, 40)
+    back = cpu.one_pass_backward(rows, None, weights, done[1], upstream[:, 0], table, upstream, table, total, total)
+    assert back is not None and torch.equal(back[1], torch.zeros(tokens, 40)) and not total.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
     results = []
@@ -122,6 +228,8 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             results.append(on_grid(cpu, inputs(2, 40, 4, dtype), 4, torch.float32))
+            one, _ = both_backwards(inputs(2, 40, 4, dtype), 40, 4, torch.float32)
+            results[-1].update({f"one pass {i}": each for i, each in enumerate(one)})
     finally:
         torch.set_num_threads(before)
     for name, found in results[0].items():
