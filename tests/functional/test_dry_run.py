@@ -270,6 +270,12 @@ def test_the_chosen_ranks_and_nothing_written(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_main_weights_of_tables_on_the_host(tmp_path):
+    """What a run moves there has no values here."""
+    code, output = program(tmp_path, {"dry_run_world_size": 96, "bf16": True, "memory_value_optimizer_offload": True})
+    assert code == 0 and output.splitlines()[-1].startswith("dry run passed: "), output
+
+
 def test_experts(tmp_path):
     experts = {"ffn_variant": "moe", "num_experts": 8, "expert_model_parallel_size": 4, "memory_parallel_size": None}
     code, output = program(tmp_path, {**experts, "dry_run_world_size": 96, "dry_run_rank": "3"})

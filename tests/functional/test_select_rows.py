@@ -122,6 +122,30 @@ def test_a_run_trains_the_selected_rows(place: Path, tmp_path: Path) -> None:
     assert train(1, tiny_run(**halves), tmp_path / "log").weights == whole.weights
 
 
+@pytest.mark.slow
+def test_a_run_trains_the_selected_rows_of_ngram_tables(place: Path, tmp_path: Path) -> None:
+    """Rows that hashes address are counted, selected and trained as others."""
+    model = {**MODEL, "ffn_variant": "engram", "memory_num_heads": 2, "memory_value_dim": 8}
+    for key in ("memory_topk", "memory_tucker_rank", "memory_pre_value_dim"):
+        model[key] = None
+    train(1, tiny_run(**model, train_data_path=place / "known", save=tmp_path / "run", train_iters=1), tmp_path / "log")
+    for name in ("new", "known"):
+        counts = counted(1, tmp_path, place / name, tmp_path / f"{name}.counts")
+        assert all(int(picks.sum()) == BATCHES * BATCH * LENGTH * 2 for picks in counts.picks.values())
+    chosen = select(tmp_path, tmp_path / "rows")
+    flags = {**model, "train_data_path": place / "new", "load": tmp_path / "run", "finetune": True,
+             "trainable": "rows", "trainable_rows": tmp_path / "rows", "train_iters": 3}  # fmt: skip
+    train(1, tiny_run(**flags, save=tmp_path / "whole"), tmp_path / "log")
+    before, after = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    for name, tensor in before.items():
+        if ".table." not in name:
+            assert torch.equal(tensor, after[name]), name
+            continue
+        rows = chosen.rows[[0, 1].index(int(name.split(".")[2]))]
+        same = (tensor == after[name]).all(1)
+        assert not same[rows].any() and int(same.sum()) == len(tensor) - len(rows), name
+
+
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
     from reshard import whole_tensors
 

@@ -6,6 +6,7 @@ corpora are written without extension: ``p_text_document`` stands for ``p_text_d
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -355,25 +356,38 @@ def parse_split(split: str) -> list[float]:
 def marks_prefix(prefix: str, key: str) -> str:
     """The corpus of the marks of ``prefix`` by --loss-mask-key, named as preprocess_data.py names it by its JSON key.
 
-    A key may have underscores, so P_my_text_document is of the key text or my_text: P_my_KEY_document is taken where it
-    exists, then P_KEY_document; the former where neither does.
+    Its .meta.json says which key a corpus is of. One without is of any key that its name allows, as keys
+    may have underscores: the marks of P_my_text_document are P_my_KEY_document where that exists, else P_KEY_document.
     Raises ``ValueError`` naming the flag for a corpus whose name has no key, or this one.
     """
     stem = prefix.removesuffix("_document")
     folder, name = os.path.split(stem)
-    parts = name.split("_")
-    if stem == prefix or len(parts) < 2 or not parts[-1]:
+    parts, own = name.split("_"), _json_key(prefix)
+    if own is not None and name.endswith(f"_{own}"):
+        beginnings = [name.removesuffix(f"_{own}")]
+    else:
+        beginnings = ["_".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1)]
+    if stem == prefix or not beginnings or not parts[-1]:
         raise ValueError(
             f"--loss-mask-key {key}: the corpus {prefix} has no key in its name; expected a name like P_text_document, "
             f"with P_{key}_document beside it"
         )
-    if stem.endswith(f"_{key}"):
+    found = [os.path.join(folder, f"{each}_{key}_document") for each in beginnings]
+    there = [each for each in found if os.path.isfile(f"{each}.idx") and each != prefix]
+    if not there and prefix in found:
         raise ValueError(
             f"--loss-mask-key {key}: {prefix} is the corpus of that key itself; give the key of its marks, such as loss"
         )
-    names = ["_".join([*parts[:cut], key, "document"]) for cut in range(len(parts) - 1, 0, -1)]
-    found = [os.path.join(folder, each) for each in names]
-    return next((each for each in found if os.path.isfile(f"{each}.idx")), found[0])
+    return there[0] if there else found[0]
+
+
+def _json_key(prefix: str) -> Optional[str]:
+    try:
+        with open(f"{prefix}.meta.json", encoding="utf-8") as file:
+            found = json.load(file)["json_key"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _as_number(value: str) -> Optional[float]:

@@ -30,7 +30,7 @@ from umv2_megatron.config.presets import find_preset
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.config.usage import UsageError
-from umv2_megatron.config.variants import variant_defaults
+from umv2_megatron.config.variants import NO_ENGRAM, variant_defaults
 
 
 def resolve(
@@ -175,6 +175,8 @@ def _with_variant_defaults(
             made = variant_defaults(variant, {**below, **given}, given)
             found.append((f"variant {variant}", made))
             below.update(made)
+        if below.get("engram_layer_freq") is not None and layer.get("engram_layer_freq", "") is None:
+            found.append((source, NO_ENGRAM))  # a null switches n-gram layers off, with all that was said of them
         found.append((source, layer))
         below.update(layer)
     return found

@@ -33,7 +33,7 @@ def count_rows(restored: RestoredModel, dataset: Any, batches: int) -> RowUsage:
     run, chunks = restored.run, restored.chunks
     every = [layer for chunk in chunks for _, layer in memory_layers(unwrap(chunk))]
     layers = [layer for layer in every if layer.config.family == MemoryConfig.family]
-    device = layers[0].perm.device if layers else torch.device("cpu")
+    device = layers[0].table.values.device if layers else torch.device("cpu")
     here = {layer.window.owner: layer.window.rows for layer in layers}
     batch = {owner: torch.zeros(rows, dtype=torch.int64, device=device) for owner, rows in here.items()}
     picks, used = ({owner: torch.zeros_like(each) for owner, each in batch.items()} for _ in range(2))

@@ -13,6 +13,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.config.usage import UsageError
+from umv2_megatron.memory.ngrams import check_contexts
 from umv2_megatron.memory.value_table import TABLE_ATTRIBUTE
 from umv2_megatron.model.ffn_with_memory import memory_layers
 from umv2_megatron.model.layer_specs import umv2_layer_spec
@@ -31,7 +33,15 @@ def build_model(
         vocab_size: entries of the tokenizer; padded as --make-vocab-size-divisible-by says.
         config: mcore's configuration, when several stages are to share one object; made from ``run`` otherwise.
         vp_stage: index of the virtual pipeline stage, None without the interleaved schedule.
+
+    Raises:
+        UsageError: n-grams of this vocabulary are too long.
     """
+    if run.hashing is not None:
+        try:
+            check_contexts(run.hashing, vocab_size)
+        except ValueError as error:  # told here, because mcore would put words of its own around it
+            raise UsageError(str(error)) from error
     config = config or run.transformer_config()
     wide_qk_norm = run.model.qk_norm_span == "projection"
     spec = umv2_layer_spec(

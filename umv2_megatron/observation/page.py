@@ -34,6 +34,8 @@ _HEALTH = {
     "memory/tucker_sigma2": ("sigma 2", "second singular value of the cores"),
     "memory/row_skew": ("row skew", "picks of the busiest rank over those of an average one"),
 }
+_NGRAMS = "engram/"
+"""Begins the names of n-gram layers beside others."""
 
 
 def page(run: RunFiles, title: str) -> str:
@@ -215,20 +217,30 @@ def _tasks(run: RunFiles) -> Html | None:
 
 def _memory(run: RunFiles) -> Html | None:
     found = layered(run.series)
-    known = [*(name for name in _HEALTH if name in found), *(name for name in found if name not in _HEALTH)][:MOST_MAPS]
+    first = [name for name in _HEALTH if name in found]
+    first += [name for each in _HEALTH if (name := each.replace("memory/", _NGRAMS, 1)) in found]
+    known = [*first, *(name for name in found if name not in first)][:MOST_MAPS]
     if not known:
         return None
     maps = []
     for name in known:
-        title, meaning = _HEALTH.get(name, (name.removeprefix("memory/"), ""))
+        title, meaning = _told(name)
         maps.append(heat_map(title, meaning, found[name]))
-    headings = {name: _HEALTH.get(name, (name.removeprefix("memory/"), ""))[0] for name in known}
+    headings = {name: _told(name)[0] for name in known}
     return tag(
         "section",
         tag("h2", "Layers"),
         tag("div", *[each for each in maps if each is not None], class_="charts"),
         tag("details", tag("summary", "Newest numbers of every layer"), latest_table(found, headings)),
     )
+
+
+def _told(name: str) -> tuple[str, str]:
+    """Title and meaning of what metrics.jsonl calls ``name``."""
+    if not name.startswith(_NGRAMS):
+        return _HEALTH.get(name, (name.removeprefix("memory/"), ""))
+    title, meaning = _told(name.replace(_NGRAMS, "memory/", 1))
+    return f"{title}, n-grams", meaning
 
 
 # -- what happened -----------------------------------------------------------------------------------------------------

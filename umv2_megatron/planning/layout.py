@@ -289,6 +289,8 @@ class Layout:
             return f"{shape.num_query_groups} query groups and TP {tp}: neither divides the other"
         if cp > 1 and shape.seq_length % (2 * cp):
             return f"sequence of {shape.seq_length} over CP {cp}"
+        if cp > 1 and any(family.hashes for family in shape.families(memory)):
+            return f"n-grams over CP {cp}"
         if self.sequence_parallel and shape.seq_length % (tp * cp):
             return f"sequence of {shape.seq_length} over TP {tp} x CP {cp}"
         return self._table_complaint(shape, memory) if memory is not None else None

@@ -6,6 +6,7 @@ decides a run's numbers is compared with the checkpoint's own configuration, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,7 +198,7 @@ def check_same_run(
         _check_streams(recorded(data), data_identity)
     _check_schedule(run, saved, source)
     if not run.training.allow_config_change:
-        _compare(run, saved, (*SAME_RUN, *_model_keys(saved)), "--allow-config-change to go on regardless")
+        _compare(run, saved, (*SAME_RUN, *_model_keys(run, saved)), "--allow-config-change to go on regardless")
         if new_blend and not run.training.allow_new_blend:
             raise UsageError(_told_new_blend(run, saved, data, data_identity))
         _check_marks(run, data.get("marks") or {}, data_identity.get("marks") or {})
@@ -296,7 +297,9 @@ def _check_schedule(run: RunConfig, saved: dict[str, Any], source: Source) -> No
             "--no-load-optim and another --save to go on from its weights"
         )
     if not (training.override_opt_param_scheduler or fresh_optimizer or training.skip_train):
-        _compare(run, saved, SAME_SCHEDULE, "--override-opt-param-scheduler to take the new value")
+        one_has_none = run.ngrams is None or saved.get("engram_layer_freq") is None  # which is compared with the model
+        keys = [key for key in SAME_SCHEDULE if not (one_has_none and key.startswith("engram_"))]
+        _compare(run, saved, keys, "--override-opt-param-scheduler to take the new value")
         old, new = _horizon(saved), _horizon(run.values)
         if old != new:
             raise UsageError(
@@ -313,18 +316,21 @@ def _check_schedule(run: RunConfig, saved: dict[str, Any], source: Source) -> No
             )
 
 
-def _model_keys(saved: dict[str, Any]) -> tuple[str, ...]:
+def _model_keys(run: RunConfig, saved: dict[str, Any]) -> tuple[str, ...]:
     """Settings of the model itself: many (top-k, the base of the rotary embedding) show in no tensor's shape."""
     differ_by_right = {
         "make_vocab_size_divisible_by", "init_method_std", "memory_init", "memory_norm_gain_exponent",
         "vocab_size",  # check_vocabulary compares what the tokenizers make of it
     }  # fmt: skip
-    return tuple(key for key in model_values(saved) if key not in differ_by_right and key not in SAME_SCHEDULE)
+    both = model_values({**run.values, **saved})
+    return tuple(key for key in both if key not in differ_by_right and key not in SAME_SCHEDULE)
 
 
-def _compare(run: RunConfig, saved: dict[str, Any], keys: tuple[str, ...], remedy: str) -> None:
+def _compare(run: RunConfig, saved: dict[str, Any], keys: Sequence[str], remedy: str) -> None:
     table = option_table()
     for key in keys:
+        if key not in saved and key not in run.sources:
+            continue  # nobody gave it
         # a version that had no such setting trained as its default says
         old, new = saved.get(key, table[key].default), run.values[key]
         if old != new:

@@ -89,7 +89,8 @@ class MainWeightsOnHost(TorchFunctionMode):
         self.moved = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.clone and args[0].untyped_storage().data_ptr() in self._memory:
+        made = func is torch.Tensor.clone and not args[0].is_meta  # a dry run's tensors have no place
+        if made and args[0].untyped_storage().data_ptr() in self._memory:
             self.moved += 1
             return args[0].to("cpu", copy=True)
         return func(*args, **(kwargs or {}))

@@ -92,6 +92,9 @@ def test_ngram_layers_beside_others_are_a_family_of_their_own():
     for variant in ("dense", "moe", "engram"):
         made = from_layers([*layers, ("flag", {"ffn_variant": variant})], 1, for_training=False)
         assert made.ngrams is None and made.values["engram_num_keys"] == 128
+        off = {"ffn_variant": variant, "engram_layer_freq": None}
+        assert from_layers([*layers, ("file", off)], 1, for_training=False).values["engram_num_keys"] == 128
+    assert from_layers([*layers, ("file", {"engram_layer_freq": None})], 1, for_training=False).ngrams is None
 
 
 @pytest.mark.parametrize(

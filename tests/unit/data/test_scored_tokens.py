@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +153,9 @@ def test_marks_of_a_key_with_underscores(tmp_path) -> None:
     for made in ("p_loss_document", "p_my_loss_document"):
         (tmp_path / "a_b" / f"{made}.idx").touch()
         assert marks_prefix(prefix, "loss") == str(tmp_path / "a_b" / made)
+    Path(f"{prefix}.meta.json").write_text(json.dumps({"json_key": "my_text"}))
+    assert marks_prefix(prefix, "loss") == str(tmp_path / "a_b" / "p_loss_document")
+    assert marks_prefix(prefix, "text") == str(tmp_path / "a_b" / "p_text_document")  # is there later, if at all
 
 
 def test_marks_are_part_of_the_data(tmp_path) -> None:

@@ -122,6 +122,14 @@ def test_scores_of_tasks_and_losses_of_sets(tmp_path: Path) -> None:
     assert "evaluation on tasks failed" in text and "no such answer" in text and ">tasks<" not in text
 
 
+def test_statistics_of_ngram_layers_stand_behind_those_of_the_others(tmp_path: Path) -> None:
+    names = ("engram/dead_rows", "memory/dead_rows", "memory/other", "engram/value_coverage")
+    records = [{"iteration": step, **{f"{name}/layer_000": 0.5 * step for name in names}} for step in (1, 2, 3)]
+    found = shown(write_run(tmp_path, [*steps(1, 3), *records], [start(0)])).text
+    places = [found.index(text) for text in ("dead rows", "rows used, n-grams", "dead rows, n-grams", "other")]
+    assert places == sorted(places) and found.count("rows not picked since the last record") == 2
+
+
 def test_changes_of_the_blend(tmp_path: Path) -> None:
     """One that was made again by the start after one that saved nothing is shown once; records that are none, not."""
     corpora = [{"prefix": "data/web", "samples": 60, "epochs": 0.25, "share": [0.7, 0.4]},

@@ -90,6 +90,9 @@ def test_legal_where_the_checks_of_a_run_accept() -> None:
     (False, 4, {"pipeline_model_parallel_size": 2, "memory_parallel_size": 4}),
     (True, 4, {"memory_parallel_size": 4, "memory_parallel_mode": "row", "memory_num_keys": 2, "memory_topk": 2}),
     (False, 5, {"memory_parallel_size": 5, "memory_parallel_mode": "row", "memory_num_keys": 2, "memory_topk": 2}),
+    # the tokens before a chunk of a context are on other ranks
+    (False, 2, {"context_parallel_size": 2, "engram_layer_freq": "2"}),
+    (True, 2, {"memory_parallel_size": 2, "engram_layer_freq": "2"}),
 ], ids=str)  # fmt: skip
 def test_limits_of_legal_layouts(legal: bool, world: int, changes: dict[str, Any]) -> None:
     """Cases at the limits, which random ones seldom meet; planner and program agree on each."""

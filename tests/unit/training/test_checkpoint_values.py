@@ -194,3 +194,23 @@ def test_a_setting_that_the_checkpoint_does_not_know_was_at_its_default(trained)
     with pytest.raises(UsageError, match="--loss-mask-key is loss, .* trained with None"):
         run = run_with(trained, loss_mask_key="loss")
         check_same_run(run, find_source(run), {}, old)
+
+
+@pytest.mark.parametrize("flag", ["--use-rope-scaling", "--engram-layer-freq=2"])
+def test_a_setting_of_the_model_that_the_checkpoint_does_not_know(flag, trained):
+    run = run_with(trained, *flag.split("="))
+    unknown = ("use_rope", "engram")
+    old = {key: value for key, value in run.values.items() if not key.startswith(unknown)}
+    with pytest.raises(UsageError, match=f"{flag.partition('=')[0]} is .* was trained with"):
+        check_same_run(run, find_source(run), {}, {"values": old})
+    run = run_with(trained)
+    check_same_run(run, find_source(run), {}, {"values": old})
+
+
+def test_one_side_without_ngram_layers_is_told_so(trained):
+    """Not that the rates of their tables differ."""
+    flags = ["--engram-layer-freq", "2", "--engram-value-lr-mult", "7"]
+    plain, both = run_with(trained), run_with(trained, *flags)
+    for run, saved in ((plain, both), (both, plain)):
+        with pytest.raises(UsageError, match="--engram-layer-freq is "):
+            check_same_run(run, find_source(run), {}, {"values": saved.values})
