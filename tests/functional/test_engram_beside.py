@@ -77,6 +77,25 @@ def test_with_other_settings_a_resumed_run_ends_with_the_same_bits(changes, tmp_
     assert len({loss for _, loss in losses(tmp_path / "run")}) == 4
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_in_stages_of_which_one_has_no_ngram_layer(whole, tmp_path):
+    layout = {"pipeline_model_parallel_size": 2, "load": whole[0], "ckpt_step": 2}
+    train(2, tiny_run(**BOTH, **layout, save=tmp_path / "run"), tmp_path / "o")
+    for one, other in zip(losses(tmp_path / "run"), losses(whole[0])[2:], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_tables_on_the_host_learn_alike(tmp_path):
+    """The rates and weight decay of both kinds are those of the device."""
+    settings = {**BOTH, "bf16": True, "lr": 1e-2, "engram_value_weight_decay": 1.0, "memory_value_weight_decay": 0.5}
+    for name, offload in (("device", None), ("host", True)):
+        argv = tiny_run(**settings, memory_value_optimizer_offload=offload, save=tmp_path / name)
+        train(1, argv, tmp_path / "o")
+    for one, other in zip(losses(tmp_path / "host"), losses(tmp_path / "device"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 def evaluated(ranks: int, load: Path | None, folder: Path, **layout) -> list[dict]:
     """What tools/evaluate.py says of texts."""
     folder.mkdir(exist_ok=True)
