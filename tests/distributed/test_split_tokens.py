@@ -64,8 +64,8 @@ def block(tp: int, sequence_parallel: bool, tokens: int, losses: dict[str, Any])
         x, upstream = x[part][: tokens // tp], upstream[part][: tokens // tp]
     if losses in (TUCKER, BALANCE):
         upstream = upstream * 0  # the losses alone
-    started = slot._start_memory(x, packed)
-    output = slot._finish_memory(started, x, packed)
+    started = slot._start(slot.memory, x, packed)
+    output = slot._finish(slot.memory, started, x, packed)
     output.backward(upstream)
     found = {"output": output.detach()}
     if sequence_parallel:
