@@ -63,7 +63,8 @@ def test_against_a_slow_loop(decay: float, decoupled: bool, flat: bool) -> None:
     state = optimizer.state[held]
     assert state[ROW_MOMENT].shape == (ROWS,) and state["exp_avg"].shape == held.shape
     for ours, theirs in ((held, table), (state["exp_avg"], first), (state[ROW_MOMENT], second)):
-        torch.testing.assert_close(ours.double().view(-1), theirs.view(-1), rtol=2e-6, atol=1e-12)
+        # absolute: float32 numbers that nearly cancel, in the order of sums of the CPU at hand
+        torch.testing.assert_close(ours.double().view(-1), theirs.view(-1), rtol=2e-6, atol=2e-8)
     assert optimizer.param_groups[0]["step"] == STEPS
 
 
