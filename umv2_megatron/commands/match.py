@@ -18,6 +18,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from umv2_megatron.config.engram_config import ngram_layers
 from umv2_megatron.config.usage import OneLineParser
 from umv2_megatron.config.variants import FFN_VARIANTS, has_memory
 from umv2_megatron.training.tool_entry import program_name, quiet_mcore
@@ -139,6 +140,10 @@ def _figures(model: Model) -> dict[str, Any]:
         figures["heads_x_topk"] = f"{memory.num_heads} x {memory.topk}"
         for name in ("key_dim", "pre_value_dim", "value_dim"):
             figures[f"memory_{name}"] = getattr(memory, name)
+    ngrams = ngram_layers(model.values)
+    if ngrams is not None:
+        figures["ngram_layers"] = sum(ngrams.memory_layers(model.values["num_layers"]))
+        figures["ngram_num_keys"] = ngrams.num_keys
     return {
         **figures, "flops_per_token": flops.forward, "ffn_flops": flops.ffn, "memory_flops": flops.memory,
         "activated": count.activated, "total": count.total, "tables": count.tables,

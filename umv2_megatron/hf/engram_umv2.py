@@ -177,11 +177,14 @@ def ngrams_of(
     Raises ``ValueError`` for what does not say which tokens come before which.
     """
     if input_ids is None:
-        raise ValueError("inputs_embeds is given; expected input_ids, whose n-grams this model reads (memory_scoring)")
+        raise ValueError(
+            "inputs_embeds is given; expected input_ids, whose n-grams this model reads (memory_scoring, "
+            "engram_layer_freq)"
+        )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         raise ValueError(
             "attention_mask is no matrix [batch, tokens]; expected one, which says which tokens are padding: n-grams "
-            "(memory_scoring) do not follow other masks"
+            "(memory_scoring, engram_layer_freq) do not follow other masks"
         )
     histories = _histories(cache, len(layers), config)
     ids, begins = _tokens(input_ids, attention_mask, position_ids if cache is None else None)
@@ -232,7 +235,7 @@ def _histories(cache: Cache | None, count: int, config: UMv2Config) -> list[UMv2
     if not isinstance(cache, DynamicCache) or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
         raise ValueError(
             f"the cache is a {type(cache).__name__}; expected a DynamicCache of layers that grow, to which n-grams "
-            "(memory_scoring) add layers of their own: leave cache_implementation out"
+            "(memory_scoring, engram_layer_freq) add layers of their own: leave cache_implementation out"
         )
     blocks = config.num_hidden_layers
     while len(cache.layers) < blocks and cache.layer_class_to_replicate is not None:

@@ -142,6 +142,16 @@ def test_table_names_flags_to_leave_out(capsys):
     assert "without its --num-experts, --moe-router-topk, --moe-ffn-hidden-size:" in capsys.readouterr().out
 
 
+def test_ngram_layers_beside_others_are_kept_and_told(capsys):
+    kept = "--engram-layer-freq [1,0,0,1,0,0,0,0] --engram-num-keys 492"
+    assert match_tool.main(["--model-preset", "umv2-3m", "--to", "umv2", "--keep", kept, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["found"]["ngram_layers"], told["found"]["ngram_num_keys"]) == (2, 492)
+    assert "ngram_layers" not in told["source"]
+    rows = 8 * told["found"]["memory_num_keys"] ** 2
+    assert told["found"]["tables"] == rows * (24 + 72) + 2 * 492**2 * (160 // 16)
+
+
 def test_table(capsys):
     assert match_tool.main(["--model-preset", "umv2-227m-1.2b", "--to", "ultramem"]) == 0
     out = capsys.readouterr().out
