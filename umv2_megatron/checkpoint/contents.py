@@ -26,7 +26,8 @@ from umv2_megatron.user_paths import user_path
 
 KINDS = ("tables", "weights", "buffers", "moments", "main parameters", "other")
 _BUFFERS = re.compile(r"\.(memory|engram)\.(perm|multipliers|canonical|retrieval\.[ut])$")
-_TABLES = re.compile(r"\.(memory|engram)\.table\.")
+TABLES = re.compile(r"\.(memory|engram)\.table\.")
+"""In the key of a value table, here and in an export."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _kind(key: str) -> str:
         return "moments" if key.startswith("optimizer.state.") or last.startswith("exp_avg") else "other"
     if _BUFFERS.search(key):
         return "buffers"
-    return "tables" if _TABLES.search(key) else "weights"
+    return "tables" if TABLES.search(key) else "weights"
 
 
 def _saved_by(store: CheckpointStore, iteration: int) -> dict[str, Any]:

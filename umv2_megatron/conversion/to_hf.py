@@ -8,7 +8,6 @@ noted. A manifest keeps the hashes for whoever reads the export later.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from umv2_megatron import __version__
 from umv2_megatron.checkpoint import saved_config
+from umv2_megatron.checkpoint.contents import TABLES
 from umv2_megatron.checkpoint.manifest import Manifest
 from umv2_megatron.checkpoint.store import CheckpointError, CheckpointStore
 from umv2_megatron.checkpoint.torch_dist_io import is_extra_state, is_optimizer_state
@@ -35,7 +35,6 @@ from umv2_megatron.hf.name_table import Pairing, pairings
 from umv2_megatron.memory.singular_pair import leading_pair
 
 _JOURNAL = "journal.json"
-_TABLE = re.compile(r"\.(memory|engram)\.table\.")
 _SAME_VECTOR = 1e-6
 """Vectors nearer to each other than this are the same singular vector, computed twice."""
 
@@ -140,8 +139,8 @@ def _files_of(copies: list[Copy], largest: int) -> list[list[Copy]]:
     files mapped whose tensors it loaded, which would be a second mapping of tables that are read from their files."""
     if sum(copy.info.num_bytes for copy in copies) <= largest:
         return [copies]
-    tables = [copy for copy in copies if _TABLE.search(copy.name)]
-    others = [copy for copy in copies if not _TABLE.search(copy.name)]
+    tables = [copy for copy in copies if TABLES.search(copy.name)]
+    others = [copy for copy in copies if not TABLES.search(copy.name)]
     return group_by_size(others, largest) + group_by_size(tables, largest)
 
 
