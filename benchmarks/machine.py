@@ -14,6 +14,7 @@ slowest rank's. GPUs are measured by tools/gpu_check.sh.
     update_bandwidth                fused Adam over 16M weights, by the bytes that the planner counts
     launch_us                       small operations with autograd, forward and backward
     link_latency_us, ...bandwidth   all-gathers of 1 KiB and of 16 MiB over the ranks
+    all_reduce_gain                 bytes per second of an all-reduce of 16 MiB over those of the all-gather
 """
 
 from __future__ import annotations
@@ -187,8 +188,11 @@ class Bench:
         size = (1 << 12) if self.small else (4 << 20)
         sent = 4 * size * (world - 1)
         bandwidth = sent / max(1e-9, self.seconds(gather(size)) - latency) / 1e9
+        summed = torch.zeros(size)
+        taken = self.seconds(lambda: torch.distributed.all_reduce(summed)) - latency
+        reduced = 2 * sent / world / max(1e-9, taken) / 1e9
         return {"link_latency_us": latency * 1e6, "intra_node_bandwidth": bandwidth, "inter_node_bandwidth": bandwidth,
-                "gpus_per_node": world}  # fmt: skip
+                "all_reduce_gain": reduced / bandwidth, "gpus_per_node": world}  # fmt: skip
 
 
 def _rank(rank: int, options: argparse.Namespace, address: str) -> None:

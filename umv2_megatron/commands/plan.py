@@ -68,6 +68,7 @@ DEVICE_HELP = {
     "--cache-bandwidth": "GB/s of rows read from that cache",
     "--intra-node-bandwidth": "GB/s from a device to others of its node, as reached",
     "--inter-node-bandwidth": "GB/s from a device to other nodes, as reached",
+    "--all-reduce-gain": "bytes per second of an all-reduce over those of an all-gather (gloo: above 1)",
     "--gpus-per-node": "devices in a node",
     "--link-latency-us": "microseconds that a collective takes whatever its size",
     "--launch-us": "microseconds that the host takes to start an operation",

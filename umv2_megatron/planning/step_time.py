@@ -240,8 +240,9 @@ class _Stage:
         """Add exposed communication to ``forward`` and ``backward``."""
         layout, device, sent = self.layout, self.device, self.sent
         latencies = device.link_latency_us * 1e-6
-        forward = device.seconds(sent.tensor_forward, layout.tp, 1)
-        backward = device.seconds(sent.tensor_backward - sent.tensor_hidden, layout.tp, 1)
+        reduced = device.reduced(sent.tensor_reduced) - sent.tensor_reduced
+        forward = device.seconds(sent.tensor_forward + reduced, layout.tp, 1)
+        backward = device.seconds(sent.tensor_backward - sent.tensor_hidden + reduced, layout.tp, 1)
         if layout.tp > 1:  # four collectives each way, one latency is counted
             forward, backward = forward + 3 * latencies, backward + 3 * latencies
         context = device.seconds(sent.context, layout.cp, layout.tp)
@@ -269,8 +270,10 @@ class _Stage:
         layout, device, sent = self.layout, self.device, self.sent
         dense, tables = (layout.dense_replicas, layout.tp), (layout.table_replicas, layout.memory_size)
         whole = layout.gradients_all_to_all  # every pair of ranks: nothing is summed inside a node first
-        gradients = device.seconds(sent.dense_gradients, *dense, all_to_all=whole)
-        gradients += device.seconds(sent.table_gradients, *tables, all_to_all=whole)
+        both = [(sent.dense_gradients, dense), (sent.table_gradients, tables)]
+        if not layout.distributed_optimizer:
+            both = [(device.reduced(count), ranks) for count, ranks in both]
+        gradients = sum(device.seconds(count, *ranks, all_to_all=whole) for count, ranks in both)
         weights = device.seconds(sent.dense_weights, *dense) + device.seconds(sent.table_weights, *tables)
         return max(0.0, gradients - hidden_by["gradients"]) + max(0.0, weights - hidden_by["weights"])
 

@@ -24,12 +24,14 @@ from umv2_megatron.planning.state_bytes import StateBytes
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that a rank sends. Per block and micro-batch: ``tensor_forward``, ``tensor_backward`` (of it
-    ``tensor_hidden`` beside a product), ``context`` (each way). Per virtual stage and micro-batch: ``pipeline`` (each
-    way). Per step: ``dense_gradients``, ``table_gradients``, ``dense_weights``, ``table_weights``."""
+    ``tensor_hidden`` beside a product; of either ``tensor_reduced`` in all-reduces), ``context`` (each way). Per
+    virtual stage and micro-batch: ``pipeline`` (each way). Per step: ``dense_gradients``, ``table_gradients``,
+    ``dense_weights``, ``table_weights``."""
 
     tensor_forward: float
     tensor_backward: float
     tensor_hidden: float
+    tensor_reduced: float
     context: float
     pipeline: float
     dense_gradients: float
@@ -56,6 +58,7 @@ def traffic(shape: ModelShape, memory: MemoryConfig | None, layout: Layout, stat
         tensor_forward=forward,
         tensor_backward=backward,
         tensor_hidden=beside,
+        tensor_reduced=0.0 if layout.sequence_parallel else 4 * hidden,
         context=(layout.cp - 1) * keys,
         pipeline=layout.resident_tokens(shape.seq_length) * shape.hidden_size * size if layout.pp > 1 else 0,
         dense_gradients=reduced * dense * (state.gradients - state.table_gradients),

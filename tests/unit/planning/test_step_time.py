@@ -78,6 +78,7 @@ def test_traffic_by_hand() -> None:
     assert whole.dense_gradients == 2 * sent.dense_gradients and whole.dense_weights == 0
     duplicated = traffic(MODEL.shape(2), MODEL.memory, dataclasses.replace(layout, sequence_parallel=False), state)
     assert duplicated.tensor_forward == 4 * part + part and duplicated.pipeline == 2 * part
+    assert duplicated.tensor_reduced == 4 * part and sent.tensor_reduced == 0
 
 
 def test_links() -> None:
@@ -88,6 +89,22 @@ def test_links() -> None:
     assert device.seconds(7e9, 8, 1, all_to_all=True) == pytest.approx(1e-5 + 0.4)
     assert device.seconds(7e9, 8, 1) == pytest.approx(1e-5 + 0.1)
     assert device.seconds(1e9, 2, 4) == pytest.approx(1e-5 + 0.1)
+
+
+def test_all_reduces_have_a_rate_of_their_own() -> None:
+    """Of gradients without the distributed optimizer, and of tensor parallelism without sequence parallelism."""
+    slow = dataclasses.replace(IDEAL, intra_node_bandwidth=1.0)
+    quick = dataclasses.replace(slow, all_reduce_gain=4.0)
+    layout = Layout(world=2, bf16=True)
+    for each, sums in ((layout, True), (dataclasses.replace(layout, distributed_optimizer=True), False)):
+        before, after = (evaluate(MODEL, each, device).time.data_parallel for device in (slow, quick))
+        assert after == pytest.approx(before / 4 if sums else before)
+    tensor = dataclasses.replace(layout, tp=2, sequence_parallel=True)
+    assert evaluate(MODEL, tensor, slow).time.collectives == evaluate(MODEL, tensor, quick).time.collectives
+    tensor = dataclasses.replace(tensor, sequence_parallel=False)
+    before, after = (evaluate(MODEL, tensor, device).time.collectives for device in (slow, quick))
+    part = TOKENS * HIDDEN * 2 / 2
+    assert before - after == pytest.approx(16 * 2 * 4 * part * (1 - 1 / 4) / 1e9)
 
 
 def test_ideal_machine_reaches_full_utilisation() -> None:
