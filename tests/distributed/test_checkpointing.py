@@ -135,15 +135,15 @@ def resumed(root: str, layout: Layout, used: bool = False) -> dict[str, Any]:
 
 CASES = {
     "1 rank": (1, Layout()),
-    "1 rank, distributed": (1, Layout(distributed_optimizer=True)),
     "2 ranks, used": (2, Layout()),
-    "2 ranks, distributed": (2, Layout(distributed_optimizer=True)),
     "2 ranks, bf16, distributed, used": (2, Layout(distributed_optimizer=True, bf16=True)),
     "PP 2, two chunks each": (2, Layout(pp=2, vpp=2, distributed_optimizer=True, untied=True)),
     "2 ranks, distributed, overlap": (2, Layout(distributed_optimizer=True, overlap=True)),
     "TP 2, distributed": (2, Layout(tp=2, distributed_optimizer=True)),
 }
 SLOW_CASES = {
+    "1 rank, distributed": (1, Layout(distributed_optimizer=True)),
+    "2 ranks, distributed": (2, Layout(distributed_optimizer=True)),
     "2 ranks, distributed, used": (2, Layout(distributed_optimizer=True)),
     "2 ranks, bf16": (2, Layout(bf16=True)),
     "PP 2, bf16, distributed, used": (2, Layout(pp=2, bf16=True, distributed_optimizer=True)),

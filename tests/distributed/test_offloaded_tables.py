@@ -54,7 +54,7 @@ def go_on(directory: str, changes: dict[str, Any], load_optim: bool = True) -> A
     return numbers, digest
 
 
-QUICK = ("dp2-dist-bf16", "m2-dim-by-row")
+QUICK = ("m2-dim-by-row",)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,7 @@ def test_another_layout_loads_it(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_without_the_saved_state_main_weights_follow_the_weights(tmp_path: Path) -> None:
     world, changes = LAYOUTS["dp2-dist-bf16"]
     run_ranks(world, start, str(tmp_path), changes)

@@ -35,6 +35,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+QUICK = ("one-dist", "tp2-m2-row-dist", "pp2-vpp-dist", "dp4-m2-dim-dist-overlap")
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[float, float]]]:
     """A checkpoint of one rank, and the losses and gradient norms that follow."""
@@ -60,7 +63,9 @@ def test_the_layouts_cut_through_rows() -> None:
     assert found[0][0] > 0 and sum(inside for _, inside in found) > 0
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in LAYOUTS]
+)
 def test_one_state_goes_on_alike_in_every_layout(start: Any, tmp_path: Path, name: str) -> None:
     source, numbers = start
     world, settings = LAYOUTS[name]
@@ -124,7 +129,9 @@ def continued(directory: str, changes: dict[str, Any]) -> Any:
     return numbers, weights_digest(state.chunks)
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", [each if each == "m2-dim-dist-bf16" else pytest.param(each, marks=pytest.mark.slow) for each in RESUMED]
+)
 def test_resumption_is_bitwise(tmp_path: Path, name: str) -> None:
     world, changes = RESUMED[name]
     before = run_ranks(world, continued, str(tmp_path), changes)

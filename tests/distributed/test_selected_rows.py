@@ -33,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp4-dist": (4, layout(dist=True)),
     "pp2-dist": (2, layout(pp=2, dist=True)),
 }
-QUICK = ("dp4-m2-dim-dist-overlap", "tp2-m2-row-dist")
+QUICK = ("tp2-m2-row-dist",)
 
 
 def selection(path: Path, rows: dict[int, list[int]]) -> str:
@@ -155,7 +155,9 @@ def continued(directory: str, changes: dict[str, Any], resume: bool) -> Any:
     return numbers, weights_digest(state.chunks)
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", [each if each == "m2-dim-dist-bf16" else pytest.param(each, marks=pytest.mark.slow) for each in RESUMED]
+)
 def test_resumption_is_bitwise(tmp_path: Path, name: str) -> None:
     world, moments, changes = RESUMED[name]
     here = settings(selection(tmp_path / "rows.safetensors", ROWS), moments, changes)

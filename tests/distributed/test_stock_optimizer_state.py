@@ -50,6 +50,7 @@ def sharded_state(model: list, optimizer: Any, is_loading: bool) -> dict[str, An
     return chunks | {"optimizer": optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAVE_APEX_OR_TE, reason="Transformer Engine or Apex is installed: mcore uses their Adam")
 def test_only_the_plain_optimizer_can_be_loaded_without_transformer_engine_and_apex() -> None:
     assert run_ranks(1, resume, False) == [""]

@@ -58,6 +58,7 @@ def plain(tmp_path_factory) -> tuple[Path, Path]:
     return with_export(tmp_path_factory.mktemp("plain"))
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_tokenizer_s_ids_are_kept(tmp_path):
     """By the command that from-hf prints; the vocabulary is the model's, not that of its tokenizer."""
     text = {"tokenizer_type": "ByteLevelTokenizer", "vocab_size": 512}
@@ -81,11 +82,17 @@ def test_rows_beyond_the_tokenizer_s_ids_are_kept(tmp_path):
     ("ranks", "settings", "limit"),
     [
         (2, {**SHARDED, **RICH, "bf16": True, "vocab_size": 500, "use_distributed_optimizer": True}, 1e-9),
-        (2, {**INTERLEAVED, "no_swiglu": True, "position_embedding_type": "learned_absolute"}, 1e-9),
+        pytest.param(
+            2, {**INTERLEAVED, "no_swiglu": True, "position_embedding_type": "learned_absolute"}, 1e-9,
+            marks=pytest.mark.slow,
+        ),
         (2, {**COLUMNS, "memory_layer_freq": "[0,1]", "rotary_percent": 0.5, "kv_channels": 32}, 1e-9),
         (1, {"ffn_variant": "dense", "num_layers": 1, "use_rope_scaling": True, "rope_scaling_factor": 32}, 1e-9),
         (2, {**EXPERTS, "expert_model_parallel_size": 2, "bf16": True}, 1e-9),
-        (1, {"model_preset": None, "ffn_variant": "dense", "hidden_size": 32, "num_attention_heads": 2}, 1e-9),
+        pytest.param(
+            1, {"model_preset": None, "ffn_variant": "dense", "hidden_size": 32, "num_attention_heads": 2}, 1e-9,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["tp2-m2row-rich-bf16", "pp2-vpp-gelu", "cp2-m2dim", "dense", "ep2-experts-bf16", "derived-sizes"],
 )

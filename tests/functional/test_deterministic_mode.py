@@ -33,7 +33,9 @@ def look_words_up_as_in_plain_mode() -> None:
     VocabParallelEmbedding.__init__ = make
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "umv2" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_only_the_embedding_gradient_differs_on_a_cpu(kind: str, tmp_path: Path) -> None:
     # few words, so that each occurs often, and a large step
     run: dict[str, Any] = {"train_iters": 30, "vocab_size": 64, "lr": 1e-2, **KINDS[kind]}

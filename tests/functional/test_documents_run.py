@@ -57,7 +57,7 @@ def alone(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "stages" in name else name for name in LAYOUTS]
+    "name", [name if name == "sharded tables" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
 def test_every_layout(name: str, settings: dict[str, Any], alone: dict[int, list[float]], tmp_path: Path) -> None:
     ranks, changes = LAYOUTS[name]

@@ -218,6 +218,7 @@ def test_the_example_at_scale(example_flags, world, ranks, expected, changes):
         assert sorted(layer for report in stages for layer in report.layers) == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_time_and_memory_of_a_whole_dry_run(example_flags):
     flags = [*example_flags, *command_line(STAGES)]
     command = [sys.executable, "pretrain_umv2.py", *flags, "--dry-run", "--dry-run-world-size", "4096"]

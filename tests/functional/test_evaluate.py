@@ -72,7 +72,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-SLOW = ("data",)
+SLOW = ("data", "data-and-memory", "tensor-and-memory", "pipeline")
 
 
 def compare(report: dict, alone: dict, tolerance: float) -> None:

@@ -92,6 +92,7 @@ def test_full_losses_are_those_of_one_rank(name, corpora, checkpoint, alone, tmp
     assert found == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_full_losses_are_those_of_the_evaluator_and_add_up(corpora, checkpoint, alone, tmp_path):
     tokens = {name: sum(len(text.encode()) + 1 for text in texts) for name, texts in TEXTS.items()}
     report = tmp_path / "report.json"

@@ -70,7 +70,7 @@ LAYOUTS = {
 }
 
 
-SLOW = ("data", "split-pipeline")
+SLOW = ("data", "split", "one-each", "tensor", "split-pipeline")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,9 @@ def test_a_step_left_out_by_number_is_not_in_the_mean(start, tmp_path):
 @pytest.mark.parametrize(
     "ranks, changes",
     [
-        (4, {**TENSOR, "expert_model_parallel_size": 2, "use_distributed_optimizer": True}),
+        pytest.param(
+            4, {**TENSOR, "expert_model_parallel_size": 2, "use_distributed_optimizer": True}, marks=pytest.mark.slow
+        ),
         pytest.param(4, {"expert_model_parallel_size": 4, "use_distributed_optimizer": True}, marks=pytest.mark.slow),
         pytest.param(1, {}, marks=pytest.mark.slow),
     ],

@@ -29,7 +29,7 @@ FOREIGN_TENSORS = ("retrieval.cores", "pre_proj.weight", "gate_proj.weight", "va
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(name, marks=pytest.mark.slow) if name == "pkm" else name for name in FAMILY]
+    "variant", [name if name == "ultramem" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY]
 )
 def test_trains_and_resumes(variant, tmp_path):
     settings = {**SMALL, "ffn_variant": variant, **FAMILY[variant]}
@@ -59,7 +59,11 @@ def test_trains_and_resumes(variant, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "mode"),
-    [("memory-plus", "row"), pytest.param("peer", "dim", marks=pytest.mark.slow), ("ultramem", "row")],
+    [
+        ("memory-plus", "row"),
+        pytest.param("peer", "dim", marks=pytest.mark.slow),
+        pytest.param("ultramem", "row", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.timeout(100)
 def test_sharded_tables_train_alike(variant, mode, tmp_path):

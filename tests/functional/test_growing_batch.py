@@ -22,6 +22,7 @@ def metric(save: Path, name: str) -> list[float]:
     return [line[name] for line in read_metrics(save) if name in line]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_the_batch_it_had(tmp_path: Path) -> None:
     """Bitwise the same as an uninterrupted one; on one rank the same samples and, but for rounding, losses."""
     settings = {**RAMP, "save_interval": 100}

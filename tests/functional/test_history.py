@@ -89,6 +89,7 @@ def test_a_nan_is_told(tmp_path: Path) -> None:
     assert all(event["iteration"] == 2 for event in faults)
 
 
+@pytest.mark.slow
 def test_what_is_no_part_of_the_history(tmp_path: Path) -> None:
     """An evaluation, a dry run, and a start that is refused."""
     save = tmp_path / "run"

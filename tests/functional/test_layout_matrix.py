@@ -16,7 +16,7 @@ def slow(layout: Layout) -> object:
 
 
 PRUNED = [
-    Layout(2, m=2, mode="dim", distributed_optimizer=True, extra=FULL),
+    slow(Layout(2, m=2, mode="dim", distributed_optimizer=True, extra=FULL)),
     Layout(2, m=2, mode="row", sharing="block", extra=(*SELECTIVE, *IN_PARTS)),
     slow(Layout(2, tp=2, m=2, mode="row", distributed_optimizer=True)),
     Layout(4, tp=2, sp=True, m=4, mode="row", distributed_optimizer=True, sharing="block", extra=IN_PARTS),
@@ -24,7 +24,7 @@ PRUNED = [
     slow(Layout(4, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="block")),
     Layout(4, pp=2, m=2, mode="dim", extra=INTERLEAVED),
     slow(Layout(4, tp=2, sp=True, pp=2, m=2, mode="row", distributed_optimizer=True, sharing="engram", extra=IN_PARTS)),
-    Layout(2, tp=2, m=2, mode="dim", sharing="engram", extra=FULL),
+    slow(Layout(2, tp=2, m=2, mode="dim", sharing="engram", extra=FULL)),
     slow(Layout(4, pp=2, m=2, mode="dim", sharing="engram", extra=INTERLEAVED)),
     slow(Layout(2, m=2, mode="row", distributed_optimizer=True, sharing="both", extra=(*FULL, *IN_PARTS))),
     slow(Layout(2, m=2, mode="dim", sharing="both")),

@@ -49,11 +49,11 @@ DATA_PARALLEL = {
 
 SLOW = (
     # their quick siblings: all-overlap, tests/distributed/test_cpu_platform.py
-    "plain", "distributed-optimizer",
-    # tensor, full-recompute
-    "tensor-recompute",
-    # context, context-tensor, interleaved
-    "context-recompute", "context-data", "context-pipeline",
+    "plain", "distributed-optimizer", "micro-batch-4",
+    # context-tensor, full-recompute
+    "tensor", "tensor-recompute",
+    # context-tensor, interleaved
+    "pipeline", "context", "context-recompute", "context-data", "context-pipeline",
 )  # fmt: skip
 
 

@@ -38,7 +38,9 @@ def _example(export: Path) -> tuple[int, str]:
     return sum(parameter.numel() for parameter in names["model"].parameters()), printed.getvalue()
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=["umv2", "moe"])
+@pytest.mark.parametrize(
+    "settings", [VARIANTS[0], pytest.param(VARIANTS[1], marks=pytest.mark.slow)], ids=["umv2", "moe"]
+)
 def test_the_card_of_a_run(settings, tmp_path):
     from huggingface_hub import ModelCard
 

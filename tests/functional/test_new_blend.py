@@ -122,6 +122,7 @@ def test_killed_before_and_after_the_first_save_with_a_new_blend(corpora: Corpor
     assert html.count(f"<td>{corpora['c']}</td>") == 1 and "Blend of the training set" in html
 
 
+@pytest.mark.slow
 def test_the_length_may_change_with_the_blend_and_after_it(corpora: Corpora, begun: Path, tmp_path: Path) -> None:
     """Samples are numbered in their corpora: nothing depends on how many there will be."""
     shutil.copytree(begun, tmp_path / "short")
@@ -196,6 +197,7 @@ def test_nothing_to_blend(tmp_path: Path) -> None:
     assert "--allow-new-blend is on; expected --data-path or --train-data-path" in text
 
 
+@pytest.mark.slow
 def test_back_to_a_checkpoint_of_before_the_change(corpora: Corpora, begun: Path, tmp_path: Path) -> None:
     """The only one with the new blend is damaged: the older one is not taken for one of it."""
     save = tmp_path / "run"

@@ -111,6 +111,7 @@ def test_the_server_says_which_steps_it_has(tmp_path):
     assert _said(log, "log")[2]["names"] == _said(log, "log")[first]["names"]
 
 
+@pytest.mark.slow
 def test_another_project_or_no_directory_is_another_run(tmp_path):
     log = tmp_path / "wandb"
     short = {"train_iters": 3, "exit_interval": 1, "eval_iters": 0, "tensorboard_dir": None}

@@ -225,6 +225,7 @@ def test_time_limit_counts_from_the_start_of_the_program(tmp_path):
     assert "stopping after iteration 1 as asked" in train(1, argv, tmp_path / "o", start_slowly).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "batch", "last", "consumed"),
     [({"train_iters": 16}, 4, 16, 64 + 8 * 4), ({"train_iters": None, "train_samples": 128}, 16, 12, 128)],
@@ -278,6 +279,7 @@ def test_evaluation_alone_leaves_the_run_as_it_is(corpus, tmp_path):
     assert f"lm loss value: {expected:.6E}" in done.text
 
 
+@pytest.mark.slow
 def test_killed_after_starting_from_another_run(corpus, tmp_path):
     """--load A --finetune --save B: the second time the command goes on in B, with B's optimizer and counters."""
     train(1, run_on(corpus, tmp_path / "a", 2), tmp_path / "o")

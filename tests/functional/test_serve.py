@@ -110,6 +110,7 @@ class Raw:
         return answer.status, content
 
 
+@pytest.mark.slow
 @served_only
 def test_temperature_and_seed_decide(server, export):
     assert text(server, temperature=0, max_tokens=24, logit_bias=None) == forked(greedy, str(export), "def x", 24)

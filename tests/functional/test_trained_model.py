@@ -98,6 +98,7 @@ def test_missing_checkpoint_is_one_line(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and str(tmp_path) in done.stderr
 
 
+@pytest.mark.slow
 def test_sizes_and_vocabulary_without_a_preset(trained):
     """Everything given by flags, the vocabulary by the tokenizer alone."""
     prefix = next(trained.glob("t*_document.bin")).with_suffix("")

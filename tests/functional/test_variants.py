@@ -54,7 +54,12 @@ STATISTICS = (
 )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ("experts-bf16", "bf16-distributed", "ultramem-v1", "engram", "gelu-and-losses")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_two_steps(name, tmp_path):
     # the last evaluation refreshes u and t, as the load of the finished run does, so that the hashes compare
     argv = tiny_run(train_iters=2, save=tmp_path / "run", eval_iters=1, **VARIANTS[name])

@@ -44,9 +44,14 @@ PADDED: dict[str, tuple[int, dict[str, Any]]] = {
     "stages": (2, {"pipeline_model_parallel_size": 2, "make_vocab_size_divisible_by": 100}),
     "shared-state": (2, {"use_distributed_optimizer": True, "make_vocab_size_divisible_by": 100}),
 }
+QUICK = ("a-rank-of-padding", "shared-state")
 
 
-@pytest.mark.parametrize("ranks, changes", PADDED.values(), ids=PADDED)
+@pytest.mark.parametrize(
+    "ranks, changes",
+    [case if name in QUICK else pytest.param(*case, marks=pytest.mark.slow) for name, case in PADDED.items()],
+    ids=PADDED,
+)
 def test_losses_and_gradients_do_not_depend_on_padding(
     ranks: int, changes: dict[str, Any], start: Path, unpadded: list[tuple[float, float]], tmp_path: Path
 ) -> None:

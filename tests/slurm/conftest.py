@@ -23,11 +23,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     seconds: dict[str, float] = {}
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if hasattr(report, "duration"):  # of the case, and of what it had to wait for
-            case = dict(report.user_properties).get("slurm case", "")
+            case = dict(getattr(report, "user_properties", ())).get("slurm case", "")
             seconds[case] = seconds.get(case, 0.0) + report.duration
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            notes = dict(report.user_properties)
+            notes = dict(getattr(report, "user_properties", ()))
             if "slurm case" not in notes:
                 continue
             seen = notes.get("seen", report.longrepr[2] if outcome == "skipped" else "")

@@ -107,6 +107,7 @@ def test_layer(tmp_path: Path) -> None:
     assert "quotient (target: at most 1.2)" in done.output
 
 
+@pytest.mark.slow
 def test_step(tmp_path: Path) -> None:
     done = run("step", tmp_path)
     models = done.results["models"]
@@ -248,6 +249,7 @@ def test_wrong_flags_are_refused_before_anything_runs(
     assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compiled_decode(tmp_path: Path) -> None:
     done = run("compiled_decode", tmp_path)
     (found,) = done.results

@@ -127,6 +127,7 @@ def test_checkpoints_on_the_nodes_own_disks(script, files, tmp_path):
     assert (run.training.non_persistent_local_ckpt_dir, run.non_persistent_type) == ("/scratch/a b", "local")
 
 
+@pytest.mark.slow
 def test_example_through_the_program(files):
     ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     shown = command_of("pretrain_8m_cpu.sh", files, sys.executable, "--dry-run", **ranks)

@@ -103,8 +103,11 @@ def _unknown(flag: str, shown: str, kind: str) -> str:
     return f"unknown {kind} {shown}" + (f"; did you mean --{close[0]}?" if close else "; see --help for all flags")
 
 
+@functools.cache  # three hundred flags take more time to add than to read
 def build_parser(program: str, description: str) -> OneLineParser:
-    """A parser of every option. Only flags that were given appear in the result, as raw text or switch values."""
+    """A parser of every option. Only flags that were given appear in the result, as raw text or switch values.
+
+    Every caller of one program gets the same parser; nothing may be added to it."""
     parser = OneLineParser(
         prog=program,
         usage="%(prog)s [--model-preset NAME] [--config FILE] [flags]",

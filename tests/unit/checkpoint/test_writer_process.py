@@ -17,6 +17,7 @@ from umv2_megatron.checkpoint.writer_process import WriterProcess
 from umv2_megatron.durable_files import CheckpointError
 
 
+@pytest.mark.slow
 def test_files_errors_and_the_end(tmp_path):
     """One process for all, as it takes seconds to start."""
     snapshot = Snapshot()

@@ -354,6 +354,7 @@ def test_the_program_stops_before_any_process_group(argv, told):
     assert seconds < 10 * max(1.0, os.getloadavg()[0] / 2)
 
 
+@pytest.mark.slow
 def test_help_and_dry_run_start_nothing():
     code, out, err, _ = program("--help")
     assert code == 0 and "--memory-num-keys" in out and "--tensor-model-parallel-size" in out, err

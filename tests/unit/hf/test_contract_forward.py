@@ -17,14 +17,14 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny_model import CONTRACT, VOCABULARY, tiny_model, tokens  # noqa: E402
+from tiny_model import CONTRACT, QUICK, VOCABULARY, slow_but, tiny_model, tokens  # noqa: E402
 
 from umv2_megatron.hf import UMv2ForCausalLM  # noqa: E402
 
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-6}
 """Routers compute a softmax in float32; all else agrees to 1e-12."""
 
-every_variant = pytest.mark.parametrize("variant", CONTRACT)
+every_variant = pytest.mark.parametrize("variant", slow_but(QUICK, CONTRACT))
 
 
 def exact(variant: str, **changes: Any) -> UMv2ForCausalLM:

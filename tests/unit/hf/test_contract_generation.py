@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny_model import CONTRACT, VOCABULARY, tiny_model, tokens  # noqa: E402
+from tiny_model import CONTRACT, QUICK, VOCABULARY, slow_but, tiny_model, tokens  # noqa: E402
 
 from umv2_megatron.hf import UMv2ForCausalLM  # noqa: E402
 
@@ -28,7 +28,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "pad_token_id
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
 """``generate`` gives logits in float32."""
 
-every_variant = pytest.mark.parametrize("variant", CONTRACT)
+every_variant = pytest.mark.parametrize("variant", slow_but(QUICK, CONTRACT))
 
 
 def exact(variant: str, **changes: Any) -> UMv2ForCausalLM:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, initialization
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny_model import CONTRACT, VOCABULARY, tiny_config, tiny_model, tokens  # noqa: E402
+from tiny_model import CONTRACT, QUICK, VOCABULARY, slow_but, tiny_config, tiny_model, tokens  # noqa: E402
 
 from umv2_megatron.hf import UMv2Config, UMv2ForCausalLM, UMv2Model  # noqa: E402
 
-every_variant = pytest.mark.parametrize("variant", CONTRACT)
+every_variant = pytest.mark.parametrize("variant", slow_but(QUICK, CONTRACT))
 WITH_TABLES = [name for name, changes in CONTRACT.items() if "ffn_variant" not in changes]
 
 
@@ -207,7 +207,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("place", ["device", "cpu", "mmap"])
-@pytest.mark.parametrize("variant", WITH_TABLES)
+@pytest.mark.parametrize("variant", slow_but(("plain", "ring", "ultramem"), WITH_TABLES))
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_compute_the_same_and_are_their_own(how: str, variant: str, place: str, tmp_path: Path) -> None:
     tiny_model(**{**CONTRACT[variant], "memory_table_chunk_rows": 200}).save_pretrained(tmp_path)

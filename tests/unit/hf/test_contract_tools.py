@@ -20,7 +20,7 @@ from transformers import CompileConfig, StaticCache
 ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "tests" / "distributed")]
 from harness import run_ranks  # noqa: E402
-from tiny_model import CONTRACT, tiny_model, tokens  # noqa: E402
+from tiny_model import CONTRACT, QUICK, slow_but, tiny_model, tokens  # noqa: E402
 
 from umv2_megatron.hf import UMv2ForCausalLM  # noqa: E402
 from umv2_megatron.hf.retrieval_umv2 import UMv2Retrieval  # noqa: E402
@@ -34,9 +34,7 @@ WITH_TABLES = [name for name, changes in CONTRACT.items() if "ffn_variant" not i
 
 def variants(*quick: str) -> pytest.MarkDecorator:
     """All variants; those that are not named are for ``make test-slow``."""
-    return pytest.mark.parametrize(
-        "variant", [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in CONTRACT]
-    )
+    return pytest.mark.parametrize("variant", slow_but(quick, CONTRACT))
 
 
 def exact(variant: str, **changes: Any) -> UMv2ForCausalLM:
@@ -194,7 +192,7 @@ def devices(model: UMv2ForCausalLM, odd: str) -> dict[str, str]:
 
 
 @needs_accelerate
-@pytest.mark.parametrize("variant", CONTRACT)
+@variants(*QUICK)
 def test_offloaded_models_compute_the_same(variant: str, tmp_path: Path) -> None:
     from accelerate import cpu_offload, disk_offload
 
@@ -223,7 +221,7 @@ def test_offloaded_models_compute_the_same(variant: str, tmp_path: Path) -> None
 
 @needs_accelerate
 @pytest.mark.parametrize("place", ["cpu", "mmap"])
-@pytest.mark.parametrize("variant", WITH_TABLES)
+@pytest.mark.parametrize("variant", slow_but(QUICK, WITH_TABLES))
 def test_offload_beside_tables_off_the_device(variant: str, place: str, tmp_path: Path) -> None:
     model, batch = exact(variant), tokens(2, 9)
     model.save_pretrained(tmp_path / "model")
@@ -265,7 +263,7 @@ def sharded(folder: str, variant: str) -> dict[str, Any]:
 
 
 @needs_accelerate
-@pytest.mark.parametrize("variant", CONTRACT)
+@variants(*QUICK)
 def test_tensor_parallelism_by_the_plan(variant: str, tmp_path: Path) -> None:
     model = exact(variant)
     for found in run_ranks(2, sharded, str(tmp_path), variant):

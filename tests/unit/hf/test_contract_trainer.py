@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tiny_model import CONTRACT, tiny_model, tokens  # noqa: E402
+from tiny_model import CONTRACT, QUICK, slow_but, tiny_model, tokens  # noqa: E402
 
 from umv2_megatron.hf import UMv2ForCausalLM  # noqa: E402
 
@@ -20,11 +20,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None,
     reason="accelerate is not installed (requirements-hf-tools.txt): transformers' Trainer needs it",
 )
-QUICK = ("plain", "delayed", "moe")
-every_variant = pytest.mark.parametrize("variant", CONTRACT)
-some_variants = pytest.mark.parametrize(
-    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONTRACT]
-)
+every_variant = pytest.mark.parametrize("variant", slow_but(QUICK, CONTRACT))
+some_variants = pytest.mark.parametrize("variant", slow_but(("plain", "delayed", "moe"), CONTRACT))
 
 
 def texts(count: int = 16, length: int = 20) -> list[dict[str, torch.Tensor]]:

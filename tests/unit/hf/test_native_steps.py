@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import VARIANTS, tiny_model, tokens
+from tiny_model import QUICK, VARIANTS, slow_but, tiny_model, tokens
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
@@ -76,7 +76,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 # -- what is computed -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(QUICK, VARIANTS))
 def test_every_variant(name: str, architecture: str, calls: list[str]) -> None:
     model = tiny_model(**VARIANTS[name])
     for batch in (1, 6, 37):
@@ -90,7 +90,7 @@ def test_every_variant(name: str, architecture: str, calls: list[str]) -> None:
         calls.clear()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(QUICK, VARIANTS))
 def test_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Search and lookup of many tokens, whole and in parts."""
     model, ids = tiny_model(**VARIANTS[name]), tokens(3, 30)
@@ -183,7 +183,7 @@ def test_a_step_without_a_cache(calls: list[str]) -> None:
             assert_close(found, model(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(QUICK, VARIANTS))
 @pytest.mark.parametrize("way", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_generated_tokens(name: str, way: dict[str, Any]) -> None:
     model, prompt = tiny_model(**VARIANTS[name]), tokens(2, 6)

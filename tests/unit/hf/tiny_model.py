@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -36,6 +38,13 @@ CONTRACT: dict[str, dict[str, Any]] = {
     **{name: changes for name, changes in VARIANTS.items() if name not in ("chunks", "v1")},
     "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
 }
+# The others' memory layers and FFNs differ from one of these by less; ``make test-slow`` has them all.
+QUICK = ("plain", "chunks", "ring", "v1", "memory-plus", "ultramem", "moe")
+
+
+def slow_but(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """``names`` for ``pytest.mark.parametrize``; those that are not ``quick`` are for ``make test-slow``."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def tiny_config(**changes: Any) -> UMv2Config:

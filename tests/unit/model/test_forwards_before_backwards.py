@@ -139,8 +139,14 @@ def same_gradients(expected: dict[str, torch.Tensor], found: dict[str, torch.Ten
         assert gradient.abs().sum() > 0, (where, name)
 
 
-@pytest.mark.parametrize(("standalone", "stream"),
-    [(True, False), pytest.param(False, False, marks=pytest.mark.slow), (True, True), (False, True)],
+@pytest.mark.parametrize(
+    ("standalone", "stream"),
+    [
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
 )
 def test_two_forwards_then_two_backwards(standalone: bool, stream: bool) -> None:
     run_ranks(1, compare, list(KINDS) if not stream else ["umv2"], standalone, stream)

@@ -189,6 +189,7 @@ def test_columns_in_turn_follow_the_arithmetic(monkeypatch: pytest.MonkeyPatch) 
     assert triton_launch.cached_columns(values, 2, 2**20) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_top_k_compiles_ahead_of_time(
     capability: int, launched: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

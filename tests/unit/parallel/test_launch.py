@@ -265,8 +265,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("number", "program"),
-    [*((signal.SIGTERM, program) for program in WAITING), (signal.SIGINT, "tools/generate.py")],
-)
+    [
+        *(pytest.param(signal.SIGTERM, program, marks=pytest.mark.slow if program.startswith("tools") else ())
+          for program in WAITING),
+        pytest.param(signal.SIGINT, "tools/generate.py", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_rank_that_waits_ends_at_a_signal(number: int, program: str, checkpoint: Path, tmp_path: Path) -> None:
     """The first of two ranks, whose second never comes, is asked to end while it waits."""
     (tmp_path / "text.txt").write_text("1 2 3 4 5 6")

@@ -39,7 +39,7 @@ assert norm.weight.sequence_parallel is True and config.sequence_parallel is Tru
 """
 
 
-@pytest.mark.parametrize("machine", ["cuda", "cpu"])
+@pytest.mark.parametrize("machine", [pytest.param("cuda", marks=pytest.mark.slow), "cpu"])
 def test_repairs_are_made_on_every_machine(machine: str) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     told = subprocess.run(

@@ -216,6 +216,7 @@ def test_buckets_by_hand() -> None:
     assert [len(bucket.parameters) for bucket in buckets_of(sizes, 1, False, 75)] == [2, 1]
 
 
+@pytest.mark.slow
 def test_search_finds_the_fastest_that_fits() -> None:
     """Every layout that the search leaves out is slower or too large."""
     start = Layout(world=8, bf16=True, distributed_optimizer=True)
