@@ -16,9 +16,10 @@ the other one waits; who begins alternates. A side's time is the median over the
 to highest), the ratio the median of the rounds' ratios. Where memory has no room for both models at once, a round
 builds one, times it, ends it, and builds the other.
 
-The limit of a step is the larger of two times: the bytes of weights that it reads (counted) at the machine's copy
-bandwidth, and two operations for each activated parameter and sequence at its float32 GEMM rate, both measured at the
-start. Keys and values of the cache are not in it.
+The limit of a step is the larger of two times: the bytes that it reads (weights, counted, and the keys and values of
+the cached tokens) at the machine's copy bandwidth, and two operations for each activated parameter and sequence at its
+GEMM rate in the model's dtype, both measured at the start. The cache counts because every step has to read all of it,
+each sequence its own: it grows with the batch, and no order of computing saves it. Up to November 2026 it was left out.
 
 Bytes touched are counted in steps of their own, see decode_side.py. Peak memory is that of the side's process, from the
 moment its weights and cache are ready.
@@ -52,6 +53,7 @@ from benchmarks.measure import (  # noqa: E402
     Table,
     add_options,
     describe_machine,
+    gemm_rate,
     prepare,
     publish,
 )
@@ -238,8 +240,15 @@ def run_mmap(common: dict[str, Any], batches: list[dict[str, Any]], options: arg
 def limit_ms(result: dict[str, Any], activated: int, machine: dict[str, Any]) -> float:
     """What a step of UltraMemV2 takes at least, by the bytes that it reads or the operations that it needs."""
     ours = result["sides"][OURS]
-    read = (ours["dense"] + ours["sparse"]) / machine["copy_bytes_per_s"]
+    read = (ours["dense"] + ours["sparse"] + ours["cache"]) / machine["copy_bytes_per_s"]
     return max(read, 2 * activated * result["batch"] / machine["gemm_flops_per_s"]) * 1e3
+
+
+def in_dtype(machine: dict[str, Any], dtype: str, device: str, quick: bool) -> dict[str, Any]:
+    """``machine`` with its GEMM rate in ``dtype``."""
+    if dtype == "float32":
+        return machine
+    return {**machine, "gemm_flops_per_s": gemm_rate(getattr(torch, dtype), device, quick)}
 
 
 def tables_of(size: dict[str, Any], rounds: int, machine: dict[str, Any]) -> list[Table | str]:
@@ -269,11 +278,13 @@ def tables_of(size: dict[str, Any], rounds: int, machine: dict[str, Any]) -> lis
             *(f"{(side['dense'] + side['sparse']) / 1e6:,.0f}" for side in (ours, peer)),
             *(f"{side['sparse'] / 1e6:,.2f}" for side in (ours, peer)),
             f"1 : {result['sparse_bytes_ratio']:,.0f}",
+            f"{ours['cache'] / 1e6:,.0f}",
         ))  # fmt: skip
     context = size["batches"][0]["context"]
     parts: list[Table | str] = [
         f"### {size['size'].upper()}, {size['dtype']}",
         facts,
+        f"GEMM rate in {size['dtype']}: {machine['gemm_flops_per_s'] / 1e9:,.0f} GFLOP/s.",
         Table(
             f"Milliseconds per decode step after {context} cached tokens: medians of {rounds} rounds (lowest-highest), "
             f"{turns}; peak memory in GiB.",
@@ -282,8 +293,9 @@ def tables_of(size: dict[str, Any], rounds: int, machine: dict[str, Any]) -> lis
             times,
         ),
         Table(
-            "MB of weights that a step reads (counted, not estimated); sparse weights are value tables or experts.",
-            ("batch", f"all, {OURS}", f"all, {PEER}", f"sparse, {OURS}", f"sparse, {PEER}", "ratio of sparse"),
+            "MB of weights that a step reads (counted, not estimated); sparse weights are value tables or experts. The "
+            "last column: keys and values, on both sides.",
+            ("batch", f"all, {OURS}", f"all, {PEER}", f"sparse, {OURS}", f"sparse, {PEER}", "ratio of sparse", "cache"),
             touched,
         ),
     ]
@@ -415,7 +427,7 @@ def main(argv: list[str]) -> int:
     sizes = [run_size(name, options) for name in names]
     parts: list[Table | str] = [f"`{instructions()}{command}`"]
     for size in sizes:
-        parts += tables_of(size, options.rounds, machine)
+        parts += tables_of(size, options.rounds, in_dtype(machine, size["dtype"], options.device, options.quick))
     plot = options.plot or (options.docs.parent / "decode.png" if options.docs else None)
     if plot:
         draw(sizes, plot)

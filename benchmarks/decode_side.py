@@ -7,7 +7,8 @@ One JSON object per line comes in on stdin, one goes out on stdout for each:
     {"do": "prepare", "batch": 8, "context": 128}   cache of random keys and values; OLMoE: takes its fastest experts
     {"do": "time", "steps": 5}                      milliseconds of each step ("cold": true: files not in the cache)
     {"do": "read_files"}                            the model's files come into the system's cache
-    {"do": "count", "steps": 5}                     bytes of weights that a step touches, mean over the steps
+    {"do": "count", "steps": 5}                     bytes of weights that a step touches, mean over the steps, and
+                                                    of the cache
     {"do": "prefill", "tokens": 2048}               milliseconds of a prompt, and by how many bytes memory rose
     {"do": "peak"}                                  highest memory use since "prepare", bytes
 
@@ -17,7 +18,8 @@ so the picks of each step are new ones.
 
 Weights touched are counted, not estimated: all dense weights once (the output matrix included, of the input embedding
 the rows of the step's tokens where it is a matrix of its own), and of the sparse ones the distinct experts, or the
-distinct rows, that a hook has seen picked in the step.
+distinct rows, that a hook has seen picked in the step. Of the cache, the keys and values of ``context`` tokens of each
+sequence, which attention has to read, whoever computes it; not the room for more.
 """
 
 from __future__ import annotations
@@ -173,7 +175,12 @@ class Side:
             hook.remove()
         table = self.model.get_input_embeddings().weight
         dense = self.bytes_of_dense() + embedded / steps * table.shape[1] * table.element_size()
-        return {"dense": dense, "sparse": sparse / steps, "items": items / steps}
+        return {"dense": dense, "sparse": sparse / steps, "items": items / steps, "cache": self.bytes_of_cache()}
+
+    def bytes_of_cache(self) -> int:
+        """Keys and values of the cached tokens."""
+        cached = [part[:, :, : self.context] for layer in self.cache.layers for part in (layer.keys, layer.values)]
+        return sum(part.numel() * part.element_size() for part in cached)
 
     def bytes_of_dense(self) -> int:
         """All weights that every step reads, without an input embedding that is a matrix of its own."""

@@ -150,12 +150,9 @@ def describe_machine(device: str = "cpu", quick: bool = False) -> dict[str, Any]
     several), load average, and how many processors other programs use; ``quick`` measures on less, and worse."""
     busy = psutil.cpu_percent(interval=0.2 if quick else 1.0) / 100 * (os.cpu_count() or 1)
     load = os.getloadavg()[0]
-    side = 256 if quick else 2048
     source = torch.randn((1 if quick else 64) << 20, device=device)
     target = torch.empty_like(source)
     copies = [timed(lambda: target.copy_(source), device=device) for _ in range(8)]
-    left = torch.randn(side, side, device=device)
-    products = [timed(lambda: left.matmul(left), device=device) for _ in range(5)]
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -164,11 +161,19 @@ def describe_machine(device: str = "cpu", quick: bool = False) -> dict[str, Any]
         "cache_bytes": cache_bytes(),
         "torch": torch.__version__,
         "copy_bytes_per_s": 2 * source.numel() * 4 / min(copies[1:]),
-        "gemm_flops_per_s": 2 * side**3 / min(products[1:]),
+        "gemm_flops_per_s": gemm_rate(torch.float32, device, quick),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "load_average": load,
         "busy_processors": round(busy, 2),
     }
+
+
+def gemm_rate(dtype: torch.dtype, device: str = "cpu", quick: bool = False) -> float:
+    """Operations per second of a square product in ``dtype``, the best of several."""
+    side = 256 if quick else 2048
+    left = torch.randn(side, side, device=device).to(dtype)
+    products = [timed(lambda: left.matmul(left), device=device) for _ in range(5)]
+    return 2 * side**3 / min(products[1:])
 
 
 def machine_line(machine: Mapping[str, Any], clock: str = "wall") -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode, decode_side
+from benchmarks import decode, decode_kernels, decode_side
 from umv2_megatron.config.presets import find_preset
+from umv2_megatron.hf import native_umv2
 from umv2_megatron.planning.parameters import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,9 @@ def test_distinct_rows_are_counted_once(memory):
     found = memory.count(steps=2)
     assert found["items"] == LAYERS * TOPK
     assert found["sparse"] == LAYERS * TOPK * ROW_BYTES
+    config = memory.config
+    keys = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    assert found["cache"] == 3 * 8 * LAYERS * 2 * keys * 4
     count = count_parameters(find_preset("umv2-tiny").model, find_preset("umv2-tiny").memory_config())
     assert found["dense"] == 4 * (count.total - count.tables + count.embedding)
     del memory.draw_tokens
@@ -92,6 +96,15 @@ def test_decoding_after_a_cache_equals_a_pass_over_all_tokens(memory):
             assert torch.allclose(memory.step(tokens[:, 8:])[:, -1], expected, atol=1e-5)
 
 
+def test_a_limit_is_bytes_or_operations():
+    ours = {"dense": 5e9, "sparse": 2e9, "cache": 1e9}
+    result, machine = {"batch": 4, "sides": {decode.OURS: ours}}, {"copy_bytes_per_s": 2e9, "gemm_flops_per_s": 1e9}
+    assert decode.limit_ms(result, 100_000_000, machine) == pytest.approx(4000)
+    assert decode.limit_ms(result, 1_000_000_000, machine) == pytest.approx(8000)
+    assert decode.in_dtype(machine, "float32", "cpu", True) is machine
+    assert decode.in_dtype(machine, "bfloat16", "cpu", True)["gemm_flops_per_s"] != 1e9
+
+
 class SideHere:
     """Stands for a process of decode_side.py: the same side in this process, which saves the starts of two."""
 
@@ -126,6 +139,35 @@ def test_sides_take_turns_and_all_is_reported(tmp_path, monkeypatch):
     assert "old" not in text and text.startswith("before") and "| 2 |" in text and "decode.png" in text
     assert "\n`python benchmarks/decode.py --batch 2 --no-mmap --quick`\n" in text and str(tmp_path) not in text
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(native_umv2.library() is None, reason="there is no C++ compiler")
+def test_kernels_against_operations(tmp_path):
+    out = tmp_path / "out.json"
+    flags = ["--quick", "--batch", "2", "--dtype", "bfloat16", "--json", str(out)]
+    assert decode_kernels.main(flags) == 0
+    assert decode_kernels.main([*flags, "--no-plain"]) == 0
+    (result,) = json.loads(out.read_text())["results"]
+    assert list(result["times"]) == [decode_kernels.KERNELS] and min(result["times"][decode_kernels.KERNELS]) > 0
+    assert result["sides"][decode.OURS]["cache"] and result["limit_ms"] > 0
+    for flags in (["--steps", "0"], ["--batch", "0"], ["--context", "0"]):
+        with pytest.raises(SystemExit) as stopped:
+            decode_kernels.main(flags)
+        assert stopped.value.code == 2
+
+
+@pytest.mark.skipif(native_umv2.library() is None, reason="there is no C++ compiler")
+def test_operations_are_timed_without_kernels(memory, monkeypatch):
+    from umv2_megatron.hf import step_umv2
+
+    called = []
+    run = step_umv2._run
+    monkeypatch.setattr(step_umv2, "_run", lambda *given: called.append(given[0]) or run(*given))
+    memory.prepare(batch=2, context=8)
+    for way, count in ((decode_kernels.PLAIN, 0), (decode_kernels.KERNELS, 2 * LAYERS)):
+        with decode_kernels.computed_by(way):
+            memory.time(1)
+        assert len(called) == count
 
 
 @pytest.mark.slow

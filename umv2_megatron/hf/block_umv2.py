@@ -11,7 +11,7 @@ BLOCK = r"""
 
 #include <vector>
 
-#include "products.h"
+#include "tiles.h"
 
 namespace {
 
@@ -42,29 +42,70 @@ Scratch& scratch() {
     return own;
 }
 
-int64_t packed_size(int64_t columns) { return columns * (LARGEST_BATCH + 2 * LANES); }
-
 }  // namespace
 
-extern "C" {
-
+template <typename Real>
 struct Norm {
-    const float* gain;
+    const Real* gain;
     float shift, epsilon;  // shift: 1 where the gain is zero-centered
 };
 
+template <typename Real>
 struct Linear {
-    const float *weight, *bias;
+    const Real *weight, *bias;
     int64_t rows;
 };
 
-}  // extern "C"
-
 namespace {
 
-void norm_rows(const Team& team, const Norm& norm, const float* x, int64_t batch, int64_t size, float* to) {
+template <typename Real>
+void norm_rows(const Team& team, const Norm<Real>& norm, const float* x, int64_t batch, int64_t size, float* to) {
     for (int64_t m = team.begin(batch); m < team.end(batch); ++m)
         rms_norm(x + m * size, norm.gain, norm.shift, norm.epsilon, size, to + m * size);
+}
+
+// What is computed with in float32: float32 numbers as they lie, others in a copy, written back in the end.
+template <typename Real>
+struct Working {
+    static constexpr bool COPIED = !std::is_same_v<Real, float>;
+    static int64_t numbers(int64_t count) { return COPIED ? count + LINE : 0; }
+
+    Working(Real* given, int64_t count, Scratch& scratch) : given_(given), count_(count) {
+        if constexpr (COPIED) numbers_ = scratch.take(count);
+        else numbers_ = given;
+    }
+    float* get() const { return numbers_; }
+    void read(const Team& team) const {
+        if constexpr (COPIED) widen(given_ + begin(team), end(team) - begin(team), numbers_ + begin(team));
+    }
+    void write(const Team& team) const {
+        if constexpr (COPIED) narrow(numbers_ + begin(team), end(team) - begin(team), given_ + begin(team));
+    }
+
+  private:
+    int64_t begin(const Team& team) const { return team.begin(count_); }
+    int64_t end(const Team& team) const { return team.end(count_); }
+    Real* given_;
+    float* numbers_;
+    int64_t count_;
+};
+
+template <typename Real>
+void multiply_one(Real* given, const Linear<Real>& layer, int64_t batch, int64_t columns, Real* result,
+                  int64_t threads) {
+    using Kept = Working<Real>;
+    Scratch& own = scratch();
+    own.room(packed_size(columns) + Kept::numbers(batch * columns) + Kept::numbers(batch * layer.rows) + 64);
+    float* packed = own.take(packed_size(columns));
+    const Kept x(given, batch * columns, own), out(result, batch * layer.rows, own);
+    const Segment<Real> segment = {layer.weight, layer.bias, layer.rows, out.get(), layer.rows, false};
+    with_team(threads, [&](const Team& team) {
+        x.read(team);
+        if (Kept::COPIED) team.wait();
+        multiply(team, batch, columns, x.get(), packed, &segment, 1);
+        if (Kept::COPIED) team.wait();
+        out.write(team);
+    });
 }
 
 }  // namespace
@@ -72,12 +113,12 @@ void norm_rows(const Team& team, const Norm& norm, const float* x, int64_t batch
 extern "C" {
 
 // out [M, rows] = x [M, columns] weight' + bias
-void umv2_linear(const float* x, const Linear* layer, int64_t batch, int64_t columns, float* out, int64_t threads) {
-    Scratch& own = scratch();
-    own.room(packed_size(columns) + 64);
-    float* packed = own.take(packed_size(columns));
-    const Segment segment = {layer->weight, layer->bias, layer->rows, out, layer->rows, false};
-    with_team(threads, [&](const Team& team) { multiply(team, batch, columns, x, packed, &segment, 1); });
+void umv2_linear(float* x, const Linear<float>* layer, int64_t batch, int64_t columns, float* out, int64_t threads) {
+    multiply_one(x, *layer, batch, columns, out, threads);
+}
+void umv2_linear_bfloat16(Half* x, const Linear<Half>* layer, int64_t batch, int64_t columns, Half* out,
+                          int64_t threads) {
+    multiply_one(x, *layer, batch, columns, out, threads);
 }
 
 }  // extern "C"

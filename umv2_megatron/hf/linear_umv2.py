@@ -1,8 +1,9 @@
 """Products with the model's ``nn.Linear`` layers, fast where a step of decoding spends most of its time.
 
 On a CPU torch computes a float32 product with the matrix library it was built with, which takes several times as long
-as reading the weight for the few rows of a step. Up to 64 rows the compiled kernels compute it (``native_umv2``); for
-more rows, or without kernels, oneDNN does, which torch carries, too, and which its compiler calls for the same purpose.
+as reading the weight for the few rows of a step. Up to 64 rows the compiled kernels compute it (``native_umv2``), also
+in bfloat16; for more rows, or without kernels, oneDNN does in float32, which torch carries, too, and which its compiler
+calls for the same purpose.
 
 The layers are ``nn.Linear`` and nothing else, because quantizers and adapters look for exactly that.
 """
@@ -23,12 +24,12 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``, [..., columns] to [..., rows]; by kernels or oneDNN where it is a plain ``nn.Linear`` on a CPU in
-    float32 and autograd is off."""
+    float32 or, by kernels alone, bfloat16, and autograd is off."""
     if type(layer) is not nn.Linear or torch.is_grad_enabled() or not _is_plain(layer, x):
         return layer(x)
     if 0 < x.numel() <= LARGEST_BATCH * x.shape[-1] and usable(x) and _readable(layer):
         return linear(layer, x)
-    if _ONEDNN:
+    if _ONEDNN and x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
     return layer(x)
 
@@ -45,15 +46,17 @@ def in_parts(x: Tensor) -> Sequence[Tensor]:
 
 
 def _readable(layer: nn.Linear) -> bool:
-    return readable(layer.weight) and (layer.bias is None or readable(layer.bias))
+    dtype = layer.weight.dtype
+    return readable(layer.weight, dtype) and (layer.bias is None or readable(layer.bias, dtype))
 
 
 def _is_plain(layer: nn.Linear, x: Tensor) -> bool:
-    """Whether both are ordinary float32 tensors in host memory, no hook or other forward has been put on the layer, and
-    no autocast and no compiler has a say."""
+    """Whether both are ordinary tensors of one dtype in host memory, no hook or other forward has been put on the
+    layer, and no autocast and no compiler has a say."""
     weight = layer.weight
     return (
-        x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.device.type == weight.device.type == "cpu"
         and type(weight) is nn.Parameter
         and not layer._forward_hooks

@@ -34,9 +34,9 @@ def set_sum(call: MemoryPart, memory: Any) -> None:
     call.table_rows = memory.table_rows
 
 
-def point_at_table(call: MemoryPart, table: Any) -> list[Any] | None:
+def point_at_table(call: MemoryPart, table: Any, dtype: torch.dtype = torch.float32) -> list[Any] | None:
     """Put places of the chunks of a ``UMv2Table`` into ``call``; gives the arrays that it points to from now on. None
-    where kernels cannot read the chunks."""
+    where kernels for ``dtype`` cannot read the chunks."""
     kept: list[Any] = []
 
     def point(name: str, kind: Any, numbers: list[int]) -> None:
@@ -49,7 +49,7 @@ def point_at_table(call: MemoryPart, table: Any) -> list[Any] | None:
         if kind not in table.widths:
             continue
         chunks = list(getattr(table, kind))
-        if not chunks or not all(readable(chunk) for chunk in chunks):
+        if not chunks or not all(readable(chunk, dtype) for chunk in chunks):
             return None
         point(kind, ctypes.c_void_p, [chunk.data_ptr() for chunk in chunks])
         if table.place == "mmap":
@@ -62,7 +62,7 @@ def point_at_table(call: MemoryPart, table: Any) -> list[Any] | None:
 def search(retrieval: Any, key_scores: Tensor) -> tuple[Tensor, Tensor] | None:
     """Cells [T, P] and their scores [T, P, C] from the scores of all keys [2, R, T, h, N]; None without kernels."""
     held = (retrieval.cores, retrieval.u, retrieval.t)
-    if retrieval.rank not in RANKS or not usable(key_scores) or not all(readable(tensor) for tensor in held):
+    if retrieval.rank not in RANKS or not _floats(key_scores) or not all(readable(tensor) for tensor in held):
         return None
     call, tokens = MemoryPart(), key_scores.shape[2]
     set_search(call, retrieval)
@@ -78,7 +78,7 @@ def search(retrieval: Any, key_scores: Tensor) -> tuple[Tensor, Tensor] | None:
 def sum_rows(memory: Any, rows: Tensor, blocks: Tensor, scores: Tensor, projected: Tensor) -> Tensor | None:
     """The picked rows [T, P] added up, [T, E Dv], each weighted with its score and its pre-value's; None without
     kernels, and where something else stands in the table's place. Raises ``IndexError`` for rows that it has not."""
-    if not usable(scores) or not usable(projected) or rows.device.type != "cpu":
+    if not _floats(scores) or not _floats(projected) or rows.device.type != "cpu":
         return None
     call, table = MemoryPart(), memory.find_table()
     if not table.is_plain():
@@ -94,6 +94,10 @@ def sum_rows(memory: Any, rows: Tensor, blocks: Tensor, scores: Tensor, projecte
     _run("umv2_sum_rows", call, projected, rows, blocks if call.blocks > 1 else None, scores, summed,
          tokens=rows.shape[0])  # fmt: skip
     return summed
+
+
+def _floats(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and usable(x)
 
 
 def _run(function: str, call: MemoryPart, *tensors: Tensor | None, tokens: int) -> None:

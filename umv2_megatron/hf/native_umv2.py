@@ -5,9 +5,10 @@ which reads or writes little; the kernels compute it in two calls (``step_umv2``
 (``linear_umv2``). They are built with the machine's C++ compiler at first use (``build_umv2``). Without a compiler, or
 with UMV2_CPU_KERNELS=0 in the environment, PyTorch's operations are used; the results are equal but for rounding.
 
-Kernels read float32 numbers in host memory, without autograd. Whatever has a say in how a module computes is asked to:
-where a hook, another forward, an adapter, a quantizer, autocast, a compiler or a mode of PyTorch is at work, the
-modules run as they are.
+Kernels read float32 or bfloat16 numbers in host memory, without autograd, and compute in float32 (of products of
+bfloat16 numbers, tiles round the left factor to bfloat16, as PyTorch does). Whatever has a say in how a module computes
+is asked to: where a hook, another forward, an adapter, a quantizer, autocast, a compiler or a mode of PyTorch is at
+work, the modules run as they are.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ from .block_feedforward_umv2 import FEEDFORWARD
 from .block_umv2 import BLOCK
 from .products_umv2 import PRODUCTS
 from .selection_umv2 import SELECTION
+from .tiles_umv2 import TILES
 
 LARGEST_BATCH = 64
 """Rows of a product, and sequences of a step, up to which there are kernels; as in products_umv2."""
 
 _FILES = {
-    "products.h": PRODUCTS, "selection.h": SELECTION, "block.h": BLOCK, "attention.h": ATTENTION,
-    "feedforward.h": FEEDFORWARD,
+    "products.h": PRODUCTS, "tiles.h": TILES, "selection.h": SELECTION, "block.h": BLOCK,
+    "attention.h": ATTENTION, "feedforward.h": FEEDFORWARD,
     "kernels.cpp": '#include "attention.h"\n#include "feedforward.h"\n',
 }  # fmt: skip
+_SUFFIXES = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 _SWITCH = "UMV2_CPU_KERNELS"
 _logger = logging.get_logger(__name__)
 
@@ -115,12 +118,17 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """The function ``name`` of the library for tensors of ``dtype``."""
+    return getattr(library(), name + _SUFFIXES[dtype])
+
+
 def usable(x: Tensor) -> bool:
     """Whether kernels may compute with the activations ``x`` here and now."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.dtype is torch.float32
+        and x.dtype in _SUFFIXES
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -145,11 +153,11 @@ def is_plain(module: Any, kind: Any) -> bool:
     )
 
 
-def readable(tensor: Any) -> bool:
-    """Whether kernels can read ``tensor``: float32, dense and in host memory."""
+def readable(tensor: Any, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether kernels for ``dtype`` can read ``tensor``: of that dtype, dense and in host memory."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype is torch.float32
+        and tensor.dtype is dtype
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
@@ -158,13 +166,12 @@ def readable(tensor: Any) -> bool:
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)`` for ``usable`` x [..., columns] of up to ``LARGEST_BATCH`` rows; the parameters are ``readable``."""
-    kernels = library()
-    assert kernels is not None
+    """``layer(x)`` for ``usable`` x [..., columns] of up to ``LARGEST_BATCH`` rows; the parameters are ``readable``, of
+    the dtype of x."""
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], layer.out_features)
     described = linear_of(layer)
-    kernels.umv2_linear(
+    kernel("umv2_linear", x.dtype)(
         ctypes.c_void_p(x.data_ptr()),
         ctypes.byref(described),
         ctypes.c_int64(x.numel() // x.shape[-1]),

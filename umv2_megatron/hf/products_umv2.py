@@ -19,6 +19,8 @@ PRODUCTS = r"""
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -75,6 +77,46 @@ inline Vector load(const float* from) {
 inline void store(float* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 inline Vector all(float value) { return Vector{} + value; }
 
+struct Half {  // a bfloat16 number
+    uint16_t bits;
+};
+inline const uint16_t* bits(const Half* from) { return &from->bits; }
+inline float value_of(float from) { return from; }
+inline float value_of(Half from) {
+    const uint32_t bits = static_cast<uint32_t>(from.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+inline void put_value(float value, float* to) { *to = value; }
+inline void put_value(float value, Half* to) {  // halves to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    to->bits = static_cast<uint16_t>(value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline Vector load(const Half* from) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#elif defined(__AVX2__)
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
+    float values[LANES];
+    for (int i = 0; i < LANES; ++i) values[i] = value_of(from[i]);
+    return load(values);
+#endif
+}
+inline void narrow(const float* from, int64_t count, Half* to) {
+    for (int64_t i = 0; i < count; ++i) put_value(from[i], to + i);
+}
+template <typename Real>
+void widen(const Real* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+    for (; i < count; ++i) to[i] = value_of(from[i]);
+}
+
 // Sums of the lanes l with l % rank = r, for every r < rank; rank is 1, 2 or 4.
 inline void fold(Vector value, int64_t rank, float* sums) {
 #if defined(__SSE2__)
@@ -110,7 +152,8 @@ inline float sum_of(Vector value) {
     return result;
 }
 
-inline float dot(const float* one, const float* other, int64_t count) {
+template <typename Real>
+float dot(const float* one, const Real* other, int64_t count) {
     Vector sum{}, sum2{};
     int64_t i = 0;
     for (; i + 2 * LANES <= count; i += 2 * LANES) {
@@ -119,15 +162,16 @@ inline float dot(const float* one, const float* other, int64_t count) {
     }
     for (; i + LANES <= count; i += LANES) sum += load(one + i) * load(other + i);
     float result = sum_of(sum + sum2);
-    for (; i < count; ++i) result += one[i] * other[i];
+    for (; i < count; ++i) result += one[i] * value_of(other[i]);
     return result;
 }
 
 // to += weight * from
-inline void add_scaled(float* to, float weight, const float* from, int64_t count) {
+template <typename Real>
+void add_scaled(float* to, float weight, const Real* from, int64_t count) {
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) store(to + i, load(to + i) + weight * load(from + i));
-    for (; i < count; ++i) to[i] += weight * from[i];
+    for (; i < count; ++i) to[i] += weight * value_of(from[i]);
 }
 
 // e^x to two units in the last place; 0 below -87, and for the smallest float.
@@ -167,17 +211,20 @@ inline void silu_times(float* to, const float* other, int64_t count) {
 }
 
 // to = x / sqrt(mean(x^2) + epsilon) * (gain + shift)
-inline void rms_norm(const float* x, const float* gain, float shift, float epsilon, int64_t count, float* to) {
+template <typename Real>
+void rms_norm(const float* x, const Real* gain, float shift, float epsilon, int64_t count, float* to) {
     const float scale = 1.0f / __builtin_sqrtf(dot(x, x, count) / static_cast<float>(count) + epsilon);
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) store(to + i, load(x + i) * scale * (load(gain + i) + shift));
-    for (; i < count; ++i) to[i] = x[i] * scale * (gain[i] + shift);
+    for (; i < count; ++i) to[i] = x[i] * scale * (value_of(gain[i]) + shift);
 }
 
 // -- products
 
 constexpr int64_t LARGEST_BATCH = 64;
 constexpr int64_t LINE = 16;  // floats of a cache line
+template <typename Real>
+constexpr int64_t LINE_OF = 64 / sizeof(Real);
 #if defined(__AVX512F__)
 constexpr int DOT_BATCH = 8, WIDE = 8;  // rows of x up to which dots are computed; rows of W beside two vectors of x
 #elif defined(__AVX__)
@@ -347,18 +394,35 @@ inline void pack_pairs(const Team& team, int64_t batch, int64_t columns, const f
                 to[(pair * width + m) * 2 + i] = m < batch ? x[m * columns + 2 * pair + i] : 0;
 }
 
+template <typename Real>
 struct Segment {  // out [M, rows] = x W' + bias, or that added to out
-    const float *weight, *bias;
+    const Real *weight, *bias;
     int64_t rows;
     float* out;
     int64_t stride;
     bool add;
 };
 
-// Products of x [M, K] with several weights. All threads of the team call it; what they have written to x must be there
-// (wait), and out is there after the next wait. `packed` has place for K * (LARGEST_BATCH + 2 * LANES) numbers.
-inline void multiply(const Team& team, int64_t batch, int64_t columns, const float* x, float* packed,
-                     const Segment* segments, int count) {
+// Sums of x's row m and `count` rows of W from `row` on.
+template <typename Real>
+void put(const Segment<Real>& segment, int64_t m, int64_t row, int64_t count, float* sums) {
+    float* out = segment.out + m * segment.stride + row;
+    if (segment.bias) add_scaled(sums, 1, segment.bias + row, count);
+    if (segment.add) add_scaled(out, 1, sums, count);
+    else std::copy_n(sums, count, out);
+}
+
+inline const float* as_floats(const float* w, int64_t, std::vector<float>&) { return w; }
+inline const float* as_floats(const Half* w, int64_t count, std::vector<float>& spare) {
+    if (spare.size() < static_cast<size_t>(count)) spare.resize(static_cast<size_t>(count));
+    widen(w, count, spare.data());
+    return spare.data();
+}
+
+// As `multiply` of tiles.h, which calls it.
+template <typename Real>
+void multiply_by_vectors(const Team& team, int64_t batch, int64_t columns, const float* x, float* packed,
+                         const Segment<Real>* segments, int count) {
     const Plan plan(batch, columns);
     if (plan.transposed) {
         for (int c = 0; c < plan.count; ++c) {
@@ -382,27 +446,26 @@ inline void multiply(const Team& team, int64_t batch, int64_t columns, const flo
     int64_t place = 0;
     const int64_t begin = team.begin(tiles), end = team.end(tiles);
     alignas(64) float sums[NARROW * 2 * LANES];
+    thread_local std::vector<float> spare;
     for (int s = 0; s < count; ++s) {
-        const Segment& segment = segments[s];
+        const Segment<Real>& segment = segments[s];
         const int64_t here = (segment.rows + plan.rows - 1) / plan.rows;
         for (int64_t tile = std::max(begin, place) - place; tile < here && place + tile < end; ++tile) {
             const int64_t first = tile * plan.rows;
             const bool whole = first + plan.rows <= segment.rows;
             for (int64_t row = first; row < std::min(segment.rows, first + plan.rows); row += whole ? plan.rows : 1) {
                 const int64_t rows = whole ? plan.rows : 1;
-                const float* weight = segment.weight + row * columns;
-                const float* next = row + 2 * rows <= segment.rows ? weight + rows * columns : weight;
+                const Real* given = segment.weight + row * columns;
+                const float* weight = as_floats(given, rows * columns, spare);
+                // Numbers that have been widened have been read: the tile asks for what it has.
+                const bool more = std::is_same_v<Real, float> && row + 2 * rows <= segment.rows;
+                const float* next = more ? weight + rows * columns : weight;
                 for (int c = 0; c < plan.count; ++c) {
                     const Chunk& chunk = plan.chunks[c];
                     const float* input = x + chunk.first * columns;
                     (whole ? chunk.tile : chunk.single)(input, columns, weight, next, sums);
-                    for (int64_t m = 0; m < chunk.count; ++m) {
-                        float* sum = sums + m * rows;
-                        float* out = segment.out + (chunk.first + m) * segment.stride + row;
-                        if (segment.bias) add_scaled(sum, 1, segment.bias + row, rows);
-                        if (segment.add) add_scaled(out, 1, sum, rows);
-                        else std::copy_n(sum, rows, out);
-                    }
+                    for (int64_t m = 0; m < chunk.count; ++m)
+                        put(segment, chunk.first + m, row, rows, sums + m * rows);
                 }
             }
         }

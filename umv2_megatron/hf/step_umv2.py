@@ -7,7 +7,7 @@ that modules must run as they are, the answer is None, and the block's own forwa
 
 Not computed by kernels: layer norms, norms behind attention and FFN or over whole projections, windows of
 attention, gates without SiLU, experts, product keys (``memory_scoring`` "additive"), ranks other than 1, 2 and 4, read
-delays, tables in other dtypes than float32.
+delays, and whatever is not all float32 or all bfloat16 (but u and t), tables included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .native_umv2 import (
     NormPart,
     SequencePart,
     is_plain,
-    library,
+    kernel,
     readable,
     usable,
 )
@@ -48,8 +48,9 @@ _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 class _Contents:
     """The modules and tensors that a call was made for. ``complete`` is false where kernels cannot take one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.complete = True
+        self.dtype = dtype
         self._modules: list[tuple[dict[str, Any], str, Any, type]] = []
         self._tensors: list[tuple[dict[str, Any], str, Any, int]] = []
 
@@ -61,14 +62,14 @@ class _Contents:
             self._modules.append((parent._modules, name, found, kind))
         return found
 
-    def tensor(self, owner: nn.Module, name: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Any:
-        """Place of the parameter or buffer ``name``, or None where there is none."""
+    def tensor(self, owner: nn.Module, name: str, *dtypes: torch.dtype) -> Any:
+        """Place of the parameter or buffer ``name``, of one of ``dtypes`` (none: that of the call), or None where there
+        is none."""
         kept: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
         found = kept.get(name)
         if found is None:
             return None
-        good = readable(found) or (found.dtype in dtypes[1:] and type(found) is Tensor and found.is_contiguous())
-        if not good or found.device.type != "cpu":
+        if not any(readable(found, dtype) for dtype in dtypes or (self.dtype,)):
             self.complete = False
             return None
         self._tensors.append((kept, name, found, found.data_ptr()))
@@ -90,9 +91,9 @@ class _Contents:
         self.complete &= norm.bias is None
         return NormPart(self.tensor(norm, "weight"), float(norm.zero_centered), norm.epsilon)
 
-    def stand(self) -> bool:
+    def stand(self, dtype: torch.dtype) -> bool:
         """Whether they are all as they were; those that kernels cannot take are looked at anew."""
-        if not self.complete:
+        if not self.complete or self.dtype is not dtype:
             return False
         for modules, name, module, kind in self._modules:
             if id(modules.get(name)) != id(module) or not is_plain(module, kind):
@@ -125,8 +126,8 @@ class UMv2Step:
         if not _is_step(hidden_states) or block.training and (block.hidden_dropout or block.attention_dropout):
             return None
         made = self._attention
-        if made is None or not made[0].stand():
-            made = self._attention = _attention_call(block)
+        if made is None or not made[0].stand(hidden_states.dtype):
+            made = self._attention = _attention_call(block, hidden_states.dtype)
         contents, call = made
         if not contents.complete:
             return None
@@ -135,8 +136,8 @@ class UMv2Step:
             return None
         batch = hidden_states.shape[0]
         room = _room(cache, attention.layer_idx, (batch, call.groups, 1, call.size), hidden_states)
-        mask = _mask(attention_mask, batch, room, cache)
-        turned = _angles(angles, batch)
+        mask = _mask(attention_mask, hidden_states, room, cache)
+        turned = _angles(angles, hidden_states)
         if room is None or mask is None or turned is None:
             return None
         keys, values, seen = room
@@ -159,8 +160,8 @@ class UMv2Step:
         if not _is_step(hidden_states) or block.delayed or block.training and block.hidden_dropout:
             return None
         made = self._feedforward
-        if made is None or not made[0].stand() or (made[2] is not None and not made[2].stands()):
-            made = self._feedforward = _feedforward_call(block)
+        if made is None or not made[0].stand(hidden_states.dtype) or (made[2] is not None and not made[2].stands()):
+            made = self._feedforward = _feedforward_call(block, hidden_states.dtype)
         contents, call, memory = made
         if not contents.complete:
             return None
@@ -181,7 +182,7 @@ def _is_step(hidden_states: Tensor) -> bool:
 
 
 def _run(function: str, call: ctypes.Structure, other: ctypes.Structure | None, hidden_states: Tensor) -> None:
-    wrong = getattr(library(), function)(
+    wrong = kernel(function, hidden_states.dtype)(
         ctypes.byref(call),
         None if other is None else ctypes.byref(other),
         ctypes.c_void_p(hidden_states.data_ptr()),
@@ -195,8 +196,8 @@ def _run(function: str, call: ctypes.Structure, other: ctypes.Structure | None, 
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
-def _attention_call(block: Any) -> tuple[_Contents, AttentionPart]:
-    contents, call = _Contents(), AttentionPart()
+def _attention_call(block: Any, dtype: torch.dtype) -> tuple[_Contents, AttentionPart]:
+    contents, call = _Contents(dtype), AttentionPart()
     contents.complete = _norms_come_first(block)
     call.norm = contents.norm(block, "input_layernorm")
     attention = contents.module(block, "self_attn", UMv2Attention)
@@ -242,7 +243,7 @@ def _room(
     else:
         return None
     fits = all(
-        type(part) is Tensor and part.dtype is torch.float32 and part.device.type == "cpu" and part.stride(3) == 1
+        type(part) is Tensor and part.dtype is like.dtype and part.device.type == "cpu" and part.stride(3) == 1
         and part.shape[:2] == shape[:2] and part.shape[3] == shape[3] and seen < part.shape[2]
         for part in (keys, values)
     )  # fmt: skip
@@ -250,29 +251,29 @@ def _room(
 
 
 def _mask(
-    mask: Tensor | None, batch: int, room: tuple[Tensor, Tensor, int] | None, cache: Cache | None
+    mask: Tensor | None, like: Tensor, room: tuple[Tensor, Tensor, int] | None, cache: Cache | None
 ) -> tuple[int | None, int, int] | None:
     """Place, stride by sequence and kind of the mask; None for one of another form."""
     if mask is None:
         # Without a mask all places of a static cache are seen, those that are still empty as well.
         return None if type(cache) is StaticCache else (None, 0, 0)
-    if type(mask) is not Tensor or mask.device.type != "cpu" or mask.dtype not in (torch.bool, torch.float32):
+    if type(mask) is not Tensor or mask.device.type != "cpu" or mask.dtype not in (torch.bool, like.dtype):
         return None
-    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1:3] != (1, 1) or mask.stride(3) != 1:
+    if mask.ndim != 4 or mask.shape[0] not in (1, like.shape[0]) or mask.shape[1:3] != (1, 1) or mask.stride(3) != 1:
         return None
     if room is None or mask.shape[3] <= room[2]:
         return None
     return mask.data_ptr(), mask.stride(0) if mask.shape[0] > 1 else 0, 1 if mask.dtype == torch.bool else 2
 
 
-def _angles(angles: tuple[Tensor, Tensor] | None, batch: int) -> tuple[int | None, int | None, int, int] | None:
+def _angles(angles: tuple[Tensor, Tensor] | None, like: Tensor) -> tuple[int | None, int | None, int, int] | None:
     """Places of cosines and sines, how many there are of a head, and their stride by sequence."""
     if angles is None:
         return None, None, 0, 0
     cos, sin = angles
-    if not (readable(cos) and readable(sin)) or cos.shape != sin.shape:
+    if not (readable(cos, like.dtype) and readable(sin, like.dtype)) or cos.shape != sin.shape:
         return None
-    if cos.ndim != 4 or cos.shape[0] not in (1, batch) or cos.shape[1:3] != (1, 1):
+    if cos.ndim != 4 or cos.shape[0] not in (1, like.shape[0]) or cos.shape[1:3] != (1, 1):
         return None
     return cos.data_ptr(), sin.data_ptr(), cos.shape[3], cos.shape[3] if cos.shape[0] > 1 else 0
 
@@ -280,8 +281,10 @@ def _angles(angles: tuple[Tensor, Tensor] | None, batch: int) -> tuple[int | Non
 # -- FFN and memory layer -------------------------------------------------------------------------------------------
 
 
-def _feedforward_call(block: Any) -> tuple[_Contents, FeedforwardPart, _MemoryCall | None]:
-    contents, call = _Contents(), FeedforwardPart()
+def _feedforward_call(
+    block: Any, dtype: torch.dtype
+) -> tuple[_Contents, FeedforwardPart, _MemoryCall | None]:
+    contents, call = _Contents(dtype), FeedforwardPart()
     contents.complete = _norms_come_first(block) and block.engram is None
     call.norm = contents.norm(block, "post_attention_layernorm")
     mlp = contents.module(block, "mlp", UMv2MLP)
@@ -320,9 +323,11 @@ class _MemoryCall:
             setattr(call, name, contents.linear(memory, part))
         for name, part in (("query_gain", "query_norm"), ("key_gain", "key_norm")):
             setattr(call, name, contents.tensor(retrieval, part))
-        for name in ("keys", "cores", "u", "t"):
+        for name in ("keys", "cores"):
             setattr(call, name, contents.tensor(retrieval, name))
-        call.perm = contents.tensor(memory, "perm", (torch.float32, torch.int32, torch.int64))
+        for name in ("u", "t"):
+            setattr(call, name, contents.tensor(retrieval, name, torch.float32))
+        call.perm = contents.tensor(memory, "perm", torch.int32, torch.int64)
         call.wide_perm = memory.perm.dtype == torch.int64
         set_search(call, retrieval)
         call.dim, call.epsilon = retrieval.dim, retrieval.epsilon
@@ -333,7 +338,7 @@ class _MemoryCall:
 
     def _take_table(self, contents: _Contents) -> None:
         table = self.table
-        kept = point_at_table(self.call, table)
+        kept = point_at_table(self.call, table, contents.dtype)
         contents.complete &= kept is not None
         if kept is not None:
             self._kept = kept
