@@ -91,7 +91,7 @@ class TokenSum {
     template <typename Table>
     void write(Table* all, int64_t token) const {
         const int64_t width = static_cast<int64_t>(sum_.size());
-        for (int64_t j = 0; j < width; j += slice_) umv2::narrow_row(sum_.data() + j, slice_, all + token * width + j);
+        for (int64_t j = 0; j < width; j += slice_) umv2::convert_row(sum_.data() + j, slice_, all + token * width + j);
     }
 
   private:

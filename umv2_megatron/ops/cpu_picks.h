@@ -129,7 +129,7 @@ class TokenVector {
             if (token == token_) return wide_.data();
             token_ = token;
             if constexpr (std::is_same<Table, Order>::value)
-                for (int64_t j = 0; j < width_; j += slice_) widen_row(from + j, slice_, wide_.data() + j);
+                for (int64_t j = 0; j < width_; j += slice_) convert_row(from + j, slice_, wide_.data() + j);
             else
                 for (int64_t j = 0; j < width_; ++j) wide_[static_cast<size_t>(j)] = widen(from[j]);
             return wide_.data();

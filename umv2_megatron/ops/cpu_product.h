@@ -9,8 +9,10 @@ namespace umv2 {
 
 #if defined(__AVX512F__)
 constexpr int64_t VECTOR_BYTES = 64;
-#else
+#elif defined(__AVX__)
 constexpr int64_t VECTOR_BYTES = 32;
+#else
+constexpr int64_t VECTOR_BYTES = 16;
 #endif
 constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
 typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
@@ -19,6 +21,8 @@ typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int64_t PANEL_VECTORS = VECTOR_BYTES == 64 ? 3 : 2, PANEL = PANEL_VECTORS * LANES;
 constexpr int64_t PANEL_ROWS = VECTOR_BYTES == 64 ? 8 : 6;
 
+// The number in all lanes: one load. `Vector{} + number` would add, because -0 + 0 is not -0.
+inline void spread(Vector& to, float number) { to = number - Vector{}; }
 inline void load(Vector& to, const float* from) { std::memcpy(&to, from, sizeof to); }
 inline void store(float* to, const Vector& vector) { std::memcpy(to, &vector, sizeof vector); }
 
@@ -39,10 +43,10 @@ inline void tile(const Left& left, const float* right, int64_t right_width, int6
         for (int64_t i = 0; i < ROWS; ++i)
             for (int64_t v = 0; v < V; ++v) load(sum[i][v], out + i * width + v * LANES);
     for (int64_t d = 0; d < depth; ++d) {
-        Vector columns[V];
+        Vector columns[V], factor;
         for (int64_t v = 0; v < V; ++v) load(columns[v], right + d * right_width + v * LANES);
         for (int64_t i = 0; i < ROWS; ++i) {
-            const Vector factor = Vector{} + left.data[i * left.row_stride + d * left.depth_stride];
+            spread(factor, left.data[i * left.row_stride + d * left.depth_stride]);
             for (int64_t v = 0; v < V; ++v) sum[i][v] += factor * columns[v];
         }
     }

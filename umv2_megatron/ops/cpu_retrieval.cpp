@@ -102,11 +102,39 @@ void score_tile(const Sizes& z, const float* query, int64_t tokens, const float*
                             scores + plane * TILE * z.width(), z.width());
 }
 
+// to[0..count) = sum over i < terms of factors[i] * from[i * stride + 0..count); TERMS is their number or 0 for any.
+template <int64_t TERMS>
+inline void weighted(int64_t terms, const float* factors, const float* from, int64_t stride, int64_t count, float* to) {
+    if (TERMS) terms = TERMS;
+    Vector sum, numbers, factor;
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) {
+        umv2::load(numbers, from + j);
+        umv2::spread(factor, factors[0]);
+        sum = factor * numbers;
+        for (int64_t i = 1; i < terms; ++i) {
+            umv2::load(numbers, from + i * stride + j);
+            umv2::spread(factor, factors[i]);
+            sum += factor * numbers;
+        }
+        umv2::store(to + j, sum);
+    }
+    for (; j < count; ++j) {
+        to[j] = factors[0] * from[j];
+        for (int64_t i = 1; i < terms; ++i) to[j] += factors[i] * from[i * stride + j];
+    }
+}
+
+inline void weighted(int64_t terms, const float* factors, const float* from, int64_t stride, int64_t count, float* to) {
+    if (terms == 2) weighted<2>(terms, factors, from, stride, count, to);
+    else weighted<0>(terms, factors, from, stride, count, to);
+}
+
 // Everything after the products, for one token and head.
 class TokenSearch {
   public:
     TokenSearch(const Sizes& sizes, const float* vectors, const float* total, const float* cores)
-        : z(sizes), vectors_(vectors), total_(total), cores_(cores), sum_(at(z.keys)), grid_(at(z.kept * z.kept)),
+        : z(sizes), vectors_(vectors), total_(total), cores_(cores), factors_(at(z.rank)), sum_(at(z.keys)), grid_(at(z.kept * z.kept)),
           side_scores_(at(2 * z.rank * z.kept)), cell_(at(z.topk)), kept_(at(2 * z.kept)) {}
 
     // `scores` of the planes of the token are `plane_stride` apart, `norms` [planes] their factors. Writes the K picks'
@@ -116,8 +144,9 @@ class TokenSearch {
              int32_t* places, int64_t side_stride, float* picked, int64_t picked_stride, float* out) {
         for (int64_t side = 0; side < 2; ++side) keep(side, head, scores, plane_stride, norms);
         const int32_t* cells = best_cells(head);
+        const uint32_t width = static_cast<uint32_t>(z.kept);  // in 32 bits, whose division is faster
         for (int64_t k = 0; k < z.topk; ++k) {
-            const int64_t i = cells[k] / z.kept, j = cells[k] % z.kept;
+            const int64_t i = static_cast<uint32_t>(cells[k]) / width, j = cells[k] - i * z.kept;
             const int32_t row = kept_[static_cast<size_t>(i)], column = kept_[static_cast<size_t>(z.kept + j)];
             places[k] = row;
             places[side_stride + k] = column;
@@ -146,20 +175,11 @@ class TokenSearch {
 
     // The best keys of a side, to kept_, and their scores, to side_scores_ [2, R, K'].
     void keep(int64_t side, int64_t head, const float* scores, int64_t plane_stride, const float* norms) {
-        float* sum = sum_.data();
-        for (int64_t r = 0; r < z.rank; ++r) {
-            const int64_t plane = side * z.rank + r;
-            const float factor = vectors_[(side * z.heads + head) * z.rank + r] * norms[plane];
-            const float* from = scores + plane * plane_stride + head * z.keys;
-            if (r == 0) {
-#pragma omp simd
-                for (int64_t n = 0; n < z.keys; ++n) sum[n] = factor * from[n];
-            } else {
-#pragma omp simd
-                for (int64_t n = 0; n < z.keys; ++n) sum[n] += factor * from[n];
-            }
-        }
-        const int32_t* best = selection_.best(sum, z.keys, z.kept);
+        for (int64_t r = 0; r < z.rank; ++r)
+            factors_[at(r)] = vectors_[(side * z.heads + head) * z.rank + r] * norms[side * z.rank + r];
+        weighted(z.rank, factors_.data(), scores + side * z.rank * plane_stride + head * z.keys, plane_stride, z.keys,
+                 sum_.data());
+        const int32_t* best = selection_.best(sum_.data(), z.keys, z.kept);
         std::copy_n(best, z.kept, kept_.begin() + side * z.kept);
         for (int64_t r = 0; r < z.rank; ++r) {
             const int64_t plane = side * z.rank + r;
@@ -172,19 +192,12 @@ class TokenSearch {
         const float *core = total_ + head * z.rank * z.rank, *left = side_scores_.data();
         const float* right = left + z.rank * z.kept;
         for (int64_t i = 0; i < z.kept; ++i) {
-            float* cells = grid_.data() + i * z.kept;
             for (int64_t s = 0; s < z.rank; ++s) {
                 float factor = 0;
                 for (int64_t r = 0; r < z.rank; ++r) factor += core[r * z.rank + s] * left[r * z.kept + i];
-                const float* from = right + s * z.kept;
-                if (s == 0) {
-#pragma omp simd
-                    for (int64_t j = 0; j < z.kept; ++j) cells[j] = factor * from[j];
-                } else {
-#pragma omp simd
-                    for (int64_t j = 0; j < z.kept; ++j) cells[j] += factor * from[j];
-                }
+                factors_[at(s)] = factor;
             }
+            weighted(z.rank, factors_.data(), right, z.kept, z.kept, grid_.data() + i * z.kept);
         }
         return selection_.best(grid_.data(), z.kept * z.kept, z.topk);
     }
@@ -192,7 +205,7 @@ class TokenSearch {
     const Sizes& z;
     const float *vectors_, *total_, *cores_;
     umv2::Selection<float> selection_;
-    std::vector<float> sum_, grid_, side_scores_, cell_;
+    std::vector<float> factors_, sum_, grid_, side_scores_, cell_;
     std::vector<int32_t> kept_;
 };
 
@@ -224,11 +237,11 @@ void retrieve(const Sizes& z, const float* query, const float* panels, const flo
 // to[0..width) += sum over i of weights[i] * row(i)[0..width), in the order of i.
 template <int64_t V, typename Row>
 inline void add_columns(float* to, int64_t count, const float* weights, const Row& row, int64_t column) {
-    Vector sum[V], numbers;
+    Vector sum[V], numbers, weight;
     for (int64_t v = 0; v < V; ++v) umv2::load(sum[v], to + column + v * LANES);
     for (int64_t i = 0; i < count; ++i) {
         const float* from = row(i) + column;
-        const Vector weight = Vector{} + weights[i];
+        umv2::spread(weight, weights[i]);
         for (int64_t v = 0; v < V; ++v) {
             umv2::load(numbers, from + v * LANES);
             sum[v] += weight * numbers;

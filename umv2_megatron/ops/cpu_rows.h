@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -65,7 +66,7 @@ inline void store_narrow(double* to, const Wide<double>::Vector& from) { std::me
 //
 // 2 * LANES neighbouring numbers of a row as two vectors, in the order that costs least: bfloat16 numbers at even places,
 // then those at odd ones, because a shift or a mask widens each half of 32 bits where it lies. What is multiplied with
-// strips, or added up of them, lies in the same order, made by widen_row and unmade by narrow_row.
+// strips, or added up of them, lies in the same order, made and unmade by convert_row.
 
 template <typename Acc>
 struct Strip {
@@ -73,13 +74,10 @@ struct Strip {
     static constexpr int64_t NUMBERS = 2 * Wide<Acc>::LANES;
 };
 
-inline void load_strip(Strip<float>& to, const float* from) {
+template <typename Acc>
+inline void load_strip(Strip<Acc>& to, const Acc* from) {
     load_wide(to.first, from);
-    load_wide(to.second, from + Wide<float>::LANES);
-}
-inline void load_strip(Strip<double>& to, const double* from) {
-    load_wide(to.first, from);
-    load_wide(to.second, from + Wide<double>::LANES);
+    load_wide(to.second, from + Wide<Acc>::LANES);
 }
 inline void load_strip(Strip<float>& to, const bfloat16* from) {
     Words pairs;
@@ -97,13 +95,10 @@ inline void round_words(Words& to, const Wide<float>::Vector& from) {
     to = (odd & 0x7fc00000u) | (~odd & (bits + 0x7fff + ((bits >> 16) & 1)));
 }
 
-inline void store_strip(float* to, const Strip<float>& from) {
+template <typename Acc>
+inline void store_strip(Acc* to, const Strip<Acc>& from) {
     store_narrow(to, from.first);
-    store_narrow(to + Wide<float>::LANES, from.second);
-}
-inline void store_strip(double* to, const Strip<double>& from) {
-    store_narrow(to, from.first);
-    store_narrow(to + Wide<double>::LANES, from.second);
+    store_narrow(to + Wide<Acc>::LANES, from.second);
 }
 inline void store_strip(bfloat16* to, const Strip<float>& from) {
     Words low, high;
@@ -113,27 +108,17 @@ inline void store_strip(bfloat16* to, const Strip<float>& from) {
     std::memcpy(to, &pairs, sizeof pairs);
 }
 
-// to [count] = from, strips in their order.
-template <typename From, typename Acc>
-inline void widen_row(const From* from, int64_t count, Acc* to) {
+// to [count] = from, strips in their order: from a table's type to that of sums, or back.
+template <typename From, typename To>
+inline void convert_row(const From* from, int64_t count, To* to) {
+    using Acc = std::conditional_t<std::is_same<From, bfloat16>::value, To, From>;
     Strip<Acc> strip;
     int64_t j = 0;
     for (; j + Strip<Acc>::NUMBERS <= count; j += Strip<Acc>::NUMBERS) {
         load_strip(strip, from + j);
         store_strip(to + j, strip);
     }
-    for (; j < count; ++j) to[j] = static_cast<Acc>(widen(from[j]));
-}
-
-template <typename Acc, typename To>
-inline void narrow_row(const Acc* from, int64_t count, To* to) {
-    Strip<Acc> strip;
-    int64_t j = 0;
-    for (; j + Strip<Acc>::NUMBERS <= count; j += Strip<Acc>::NUMBERS) {
-        load_strip(strip, from + j);
-        store_strip(to + j, strip);
-    }
-    for (; j < count; ++j) narrow(from[j], to[j]);
+    for (; j < count; ++j) narrow(static_cast<Acc>(widen(from[j])), to[j]);
 }
 
 // -- sums of lanes, as a tree: lane i and lane i + half of all, until one is left

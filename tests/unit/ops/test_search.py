@@ -88,6 +88,33 @@ def test_the_compiled_search_with_scores_that_are_no_numbers(dtype: torch.dtype)
     assert search_of("cpu").best_keys(flat, ones, ones, 2).flatten().tolist() == [0, 1] * 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", ["alike", "heavy", "rising", "falling", "few", "blocks", "no numbers", "infinite"])
+def test_the_compiled_selection_of_scores_of_any_distribution(shape: str, dtype: torch.dtype) -> None:
+    # Lengths around whole vectors; kept so that groups of scores are compared first, or not. "blocks": all of the best
+    # are in a few groups, so that many reach what the groups suggest.
+    g = torch.Generator().manual_seed(1)
+    for length in (1, 15, 16, 17, 31, 64, 65, 255, 360, 1024, 1031):
+        scores = torch.randn(2, 1, 9, 1, length, generator=g, dtype=torch.float64).to(dtype)
+        if shape == "heavy":
+            scores = scores.exp().pow(8)
+        elif shape in ("rising", "falling"):
+            scores = scores.sort(dim=-1, descending=shape == "falling").values.contiguous()
+        elif shape == "few":
+            scores = scores.round()
+        elif shape == "blocks":
+            scores += 100.0 * (torch.arange(length) % 16 < 2)
+        elif shape in ("no numbers", "infinite"):
+            wild = torch.tensor([float("nan")] if shape == "no numbers" else [float("inf"), -float("inf")], dtype=dtype)
+            places = torch.randint(0, length, (max(1, length // 9),), generator=g)
+            scores[..., places] = wild[places % len(wild)]
+        # NaN is the largest, also for torch
+        expected = scores.sort(dim=-1, descending=True, stable=True).indices
+        for kept in sorted({1, min(7, length), min(32, length), min(130, length), length}):
+            found = search_of("cpu").best_keys(scores, *torch.ones(2, 1, 1, dtype=dtype), kept)
+            assert torch.equal(found, expected[:, 0, ..., :kept]), (length, kept)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("rank", "heads", "keys", "kept", "topk"), CASES)
 def test_scores_and_gradients_of_the_picked_cells(
