@@ -1,12 +1,10 @@
 """C++ of products by the matrix tiles of Intel CPUs (AMX), and the choice between them and vectors (``products_umv2``).
 
-A tile multiplies 16 x 32 numbers of W with 32 x 16 of x in bfloat16 and adds up in float32. A float32 number is the sum
-of three bfloat16 numbers, so its product with another one is six products of parts; the three that are left out are
-below 2^-23 of the product, which is what float32 rounds anyway. Parts of W are made beside the tiles' work, 32 columns
-ahead, and are never in memory; those of x are packed once. Measured (docs/inference.md): for 5 rows of x and more this
-takes less time than vectors, and from 17 rows on less than half of it.
+A tile multiplies 16 x 32 numbers of W with 32 x 16 of x in bfloat16 and adds up in float32: weights in bfloat16 go into
+tiles as they lie, x is packed once. Float32 weights are multiplied by vectors: three bfloat16 parts of each number give
+the float32 product, too, but making them takes longer than the vectors do (docs/notes/performance.md).
 
-Operations on numbers below 1e-38 give 0, as on all tiles; an infinite weight gives NaN.
+Operations on numbers below 1e-38 give 0, as on all tiles.
 
 It is a text in a Python file because transformers copies only these with a model.
 """
@@ -29,10 +27,8 @@ namespace umv2 {
 #if defined(UMV2_TILES)
 
 constexpr int64_t SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH;  // rows, columns and numbers of a tile of W
-constexpr int64_t PARTS = 3;                                   // of a float32 number
-constexpr int64_t TILES_FROM = 5;                              // rows of x
 
-typedef uint16_t Part;  // bits of a bfloat16 number
+typedef uint16_t Bits;  // of a bfloat16 number
 
 // Linux gives a process tiles when it asks for them.
 inline bool tiles_allowed() {
@@ -56,7 +52,7 @@ void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(T));
 }
 template <int T>
-void tile_load(const Part* from, int64_t bytes = 2 * DEPTH) {
+void tile_load(const Bits* from, int64_t bytes = 2 * DEPTH) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(bytes), "i"(T) : "memory");
 }
 template <int T>
@@ -117,72 +113,11 @@ struct Columns {  // of 32, those that there are
     }
 };
 
-// Rows FIRST to END of tiles of W [16][32] to their parts [3][16][32] each. Column i is the neighbour of column i + 16,
-// which needs fewer instructions than that of i + 1. By truncation: parts of 8 bits each are exact.
-template <int FIRST, int END>
-inline __attribute__((always_inline)) void split_rows(const float* w, int64_t columns, Columns there, Part* to) {
-    for (int n = FIRST; n < END; ++n) {
-        __m512 one = _mm512_maskz_loadu_ps(there.low, w + n * columns);
-        __m512 other = _mm512_maskz_loadu_ps(there.high, w + n * columns + 16);
-        for (int64_t part = 0; part < PARTS; ++part) {
-            _mm512_store_si512(to + (n / SIDE * PARTS + part) * TILE + n % SIDE * DEPTH, paired(one, other));
-            one = _mm512_sub_ps(one, upper(one));
-            other = _mm512_sub_ps(other, upper(other));
-        }
-    }
-}
-
-inline void ask_for(const float* rows, int64_t columns, int first, int end) {
-    for (int n = first; n < end; ++n) {
-        __builtin_prefetch(rows + n * columns, 0, 2);
-        __builtin_prefetch(rows + n * columns + LINE, 0, 2);
-    }
-}
-
-struct Ahead {  // what is done beside the products of 32 columns: the parts of the next ones
-    const float *w, *next;
-    int64_t columns;
-    Columns there;
-    Part* to;
-
-    template <int FIRST, int END>
-    inline __attribute__((always_inline)) void rows() const {
-        split_rows<FIRST, END>(w, columns, there, to);
-        ask_for(next, columns, FIRST, END);
-    }
-};
-
 // Sums in tiles 0 to 3, of two tiles of W and two of x, for more than 16 rows of x.
 struct Square {
     static constexpr int W_TILES = 2, X_TILES = 2;
 
-    static void of_w(const Part* w, int part) {
-        tile_load<4>(w + part * TILE);
-        tile_load<5>(w + (PARTS + part) * TILE);
-    }
-    static void of_x(const Part* x, int part) {
-        tile_load<6>(x + part * TILE);
-        tile_load<7>(x + (PARTS + part) * TILE);
-    }
-    template <int FIRST, int MIDDLE, int END>
-    static inline __attribute__((always_inline)) void four(const Ahead& ahead) {
-        tile_product<0, 4, 6>();
-        ahead.rows<FIRST, MIDDLE>();
-        tile_product<1, 4, 7>();
-        tile_product<2, 5, 6>();
-        ahead.rows<MIDDLE, END>();
-        tile_product<3, 5, 7>();
-    }
-    // Six pairs of parts, the smallest first; each for four sums in turn, so that no product waits for the one before.
-    static void multiply(const Part* w, const Part* x, const Ahead& ahead) {
-        of_w(w, 0), of_x(x, 2), four<0, 2, 6>(ahead);
-        of_x(x, 1), four<6, 8, 12>(ahead);
-        of_w(w, 1), four<12, 14, 17>(ahead);
-        of_x(x, 0), four<17, 19, 22>(ahead);
-        of_w(w, 2), four<22, 24, 27>(ahead);
-        of_w(w, 0), four<27, 29, 32>(ahead);
-    }
-    static void multiply(const Half* w, int64_t columns, const Part* x) {
+    static void multiply(const Half* w, int64_t columns, const Bits* x) {
         tile_load<4>(bits(w), 2 * columns), tile_load<5>(bits(w + SIDE * columns), 2 * columns);
         tile_load<6>(x), tile_load<7>(x + TILE);
         tile_product<0, 4, 6>(), tile_product<1, 4, 7>(), tile_product<2, 5, 6>(), tile_product<3, 5, 7>();
@@ -193,22 +128,7 @@ struct Square {
 struct Tower {
     static constexpr int W_TILES = 4, X_TILES = 1;
 
-    template <int FIRST, int END>
-    static inline __attribute__((always_inline)) void four(const Part* w, const Ahead& ahead) {
-        constexpr int64_t NEXT = PARTS * TILE;
-        tile_load<4>(w), tile_product<0, 4, 7>();
-        ahead.rows<FIRST, (FIRST + END) / 2>();
-        tile_load<5>(w + NEXT), tile_product<1, 5, 7>();
-        tile_load<6>(w + 2 * NEXT), tile_product<2, 6, 7>();
-        ahead.rows<(FIRST + END) / 2, END>();
-        tile_load<4>(w + 3 * NEXT), tile_product<3, 4, 7>();
-    }
-    static void multiply(const Part* w, const Part* x, const Ahead& ahead) {
-        tile_load<7>(x + 2 * TILE), four<0, 12>(w, ahead);
-        tile_load<7>(x + TILE), four<12, 23>(w + TILE, ahead), four<23, 34>(w, ahead);
-        tile_load<7>(x), four<34, 44>(w + 2 * TILE, ahead), four<44, 54>(w + TILE, ahead), four<54, 64>(w, ahead);
-    }
-    static void multiply(const Half* w, int64_t columns, const Part* x) {
+    static void multiply(const Half* w, int64_t columns, const Bits* x) {
         const int64_t next = SIDE * columns, bytes = 2 * columns;
         tile_load<7>(x);
         tile_load<4>(bits(w), bytes), tile_product<0, 4, 7>(), tile_load<5>(bits(w + next), bytes);
@@ -219,24 +139,10 @@ struct Tower {
 
 template <typename Shape>
 constexpr int64_t ROWS = Shape::W_TILES * SIDE;
-template <typename Real>
-constexpr int64_t PARTS_OF = std::is_same_v<Real, float> ? PARTS : 1;
 
 // Sums of W [rows of the shape, K] with packed x, in tiles; `next` is what is read after it.
 template <typename Shape>
-void add_up(const float* w, int64_t columns, const float* next, const Part* x, Part* spare) {
-    constexpr int64_t PLACE = Shape::W_TILES * PARTS * TILE, STEP = Shape::X_TILES * PARTS * TILE;
-    const int64_t blocks = (columns + DEPTH - 1) / DEPTH;
-    split_rows<0, ROWS<Shape>>(w, columns, Columns(columns), spare);
-    for (int64_t b = 0; b < blocks; ++b, x += STEP) {
-        const int64_t k = std::min(b + 1, blocks - 1) * DEPTH;  // after the last block, that again
-        const Ahead ahead = {w + k, next + k, columns, Columns(columns - k), spare + (b + 1) % 2 * PLACE};
-        Shape::multiply(spare + b % 2 * PLACE, x, ahead);
-    }
-}
-
-template <typename Shape>
-void add_up(const Half* w, int64_t columns, const Half* next, const Part* x, Part* spare) {
+void add_up(const Half* w, int64_t columns, const Half* next, const Bits* x, Bits* spare) {
     constexpr int64_t STEP = Shape::X_TILES * TILE;
     const int64_t whole = columns / DEPTH * DEPTH;
     for (int64_t k = 0; k < whole; k += DEPTH, x += STEP) {
@@ -266,69 +172,59 @@ void take_sums(float* sums) {
     }
 }
 
-// x [M, K] to parts [rows of the shape][K / 32][tiles][parts][16 pairs of columns][16][2], zeros where there are none.
-template <typename Shape, typename Real>
-void pack_parts(const Team& team, int64_t batch, int64_t columns, const float* x, Part* to) {
-    constexpr int64_t COUNT = PARTS_OF<Real>, TOGETHER = Shape::X_TILES * SIDE;
+// x [M, K] in bfloat16 [rows of the shape][K / 32][tiles][16 pairs of columns][16][2], zeros where there are none.
+template <typename Shape>
+void pack_tiles(const Team& team, int64_t batch, int64_t columns, const float* x, Bits* to) {
+    constexpr int64_t TOGETHER = Shape::X_TILES * SIDE;
     const int64_t blocks = (columns + DEPTH - 1) / DEPTH, chunks = (batch + TOGETHER - 1) / TOGETHER;
     const int64_t tiles = chunks * blocks * Shape::X_TILES;
-    // The places in a vector of pairs: of float32, columns i and i + 16; of bfloat16, as they lie.
     const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-    alignas(64) float lines[COUNT][SIDE * SIDE];
+    alignas(64) float lines[SIDE * SIDE];
     for (int64_t i = team.begin(tiles); i < team.end(tiles); ++i) {
         const int64_t chunk = i / (blocks * Shape::X_TILES), k = i / Shape::X_TILES % blocks * DEPTH;
         const int64_t first = chunk * TOGETHER + i % Shape::X_TILES * SIDE;
         const Columns there(columns - k);
         for (int64_t m = 0; m < SIDE; ++m) {
-            __m512 one = _mm512_setzero_ps(), other = one;
+            __m512 low = _mm512_setzero_ps(), high = low;
             if (first + m < batch) {
-                one = _mm512_maskz_loadu_ps(there.low, x + (first + m) * columns + k);
-                other = _mm512_maskz_loadu_ps(there.high, x + (first + m) * columns + k + 16);
+                low = _mm512_maskz_loadu_ps(there.low, x + (first + m) * columns + k);
+                high = _mm512_maskz_loadu_ps(there.high, x + (first + m) * columns + k + 16);
             }
-            if (COUNT == 1) {
-                const __m512 even = _mm512_permutex2var_ps(one, evens, other);
-                other = _mm512_permutex2var_ps(one, odds, other);
-                one = even;
-            }
-            for (int64_t part = 0; part < COUNT; ++part) {
-                const __m512 main = rounded(one), main2 = rounded(other);
-                _mm512_store_ps(lines[part] + m * SIDE, _mm512_castsi512_ps(paired(main, main2)));
-                one = _mm512_sub_ps(one, main);
-                other = _mm512_sub_ps(other, main2);
-            }
+            const __m512 even = rounded(_mm512_permutex2var_ps(low, evens, high));
+            const __m512 odd = rounded(_mm512_permutex2var_ps(low, odds, high));
+            _mm512_store_ps(lines + m * SIDE, _mm512_castsi512_ps(paired(even, odd)));
         }
-        for (int64_t part = 0; part < COUNT; ++part)
-            transpose(lines[part], SIDE, reinterpret_cast<float*>(to + (i * COUNT + part) * TILE), SIDE);
+        transpose(lines, SIDE, reinterpret_cast<float*>(to + i * TILE), SIDE);
     }
 }
 
-template <typename Shape, typename Real>
+template <typename Shape>
 void multiply_by_tiles(const Team& team, int64_t batch, int64_t columns, const float* x, float* packed,
-                       const Segment<Real>* segments, int count) {
+                       const Segment<Half>* segments, int count) {
     constexpr int64_t TOGETHER = Shape::X_TILES * SIDE, HEIGHT = ROWS<Shape>;
     static const TileSizes sizes;
-    auto* parts = reinterpret_cast<Part*>(packed);
-    pack_parts<Shape, Real>(team, batch, columns, x, parts);
+    auto* halves = reinterpret_cast<Bits*>(packed);
+    pack_tiles<Shape>(team, batch, columns, x, halves);
     team.wait();
-    const int64_t packed_rows = (columns + DEPTH - 1) / DEPTH * Shape::X_TILES * PARTS_OF<Real> * TILE;
+    const int64_t packed_rows = (columns + DEPTH - 1) / DEPTH * Shape::X_TILES * TILE;
     alignas(64) float sums[TOGETHER * HEIGHT];
-    alignas(64) Part spare[2 * Shape::W_TILES * PARTS * TILE];
+    alignas(64) Bits spare[Shape::W_TILES * TILE];
     int64_t tiles = 0, place = 0;
     for (int s = 0; s < count; ++s) tiles += (segments[s].rows + HEIGHT - 1) / HEIGHT;
     const int64_t begin = team.begin(tiles), end = team.end(tiles);
     asm volatile("ldtilecfg %0" ::"m"(sizes));
     for (int s = 0; s < count; ++s) {
-        const Segment<Real>& segment = segments[s];
+        const Segment<Half>& segment = segments[s];
         const int64_t here = (segment.rows + HEIGHT - 1) / HEIGHT;
         for (int64_t tile = std::max(begin, place) - place; tile < here && place + tile < end; ++tile) {
             // The last tile ends with the last row; what another one has, too, is not written twice.
             const int64_t row = std::min(tile * HEIGHT, segment.rows - HEIGHT), skipped = tile * HEIGHT - row;
-            const Real* weight = segment.weight + row * columns;
-            const Real* next = row + 2 * HEIGHT <= segment.rows ? weight + HEIGHT * columns : weight;
+            const Half* weight = segment.weight + row * columns;
+            const Half* next = row + 2 * HEIGHT <= segment.rows ? weight + HEIGHT * columns : weight;
             for (int64_t first = 0; first < batch; first += TOGETHER) {
                 clear_sums<0, Shape>();
-                add_up<Shape>(weight, columns, next, parts + first / TOGETHER * packed_rows, spare);
+                add_up<Shape>(weight, columns, next, halves + first / TOGETHER * packed_rows, spare);
                 take_sums<0, Shape>(sums);
                 for (int64_t m = 0; m < std::min(TOGETHER, batch - first); ++m)
                     put(segment, first + m, row + skipped, HEIGHT - skipped, sums + m * HEIGHT + skipped);
@@ -339,11 +235,10 @@ void multiply_by_tiles(const Team& team, int64_t batch, int64_t columns, const f
     asm volatile("tilerelease");
 }
 
-template <typename Real>
-bool tiles_fit(int64_t batch, const Segment<Real>* segments, int count) {
-    if (PARTS_OF<Real> > 1 && batch < TILES_FROM) return false;
+template <typename Shape>
+bool tiles_fit(const Segment<Half>* segments, int count) {
     for (int s = 0; s < count; ++s)
-        if (segments[s].rows < (batch > SIDE ? ROWS<Square> : ROWS<Tower>)) return false;
+        if (segments[s].rows < ROWS<Shape>) return false;
     return tiles_allowed();
 }
 
@@ -355,16 +250,18 @@ template <typename Real>
 void multiply(const Team& team, int64_t batch, int64_t columns, const float* x, float* packed,
               const Segment<Real>* segments, int count) {
 #if defined(UMV2_TILES)
-    if (tiles_fit(batch, segments, count)) {
-        const auto by_tiles = batch > SIDE ? multiply_by_tiles<Square, Real> : multiply_by_tiles<Tower, Real>;
-        return by_tiles(team, batch, columns, x, packed, segments, count);
+    if constexpr (std::is_same_v<Real, Half>) {
+        if (batch > SIDE ? tiles_fit<Square>(segments, count) : tiles_fit<Tower>(segments, count)) {
+            const auto by_tiles = batch > SIDE ? multiply_by_tiles<Square> : multiply_by_tiles<Tower>;
+            return by_tiles(team, batch, columns, x, packed, segments, count);
+        }
     }
 #endif
     multiply_by_vectors(team, batch, columns, x, packed, segments, count);
 }
 
-// Vectors take K * (LARGEST_BATCH + 2 * LANES) numbers at most, tiles three halves for each of K rounded up to 32.
-inline int64_t packed_size(int64_t columns) { return (columns + 32) * (LARGEST_BATCH + 2 * LANES + 16); }
+// Vectors take K * (LARGEST_BATCH + 2 * LANES) numbers at most, tiles half a number for each of K rounded up to 32.
+inline int64_t packed_size(int64_t columns) { return (columns + 32) * (LARGEST_BATCH + 2 * LANES); }
 
 }  // namespace umv2
 """
