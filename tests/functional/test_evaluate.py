@@ -141,6 +141,8 @@ def test_mistakes_are_refused_before_anything_starts(checkpoint, tmp_path):
         ({"load": checkpoint, "tasks": "fact-recall", "facts_per_frequency": 64000}, "at most 32000"),
         ({"load": checkpoint, "tasks": "all", "output": tmp_path}, "a directory"),
         ({"load": checkpoint, "tasks": "sums"}, "'sums'"),
+        ({"load": checkpoint, "tasks": "icl", "num_pairs": "2"}, "--num-pairs is 2; it belongs to key-value"),
+        ({"load": checkpoint, "tasks": "icl", "num_shots": "2,x"}, "--num-shots is '2,x'; expected integers"),
         ({"load": checkpoint, "tasks": "all", "num_examples": 0}, "--num-examples"),
         ({"load": checkpoint, "data": tmp_path / "none"}, "none"),
         ({"load": checkpoint, "tasks": "all", "output": tmp_path / "none" / "x.json"}, "--output"),

@@ -6,12 +6,14 @@ Here, below `commands/`, because plans of ablations hold these flags and are che
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from umv2_megatron.config.data_config import PLAIN_TOKENIZER_TYPES
 from umv2_megatron.evaluation.local_export import MEMORY_TABLES
 from umv2_megatron.evaluation.tasks import fact_recall, mixture
 from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS
+from umv2_megatron.evaluation.tasks.context_tasks import COUNTED
 
 DATA_FORMS = ("stream", "documents")
 DTYPES = ("bfloat16", "float32")
@@ -69,6 +71,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     group.add_argument("--context-lengths", metavar="N,N", help="tokens of context (default: as trained)")
     group.add_argument("--difficulty", default="1", metavar="N,N", help="what it counts depends on the task")
+    for name, counted in COUNTED.items():
+        group.add_argument(
+            f"--num-{counted}",
+            metavar="N,N",
+            help=f"{counted} in a context of {name}, which are told again to fill it (default: as many as fit)",
+        )
     group.add_argument("--num-examples", type=int, default=100, help="of each task and length (default: 100)")
     group.add_argument("--no-choices", action="store_true", help="score the right answers alone: a quarter of the work")
     group.add_argument("--seed", type=int, default=1234, help="of the questions (default: 1234)")
@@ -120,6 +128,12 @@ def check_flags(arguments: argparse.Namespace) -> None:
         names = mixture.in_form("--tasks", mixture.task_names("--tasks", arguments.tasks), arguments.forms)
         mixture.integers("--difficulty", arguments.difficulty)
         mixture.integers("--context-lengths", arguments.context_lengths or "1")
+        for name in COUNTED:
+            if item_counts(arguments, name) != [None] and name not in names:
+                raise ValueError(
+                    f"--num-{COUNTED[name]} is {getattr(arguments, 'num_' + COUNTED[name])}; it belongs "
+                    f"to {name}, which --tasks does not hold: leave it out"
+                )
         if fact_recall.NAME in names:
             fact_set(arguments)
 
@@ -133,6 +147,16 @@ def check_files(arguments: argparse.Namespace) -> None:
     for source in arguments.data or []:
         if not Path(source).is_file() and not Path(source + ".idx").is_file():
             raise ValueError(f"--data names {source}; expected a text file, or a corpus's path without extension")
+
+
+def item_counts(arguments: argparse.Namespace, name: str) -> Sequence[int | None]:
+    """The numbers of pairs, rounds or shots that a task is asked with; None: as many as fit.
+
+    Raises ``ValueError`` naming the flag.
+    """
+    counted = COUNTED.get(name)
+    given = getattr(arguments, f"num_{counted}") if counted else None
+    return mixture.integers(f"--num-{counted}", given) if given is not None else [None]
 
 
 def fact_set(arguments: argparse.Namespace) -> fact_recall.FactSet:

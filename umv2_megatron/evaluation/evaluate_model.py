@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.evaluation import report
-from umv2_megatron.evaluation.evaluate_flags import LAYOUT, fact_set
+from umv2_megatron.evaluation.evaluate_flags import LAYOUT, fact_set, item_counts
 from umv2_megatron.evaluation.huggingface_scoring import load_hugging_face
 from umv2_megatron.evaluation.scoring_model import ScoringModel
 from umv2_megatron.evaluation.tasks import fact_recall, mixture
@@ -100,7 +101,8 @@ def _text(
 
 
 def _questions(arguments: argparse.Namespace, model: ScoringModel) -> list[tuple[dict[str, Any], list[Example]]]:
-    """The questions of each task, form, difficulty and context length, or number of times that facts were seen.
+    """The questions of each task, form, difficulty, context length and number of items, or of each number of times that
+    facts were seen.
 
     Raises ``ValueError`` naming the flag where a context is too short for a task or too long for ``model``.
     """
@@ -115,12 +117,12 @@ def _questions(arguments: argparse.Namespace, model: ScoringModel) -> list[tuple
             if name == fact_recall.NAME:
                 asked += _fact_questions(arguments, form)
             else:
-                for difficulty in difficulties:
-                    for length in lengths:
-                        what = {"task": name, "form": form, "context_length": length, "difficulty": difficulty}
-                        count, seed = arguments.num_examples, arguments.seed
-                        made = mixture.questions(name, form, count, seed, difficulty, model.tokenizer, length)
-                        asked.append(({**what, "times_seen": None}, made))
+                sizes = itertools.product(difficulties, lengths, item_counts(arguments, name))
+                for difficulty, length, items in sizes:
+                    what = {"task": name, "form": form, "context_length": length, "difficulty": difficulty}
+                    count, seed = arguments.num_examples, arguments.seed
+                    made = mixture.questions(name, form, count, seed, difficulty, model.tokenizer, length, items)
+                    asked.append(({**what, "items": items, "times_seen": None}, made))
     if arguments.no_choices:
         asked = [(what, [dataclasses.replace(example, choices=()) for example in made]) for what, made in asked]
     for what, made in asked:
@@ -145,7 +147,7 @@ def _check_length(model: ScoringModel, what: dict[str, Any], made: list[Example]
 def _fact_questions(arguments: argparse.Namespace, form: str) -> list[tuple[dict[str, Any], list[Example]]]:
     facts = fact_set(arguments)
     made = facts.questions(form, arguments.num_examples, arguments.seed)
-    what = {"task": fact_recall.NAME, "form": form, "context_length": None, "difficulty": None}
+    what = {"task": fact_recall.NAME, "form": form, "context_length": None, "difficulty": None, "items": None}
     return [
         ({**what, "times_seen": times}, [example for example in made if example.details["times_seen"] == times])
         for times in facts.frequencies

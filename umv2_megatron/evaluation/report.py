@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from umv2_megatron.evaluation.curves import COLOURS
+from umv2_megatron.evaluation.tasks.context_tasks import COUNTED
 
 FORMAT = 1
+ASKED = ("task", "form", "context_length", "difficulty", "items", "times_seen")
+"""What tells the results of one report apart."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -45,16 +48,43 @@ def task_table(results: Sequence[dict[str, Any]]) -> str:
     """Scores of each task with their standard errors and chance levels, in percent; nats per answer."""
     rows = []
     for result in results:
-        size = f"seen {result['times_seen']}x" if result["times_seen"] is not None else str(result["context_length"])
         exact = _percent(result, "exact_match")
         choice = _percent(result, "choice_accuracy")
         nats = (_number(result["answer_nats"], 2), _number(result["answer_nats_se"], 2))
         rows.append(
-            (result["task"], result["form"], size, str(result["difficulty"] or "-"), str(result["examples"]))
+            (result["task"], result["form"], size_of(result), str(result["difficulty"] or "-"), str(result["examples"]))
             + (*exact, *choice, *nats)
         )
     head = ("task", "form", "context", "difficulty", "n", "exact %", "+-", "chance", "choice %", "+-", "chance")
     return table((*head, "nats", "+-"), rows)
+
+
+def size_of(result: dict[str, Any]) -> str:
+    """The tokens of a task's context, with its items where their number was asked for, or how often facts were seen."""
+    if result.get("times_seen") is not None:
+        return f"seen {result['times_seen']}x"
+    items = result.get("items")  # None: as many as fit; earlier versions did not write it
+    return str(result["context_length"]) + (f", {items} {COUNTED[result['task']]}" if items is not None else "")
+
+
+def over_seeds(reports: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The task results of several seeds of one model as those of one: mean scores of what every one was asked, with the
+    lowest and the highest under ``exact_match_range`` and ``choice_accuracy_range``."""
+    if len(reports) == 1:
+        return list(reports[0])
+    by_question = [{tuple(result.get(name) for name in ASKED): result for result in report} for report in reports]
+    merged = []
+    for question, result in by_question[0].items():
+        seeds = [report[question] for report in by_question if question in report]
+        if len(seeds) < len(reports):
+            continue
+        scores: dict[str, Any] = {}
+        for score in ("exact_match", "choice_accuracy"):
+            known = [each[score] for each in seeds if each[score] is not None]
+            scores[score] = sum(known) / len(known) if known else None
+            scores[score + "_range"] = (min(known), max(known)) if known else None
+        merged.append({**result, **scores})
+    return merged
 
 
 def _percent(result: dict[str, Any], name: str) -> tuple[str, ...]:
@@ -76,14 +106,21 @@ def draw(reports: dict[str, Sequence[dict[str, Any]]], output: Path) -> list[Pat
     """Plots of task results (label -> results of one model) beside ``output``; returns the files written.
 
     ``<output>_context.png``: exact match and choice accuracy against context length, a panel per task, where a task
-    has several lengths. ``<output>_facts.png``: the same against the number of times a fact was seen.
+    has several lengths. ``<output>_items.png``: the same against the number of pairs, rounds or shots.
+    ``<output>_facts.png``: the same against the number of times a fact was seen.
     """
     everything = [result for results in reports.values() for result in results]
     written = []
-    lengths = {result["context_length"] for result in everything if result["context_length"] is not None}
+    lengths = {r["context_length"] for r in everything if r["context_length"] is not None and r.get("items") is None}
     if len(lengths) > 1:
         written.append(output.with_name(output.name + "_context.png"))
-        _panels(reports, "context_length", "context (tokens)", written[-1])
+        filled: dict[str, Sequence[dict[str, Any]]] = {
+            name: [r for r in results if r.get("items") is None] for name, results in reports.items()
+        }
+        _panels(filled, "context_length", "context (tokens)", written[-1])
+    if any(result.get("items") is not None for result in everything):
+        written.append(output.with_name(output.name + "_items.png"))
+        _panels(reports, "items", "", written[-1])
     if any(result["times_seen"] is not None for result in everything):
         written.append(output.with_name(output.name + "_facts.png"))
         _panels(reports, "times_seen", "times the fact was seen in training", written[-1])
@@ -98,7 +135,7 @@ def _panels(reports: dict[str, Sequence[dict[str, Any]]], axis: str, label: str,
     from matplotlib import pyplot
 
     everything = [result for results in reports.values() for result in results]
-    panels = list(dict.fromkeys((r["task"], r["form"]) for r in everything if r[axis] is not None))
+    panels = list(dict.fromkeys((r["task"], r["form"]) for r in everything if r.get(axis) is not None))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
@@ -107,23 +144,42 @@ def _panels(reports: dict[str, Sequence[dict[str, Any]]], axis: str, label: str,
     for place in axes.flat[len(panels) :]:
         place.set_visible(False)
     for place, (task, form) in zip(axes.flat, panels):
+        lengths = {r["context_length"] for r in everything if r["task"] == task and r.get(axis) is not None}
+        one_length = axis != "items" or len(lengths) == 1
         for colour, (name, results) in zip(cycle(COLOURS), reports.items()):
-            chosen = [r for r in results if (r["task"], r["form"]) == (task, form) and r[axis] is not None]
-            for difficulty in sorted({r["difficulty"] for r in chosen}):
-                of_this = sorted((r for r in chosen if r["difficulty"] == difficulty), key=lambda r: r[axis])
-                _lines(place, of_this, axis, colour, name)
+            chosen = [r for r in results if (r["task"], r["form"]) == (task, form) and r.get(axis) is not None]
+            lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+            for result in chosen:
+                line = (result["difficulty"], None if one_length else result["context_length"])
+                lines.setdefault(line, []).append(result)
+            for (_, length), of_this in sorted(lines.items()):
+                told = name if length is None else f"{name}, {length} tokens"
+                _lines(place, sorted(of_this, key=lambda r: r[axis]), axis, colour, told)
         if axis == "times_seen":
             place.set_xscale("symlog", base=2, linthresh=1)
         else:
             place.set_xscale("log", base=2)
-        ticks = sorted({r[axis] for r in everything if (r["task"], r["form"]) == (task, form)} - {None})
+        known = [r for r in everything if (r["task"], r["form"]) == (task, form) and r.get(axis) is not None]
+        ticks = sorted({r[axis] for r in known})
         place.set_xticks(ticks, [str(tick) for tick in ticks])
         place.minorticks_off()
-        place.set(xlabel=label, ylabel="score (%)", title=f"{task}, {form}", ylim=(-3, 103))
+        title = f"{task}, {form}"
+        if axis == "items":
+            label = f"{COUNTED[task]} in the context"
+            title += f", {lengths.pop()} tokens" if one_length else ""
+        place.set(xlabel=label, ylabel="score (%)", title=title, ylim=(-3, 103))
         place.grid(alpha=0.25)
         place.legend(fontsize=7, handlelength=3.5)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _reach(result: dict[str, Any], score: str) -> tuple[float, float]:
+    """How far an error bar goes down and up: to the lowest and the highest seed, else a standard error."""
+    if score + "_range" not in result:
+        return (result[score + "_se"] or 0.0,) * 2
+    lowest, highest = result[score + "_range"]
+    return result[score] - lowest, highest - result[score]
 
 
 def _lines(place: Any, results: Sequence[dict[str, Any]], axis: str, colour: str, name: str) -> None:
@@ -132,10 +188,11 @@ def _lines(place: Any, results: Sequence[dict[str, Any]], axis: str, colour: str
         if not known:
             continue
         at = [r[axis] for r in known]
-        heights, errors = ([100 * (r[key] or 0) for r in known] for key in (score, score + "_se"))
+        heights = [100 * r[score] for r in known]
+        errors = [[100 * _reach(r, score)[side] for r in known] for side in (0, 1)]
         what = f"{name}, {score.replace('_', ' ')}" + (
             f", difficulty {known[0]['difficulty']}" if known[0]["difficulty"] not in (None, 1) else ""
         )
         place.errorbar(at, heights, yerr=errors, color=colour, linestyle=style, marker="o", markersize=3, label=what)
-        if score == "choice_accuracy":
+        if score == "choice_accuracy" or known[0]["choice_accuracy"] is None:
             place.plot(at, [100 * r[score + "_chance"] for r in known], color="#57606a", linestyle=":", linewidth=1)

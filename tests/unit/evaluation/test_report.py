@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from umv2_megatron.evaluation.report import draw, task_table, text_table, write_json
+import pytest
+
+from umv2_megatron.evaluation.report import draw, over_seeds, task_table, text_table, write_json
 
 
 def result(**changes) -> dict:
@@ -46,6 +48,24 @@ def test_plots_are_drawn_where_there_is_something_to_compare(tmp_path):
     drawn = draw({"a": lengths + facts, "b": lengths}, tmp_path / "x")
     assert [path.name for path in drawn] == ["x_context.png", "x_facts.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_numbers_of_items_are_told_and_drawn_over_seeds(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    seeds = [
+        [result(items=items, exact_match=exact, choice_accuracy=None) for items in (2, 4)] + [result()]
+        for exact in (0.25, 0.75)
+    ]
+    assert " 64, 2 shots " in task_table(seeds[0])
+    merged = over_seeds([*seeds, [*seeds[0], result(items=8)]])
+    assert [each.get("items") for each in merged] == [2, 4, None]
+    assert merged[0]["exact_match"] == pytest.approx((0.25 + 0.75 + 0.25) / 3)
+    assert merged[0]["exact_match_range"] == (0.25, 0.75) and over_seeds(seeds[:1]) == seeds[0]
+    bars = []
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, yerr, **_: bars.append((x, y, yerr)))
+    drawn = draw({"a": over_seeds(seeds)}, tmp_path / "x")
+    assert [path.name for path in drawn] == ["x_items.png"] and bars == [([2, 4], [50, 50], [[25, 25], [25, 25]])]
 
 
 def test_no_model_is_left_out_for_want_of_a_colour(tmp_path, monkeypatch):

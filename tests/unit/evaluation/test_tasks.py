@@ -18,6 +18,7 @@ from umv2_megatron.data.indexing import read_index
 from umv2_megatron.data.tokenizers import ByteLevelTokenizer, HuggingFaceTokenizer
 from umv2_megatron.evaluation.tasks import mixture, symbol_tasks
 from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS, Example, largest
+from umv2_megatron.evaluation.tasks.context_tasks import COUNTED
 from umv2_megatron.evaluation.tasks.fact_recall import RELATIONS, VALUES, FactSet
 from umv2_megatron.evaluation.tasks.scoring import answer_row, score, summarize
 
@@ -89,6 +90,43 @@ def test_an_oracle_that_reads_symbols_scores_everything(name, difficulty, symbol
             words = [*(example.prompt + example.answer).split()]
             assert symbols.detokenize(symbols.tokenize(" ".join(words))) == " ".join(words)
             assert budget - 16 < len(words) <= budget, "the context is filled, a token for each word"
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_as_many_items_as_asked_for_fill_the_context(name, symbols):
+    """Some items told again and again: the oracle still answers, and the context has no other items."""
+    told_of = {  # what tells an item, in words and in symbols; an item's place among those of a row
+        "key-value": (r"^\w+ = \w+$", r"s\d+ s\d+"),
+        "multi-round": (r"^user: set \w+ \w+$", r"(?<![?] )\bs\d+ s\d+(?! \.)"),
+        "icl": (r"^\w+: \w+$", r"s\d+ s\d+ s\d+"),
+    }[name]
+    for form, tokenizer, budget in (("trained", BYTES, 640), (SYMBOLS, symbols, 128)):
+        for count, difficulty in ((4, 1), (8, 2)):
+            made = mixture.questions(name, form, 6, 1, difficulty, tokenizer, budget, count)
+            oracle = SymbolOracle(name, difficulty) if form == SYMBOLS else Oracle(name, form, difficulty)
+            assert summarize(made, score(OracleModel(oracle, tokenizer), made)).exact_match == 1.0
+            for example in made:
+                length = len(tokenizer.tokenize(example.prompt + example.answer))
+                assert budget / 2 < length <= budget and example.details[COUNTED[name]] == count
+                if name == "key-value" and difficulty > 1:
+                    continue  # values of two words
+                context = example.prompt.rpartition("?" if form == SYMBOLS else "\n")[0].removeprefix("@" + name)
+                found = re.findall(told_of[form == SYMBOLS], context, re.MULTILINE)
+                assert len(found) > count and len(found) % count == 0
+                assert found == found[:count] * (len(found) // count), "the same items in the same order"
+    for form in FORMS:
+        assert mixture.questions(name, form, 1, 1, 1, BYTES, 900, 8)[0].details[COUNTED[name]] == 8
+    with pytest.raises(ValueError, match=f"holds 32; the smallest example of {name} with 90 {COUNTED[name]} takes"):
+        mixture.questions(name, SYMBOLS, 1, 1, 1, symbols, 32, 90)
+    with pytest.raises(ValueError, match=f"--num-{COUNTED[name]} holds 1; {name} of --difficulty 3 takes"):
+        mixture.questions(name, SYMBOLS, 1, 1, 3, symbols, 64, 1)
+
+
+def test_documents_of_several_links_ask_for_fewer_too(symbols):
+    (document,) = training_documents(["multi-hop"], 1, 1, [3], [128], None, 64)
+    assert {query.prompt.split()[0] for query in document.queries} == {"1", "2", "3"}
+    assert len({query.prompt for query in document.queries}) == len(document.queries)
+    assert {e.prompt.split()[-2] for e in asked("multi-hop", SYMBOLS, 9, 3, tokenizer=symbols, budget=128)} == {"3"}
 
 
 def test_documents_in_symbols_are_what_is_asked(symbols):

@@ -17,6 +17,8 @@ import torch
 from umv2_megatron.evaluation.ablation.paired import shown
 from umv2_megatron.evaluation.ablation.plan import Plan
 from umv2_megatron.evaluation.curves import COLOURS, styles
+from umv2_megatron.evaluation.report import size_of
+from umv2_megatron.evaluation.tasks.context_tasks import COUNTED
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -29,7 +31,10 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
     plots = [_plot_losses(plan, results)]
     if plan.baseline in results and len(results) > 1:
         plots.append(_plot_differences(plan, results))
-    plots += _plot_facts(plan, results) + _plot_contexts(plan, results)
+    plots += _plot_facts(plan, results)
+    plots += _plot_contexts(plan, results, "context_length", "contexts.png") + _plot_contexts(
+        plan, results, "items", "items.png"
+    )
     done = sum(map(len, results.values()))
     counts = {r["tokens"] for group in results.values() for r in group}
     tokens = ("up to " if len(counts) > 1 else "") + f"{max(counts, default=0):,}"
@@ -164,10 +169,8 @@ def _task_tables(results: Results, baseline: str | None) -> list[str]:
         scores: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
         for label, seed, task in _tasks(results):
             if task.get(name) is not None:
-                seen = task.get("times_seen")
-                size = str(task["context_length"]) if seen is None else f"seen {seen}x"
                 difficulty = [str(task.get("difficulty") or "-")] if several else []
-                place = scores.setdefault((task["task"], task["form"], size, *difficulty), {})
+                place = scores.setdefault((task["task"], task["form"], size_of(task), *difficulty), {})
                 place.setdefault(label, {})[seed] = factor * task[name]
         if not scores:
             continue
@@ -254,10 +257,11 @@ def _plot_facts(plan: Plan, results: Results) -> list[Path]:
     return [_save(figure, axes, plan.output / "facts.png")]
 
 
-def _plot_contexts(plan: Plan, results: Results) -> list[Path]:
-    """Exact match of context tasks against the length of the context, means over seeds: a panel for each task and form,
-    of its lowest difficulty."""
-    found = [(label, task) for label, _, task in _tasks(results) if task.get("times_seen") is None]
+def _plot_contexts(plan: Plan, results: Results, axis: str, file: str) -> list[Path]:
+    """Exact match of context tasks against the length of the context or the number of items ("items") in the longest,
+    means over seeds: a panel for each task and form, of its lowest difficulty."""
+    asked = [(label, task) for label, _, task in _tasks(results) if task.get("times_seen") is None]
+    found = [(label, task) for label, task in asked if (task.get("items") is not None) == (axis == "items")]
     panels = sorted({(task["task"], task["form"]) for _, task in found})
     if not panels:
         return []
@@ -269,18 +273,22 @@ def _plot_contexts(plan: Plan, results: Results) -> list[Path]:
     for (name, form), place in zip(panels, places):
         shown_here = [(label, task) for label, task in found if (task["task"], task["form"]) == (name, form)]
         easiest = min(task.get("difficulty") or 0 for _, task in shown_here)
+        longest = max(task["context_length"] for _, task in shown_here)
+        if axis == "items":
+            shown_here = [(label, task) for label, task in shown_here if task["context_length"] == longest]
         for style, label in zip(styles(), results):
             points: dict[int, list[float]] = {}
             for owner, task in shown_here:
                 if owner == label and (task.get("difficulty") or 0) == easiest:
-                    points.setdefault(task["context_length"], []).append(100 * task["exact_match"])
+                    points.setdefault(task[axis], []).append(100 * task["exact_match"])
             if points:
                 at = sorted(points)
                 place.plot(at, [sum(points[x]) / len(points[x]) for x in at], **style, markersize=3, label=label)
                 lowest, highest = zip(*((min(points[x]), max(points[x])) for x in at))
                 place.fill_between(at, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
-        place.set(xlabel="tokens of context", ylabel="exact match (%)", title=f"{name}, {form}", ylim=(-3, 103))
-    return [_save(figure, axes, plan.output / "contexts.png")]
+        what = f"{COUNTED[name]} in a context of {longest} tokens" if axis == "items" else "tokens of context"
+        place.set(xlabel=what, ylabel="exact match (%)", title=f"{name}, {form}", ylim=(-3, 103))
+    return [_save(figure, axes, plan.output / file)]
 
 
 def _figure(rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

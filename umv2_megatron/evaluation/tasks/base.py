@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,11 +47,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Situation:
-    """A context and the questions about it; ``details`` go into the report of each example."""
+    """A context and the questions about it; ``details`` go into the report of each example.
+
+    told: the part of the context that holds its items, "" where a task has none that are counted.
+    """
 
     context: str
     queries: list[Query]
     details: dict[str, Any] = field(default_factory=dict)
+    told: str = ""
+
+    def told_again(self, times: int) -> Situation:
+        """The same with all its items told ``times`` times."""
+        before, after = self.context.split(self.told, 1)
+        return dataclasses.replace(self, context=before + times * self.told + after)
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class ContextTask:
     summary: str
     difficulty_means: str
     build: Build
+    counted: str = ""
+    """What its items are, where their number can be asked for: a key of ``Situation.details``."""
 
     def example(
         self,
@@ -89,20 +101,32 @@ class ContextTask:
         form: str,
         tokens_of: Callable[[str], int],
         budget: int,
+        count: int | None = None,
     ) -> Example:
         """The question whose prompt and longest answer fill at most ``budget`` tokens, as far as items go.
 
-        ``rng_of`` gives the example's random stream afresh; ``tokens_of`` counts the tokens of a text.
-        Raises ``NoRoom`` naming --context-lengths when not even the smallest context fits.
+        ``rng_of`` gives the example's random stream afresh; ``tokens_of`` counts the tokens of a text. count: so many
+        items, and all of them told again as often as ``budget`` has room for; None: as many items as it has room for.
+        Raises ``NoRoom`` naming --context-lengths when not even the smallest context, or ``count`` items, fits, and
+        ``ValueError`` naming the flag of ``count`` when that is too low for the task.
         """
         zero_shot = form == "zero-shot"
 
-        def made(items: int) -> Example:
-            situation = self.build(rng_of(), items, difficulty, zero_shot, 1)
+        def made(size: int) -> Example:
+            situation = self.build(rng_of(), count or size, difficulty, zero_shot, 1)
+            if count is not None:
+                least = situation.details[self.counted]
+                if least != count:
+                    raise ValueError(
+                        f"--num-{self.counted} holds {count}; {self.name} of --difficulty {difficulty} takes {least} "
+                        "or more: give more, or a lower difficulty"
+                    )
+                situation = situation.told_again(size)
             query = situation.queries[0]
             return offer(rng_of(), situation.context + query.prompt, query, situation.details)
 
-        return largest(made, lambda example: longest_tokens(example, tokens_of), budget, self.name)
+        name = self.name if count is None else f"{self.name} with {count} {self.counted}"
+        return largest(made, lambda example: longest_tokens(example, tokens_of), budget, name)
 
     def document(
         self,

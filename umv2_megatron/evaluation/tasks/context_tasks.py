@@ -80,7 +80,8 @@ def multi_round(rng: random.Random, items: int, difficulty: int, zero_shot: bool
         answer, earlier = values[asked][-1], [old for old in values[asked][:-1] if old != values[asked][-1]]
         wrong = list(dict.fromkeys(earlier))[-2:] + _others(rng, everything, answer)
         made.append(_query(_ask_round(asked, zero_shot), answer, wrong[: CHOICES - 1], len(final), zero_shot))
-    return Situation("".join(lines), made, {"rounds": len(order)})
+    context = "".join(lines)
+    return Situation(context, made, {"rounds": len(order)}, context)
 
 
 def _ask_round(name: str, zero_shot: bool) -> str:
@@ -104,9 +105,8 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, zero_sh
         shown[start + word(rng, 3)] = rule[start]
     line = "{} belongs to {}.\n" if zero_shot else "{}: {}\n"
     order = rng.sample(list(shown), len(shown))
-    context = "".join(line.format(new, shown[new]) for new in order)
-    if zero_shot:
-        context = "Learn from these examples which group a word belongs to.\n" + context
+    told = "".join(line.format(new, shown[new]) for new in order)
+    context = ("Learn from these examples which group a word belongs to.\n" if zero_shot else "") + told
     seen = sorted({new[:2] for new in shown})
     made = []
     for _ in range(queries):
@@ -117,7 +117,7 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, zero_sh
         ask = f"Question: Which group does {new} belong to?\nAnswer: {new} belongs to" if zero_shot else f"{new}:"
         answer = rule[start]
         made.append(_query(ask, answer, _others(rng, labels, answer), len(set(shown.values())), zero_shot))
-    return Situation(context, made, {"demonstrations": len(shown)})
+    return Situation(context, made, {"shots": len(shown)}, told)
 
 
 def needle(rng: random.Random, items: int, difficulty: int, zero_shot: bool, queries: int) -> Situation:
@@ -159,7 +159,7 @@ def key_value(rng: random.Random, items: int, difficulty: int, zero_shot: bool, 
         answer = values[key]
         wrong = _others(rng, list(values.values()), answer)
         made.append(_query(ask, answer, wrong, len(set(values.values())), zero_shot))
-    return Situation(context, made, {"keys": len(keys)})
+    return Situation(context, made, {"pairs": len(keys)}, context)
 
 
 def multi_hop(rng: random.Random, items: int, difficulty: int, zero_shot: bool, queries: int) -> Situation:
@@ -194,10 +194,12 @@ CONTEXT_TASKS = {
     task.name: task
     for task in (
         ContextTask("memorize", "long-context memorizing", "words to tell after the cue", memorize),
-        ContextTask("multi-round", "multi-round memorizing", "times each name is set", multi_round),
-        ContextTask("icl", "in-context learning of a map", "pairs of labels", in_context_learning),
+        ContextTask("multi-round", "multi-round memorizing", "times each name is set", multi_round, "rounds"),
+        ContextTask("icl", "in-context learning of a map", "pairs of labels", in_context_learning, "shots"),
         ContextTask("needle", "find a needle", "codes hidden in the text", needle),
-        ContextTask("key-value", "key-value retrieval", "words per value", key_value),
+        ContextTask("key-value", "key-value retrieval", "words per value", key_value, "pairs"),
         ContextTask("multi-hop", "multi-hop retrieval", "links to follow", multi_hop),
     )
 }
+COUNTED = {name: task.counted for name, task in CONTEXT_TASKS.items() if task.counted}
+"""What the items of a task are called, where their number can be asked for (--num-pairs)."""

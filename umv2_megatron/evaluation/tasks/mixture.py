@@ -58,11 +58,19 @@ def _tasks(form: str) -> dict[str, ContextTask]:
 
 
 def questions(
-    name: str, form: str, count: int, seed: int, difficulty: int, tokenizer: Tokenizer, budget: int
+    name: str,
+    form: str,
+    count: int,
+    seed: int,
+    difficulty: int,
+    tokenizer: Tokenizer,
+    budget: int,
+    items: int | None = None,
 ) -> list[Example]:
     """The first ``count`` questions of a context task, each filling at most ``budget`` tokens.
 
-    Raises ``ValueError`` naming --context-lengths.
+    items: so many pairs, rounds or shots in each context, told again to fill it (``ContextTask.example``).
+    Raises ``ValueError`` naming --context-lengths, or the flag of ``items``.
     """
     task = _tasks(form)[name]
 
@@ -71,7 +79,12 @@ def questions(
 
     return [
         task.example(
-            functools.partial(stream, "evaluation", f"{name} {form}", seed, number), difficulty, form, tokens_of, budget
+            functools.partial(stream, "evaluation", f"{name} {form}", seed, number),
+            difficulty,
+            form,
+            tokens_of,
+            budget,
+            items,
         )
         for number in range(count)
     ]

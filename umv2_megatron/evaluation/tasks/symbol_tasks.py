@@ -21,9 +21,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from umv2_megatron.evaluation.tasks.base import CHOICES, ContextTask, Document, Query, Situation
+from umv2_megatron.evaluation.tasks.base import CHOICES, Document, Query, Situation
 from umv2_megatron.evaluation.tasks.context_tasks import CONTEXT_TASKS
 
 SYMBOLS = tuple(f"s{number}" for number in range(256))
@@ -61,8 +62,8 @@ def _text(words: Sequence[str]) -> str:
     return "".join(f" {word}" for word in words)
 
 
-def _context(name: str, words: Sequence[str]) -> str:
-    return task_symbol(name) + _text([*words, QUESTION])
+def _context(name: str, told: str) -> str:
+    return task_symbol(name) + told + _text([QUESTION])
 
 
 def _distinct(rng: random.Random, count: int) -> list[str]:
@@ -88,13 +89,14 @@ def key_value(rng: random.Random, items: int, difficulty: int, _: bool, queries:
     """Keys with values of ``difficulty`` symbols."""
     keys = _distinct(rng, max(items, 2))
     values = {key: " ".join(rng.choices(SYMBOLS, k=difficulty)) for key in keys}
-    context = _context("key-value", [f"{key} {value}" for key, value in values.items()])
+    told = _text([f"{key} {value}" for key, value in values.items()])
+    context = _context("key-value", told)
     known = list(values.values())
     made = [
         _query([key], values[key], _others(rng, known, values[key]), len(set(known)))
         for key in rng.sample(keys, min(queries, len(keys)))
     ]
-    return Situation(context, made, {"keys": len(keys)})
+    return Situation(context, made, {"pairs": len(keys)}, told)
 
 
 def memorize(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
@@ -112,7 +114,7 @@ def memorize(rng: random.Random, items: int, difficulty: int, _: bool, queries: 
         _query(cues[at], spans[at], _others(rng, spans, spans[at]), len(set(spans)))
         for at in rng.sample(once, min(queries, len(once)))
     ]
-    return Situation(_context("memorize", words), made)
+    return Situation(_context("memorize", _text(words)), made)
 
 
 def multi_round(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
@@ -137,7 +139,8 @@ def multi_round(rng: random.Random, items: int, difficulty: int, _: bool, querie
         earlier = [f" {old}" for old in dict.fromkeys(values[asked]) if old != answer][-2:]
         wrong = (*earlier, *_others(rng, everything, answer))[: CHOICES - 1]
         made.append(_query([asked], answer, wrong, len(final)))
-    return Situation(_context("multi-round", words), made, {"rounds": len(order)})
+    conversation = _text(words)
+    return Situation(_context("multi-round", conversation), made, {"rounds": len(order)}, conversation)
 
 
 def in_context_learning(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
@@ -154,7 +157,8 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, _: bool
     for kind in rng.choices(seen, k=min(queries, len(shown))):
         wrong = _others(rng, labels, rule[kind])
         made.append(_query([kind, rng.choice(SYMBOLS[:half])], rule[kind], wrong, len({rule[each] for each in seen})))
-    return Situation(_context("icl", words), made, {"demonstrations": len(shown)})
+    told = _text(words)
+    return Situation(_context("icl", told), made, {"shots": len(shown)}, told)
 
 
 def needle(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
@@ -172,11 +176,14 @@ def needle(rng: random.Random, items: int, difficulty: int, _: bool, queries: in
         for name, code in rng.sample(list(zip(names, codes)), min(queries, difficulty))
     ]
     details = {"depth": places[names[0]]} if difficulty == 1 else {}
-    return Situation(_context("needle", words), made, details)
+    return Situation(_context("needle", _text(words)), made, details)
 
 
 def multi_hop(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
-    """Chains of symbols, their links shuffled; go ``difficulty`` links on. A chain has one link more than that."""
+    """Chains of symbols, their links shuffled; go ``difficulty`` links on. A chain has one link more than that.
+
+    A document of several questions asks for fewer links, too: two links are learned on top of one.
+    """
     if difficulty > MOST_LINKS:
         raise ValueError(f"--difficulty holds {difficulty}; multi-hop in symbols takes at most {MOST_LINKS} links")
     length, chains = difficulty + 2, max(2, items)
@@ -184,12 +191,13 @@ def multi_hop(rng: random.Random, items: int, difficulty: int, _: bool, queries:
     held = [words[at * length : (at + 1) * length] for at in range(chains)]
     links = [link for chain in held for link in zip(chain, chain[1:])]
     rng.shuffle(links)
-    context = _context("multi-hop", [f"{one} {next_one}" for one, next_one in links])
+    context = _context("multi-hop", _text([f"{one} {next_one}" for one, next_one in links]))
     made = []
-    for chain in rng.sample(held, min(queries, chains)):
-        near = tuple(f" {other}" for other in chain[1:] if other != chain[difficulty])[: CHOICES - 2]
-        wrong = near + _others(rng, [other[difficulty] for other in held], chain[difficulty])
-        made.append(_query([str(difficulty), chain[0]], chain[difficulty], wrong[: CHOICES - 1], chains))
+    asked = [(chain, hops) for hops in range(1 if queries > 1 else difficulty, difficulty + 1) for chain in held]
+    for chain, hops in rng.sample(asked, min(queries, len(asked))):
+        near = tuple(f" {other}" for other in chain[1:] if other != chain[hops])[: CHOICES - 2]
+        wrong = near + _others(rng, [other[hops] for other in held], chain[hops])
+        made.append(_query([str(hops), chain[0]], chain[hops], wrong[: CHOICES - 1], chains))
     return Situation(context, made, {"chains": chains})
 
 
@@ -202,5 +210,5 @@ _BUILDS: dict[str, Callable[[random.Random, int, int, bool, int], Situation]] = 
     "multi-hop": multi_hop,
 }
 SYMBOL_TASKS = {
-    name: ContextTask(name, task.summary, task.difficulty_means, _BUILDS[name]) for name, task in CONTEXT_TASKS.items()
+    name: replace(task, build=_BUILDS[name]) for name, task in CONTEXT_TASKS.items()
 }
