@@ -75,7 +75,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         group.add_argument(
             f"--num-{counted}",
             metavar="N,N",
-            help=f"{counted} in a context of {name}, which are told again to fill it (default: as many as fit)",
+            help=f"{counted} in a context of {name}, told again to fill it (default: as many as fit)",
         )
     group.add_argument("--num-examples", type=int, default=100, help="of each task and length (default: 100)")
     group.add_argument("--no-choices", action="store_true", help="score the right answers alone: a quarter of the work")

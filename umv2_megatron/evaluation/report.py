@@ -128,48 +128,50 @@ def draw(reports: dict[str, Sequence[dict[str, Any]]], output: Path) -> list[Pat
 
 
 def _panels(reports: dict[str, Sequence[dict[str, Any]]], axis: str, label: str, path: Path) -> None:
-    """One panel per task and form; a line per model and score, with error bars and the chance level."""
+    """One panel per task and form, and per length against "items"; a line per model and score, with error bars and the
+    chance level."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    everything = [result for results in reports.values() for result in results]
-    panels = list(dict.fromkeys((r["task"], r["form"]) for r in everything if r.get(axis) is not None))
+    by_panel: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for name, results in reports.items():
+        for result in results:
+            if result.get(axis) is not None:
+                panel = (result["context_length"] if axis == "items" else 0, result["task"], result["form"])
+                by_panel.setdefault(panel, {}).setdefault(name, []).append(result)
+    panels = sorted(by_panel, key=lambda panel: panel[0])
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.6 * columns + 1, 3.4 * rows + 0.4), layout="constrained", squeeze=False
+        rows, columns, figsize=(4.6 * columns + 1, 3.4 * rows + 0.7), layout="constrained", squeeze=False
     )
     for place in axes.flat[len(panels) :]:
         place.set_visible(False)
-    for place, (task, form) in zip(axes.flat, panels):
-        lengths = {r["context_length"] for r in everything if r["task"] == task and r.get(axis) is not None}
-        one_length = axis != "items" or len(lengths) == 1
-        for colour, (name, results) in zip(cycle(COLOURS), reports.items()):
-            chosen = [r for r in results if (r["task"], r["form"]) == (task, form) and r.get(axis) is not None]
-            lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-            for result in chosen:
-                line = (result["difficulty"], None if one_length else result["context_length"])
-                lines.setdefault(line, []).append(result)
-            for (_, length), of_this in sorted(lines.items()):
-                told = name if length is None else f"{name}, {length} tokens"
-                _lines(place, sorted(of_this, key=lambda r: r[axis]), axis, colour, told)
+    colours = dict(zip(reports, cycle(COLOURS)))
+    told: dict[str, Any] = {}
+    for place, panel in zip(axes.flat, panels):
+        length, task, form = panel
+        for name, chosen in by_panel[panel].items():
+            for difficulty in sorted({r["difficulty"] for r in chosen}):
+                of_this = sorted((r for r in chosen if r["difficulty"] == difficulty), key=lambda r: r[axis])
+                _lines(place, of_this, axis, colours[name], name)
         if axis == "times_seen":
             place.set_xscale("symlog", base=2, linthresh=1)
         else:
             place.set_xscale("log", base=2)
-        known = [r for r in everything if (r["task"], r["form"]) == (task, form) and r.get(axis) is not None]
-        ticks = sorted({r[axis] for r in known})
+        ticks = sorted({r[axis] for chosen in by_panel[panel].values() for r in chosen})
         place.set_xticks(ticks, [str(tick) for tick in ticks])
         place.minorticks_off()
         title = f"{task}, {form}"
         if axis == "items":
-            label = f"{COUNTED[task]} in the context"
-            title += f", {lengths.pop()} tokens" if one_length else ""
+            label, title = f"{COUNTED[task]} in the context", f"{title}, {length} tokens"
         place.set(xlabel=label, ylabel="score (%)", title=title, ylim=(-3, 103))
         place.grid(alpha=0.25)
-        place.legend(fontsize=7, handlelength=3.5)
+        told.update(zip(*reversed(place.get_legend_handles_labels())))
+    ncols = 2 * columns
+    figure.legend(told.values(), told.keys(), fontsize=8, handlelength=3.5, loc="outside lower center", ncols=ncols)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -195,4 +197,5 @@ def _lines(place: Any, results: Sequence[dict[str, Any]], axis: str, colour: str
         )
         place.errorbar(at, heights, yerr=errors, color=colour, linestyle=style, marker="o", markersize=3, label=what)
         if score == "choice_accuracy" or known[0]["choice_accuracy"] is None:
-            place.plot(at, [100 * r[score + "_chance"] for r in known], color="#57606a", linestyle=":", linewidth=1)
+            chances = [100 * r[score + "_chance"] for r in known]
+            place.plot(at, chances, color="#57606a", linestyle=":", linewidth=1, label="chance")

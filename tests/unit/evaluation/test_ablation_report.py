@@ -85,6 +85,26 @@ def test_tasks_of_different_difficulty_are_not_averaged(tmp_path: Path) -> None:
     assert "| needle | trained | 64 | 100.0 |" in write_report(plan, {"umv2": group}, None).read_text()
 
 
+def test_numbers_of_items_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row each in the table, and a plot against them in the longest context."""
+    from matplotlib.axes import Axes
+
+    plan = plan_of(tmp_path)
+    plan.output.mkdir()
+    icl = {"task": "icl", "form": "symbols", "times_seen": None, "difficulty": 1, "answer_nats": None}
+    scores = [
+        {**icl, "context_length": length, "items": items, "exact_match": (items or 10) * length / 1280}
+        for length in (64, 128)
+        for items in (None, 2, 4)
+    ]
+    lines = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **more: lines.append((x, y)) or plot(self, x, y, **more))
+    text = write_report(plan, {"umv2": [result([[1, 5.0]], evaluation={"tasks": scores})]}, None).read_text()
+    assert "| icl | symbols | 64 | 50.0 |\n| icl | symbols | 64, 2 shots | 10.0 |" in text
+    assert "![items](items.png)" in text and lines[-2:] == [([64, 128], [50, 100]), ([2, 4], [20, 40])]
+
+
 def test_runs_are_compared_over_the_seeds_that_both_have() -> None:
     dense = [result([[1, 5.0]]), result([[1, 3.0]], seed=2)]
     assert mean_difference([result([[1, 2.5]], seed=2)], dense) == [(1, -0.5)]

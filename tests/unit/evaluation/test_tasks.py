@@ -94,7 +94,7 @@ def test_an_oracle_that_reads_symbols_scores_everything(name, difficulty, symbol
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_as_many_items_as_asked_for_fill_the_context(name, symbols):
-    """Some items told again and again: the oracle still answers, and the context has no other items."""
+    """Items told before all of them fill the context: the oracle still answers, and there are no other items."""
     told_of = {  # what tells an item, in words and in symbols; an item's place among those of a row
         "key-value": (r"^\w+ = \w+$", r"s\d+ s\d+"),
         "multi-round": (r"^user: set \w+ \w+$", r"(?<![?] )\bs\d+ s\d+(?! \.)"),
@@ -107,13 +107,14 @@ def test_as_many_items_as_asked_for_fill_the_context(name, symbols):
             assert summarize(made, score(OracleModel(oracle, tokenizer), made)).exact_match == 1.0
             for example in made:
                 length = len(tokenizer.tokenize(example.prompt + example.answer))
-                assert budget / 2 < length <= budget and example.details[COUNTED[name]] == count
+                assert budget - (30 if form == "trained" else 3) < length <= budget, "no room for one more"
+                assert example.details[COUNTED[name]] == count
                 if name == "key-value" and difficulty > 1:
                     continue  # values of two words
                 context = example.prompt.rpartition("?" if form == SYMBOLS else "\n")[0].removeprefix("@" + name)
                 found = re.findall(told_of[form == SYMBOLS], context, re.MULTILINE)
-                assert len(found) > count and len(found) % count == 0
-                assert found == found[:count] * (len(found) // count), "the same items in the same order"
+                assert len(found) > count
+                assert found == (len(found) * found[-count:])[-len(found) :], "the same items in turn"
     for form in FORMS:
         assert mixture.questions(name, form, 1, 1, 1, BYTES, 900, 8)[0].details[COUNTED[name]] == 8
     with pytest.raises(ValueError, match=f"holds 32; the smallest example of {name} with 90 {COUNTED[name]} takes"):

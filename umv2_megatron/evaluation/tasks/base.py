@@ -49,18 +49,22 @@ class Example:
 class Situation:
     """A context and the questions about it; ``details`` go into the report of each example.
 
-    told: the part of the context that holds its items, "" where a task has none that are counted.
+    opening: what the context begins with, before its items. items: each of them as it is told; none where a task has
+    none that are counted.
     """
 
     context: str
     queries: list[Query]
     details: dict[str, Any] = field(default_factory=dict)
-    told: str = ""
+    opening: str = ""
+    items: tuple[str, ...] = ()
 
-    def told_again(self, times: int) -> Situation:
-        """The same with all its items told ``times`` times."""
-        before, after = self.context.split(self.told, 1)
-        return dataclasses.replace(self, context=before + times * self.told + after)
+    def told_before(self, count: int) -> Situation:
+        """The same with ``count`` items told before all of them, in turn so that the last is told before the first."""
+        rounds = -(-count // len(self.items))
+        filling = (rounds * self.items)[rounds * len(self.items) - count :]
+        rest = self.context.removeprefix(self.opening)
+        return dataclasses.replace(self, context=self.opening + "".join(filling) + rest)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ class ContextTask:
         """The question whose prompt and longest answer fill at most ``budget`` tokens, as far as items go.
 
         ``rng_of`` gives the example's random stream afresh; ``tokens_of`` counts the tokens of a text. count: so many
-        items, and all of them told again as often as ``budget`` has room for; None: as many items as it has room for.
+        items, some or all of them told before, as often as ``budget`` has room for; None: as many items as it has room
+        for.
         Raises ``NoRoom`` naming --context-lengths when not even the smallest context, or ``count`` items, fits, and
         ``ValueError`` naming the flag of ``count`` when that is too low for the task.
         """
@@ -121,7 +126,7 @@ class ContextTask:
                         f"--num-{self.counted} holds {count}; {self.name} of --difficulty {difficulty} takes {least} "
                         "or more: give more, or a lower difficulty"
                     )
-                situation = situation.told_again(size)
+                situation = situation.told_before(size - 1)
             query = situation.queries[0]
             return offer(rng_of(), situation.context + query.prompt, query, situation.details)
 

@@ -59,17 +59,19 @@ def multi_round(rng: random.Random, items: int, difficulty: int, zero_shot: bool
     Every fifth round asks for a value already set.
     """
     names = distinct_words(rng, max(2, items // difficulty), 3)
-    told = max(items, len(names) * difficulty, CHOICES - 1)
-    order = names + [rng.choice(names) for _ in range(told - len(names))]
+    count = max(items, len(names) * difficulty, CHOICES - 1)
+    order = names + [rng.choice(names) for _ in range(count - len(names))]
     rng.shuffle(order)
     values: dict[str, list[str]] = {name: [] for name in names}
-    lines = []
+    rounds, lines = [], []
     for name in order:
         value = word(rng, 2)
         values[name].append(value)
-        lines.append(
+        told = (
             f"User: My {name} is {value}.\nAssistant: Noted.\n" if zero_shot else f"user: set {name} {value}\nbot: ok\n"
         )
+        rounds.append(told)
+        lines.append(told)
         if len(lines) % 5 == 4:
             asked = rng.choice([known for known in names if values[known]])
             lines.append(_ask_round(asked, zero_shot) + _ends([values[asked][-1]], zero_shot)[0])
@@ -80,8 +82,7 @@ def multi_round(rng: random.Random, items: int, difficulty: int, zero_shot: bool
         answer, earlier = values[asked][-1], [old for old in values[asked][:-1] if old != values[asked][-1]]
         wrong = list(dict.fromkeys(earlier))[-2:] + _others(rng, everything, answer)
         made.append(_query(_ask_round(asked, zero_shot), answer, wrong[: CHOICES - 1], len(final), zero_shot))
-    context = "".join(lines)
-    return Situation(context, made, {"rounds": len(order)}, context)
+    return Situation("".join(lines), made, {"rounds": len(order)}, items=tuple(rounds))
 
 
 def _ask_round(name: str, zero_shot: bool) -> str:
@@ -105,8 +106,8 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, zero_sh
         shown[start + word(rng, 3)] = rule[start]
     line = "{} belongs to {}.\n" if zero_shot else "{}: {}\n"
     order = rng.sample(list(shown), len(shown))
-    told = "".join(line.format(new, shown[new]) for new in order)
-    context = ("Learn from these examples which group a word belongs to.\n" if zero_shot else "") + told
+    told = tuple(line.format(new, shown[new]) for new in order)
+    opening = "Learn from these examples which group a word belongs to.\n" if zero_shot else ""
     seen = sorted({new[:2] for new in shown})
     made = []
     for _ in range(queries):
@@ -117,7 +118,7 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, zero_sh
         ask = f"Question: Which group does {new} belong to?\nAnswer: {new} belongs to" if zero_shot else f"{new}:"
         answer = rule[start]
         made.append(_query(ask, answer, _others(rng, labels, answer), len(set(shown.values())), zero_shot))
-    return Situation(context, made, {"shots": len(shown)}, told)
+    return Situation(opening + "".join(told), made, {"shots": len(shown)}, opening, told)
 
 
 def needle(rng: random.Random, items: int, difficulty: int, zero_shot: bool, queries: int) -> Situation:
@@ -152,14 +153,14 @@ def key_value(rng: random.Random, items: int, difficulty: int, zero_shot: bool, 
     keys = distinct_words(rng, max(items, CHOICES), 3)
     values = {key: " ".join(word(rng, 2) for _ in range(difficulty)) for key in keys}
     line = "The value of {} is {}.\n" if zero_shot else "{} = {}\n"
-    context = "".join(line.format(key, value) for key, value in values.items())
+    told = tuple(line.format(key, value) for key, value in values.items())
     made = []
     for key in _some(rng, keys, queries):
         ask = f"Question: What is the value of {key}?\nAnswer: It is" if zero_shot else f"get {key} ="
         answer = values[key]
         wrong = _others(rng, list(values.values()), answer)
         made.append(_query(ask, answer, wrong, len(set(values.values())), zero_shot))
-    return Situation(context, made, {"pairs": len(keys)}, context)
+    return Situation("".join(told), made, {"pairs": len(keys)}, items=told)
 
 
 def multi_hop(rng: random.Random, items: int, difficulty: int, zero_shot: bool, queries: int) -> Situation:

@@ -89,14 +89,14 @@ def key_value(rng: random.Random, items: int, difficulty: int, _: bool, queries:
     """Keys with values of ``difficulty`` symbols."""
     keys = _distinct(rng, max(items, 2))
     values = {key: " ".join(rng.choices(SYMBOLS, k=difficulty)) for key in keys}
-    told = _text([f"{key} {value}" for key, value in values.items()])
-    context = _context("key-value", told)
+    told = tuple(f" {key} {value}" for key, value in values.items())
+    context = _context("key-value", "".join(told))
     known = list(values.values())
     made = [
         _query([key], values[key], _others(rng, known, values[key]), len(set(known)))
         for key in rng.sample(keys, min(queries, len(keys)))
     ]
-    return Situation(context, made, {"pairs": len(keys)}, told)
+    return Situation(context, made, {"pairs": len(keys)}, task_symbol("key-value"), told)
 
 
 def memorize(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
@@ -124,9 +124,10 @@ def multi_round(rng: random.Random, items: int, difficulty: int, _: bool, querie
     order = names + rng.choices(names, k=told - len(names))
     rng.shuffle(order)
     values: dict[str, list[str]] = {name: [] for name in names}
-    words = []
+    rounds, words = [], []
     for number, name in enumerate(order):
         values[name].append(rng.choice(SYMBOLS))
+        rounds.append(f" {name} {values[name][-1]}")
         words += [name, values[name][-1]]
         if number % 2:
             asked = rng.choice([known for known in names if values[known]])
@@ -139,8 +140,8 @@ def multi_round(rng: random.Random, items: int, difficulty: int, _: bool, querie
         earlier = [f" {old}" for old in dict.fromkeys(values[asked]) if old != answer][-2:]
         wrong = (*earlier, *_others(rng, everything, answer))[: CHOICES - 1]
         made.append(_query([asked], answer, wrong, len(final)))
-    conversation = _text(words)
-    return Situation(_context("multi-round", conversation), made, {"rounds": len(order)}, conversation)
+    context = _context("multi-round", _text(words))
+    return Situation(context, made, {"rounds": len(order)}, task_symbol("multi-round"), tuple(rounds))
 
 
 def in_context_learning(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
@@ -151,14 +152,13 @@ def in_context_learning(rng: random.Random, items: int, difficulty: int, _: bool
     rule = {kind: labels[index % len(labels)] for index, kind in enumerate(kinds)}
     shown = kinds[: len(labels)] + rng.choices(kinds, k=max(0, items - len(labels)))  # every label is shown
     rng.shuffle(shown)
-    words = [word for kind in shown for word in (kind, rng.choice(SYMBOLS[:half]), rule[kind])]
+    told = tuple(f" {kind} {rng.choice(SYMBOLS[:half])} {rule[kind]}" for kind in shown)
     seen = sorted(set(shown))
     made = []
     for kind in rng.choices(seen, k=min(queries, len(shown))):
         wrong = _others(rng, labels, rule[kind])
         made.append(_query([kind, rng.choice(SYMBOLS[:half])], rule[kind], wrong, len({rule[each] for each in seen})))
-    told = _text(words)
-    return Situation(_context("icl", told), made, {"shots": len(shown)}, told)
+    return Situation(_context("icl", "".join(told)), made, {"shots": len(shown)}, task_symbol("icl"), told)
 
 
 def needle(rng: random.Random, items: int, difficulty: int, _: bool, queries: int) -> Situation:
