@@ -16,6 +16,8 @@ from umv2_megatron.evaluation.tasks.base import FORMS, SYMBOLS
 from umv2_megatron.evaluation.tasks.context_tasks import COUNTED
 
 DATA_FORMS = ("stream", "documents")
+ITEM_FLAGS = {"key-value": "--num-pairs", "multi-round": "--num-rounds", "icl": "--num-shots"}
+"""Of tasks whose number of items may be given; the names are those of ``COUNTED``."""
 DTYPES = ("bfloat16", "float32")
 LAYOUT = (
     "tensor_model_parallel_size",
@@ -73,7 +75,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--difficulty", default="1", metavar="N,N", help="what it counts depends on the task")
     for name, counted in COUNTED.items():
         group.add_argument(
-            f"--num-{counted}",
+            ITEM_FLAGS[name],
             metavar="N,N",
             help=f"{counted} in a context of {name}, told again to fill it (default: as many as fit)",
         )
@@ -131,7 +133,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         for name in COUNTED:
             if item_counts(arguments, name) != [None] and name not in names:
                 raise ValueError(
-                    f"--num-{COUNTED[name]} is {getattr(arguments, 'num_' + COUNTED[name])}; it belongs "
+                    f"{ITEM_FLAGS[name]} is {getattr(arguments, 'num_' + COUNTED[name])}; it belongs "
                     f"to {name}, which --tasks does not hold: leave it out"
                 )
         if fact_recall.NAME in names:
@@ -156,7 +158,7 @@ def item_counts(arguments: argparse.Namespace, name: str) -> Sequence[int | None
     """
     counted = COUNTED.get(name)
     given = getattr(arguments, f"num_{counted}") if counted else None
-    return mixture.integers(f"--num-{counted}", given) if given is not None else [None]
+    return mixture.integers(ITEM_FLAGS[name], given) if given is not None else [None]
 
 
 def fact_set(arguments: argparse.Namespace) -> fact_recall.FactSet:
