@@ -399,17 +399,22 @@ def instructions() -> str:
     return "".join(f"{name}={os.environ[name]} " for name in names if name in os.environ)
 
 
+def check_counts(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a usage error where --steps, --context or --batch is below 1."""
+    for name in ("steps", "context"):
+        if getattr(options, name) < 1:
+            made.error(f"--{name} is {getattr(options, name)}; expected at least 1")
+    if min(options.batch or [1]) < 1:
+        made.error(f"--batch is {min(options.batch)}; expected at least 1")
+
+
 def main(argv: list[str]) -> int:
     """Run all sizes and write what was asked for."""
     made = parser()
     options = made.parse_args(argv)
     command = command_line(options)
     prepare(made, options, "decode.py")
-    for name in ("steps", "context"):
-        if getattr(options, name) < 1:
-            made.error(f"--{name} is {getattr(options, name)}; expected at least 1")
-    if min(options.batch or [1]) < 1:
-        made.error(f"--batch is {min(options.batch)}; expected at least 1")
+    check_counts(made, options)
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device is cuda, and there is no CUDA device; use --device cpu")
     if options.quick:

@@ -22,7 +22,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.decode import OURS, SIZES, in_dtype, instructions, limit_ms  # noqa: E402
+from benchmarks.decode import OURS, SIZES, check_counts, in_dtype, instructions, limit_ms  # noqa: E402
 from benchmarks.decode_side import Memory, build_umv2  # noqa: E402
 from benchmarks.measure import Table, add_options, describe_machine, prepare, publish  # noqa: E402
 from benchmarks.spread import Spread, ratio  # noqa: E402
@@ -73,11 +73,7 @@ def main(argv: list[str]) -> int:
     made = parser()
     options = made.parse_args(argv)
     prepare(made, options, "decode_kernels.py")
-    for name in ("steps", "context"):
-        if getattr(options, name) < 1:
-            made.error(f"--{name} is {getattr(options, name)}; expected at least 1")
-    if min(options.batch or [1]) < 1:
-        made.error(f"--batch is {min(options.batch)}; expected at least 1")
+    check_counts(made, options)
     if options.quick:
         options.size, options.rounds, options.steps, options.context = "tiny", 2, 1, 8
     machine = describe_machine("cpu", options.quick)
