@@ -372,8 +372,6 @@ def test_places_are_limited_and_free_when_clients_leave(export, tmp_path):
         assert code == 130 and seconds < 5
 
 
-# Slow until it is known why, beside other work, the stream once ended without its error.
-@pytest.mark.slow
 @served_only
 def test_sigterm_ends_long_generations_in_time(export, tmp_path):
     with serving(export, tmp_path / "log") as server, concurrent.futures.ThreadPoolExecutor(1) as threads:

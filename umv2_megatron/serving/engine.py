@@ -33,6 +33,8 @@ class Job:
         self._pieces = pieces
         self._deliver = deliver
         self._cancelled = False
+        self._ended = False
+        self._lock = threading.Lock()
 
     def cancel(self) -> None:
         """End it at its next turn; nobody takes its answer. From any thread, also when it has ended."""
@@ -41,7 +43,7 @@ class Job:
     def step(self) -> bool:
         """One step; whether more follow. Every fault goes to the client, so that the thread lives on."""
         try:
-            if not self._cancelled and (piece := next(self._pieces, None)) is not None:
+            if not (self._cancelled or self._ended) and (piece := next(self._pieces, None)) is not None:
                 self._deliver(piece)
                 return True
             self.end(None)
@@ -51,7 +53,11 @@ class Job:
         return False
 
     def end(self, last: ApiError | None) -> None:
-        """Tell the client that nothing follows, and free the cache. Whoever reads ends with the first call."""
+        """Tell the client that nothing follows, and free the cache; only the first call does. From any thread."""
+        with self._lock:
+            if self._ended:
+                return
+            self._ended = True
         self._pieces = iter(())
         try:
             self._deliver(last)
@@ -106,7 +112,6 @@ class Engine:
         with self._lock:
             jobs = list(self._jobs)
         for job in jobs:
-            job.cancel()
             job.end(stopping())
 
     def _run(self) -> None:

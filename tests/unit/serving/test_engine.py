@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,11 @@ def pieces(count: int, gate: threading.Event | None = None) -> Iterator[Piece]:
 def endless() -> Iterator[Piece]:
     while True:
         time.sleep(0.001)
+        yield Piece(0)
+
+
+def unpaced() -> Iterator[Piece]:
+    while True:
         yield Piece(0)
 
 
@@ -75,6 +81,22 @@ def test_places_are_given_back_by_ends_faults_and_cancelled_jobs() -> None:
     assert came.get(timeout=20) == "ended"
     wait_until(lambda: not engine._jobs)
     taken(engine, 2)
+
+
+def test_the_first_and_only_end_of_a_job_that_is_broken_off_is_the_error() -> None:
+    """While another thread breaks them off, the engine's goes on taking turns."""
+    engine, interval = Engine(2), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # seconds: threads change places at any moment
+    try:
+        for _ in range(300):
+            ends: list[ApiError | None] = []
+            for _ in range(2):
+                engine.submit(unpaced(), lambda piece, ends=ends: isinstance(piece, Piece) or ends.append(piece))
+            engine._break_off()
+            wait_until(lambda: not engine._jobs)
+            assert [getattr(end, "code", end) for end in ends] == ["server_shutting_down"] * 2
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_client_that_cannot_be_told_harms_no_other() -> None:
