@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,6 +158,19 @@ class Cluster:
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
         return done.stdout
+
+    @contextlib.contextmanager
+    def running(self, *command: str) -> Iterator[None]:
+        """While a command runs that need not end by itself.
+
+        scancel (22.05) repeats a signal to a task of an array until the task has ended, for one and a half minutes.
+        """
+        process = subprocess.Popen(command, env=self.environment, cwd=ROOT)
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(10)
 
     def submit(self, script: str, options: list[str], arguments: list[str], environment: dict[str, str]) -> str:
         """Number of the submitted job."""

@@ -339,8 +339,9 @@ def test_ablation_array(place: Path, cluster: Cluster, data: dict[str, str], rec
     first = folder / "few" / "seed1"
     until(lambda: (first / "checkpoints" / "metrics.jsonl").exists(), 400, "the first trial does not train")
     until(lambda: len((first / "checkpoints" / "metrics.jsonl").read_text().splitlines()) > 10, 400, "no steps")
-    # by its own number: with that of array and task, scancel (22.05) repeats the signal until the task has ended
-    cluster.run("scancel", "--batch", "--signal=USR1", cluster.job(f"{number}_0")["JobId"])
+    asked = lambda: "asked to stop by SIGUSR1" in (place / "ablation_0.log").read_text()  # noqa: E731
+    with cluster.running("scancel", "--batch", "--signal=USR1", f"{number}_0"):
+        until(asked, 60, "the first task gets no signal")
     jobs = [cluster.wait(f"{number}_{task}", 600) for task in range(4)]
     logs = "\n".join(path.read_text() for path in sorted(place.glob("ablation_*.log")))
     assert [job["JobState"] for job in jobs] == ["COMPLETED"] * 4, logs
