@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import pickle
 import platform
 from collections.abc import Iterator
@@ -179,6 +180,27 @@ def test_products_in_bfloat16(batch: int, architecture: str) -> None:
             expected = layer.double()(x.double())
         assert found.dtype is torch.bfloat16
         torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 17])
+def test_matrix_tiles_compute_where_the_cpu_has_them(batch: int, architecture: str) -> None:
+    """Numbers below 1e-38 show who computes: to tiles they are 0, to vectors not. Otherwise only time would tell."""
+    layer, x = nn.Linear(64, 64, bias=False).bfloat16(), torch.full((batch, 64), 2.0**20).bfloat16()
+    with torch.no_grad():
+        layer.weight.fill_(2.0**-130)
+        found = native_umv2.linear(layer, x)
+    assert (found == (0 if has_tiles(architecture) else 2.0**-104)).all()
+
+
+def has_tiles(architecture: str) -> bool:
+    """Whether kernels built for it here may use matrix tiles: the CPU has them and Linux gives them to this process."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    ask, tile_data = (ctypes.c_long(number) for number in (0x1023, 18))  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    has = architecture == "native" and {"amx_tile", "amx_bf16", "avx512bw"} <= flags
+    return has and ctypes.CDLL(None).syscall(158, ask, tile_data) == 0
 
 
 @pytest.mark.parametrize("name", VARIANTS)
