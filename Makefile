@@ -142,6 +142,7 @@ layouts: $(READY)
 bench: $(READY)
 	for program in lookup layer step growth preprocess; do \
 		$(PY) benchmarks/$$program.py --docs docs/performance.md --history benchmarks/history || exit 1; done
+	$(PY) benchmarks/decode_kernels.py --history benchmarks/history
 
 flags-page: $(READY)
 	$(PY) -m umv2_megatron.config.flags_page

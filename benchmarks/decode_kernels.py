@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     if options.quick:
         options.size, options.rounds, options.steps, options.context = "tiny", 2, 1, 8
     machine = describe_machine("cpu", options.quick)
-    rows, results = [], []
+    rows, results, seconds = [], [], dict[str, Spread]()
     for dtype in options.dtype or ["float32"]:
         rates = in_dtype(machine, dtype, "cpu", options.quick)
         side = build_umv2({"preset": SIZES[options.size]["preset"], "dtype": dtype, "device": "cpu"})
@@ -85,6 +85,8 @@ def main(argv: list[str]) -> int:
         for batch in options.batch or [1, 8, 32]:
             result = run_batch(side, batch, options)
             times, limit = result["times"], limit_ms(result, activated, rates)
+            for way, found in times.items():
+                seconds[f"{way}, {dtype}, batch {batch}"] = Spread.of([each / 1e3 for each in found])
             plain = ("", "")
             if PLAIN in times:
                 plain = Spread.of(times[PLAIN]).text(), f"{ratio(times[PLAIN], times[KERNELS]).median:.2f}"
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> int:
         ("dtype", "batch", KERNELS, PLAIN, "speed-up", "limit", f"{KERNELS} / limit"),
         rows,
     )
-    publish("decode_kernels.py", options, machine, [table], results)
+    publish("decode_kernels.py", options, machine, [table], results, seconds)
     return 0
 
 

@@ -145,7 +145,11 @@ def test_sides_take_turns_and_all_is_reported(tmp_path, monkeypatch):
 def test_kernels_against_operations(tmp_path):
     out = tmp_path / "out.json"
     flags = ["--quick", "--batch", "2", "--dtype", "bfloat16", "--json", str(out)]
-    assert decode_kernels.main(flags) == 0
+    assert decode_kernels.main([*flags, "--history", str(tmp_path / "history")]) == 0
+    (history,) = (tmp_path / "history").iterdir()
+    kept = json.loads(history.read_text())["times"]
+    assert sorted(kept) == ["PyTorch, bfloat16, batch 2", "kernels, bfloat16, batch 2"]
+    assert all(0 < lowest <= median <= highest < 10 for median, lowest, highest in kept.values()), "seconds"
     assert decode_kernels.main([*flags, "--no-plain"]) == 0
     (result,) = json.loads(out.read_text())["results"]
     assert list(result["times"]) == [decode_kernels.KERNELS] and min(result["times"][decode_kernels.KERNELS]) > 0
