@@ -83,7 +83,7 @@ test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY)
 test-flags: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/functional/test_every_flag.py
 
-test-slow: $(READY) $(HF_TOOLS_READY) $(STORAGE_READY) $(INPUTS_READY)
+test-slow: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY) $(INPUTS_READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "slow and not faults" --timeout 1800
 
 # The table at its end goes into docs/reliability.md.
