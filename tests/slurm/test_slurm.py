@@ -339,9 +339,9 @@ def test_ablation_array(place: Path, cluster: Cluster, data: dict[str, str], rec
     first = folder / "few" / "seed1"
     until(lambda: (first / "checkpoints" / "metrics.jsonl").exists(), 400, "the first trial does not train")
     until(lambda: len((first / "checkpoints" / "metrics.jsonl").read_text().splitlines()) > 10, 400, "no steps")
-    asked = lambda: "asked to stop by SIGUSR1" in (place / "ablation_0.log").read_text()  # noqa: E731
+    log = place / "ablation_0.log"
     with cluster.running("scancel", "--batch", "--signal=USR1", f"{number}_0"):
-        until(asked, 60, "the first task gets no signal")
+        until(lambda: "asked to stop by SIGUSR1" in log.read_text(), 60, "the first task gets no signal")
     jobs = [cluster.wait(f"{number}_{task}", 600) for task in range(4)]
     logs = "\n".join(path.read_text() for path in sorted(place.glob("ablation_*.log")))
     assert [job["JobState"] for job in jobs] == ["COMPLETED"] * 4, logs

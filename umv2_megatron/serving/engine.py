@@ -43,7 +43,7 @@ class Job:
     def step(self) -> bool:
         """One step; whether more follow. Every fault goes to the client, so that the thread lives on."""
         try:
-            if not (self._cancelled or self._ended) and (piece := next(self._pieces, None)) is not None:
+            if not self._cancelled and (piece := next(self._pieces, None)) is not None:
                 self._deliver(piece)
                 return True
             self.end(None)
