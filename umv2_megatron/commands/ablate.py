@@ -30,13 +30,16 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError("--smoke is given with --slurm-array; expected only one of them")
     if arguments.report_only and arguments.trial is not None:
         raise ValueError(f"--trial is {arguments.trial} with --report-only; expected only one of them")
+    if arguments.baseline is not None and (arguments.slurm_array or arguments.trial is not None):
+        with_what = "--slurm-array" if arguments.slurm_array else "--trial"
+        raise ValueError(f"--baseline is {arguments.baseline} with {with_what}, which writes no report; leave it out")
     from umv2_megatron.parallel import cpu_platform
 
     cpu_platform.install()  # before megatron.core is imported
     from umv2_megatron.evaluation.ablation.plan import read_plan
     from umv2_megatron.evaluation.ablation.runner import array_script, run_trials
 
-    plan = read_plan(Path(arguments.plan), Path(arguments.output), arguments.smoke)
+    plan = read_plan(Path(arguments.plan), Path(arguments.output), arguments.smoke, arguments.baseline)
     if arguments.slurm_array:
         Path(arguments.slurm_array).write_text(array_script(plan), encoding="utf-8")
         print(f"wrote {arguments.slurm_array}: {len(plan.trials)} tasks; submit it with sbatch")
@@ -93,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("plan", help="YAML file of what to run")
     made.add_argument("--output", required=True, metavar="DIR", help="where trials and report go")
     made.add_argument("--report-only", action="store_true", help="run nothing, report on what is finished")
+    made.add_argument("--baseline", metavar="RUN", help="what the report compares with, not the plan's baseline")
     made.add_argument("--trial", type=int, metavar="I", help="run the I-th trial alone (counted from 0), no report")
     made.add_argument("--slurm-array", metavar="FILE", help="run nothing, write an array job that runs every trial")
     made.add_argument("--smoke", action="store_true", help="two steps of every trial on random tokens: does it run?")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from small_plan import plan_of
 
+from umv2_megatron.evaluation.ablation.comparison import mean_difference
 from umv2_megatron.evaluation.ablation.paired import t_point
-from umv2_megatron.evaluation.ablation.report import mean_difference, spread, write_report
+from umv2_megatron.evaluation.ablation.report import spread, write_report
 
 
 def result(curve: list[list[float]], seed: int = 1, **changes: Any) -> dict[str, Any]:

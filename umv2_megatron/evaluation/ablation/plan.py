@@ -9,6 +9,7 @@
     launcher: torchrun --standalone --nproc-per-node 2  # optional: what stands before pretrain_umv2.py
     ranks:    2                                         # optional: how many ranks that makes
     evaluate: {tasks: fact-recall, num-examples: 64}    # optional: flags of tools/evaluate.py, run after training
+    trend:    [1000, 4000]                              # optional: iterations over which the report fits differences
     slurm:    {partition: gpu, time: "04:00:00"}        # optional: #SBATCH lines of --slurm-array
 
 Every run with every seed is a trial, in a directory of its own: <output>/<run>/seed<seed>.
@@ -31,7 +32,7 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.evaluation.ablation.evaluation_flags import evaluation_words
 
-KEYS = ("common", "seeds", "baseline", "runs", "launcher", "ranks", "evaluate", "slurm")
+KEYS = ("common", "seeds", "baseline", "runs", "launcher", "ranks", "evaluate", "trend", "slurm")
 OURS = ("save", "seed", "config")
 SMOKE = {
     "train-iters": 2, "lr-decay-iters": 2, "lr-warmup-iters": 0, "eval-interval": 2, "eval-iters": 1,
@@ -82,6 +83,8 @@ class Plan:
     launcher: list[str]
     evaluate: list[str] = field(default_factory=list)
     """Flags of tools/evaluate.py; empty where trials are not evaluated."""
+    trend: tuple[int, int] | None = None
+    """First and last iteration over which the report fits the differences from the baseline."""
     slurm: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,11 +93,11 @@ class Plan:
         return list(dict.fromkeys(trial.label for trial in self.trials))
 
 
-def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
+def read_plan(path: Path, output: Path, smoke: bool = False, baseline: str | None = None) -> Plan:
     """Read and check a plan, every setting of every run and of the evaluation included.
 
-    With ``smoke`` all runs last two steps on random tokens. Raises ``ValueError`` naming the file and the key that
-    cannot work; writes nothing.
+    With ``smoke`` all runs last two steps on random tokens. A ``baseline`` takes the place of the plan's. Raises
+    ``ValueError`` naming the file and the key that cannot work; writes nothing.
     """
     output = output.resolve()  # an array job and the command line may name the same directory differently
     try:
@@ -111,9 +114,13 @@ def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
         raise ValueError(f"{path}: seeds is {seeds!r}; expected a list of integers such as [1, 2]")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{path}: seeds is {seeds!r}; expected each seed once")
-    baseline = content.get("baseline")
-    if baseline is not None and baseline not in list(content["runs"]):
-        raise ValueError(f"{path}: baseline is {baseline!r}; expected one of {', '.join(map(str, content['runs']))}")
+    labels = [str(label) for label in content["runs"]]
+    if baseline is not None and baseline not in labels:
+        raise ValueError(f"--baseline is {baseline}; expected one of {', '.join(labels)}, the runs of {path}")
+    if baseline is None and content.get("baseline") is not None:
+        baseline = str(content["baseline"])
+        if baseline not in labels:
+            raise ValueError(f"{path}: baseline is {content['baseline']!r}; expected one of {', '.join(labels)}")
     common = _mapping(content, "common", path)
     launcher = [] if smoke else _launcher(content.get("launcher"), path)
     ranks = 1 if smoke else content.get("ranks", 1)
@@ -124,10 +131,19 @@ def read_plan(path: Path, output: Path, smoke: bool = False) -> Plan:
         for seed in seeds
         for label in content["runs"]
     ]
-    baseline = None if baseline is None else str(baseline)
     evaluate = evaluation_words(_mapping(content, "evaluate", path), path)
     slurm = {} if smoke else _mapping(content, "slurm", path)
-    return Plan(path, output, trials, baseline, launcher, [] if smoke else evaluate, slurm)
+    trend = _trend(content.get("trend"), path)
+    return Plan(path, output, trials, baseline, launcher, [] if smoke else evaluate, None if smoke else trend, slurm)
+
+
+def _trend(given: Any, path: Path) -> tuple[int, int] | None:
+    match given:
+        case None:
+            return None
+        case [first, last] if type(first) is type(last) is int and 0 < first < last:
+            return first, last
+    raise ValueError(f"{path}: trend is {given!r}; expected the fit's first and last iteration, such as [1000, 4000]")
 
 
 def _launcher(given: Any, path: Path) -> list[str]:
