@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-QUICK := not slow and not gpu and not slurm and not faults
+# What .ci/run runs, and the half of it that a developer waits for.
+CHECKED := not slow and not gpu and not slurm and not faults
+QUICK := $(CHECKED) and not thorough
 READY := $(VENV)/.ready
 TRITON_READY := $(VENV)/.triton-ready
 SERVE_READY := $(VENV)/.serve-ready
@@ -10,12 +12,13 @@ HF_TOOLS_READY := $(VENV)/.hf-tools-ready
 STORAGE_READY := $(VENV)/.storage-ready
 INPUTS_READY := $(VENV)/.inputs-ready
 
-.PHONY: test-mcore-next demo compare faults flags-page fuzz test test-flags test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
+.PHONY: test-mcore-next demo compare faults flags-page fuzz test test-flags test-thorough test-slow test-other-cpus test-gpu slurm-test layouts bench lint clean help
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
 	@echo "make compare    train umv2, MoE and dense models of equal cost, and write a report (about 10 minutes)"
 	@echo "make test       lint, types and all quick tests"
+	@echo "make test-thorough  whole runs in many layouts, and other tests that .ci/run runs, too (about 8 minutes)"
 	@echo "make test-flags  every flag of the training program on a tiny model (about a minute)"
 	@echo "make faults     kills, damages, full disks, signals, lost ranks: what a run survives, as a table"
 	@echo "make test-slow  the tests that take minutes"
@@ -79,6 +82,10 @@ lint: $(READY)
 test: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY) $(INPUTS_READY) lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "$(QUICK)"
 
+# With two workers, as above: a file stays on one of them.
+test-thorough: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STORAGE_READY) $(INPUTS_READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "thorough and $(CHECKED)"
+
 # Not with a file for each worker: it is one file.
 test-flags: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests/functional/test_every_flag.py
@@ -103,7 +110,7 @@ $(NEXT_READY): requirements.txt
 	touch $(NEXT_READY)
 
 test-mcore-next: $(NEXT_READY)
-	OMP_NUM_THREADS=1 $(NEXT_VENV)/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider -m "$(QUICK)" \
+	OMP_NUM_THREADS=1 $(NEXT_VENV)/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider -m "$(CHECKED)" \
 		--ignore tests/unit/hf --ignore tests/fuzz --ignore tests/unit/serving
 
 # FUZZ_EXAMPLES inputs for each test, new ones in every run.
@@ -121,7 +128,7 @@ test-other-cpus: $(READY) $(TRITON_READY) $(SERVE_READY) $(HF_TOOLS_READY) $(STO
 	for setting in '$(AS_BASELINE)' '$(AS_AVX2)' '$(AS_AVX512)'; do \
 		case "$$setting" in *avx512*) grep -q avx512f /proc/cpuinfo || continue;; esac; \
 		echo "with $$setting"; \
-		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "$(QUICK)" || failed=1; \
+		env $$setting OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "$(CHECKED)" || failed=1; \
 	done; exit $$failed
 
 # Records on success that --memory-backend auto may take the Triton kernels on such a device.

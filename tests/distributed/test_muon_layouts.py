@@ -19,6 +19,8 @@ from umv2_megatron.memory.row_adam import ROW_MOMENT
 from umv2_megatron.parallel import groups
 from umv2_megatron.training.muon import Muon, orthogonalized
 
+pytestmark = pytest.mark.thorough
+
 # Two heads share keys and values, and four blocks of two ranks; memory layers in all blocks but the last.
 MODEL = {"group_query_attention": True, "num_query_groups": 2, "memory_layer_freq": [1, 1, 1, 0]}
 MUON = {

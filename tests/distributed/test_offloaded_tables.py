@@ -17,6 +17,8 @@ from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.memory import host_adam
 from umv2_megatron.parallel import groups
 
+pytestmark = pytest.mark.thorough
+
 TABLES = {"memory_value_dim": 28, "memory_pre_value_dim": 20, "memory_layer_freq": [1, 1, 1, 0]}
 ROW = {"memory_value_second_moment": "row"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -17,6 +17,8 @@ import torch
 from harness import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.thorough
+
 SMALL: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 80, "num_attention_heads": 4, "num_query_groups": 2,
     "group_query_attention": True, "kv_channels": 8, "seq_length": 16, "max_position_embeddings": 16, "vocab_size": 250,

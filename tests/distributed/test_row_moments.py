@@ -17,6 +17,8 @@ from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.memory.row_adam import ROW_MOMENT, RowAdam
 from umv2_megatron.parallel import groups
 
+pytestmark = pytest.mark.thorough
+
 # Three tables, of widths with which the shares of the distributed optimizer end inside rows.
 TABLES = {"memory_value_dim": 28, "memory_pre_value_dim": 20, "memory_layer_freq": [1, 1, 1, 0]}
 ROW = {"memory_value_second_moment": "row", **TABLES}

@@ -18,6 +18,8 @@ from umv2_megatron.memory.row_adam import ROW_MOMENT
 from umv2_megatron.memory.row_counts import RowSelection
 from umv2_megatron.parallel import groups
 
+pytestmark = pytest.mark.thorough
+
 # Of the three tables one has no selected row; the first and the last row, neighbours, and rows in which shares end.
 ROWS = {0: [0, 3, 4, 11, 12, 13, 24], 1: [], 2: [7, 8, 20]}
 TABLES = {"memory_value_dim": 28, "memory_pre_value_dim": 20, "memory_layer_freq": [1, 1, 1, 0], "weight_decay": 0.1}

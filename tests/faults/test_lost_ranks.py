@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 from program_runs import ROOT, Finished, Job, tiny_run
 
+pytestmark = pytest.mark.thorough
+
 LIMIT = 1.5
 """Seconds that a collective may take."""
 TOOK = [0.0]

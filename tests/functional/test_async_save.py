@@ -16,6 +16,8 @@ from program_runs import Job, losses, tiny_run, train
 from umv2_megatron.checkpoint.store import TRACKER, CheckpointStore
 from umv2_megatron.observation.events import read_events
 
+pytestmark = pytest.mark.thorough
+
 SETTINGS: dict[str, Any] = {"num_layers": 1, "use_distributed_optimizer": True}
 
 

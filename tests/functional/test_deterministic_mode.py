@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from program_runs import tiny_run, train
 
+pytestmark = pytest.mark.thorough
+
 KINDS: dict[str, dict[str, Any]] = {
     "umv2": {},
     "umv2 in PyTorch": {"memory_backend": "scatter"},

@@ -13,6 +13,8 @@ from program_runs import ROOT, losses, tiny_run, train
 sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
 from data_helpers import run_tool, write_jsonl  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "two stages": (2, {"pipeline_model_parallel_size": 2}),
     "virtual stages": (

@@ -11,6 +11,8 @@ from program_runs import command_line, tiny_run, train
 
 from umv2_megatron.config.flags import UsageError
 
+pytestmark = pytest.mark.thorough
+
 TEXTS = ["def one(value):\n    return value + 1\n", "a second document, a little longer than the first", "é and ü"]
 # Two blocks, an untrained model but for one step: every layout loads the same weights.
 MODEL = {"tokenizer_type": "ByteLevelTokenizer", "train_iters": 1, "make_vocab_size_divisible_by": 512,

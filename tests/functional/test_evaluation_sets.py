@@ -15,6 +15,8 @@ from program_runs import ROOT, tiny_run, train
 sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
 from data_helpers import run_tool, write_jsonl  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 TEXTS = {
     "train": ["def one(value):\n    return value + 1\n" * 4] * 5,
     "web": ["a document, longer than one window of the model " * number for number in (1, 3, 2)],

@@ -9,6 +9,8 @@ from program_runs import tiny_run, train
 
 from umv2_megatron.training.metrics import read_metrics
 
+pytestmark = pytest.mark.thorough
+
 STEPS = 3
 EXPERTS = {
     "ffn_variant": "moe",

@@ -11,6 +11,8 @@ from program_runs import losses, tiny_run, train
 from umv2_megatron.checkpoint.torch_dist_io import read_metadata_safely
 from umv2_megatron.training.metrics import read_metrics
 
+pytestmark = pytest.mark.thorough
+
 # Eight blocks have two memory layers, so that tables are shared and outputs pass other outputs on their way.
 FAMILY = {
     "ultramem": {},

@@ -15,6 +15,8 @@ from umv2_megatron.observation.events import read_events
 from umv2_megatron.observation.page import page
 from umv2_megatron.observation.run_files import read_run
 
+pytestmark = pytest.mark.thorough
+
 
 def told(directory: Path) -> list[tuple[str, int]]:
     return [(event["event"], event["iteration"]) for event in read_events(directory)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from layout_matrix import IN_PARTS, Layout, Matrix, all_layouts
 
+pytestmark = pytest.mark.thorough
+
 FULL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
 SELECTIVE = (("recompute_granularity", "selective"), ("recompute_modules", "mlp"))
 INTERLEAVED = (("num_layers_per_virtual_pipeline_stage", 1),)

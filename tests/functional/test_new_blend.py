@@ -22,6 +22,8 @@ from umv2_megatron.training.metrics import read_metrics
 sys.path.insert(0, str(ROOT / "tests" / "unit" / "data"))
 from data_helpers import write_corpus  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 BATCH, BEFORE, LAST = 8, 5, 12
 Corpora = dict[str, str]
 

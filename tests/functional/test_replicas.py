@@ -10,6 +10,8 @@ from program_runs import tiny_run, train
 
 from umv2_megatron.training.metrics import read_metrics
 
+pytestmark = pytest.mark.thorough
+
 
 def flip(victim: int, name: str, step: int) -> None:
     """Flip the lowest bit of the first number of a parameter of rank ``victim`` after its ``step``-th step."""

@@ -23,6 +23,8 @@ sys.path.insert(0, str(ROOT / "tests" / "functional"))
 from conversions import edit_json, forked, rewrite, saved, to_hf  # noqa: E402
 from serving_process import LACKING, Server, serving  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 served_only = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)} (requirements-serve.txt)")
 
 CONTEXT = 4096

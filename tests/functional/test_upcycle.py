@@ -28,6 +28,8 @@ from umv2_megatron.checkpoint.contents import locate
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.conversion.safetensors_files import ConversionError
 
+pytestmark = pytest.mark.thorough
+
 EXACT = 1e-9
 TRAINING = {"mock_data": True, "num_workers": 0, "micro_batch_size": 2, "global_batch_size": 4, "eval_iters": 0,
             "use_checkpoint_args": True, "finetune": True, "log_interval": 1, "lr": 1e-3, "seq_length": 32,

@@ -10,6 +10,8 @@ from program_runs import losses, tiny_run, train
 
 from umv2_megatron.training.metrics import read_metrics
 
+pytestmark = pytest.mark.thorough
+
 VARIANTS = {
     "dense": {"ffn_variant": "dense"},
     "experts-bf16": {

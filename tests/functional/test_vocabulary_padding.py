@@ -12,6 +12,8 @@ from umv2_megatron.checkpoint.contents import locate
 from umv2_megatron.conversion.checkpoint_tensors import CheckpointTensors
 from umv2_megatron.training.metrics import read_metrics
 
+pytestmark = pytest.mark.thorough
+
 TOKENS = 261  # NullTokenizer adds the end of document
 COMMON: dict[str, Any] = {"vocab_size": TOKENS - 1, "train_iters": 3, "weight_decay": 0.5, "lr": 1e-2}
 

@@ -26,6 +26,8 @@ from umv2_megatron.hf.configuration_umv2 import parse_layer_freq as parse_layer_
 from umv2_megatron.model.layer_specs import read_memory_config
 from umv2_megatron.parallel.launch import discover
 
+pytestmark = pytest.mark.thorough
+
 QUICK = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 TINY = [
     "--model-preset", "umv2-tiny", "--train-iters", "10", "--mock-data", "--tokenizer-type", "NullTokenizer",

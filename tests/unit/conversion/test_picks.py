@@ -27,6 +27,8 @@ from umv2_megatron.hf.attention_umv2 import UMv2Norm, UMv2RotaryEmbedding  # noq
 from umv2_megatron.hf.modeling_umv2 import UMv2ForCausalLM  # noqa: E402
 from umv2_megatron.hf.retrieval_umv2 import UMv2Retrieval  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 BIASES = {"normalization": "LayerNorm", "disable_bias_linear": False, "position_embedding_type": "learned_absolute",
           "swiglu": False, "num_layers": 2}  # fmt: skip
 GROUPS = {"untie_embeddings_and_output_weights": True, "group_query_attention": True, "num_query_groups": 2,

@@ -16,10 +16,13 @@ from tiny_model import CONTRACT, QUICK, slow_but, tiny_model, tokens  # noqa: E4
 
 from umv2_megatron.hf import UMv2ForCausalLM  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("accelerate") is None,
-    reason="accelerate is not installed (requirements-hf-tools.txt): transformers' Trainer needs it",
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        importlib.util.find_spec("accelerate") is None,
+        reason="accelerate is not installed (requirements-hf-tools.txt): transformers' Trainer needs it",
+    ),
+]
 every_variant = pytest.mark.parametrize("variant", slow_but(QUICK, CONTRACT))
 some_variants = pytest.mark.parametrize("variant", slow_but(("plain", "delayed", "moe"), CONTRACT))
 

@@ -25,6 +25,8 @@ from trained_model import NAMES, sizes, text, trained  # noqa: E402
 from umv2_megatron.hf import UMv2ForCausalLM  # noqa: E402
 from umv2_megatron.hf.experts_umv2 import UMv2Experts  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 HELD_OUT = text(16, 64, seed=5)
 SOURCE = "pip install --no-deps -r requirements-hf-tools.txt"
 INT8 = ("device-int8", "cpu-int8")

@@ -10,6 +10,7 @@ import math
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ from umv2_megatron.memory import initialization
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.memory.sharing import table_windows
 from umv2_megatron.memory.value_table import ValueTable
+
+pytestmark = pytest.mark.thorough
 
 HIDDEN, LAYERS, TOKENS = 8, 3, 6
 TINY = [

@@ -35,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "distributed"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel"))
 from harness import run_ranks  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 LOSSES = {"balance_loss_coeff": 0.3, "tucker_penalty_coeff": 0.1, "tucker_penalty_margin": 0.0}
 MEMORY = {"num_keys": 12, "key_dim": 8, "value_dim": 12, "pre_value_dim": 4, "topk": 4}
 VOCABULARY, SEQUENCE, MICRO_BATCHES = 32, 6, 4

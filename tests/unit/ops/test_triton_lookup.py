@@ -23,6 +23,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from umv2_megatron.ops import triton_launch, triton_lookup, triton_ragged, triton_topk  # noqa: E402
 from umv2_megatron.ops.interface import ListedPicks  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[3]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 REGISTERS = {  # at most, for bfloat16 tables; 128 leave room for 16 warps on a multiprocessor
