@@ -17,8 +17,8 @@ import pytest
 import yaml
 from program_runs import ROOT, train
 
-from umv2_megatron.evaluation.ablation import runner
 from umv2_megatron.evaluation.ablation.plan import read_plan
+from umv2_megatron.evaluation.ablation.programs import Programs
 from umv2_megatron.planning import count_parameters, flops_per_token
 
 VARIANTS = ROOT / "examples/ablations/variants.yaml"
@@ -33,14 +33,14 @@ def ablate(*arguments: str) -> subprocess.CompletedProcess:
 def in_process(arguments: list[str], folder: Path) -> str:
     """What the tool prints, with each program that it starts in a forked process."""
 
-    def call(command: list[str], log: Path) -> None:
+    def call(self: Programs, command: list[str], *, environment: dict[str, str], log: Path) -> None:
         assert command[:2] == [sys.executable, str(ROOT / "pretrain_umv2.py")]
         train(1, command[2:], folder / "logs" / log.parts[-3])
 
     from umv2_megatron.commands import ablate as tool
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(runner, "_call", call)
+        patch.setattr(Programs, "call", call)
         tool.main(tool.parser().parse_args(arguments))
     return printed.getvalue()
 

@@ -1,6 +1,7 @@
-"""Train variants and seeds of a plan one after another, and compare them in one report.
+"""Train variants and seeds of a plan, and compare them in one report.
 
     python tools/ablate.py examples/ablations/variants.yaml --output runs/variants
+    python tools/ablate.py examples/ablations/variants.yaml --output runs/variants --jobs 2
     python tools/ablate.py examples/ablations/variants.yaml --output runs/variants --report-only
     python tools/ablate.py examples/ablations/variants.yaml --output runs/variants --slurm-array variants.sbatch
 
@@ -30,6 +31,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError("--smoke is given with --slurm-array; expected only one of them")
     if arguments.report_only and arguments.trial is not None:
         raise ValueError(f"--trial is {arguments.trial} with --report-only; expected only one of them")
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs is {arguments.jobs}; expected 1 or more")
     if arguments.baseline is not None and (arguments.slurm_array or arguments.trial is not None):
         with_what = "--slurm-array" if arguments.slurm_array else "--trial"
         raise ValueError(f"--baseline is {arguments.baseline} with {with_what}, which writes no report; leave it out")
@@ -51,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
         chosen = [chosen[arguments.trial]]
     failed = stopped = 0
     if not arguments.report_only:
-        for place, (trial, state) in enumerate(run_trials(plan, chosen), 1):
+        for place, (trial, state) in enumerate(run_trials(plan, chosen, arguments.jobs), 1):
             print(f"[{place}/{len(chosen)}] {trial.name}: {state}", flush=True)
             failed += state.startswith("failed")
             stopped += state.startswith("stopped")
@@ -98,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--report-only", action="store_true", help="run nothing, report on what is finished")
     made.add_argument("--baseline", metavar="RUN", help="what the report compares with, not the plan's baseline")
     made.add_argument("--trial", type=int, metavar="I", help="run the I-th trial alone (counted from 0), no report")
+    made.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time on this machine (default 1)")
     made.add_argument("--slurm-array", metavar="FILE", help="run nothing, write an array job that runs every trial")
     made.add_argument("--smoke", action="store_true", help="two steps of every trial on random tokens: does it run?")
     return made

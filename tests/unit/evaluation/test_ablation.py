@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 from small_plan import CONTENT, plan_of
 
 from umv2_megatron.commands import ablate
-from umv2_megatron.evaluation.ablation import runner
+from umv2_megatron.evaluation.ablation import programs, runner
 from umv2_megatron.evaluation.ablation.plan import read_plan
 from umv2_megatron.evaluation.ablation.report import write_report
 from umv2_megatron.planning import flops_per_token
@@ -105,12 +103,17 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "root"
     (root / "tools").mkdir(parents=True)
     text = f"""#!{sys.executable}
-import json, pathlib, sys, yaml
+import json, pathlib, sys, time, yaml
 arguments = sys.argv[1:]
 here = pathlib.Path({str(tmp_path)!r})
 with open(here / "calls", "a") as calls:
     calls.write(" ".join([sys.argv[0].rsplit("/", 1)[-1], *arguments]) + "\\n")
 (here / "cwd").write_text(str(pathlib.Path.cwd()))
+deadline = time.monotonic() + 60
+while (here / "meet").exists() and len((here / "calls").read_text().splitlines()) < 2:
+    if time.monotonic() > deadline:
+        sys.exit("nobody else came")
+    time.sleep(0.01)
 if (here / "fail").exists():
     print("noise")
     print("pretrain_umv2.py: error: --lr is odd")
@@ -132,7 +135,7 @@ else:
     for file in (root / "pretrain_umv2.py", root / "tools" / "evaluate.py", root / "tools" / "ablate.py"):
         file.write_text(text)
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(runner, "ROOT", root)
+    monkeypatch.setattr(programs, "ROOT", root)
     return tmp_path
 
 
@@ -168,6 +171,27 @@ def test_finished_trials_are_left_alone_and_failed_ones_run_again(
     assert result["curve"] == [[5, 3.5], [10, 3.0]] and result["tokens_per_second"] == pytest.approx(
         2 * result["tokens_per_iteration"]
     )
+
+
+def test_trials_side_by_side(program: Path) -> None:
+    """The first two wait for each other; the last one, which has failed, does not stop the others."""
+    plan = plan_of(program)
+    (program / "meet").touch()
+    states = {trial.name: state for trial, state in runner.run_trials(plan, plan.trials[:3], jobs=2)}
+    assert states == {trial.name: "done" for trial in plan.trials[:3]}
+    (program / "fail").touch()
+    told = [state for _, state in runner.run_trials(plan, plan.trials, jobs=3)]
+    assert told[:3] == ["was done"] * 3 and told[3].startswith("failed: exit code 2")
+
+
+def test_nothing_starts_where_one_of_the_trials_has_other_settings(program: Path) -> None:
+    plan = plan_of(program)
+    list(runner.run_trials(plan, plan.trials[1:2]))
+    before = calls(program)
+    changed = plan_of(program, common={**CONTENT["common"], "lr": 0.5})
+    with pytest.raises(ValueError, match="other settings"):
+        next(runner.run_trials(changed, changed.trials))
+    assert calls(program) == before
 
 
 def test_a_trial_that_stopped_early_is_not_finished(
@@ -298,46 +322,3 @@ def test_the_plans_compare_models_of_equal_operations(path: Path, tmp_path: Path
     }
     assert plan.baseline in cost
     assert all(operations == pytest.approx(cost[plan.baseline], rel=0.01) for operations in cost.values()), cost
-
-
-def test_termination_is_passed_on_and_waited_for(tmp_path: Path) -> None:
-    program = (
-        "import pathlib, signal, sys, time\n"
-        "def end(*_): time.sleep(0.2); pathlib.Path('saved').touch(); sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, end); pathlib.Path('ready').touch(); time.sleep(60)\n"
-    )
-    (tmp_path / "program.py").write_text(program)
-    tool = (
-        "import pathlib, signal, sys\n"
-        "from umv2_megatron.evaluation.ablation import runner\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "runner._call([sys.executable, 'program.py'], pathlib.Path('log'))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(runner.ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", tool], cwd=tmp_path, env=environment) as process:
-        wait_until = time.monotonic() + 120
-        while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < wait_until:
-            time.sleep(0.05)
-        process.terminate()
-        assert process.wait(timeout=30) == 143
-    assert (tmp_path / "saved").exists()
-
-
-@pytest.mark.parametrize("place", ["beside", "environment", "user"])
-def test_installed_programs_are_found_where_pip_puts_them(tmp_path, monkeypatch, place):
-    """Of the running program, of the environment, and of `pip install --user`; there is no checkout."""
-    scripts = {"environment": tmp_path / "environment", "user": tmp_path / "user"}
-    monkeypatch.setattr(runner, "ROOT", tmp_path / "no checkout")
-    monkeypatch.setattr(runner.sys, "argv", [str(tmp_path / "beside" / "umv2-ablate")])
-    monkeypatch.setattr(
-        runner.sysconfig, "get_path", lambda name, scheme=None: str(scripts["user" if scheme else "environment"])
-    )
-    with pytest.raises(FileNotFoundError, match="the program umv2-pretrain is not in .*beside, .*environment, .*user"):
-        runner.program_file("pretrain_umv2.py", "umv2-pretrain")
-    (tmp_path / place).mkdir()
-    (tmp_path / place / "umv2-pretrain").write_text("")
-    assert runner.program_file("pretrain_umv2.py", "umv2-pretrain") == tmp_path / place / "umv2-pretrain"
-
-
-def test_programs_of_a_checkout_are_its_files():
-    assert runner.program_file("pretrain_umv2.py", "umv2-pretrain") == runner.ROOT / "pretrain_umv2.py"

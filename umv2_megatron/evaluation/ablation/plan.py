@@ -81,6 +81,8 @@ class Plan:
     trials: list[Trial]
     baseline: str | None
     launcher: list[str]
+    ranks: int
+    """Processes that ``launcher`` starts."""
     evaluate: list[str] = field(default_factory=list)
     """Flags of tools/evaluate.py; empty where trials are not evaluated."""
     trend: tuple[int, int] | None = None
@@ -134,7 +136,9 @@ def read_plan(path: Path, output: Path, smoke: bool = False, baseline: str | Non
     evaluate = evaluation_words(_mapping(content, "evaluate", path), path)
     slurm = {} if smoke else _mapping(content, "slurm", path)
     trend = _trend(content.get("trend"), path)
-    return Plan(path, output, trials, baseline, launcher, [] if smoke else evaluate, None if smoke else trend, slurm)
+    if smoke:
+        evaluate, trend = [], None
+    return Plan(path, output, trials, baseline, launcher, ranks, evaluate, trend, slurm)
 
 
 def _trend(given: Any, path: Path) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Runs the trials of a plan one after another, each to its end; started again, goes on where it was stopped.
+"""Runs the trials of a plan, each to its end; started again, goes on where it was stopped.
 
 A trial is the training program itself in a process of its own. It is finished when ``result.json`` is there, which is
 written last; an unfinished one is started again by the same command, and resumes from its newest checkpoint.
@@ -10,11 +10,11 @@ import json
 import math
 import shlex
 import statistics
-import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,63 +23,54 @@ import yaml
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.evaluation.ablation.evaluation_flags import check_evaluation_files
 from umv2_megatron.evaluation.ablation.plan import Plan, Trial, preset_flag
+from umv2_megatron.evaluation.ablation.programs import Programs, TrialFailed, program_file
 from umv2_megatron.evaluation.report import write_json
 from umv2_megatron.planning import count_parameters, flops_per_token
 from umv2_megatron.training.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[3]
 RESULT = "result.json"
 LOG = "log.txt"
 EVALUATION = "evaluation.json"
 
 
-def program_file(in_checkout: str, installed: str) -> Path:
-    """The Python file of a program: that of the checkout which this package is part of, else the console script.
+def run_trials(plan: Plan, trials: Iterable[Trial], jobs: int = 1) -> Iterator[tuple[Trial, str]]:
+    """Run what is not finished yet, ``jobs`` trials at a time.
 
-    A file and not ``-m``, because a plan's launcher may be any that takes one. Console scripts are installed together,
-    so the others are where the running one is; else where pip puts them, of the environment or of the user (--user).
-    Raises ``FileNotFoundError`` where there is none.
-    """
-    file = ROOT / in_checkout
-    if file.is_file():
-        return file
-    user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
-    places = [Path(sys.argv[0]).absolute().parent, Path(sysconfig.get_path("scripts")), Path(user)]
-    for place in places:
-        if (place / installed).is_file():
-            return place / installed
-    raise FileNotFoundError(
-        f"the program {installed} is not in {', '.join(str(place) for place in dict.fromkeys(places))}; expected it in "
-        "one of them, as `pip install` leaves it there"
-    )
+    Yields every trial with "done", "was done", "stopped at ..." or "failed: ...", as they end.
 
-
-class TrialFailed(Exception):
-    """A trial's program ended with an error; the message is the program's own last words."""
-
-
-def run_trials(plan: Plan, trials: Iterable[Trial]) -> Iterator[tuple[Trial, str]]:
-    """Run what is not finished yet; yields every trial with "done", "was done", "stopped at ..." or "failed: ..." .
-
-    Raises ``ValueError`` when the settings of a trial that has begun differ from the plan's, and before the first one
-    when a file to evaluate on is not there, or any finished trial of the plan was evaluated otherwise.
+    Raises ``ValueError``, before the first one, when the settings of a trial that has begun differ from the plan's,
+    when a file to evaluate on is not there, when any finished trial of the plan was evaluated otherwise, or when
+    there are too few devices. Whoever interrupts or terminates this process terminates the trials, and waits for them.
     """
     trials = list(trials)
     for trial in plan.trials:
         if (trial.directory / RESULT).exists():
             _read_result(plan, trial)
-    if any(not (trial.directory / RESULT).exists() for trial in trials):
-        check_evaluation_files(plan.evaluate, plan.path)
     for trial in trials:
-        if (trial.directory / RESULT).exists():
-            check_settings(trial)
-            yield trial, "was done"
-            continue
+        check_settings(trial)
+    finished = [trial for trial in trials if (trial.directory / RESULT).exists()]
+    left = [trial for trial in trials if not (trial.directory / RESULT).exists()]
+    if left:
+        check_evaluation_files(plan.evaluate, plan.path)
+    programs = Programs(jobs, plan.ranks)
+    yield from ((trial, "was done") for trial in finished)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(_state, plan, trial, programs): trial for trial in left}
         try:
-            state = _run(plan, trial)
-        except TrialFailed as problem:
-            state = f"failed: {problem}"
-        yield trial, state
+            for ended in as_completed(running):
+                yield running[ended], ended.result()
+        except BaseException:  # a signal, or nobody asks for more
+            programs.end()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _state(plan: Plan, trial: Trial, programs: Programs) -> str:
+    try:
+        with programs.place() as environment:
+            return _run(plan, trial, partial(programs.call, environment=environment, log=trial.directory / LOG))
+    except TrialFailed as problem:
+        return f"failed: {problem}"
 
 
 def check_settings(trial: Trial) -> None:
@@ -129,17 +120,16 @@ def _compared(text: str) -> tuple[str, Any]:
     return preset, {key: value for key, value in settings.items() if key != "save"}
 
 
-def _run(plan: Plan, trial: Trial) -> str:
+def _run(plan: Plan, trial: Trial, call: Callable[[list[str]], None]) -> str:
     """Train, evaluate and write the result; returns the state to show.
 
     Training ends with exit code 0, too, when --exit-interval, --exit-duration-in-mins or a signal stops it early.
     """
-    check_settings(trial)
     trial.directory.mkdir(parents=True, exist_ok=True)
     trial.settings_file.write_text(trial.settings_text(), encoding="utf-8")
     program = [*(plan.launcher or [sys.executable]), str(program_file("pretrain_umv2.py", "umv2-pretrain"))]
     begin = time.monotonic()
-    _call([*program, *preset_flag(trial.preset), "--config", str(trial.settings_file)], trial.directory / LOG)
+    call([*program, *preset_flag(trial.preset), "--config", str(trial.settings_file)])
     seconds = time.monotonic() - begin
     iteration = _checkpoint_iteration(trial)
     if iteration is None:
@@ -149,30 +139,9 @@ def _run(plan: Plan, trial: Trial) -> str:
     if plan.evaluate:
         output = ["--output", str(trial.directory / EVALUATION), "--label", trial.label]
         tool = [*(plan.launcher or [sys.executable]), str(program_file("tools/evaluate.py", "umv2-evaluate"))]
-        _call([*tool, "--load", str(trial.settings["save"]), *output, *plan.evaluate], trial.directory / LOG)
+        call([*tool, "--load", str(trial.settings["save"]), *output, *plan.evaluate])
     write_json(trial.directory / RESULT, {**summary(trial, seconds), "evaluate": plan.evaluate})
     return "done"
-
-
-def _call(command: list[str], log: Path) -> None:
-    """Run a command with its output appended to ``log``. Raises ``TrialFailed`` with its last line when it fails.
-
-    Whoever interrupts or terminates this process terminates the command, and waits for its end.
-    """
-    with open(log, "ab") as file:
-        file.write(("$ " + " ".join(command) + "\n").encode())
-        file.flush()
-        with subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
-            try:
-                code = process.wait()
-            except (KeyboardInterrupt, SystemExit):
-                process.terminate()  # on which training saves and stops
-                process.wait()
-                raise
-    if code:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        told = [line for line in lines if ": error: " in line]
-        raise TrialFailed(f"exit code {code}: {(told or lines)[-1].strip()} (all of it in {log})")
 
 
 def summary(trial: Trial, seconds: float) -> dict[str, Any]:
