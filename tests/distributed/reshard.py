@@ -29,6 +29,7 @@ from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.resolve import from_layers
 from umv2_megatron.data.batches import batch_iterator
+from umv2_megatron.durable_files import CheckpointError
 from umv2_megatron.memory.row_adam import ROW_MOMENT
 from umv2_megatron.memory.selected_rows import SelectedRowsAdam
 from umv2_megatron.model.builder import unwrap
@@ -135,6 +136,32 @@ def write_start(directory: str, changes: dict[str, Any], steps: int = 2) -> list
     numbers = train(run, state, range(START, START + steps))
     groups.destroy_groups()
     return numbers
+
+
+def go_on(directory: str, changes: dict[str, Any], resume: bool) -> tuple[list[tuple[float, float]], str]:
+    """What three steps after a checkpoint give, and a digest of the weights then; ``resume`` reads what it wrote."""
+    run, state = open_layout(changes, seed=5 if resume else 1)
+    if resume:
+        save_load.load_checkpoint(CheckpointStore(directory), state.chunks, state.optimizer, state.scheduler)
+    else:
+        train(run, state, range(START))
+        save(directory, state)
+    numbers = train(run, state, range(START, START + 3))
+    return numbers, save_load.weights_digest(state.chunks)
+
+
+def what_loading_says(source: str, changes: list[dict[str, Any]]) -> list[str]:
+    """What loading ``source`` into each layout says."""
+    messages = []
+    for settings in changes:
+        run, state = open_layout(settings, seed=7)
+        try:
+            save_load.load_checkpoint(CheckpointStore(source), state.chunks, state.optimizer, state.scheduler)
+            messages.append("loaded")
+        except CheckpointError as error:
+            messages.append(str(error))
+        groups.destroy_groups()
+    return messages
 
 
 def visit(

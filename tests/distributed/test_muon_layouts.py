@@ -9,9 +9,18 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from reshard import START, different, layout, open_layout, train, visit, whole_tensors, write_start
-from test_resharding import told
-from test_row_moments import continued, resumed
+from reshard import (
+    START,
+    different,
+    go_on,
+    layout,
+    open_layout,
+    train,
+    visit,
+    what_loading_says,
+    whole_tensors,
+    write_start,
+)
 
 from umv2_megatron.checkpoint import optimizer_state
 from umv2_megatron.checkpoint.store import CheckpointStore
@@ -135,8 +144,8 @@ RESUMED = {
 )
 def test_resumption_is_bitwise(tmp_path: Path, name: str) -> None:
     world, changes = RESUMED[name]
-    before = run_ranks(world, continued, str(tmp_path), changes)
-    assert run_ranks(world, resumed, str(tmp_path), changes) == before
+    before = run_ranks(world, go_on, str(tmp_path), changes, False)
+    assert run_ranks(world, go_on, str(tmp_path), changes, True) == before
 
 
 @pytest.mark.slow
@@ -165,7 +174,7 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(start: Any, tmp_path: Pa
         (start[0], layout(**MODEL), ["--optimizer is adam; expected muon or dist_muon", "--no-load-optim"]),
         (str(tmp_path), layout(**MUON), ["--optimizer is muon or dist_muon; expected adam", "--no-load-optim"]),
     ):
-        message = run_ranks(1, told, source, [changes])[0][0]
+        message = run_ranks(1, what_loading_says, source, [changes])[0][0]
         assert all(word in message for word in words) and "\n" not in message, message
 
 

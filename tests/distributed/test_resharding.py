@@ -11,13 +11,21 @@ from typing import Any
 import pytest
 import tiny_gpt
 from harness import run_ranks
-from reshard import START, VOCABULARY, different, layout, open_layout, visit, watched, whole_tensors, write_start
+from reshard import (
+    START,
+    VOCABULARY,
+    different,
+    layout,
+    open_layout,
+    visit,
+    watched,
+    what_loading_says,
+    whole_tensors,
+    write_start,
+)
 
 from umv2_megatron.checkpoint import optimizer_state, save_load
-from umv2_megatron.checkpoint.save_load import load_checkpoint
 from umv2_megatron.checkpoint.store import CheckpointStore
-from umv2_megatron.durable_files import CheckpointError
-from umv2_megatron.parallel import groups
 
 # Name -> (ranks, settings). The quick tests go from "one" to each and back; the slow ones from each to each.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -234,21 +242,7 @@ ILLEGAL = {
 def test_another_model_is_refused_in_another_layout_too(start):
     source, _numbers = start
     changes = [layout(m=2, mode="row", dist=True, **changed) for changed, _words in ILLEGAL.values()]
-    for rank in run_ranks(2, told, source, changes):
+    for rank in run_ranks(2, what_loading_says, source, changes):
         for message, (changed, words) in zip(rank, ILLEGAL.values(), strict=True):
             assert all(word in message for word in words), (changed, message)
             assert "\n" not in message and "does not fit this model" in message
-
-
-def told(source: str, changes: list[dict[str, Any]]) -> list[str]:
-    """What loading ``source`` into each layout says."""
-    messages = []
-    for settings in changes:
-        run, state = open_layout(settings, seed=7)
-        try:
-            load_checkpoint(CheckpointStore(source), state.chunks, state.optimizer, state.scheduler)
-            messages.append("loaded")
-        except CheckpointError as error:
-            messages.append(str(error))
-        groups.destroy_groups()
-    return messages

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from reshard import START, different, layout, open_layout, train, visit, whole_tensors, write_start
-from test_resharding import told
+from reshard import START, different, go_on, layout, open_layout, visit, what_loading_says, whole_tensors, write_start
 
 from umv2_megatron.checkpoint import optimizer_state
 from umv2_megatron.checkpoint.store import CheckpointStore
@@ -108,36 +107,13 @@ RESUMED = {
 }
 
 
-def resumed(directory: str, changes: dict[str, Any]) -> Any:
-    """What three steps after the checkpoint of ``write_start`` give, and the tables after them, in float64 sums."""
-    from umv2_megatron.checkpoint.save_load import load_checkpoint, weights_digest
-
-    run, state = open_layout(changes, seed=5)
-    load_checkpoint(CheckpointStore(directory), state.chunks, state.optimizer, state.scheduler)
-    numbers = train(run, state, range(START, START + 3))
-    return numbers, weights_digest(state.chunks)
-
-
-def continued(directory: str, changes: dict[str, Any]) -> Any:
-    """The same without an interruption."""
-    from reshard import save
-
-    from umv2_megatron.checkpoint.save_load import weights_digest
-
-    run, state = open_layout(changes, seed=1)
-    train(run, state, range(START))
-    save(directory, state)
-    numbers = train(run, state, range(START, START + 3))
-    return numbers, weights_digest(state.chunks)
-
-
 @pytest.mark.parametrize(
     "name", [each if each == "m2-dim-dist-bf16" else pytest.param(each, marks=pytest.mark.slow) for each in RESUMED]
 )
 def test_resumption_is_bitwise(tmp_path: Path, name: str) -> None:
     world, changes = RESUMED[name]
-    before = run_ranks(world, continued, str(tmp_path), changes)
-    assert run_ranks(world, resumed, str(tmp_path), changes) == before
+    before = run_ranks(world, go_on, str(tmp_path), changes, False)
+    assert run_ranks(world, go_on, str(tmp_path), changes, True) == before
 
 
 def test_the_other_kind_is_refused(start: Any, tmp_path: Path) -> None:
@@ -147,6 +123,6 @@ def test_the_other_kind_is_refused(start: Any, tmp_path: Path) -> None:
         (start[0], full, ["--memory-value-second-moment is full; expected row", "--no-load-optim"]),
         (str(tmp_path), layout(**ROW), ["--memory-value-second-moment is row; expected full", "--no-load-optim"]),
     ):
-        message = run_ranks(1, told, source, [changes])[0][0]
+        message = run_ranks(1, what_loading_says, source, [changes])[0][0]
         assert all(word in message for word in words) and "\n" not in message, message
     assert run_ranks(1, visit, start[0], [(full, "")], 1, False)[0][0]["numbers"]  # the weights alone load

@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from reshard import START, different, layout, open_layout, save, train, visit, whole_tensors, write_start
-from test_resharding import told
+from reshard import (
+    START,
+    different,
+    go_on,
+    layout,
+    open_layout,
+    save,
+    train,
+    visit,
+    what_loading_says,
+    whole_tensors,
+    write_start,
+)
 
-from umv2_megatron.checkpoint.save_load import load_checkpoint, weights_digest
+from umv2_megatron.checkpoint.save_load import load_checkpoint
 from umv2_megatron.checkpoint.store import CheckpointStore
 from umv2_megatron.memory.row_adam import ROW_MOMENT
 from umv2_megatron.memory.row_counts import RowSelection
@@ -145,31 +156,19 @@ RESUMED = {
 }
 
 
-def continued(directory: str, changes: dict[str, Any], resume: bool) -> Any:
-    """What three steps after a checkpoint give, and the weights then; the checkpoint is written or read."""
-    run, state = open_layout(changes, seed=5 if resume else 1)
-    if resume:
-        load_checkpoint(CheckpointStore(directory), state.chunks, state.optimizer, state.scheduler)
-    else:
-        train(run, state, range(START))
-        save(directory, state)
-    numbers = train(run, state, range(START, START + 3))
-    return numbers, weights_digest(state.chunks)
-
-
 @pytest.mark.parametrize(
     "name", [each if each == "m2-dim-dist-bf16" else pytest.param(each, marks=pytest.mark.slow) for each in RESUMED]
 )
 def test_resumption_is_bitwise(tmp_path: Path, name: str) -> None:
     world, moments, changes = RESUMED[name]
     here = settings(selection(tmp_path / "rows.safetensors", ROWS), moments, changes)
-    before = run_ranks(world, continued, str(tmp_path / "run"), here, False)
-    assert run_ranks(world, continued, str(tmp_path / "run"), here, True) == before
+    before = run_ranks(world, go_on, str(tmp_path / "run"), here, False)
+    assert run_ranks(world, go_on, str(tmp_path / "run"), here, True) == before
 
 
 def test_other_rows_are_refused(starts: Any, tmp_path: Path) -> None:
     _, start, _ = starts["full"]
     other = selection(tmp_path / "other.safetensors", {**ROWS, 1: [2]})
-    message = run_ranks(1, told, start, [settings(other, "full", layout())])[0][0]
+    message = run_ranks(1, what_loading_says, start, [settings(other, "full", layout())])[0][0]
     assert "--trainable-rows is a file with SHA-256" in message and "--no-load-optim" in message and "\n" not in message
     assert run_ranks(1, visit, start, [(settings(other, "full", layout()), "")], 1, False)[0][0]["numbers"]
