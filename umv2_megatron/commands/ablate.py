@@ -33,9 +33,14 @@ def main(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--trial is {arguments.trial} with --report-only; expected only one of them")
     if arguments.jobs < 1:
         raise ValueError(f"--jobs is {arguments.jobs}; expected 1 or more")
-    if arguments.baseline is not None and (arguments.slurm_array or arguments.trial is not None):
-        with_what = "--slurm-array" if arguments.slurm_array else "--trial"
-        raise ValueError(f"--baseline is {arguments.baseline} with {with_what}, which writes no report; leave it out")
+    alone = "--slurm-array" if arguments.slurm_array else "--trial" if arguments.trial is not None else None
+    if arguments.baseline is not None and alone:
+        raise ValueError(f"--baseline is {arguments.baseline} with {alone}, which writes no report; leave it out")
+    if arguments.jobs > 1 and (alone or arguments.report_only):
+        raise ValueError(
+            f"--jobs is {arguments.jobs} with {alone or '--report-only'}, which does not run several trials; "
+            "leave it out"
+        )
     from umv2_megatron.parallel import cpu_platform
 
     cpu_platform.install()  # before megatron.core is imported

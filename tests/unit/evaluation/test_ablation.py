@@ -67,6 +67,12 @@ def test_trials_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> No
         ({"launcher": ["torchrun"]}, "launcher is ['torchrun']; expected the words of a command, in one string"),
         ({"launcher": "torchrun 'x"}, "expected the words of a command"),
         ({"baseline": ["dense"]}, "baseline is ['dense']; expected one of dense, umv2"),
+        ({"trend": [5, 15]}, "trend is [5, 15], but run 'dense' of 20 iterations is validated every 1000;"),
+        ({"trend": [5, 15], "baseline": None}, "trend is [5, 15] without a baseline; expected baseline too"),
+        (
+            {"trend": [5, 25], "common": {**CONTENT["common"], "eval-interval": 5}},
+            "trend is [5, 25], but run 'dense' of 20 iterations is validated every 5; expected iterations among which",
+        ),
         ({"trend": 1000}, "trend is 1000; expected the fit's first and last iteration, such as [1000, 4000]"),
         ({"trend": [1000, 500]}, "trend is [1000, 500]; expected the fit's first and last iteration"),
         ({"trend": [True, 500]}, "trend is [True, 500]; expected the fit's first and last iteration"),
@@ -114,7 +120,7 @@ while (here / "meet").exists() and len((here / "calls").read_text().splitlines()
     if time.monotonic() > deadline:
         sys.exit("nobody else came")
     time.sleep(0.01)
-if (here / "fail").exists():
+if (here / "fail").exists() and (here / "fail").read_text() in " ".join(arguments):
     print("noise")
     print("pretrain_umv2.py: error: --lr is odd")
     print("more noise")
@@ -136,6 +142,7 @@ else:
         file.write_text(text)
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(programs, "ROOT", root)
+    monkeypatch.setattr(programs.torch.cuda, "is_available", lambda: False)  # or --jobs would want as many devices
     return tmp_path
 
 
@@ -174,14 +181,38 @@ def test_finished_trials_are_left_alone_and_failed_ones_run_again(
 
 
 def test_trials_side_by_side(program: Path) -> None:
-    """The first two wait for each other; the last one, which has failed, does not stop the others."""
+    """The first two wait for each other; one of them fails, and the others are done all the same."""
     plan = plan_of(program)
     (program / "meet").touch()
-    states = {trial.name: state for trial, state in runner.run_trials(plan, plan.trials[:3], jobs=2)}
-    assert states == {trial.name: "done" for trial in plan.trials[:3]}
-    (program / "fail").touch()
-    told = [state for _, state in runner.run_trials(plan, plan.trials, jobs=3)]
-    assert told[:3] == ["was done"] * 3 and told[3].startswith("failed: exit code 2")
+    (program / "fail").write_text("umv2/seed1")
+    states = {trial.name: state for trial, state in runner.run_trials(plan, plan.trials, jobs=2)}
+    assert states.pop("umv2 seed 1").startswith("failed: exit code 2: pretrain_umv2.py: error: --lr is odd")
+    assert states == {"dense seed 1": "done", "dense seed 2": "done", "umv2 seed 2": "done"}
+    assert "up to 2 trials at a time" in write_report(plan, runner.read_results(plan), None).read_text()
+    (program / "fail").unlink()
+    (program / "meet").unlink()
+    assert [state for _, state in runner.run_trials(plan, plan.trials, jobs=9)] == ["was done"] * 3 + ["done"]
+    result = json.loads((plan.trials[1].directory / runner.RESULT).read_text())
+    assert result["jobs"] == 1  # no more than are left
+
+
+def test_an_interruption_as_trials_are_started_ends_those_that_run(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(program)
+    ended = []
+    submit, end = runner.ThreadPoolExecutor.submit, programs.Programs.end
+
+    def interrupted(pool: Any, function: Any, plan: Any, trial: Any, running: Any) -> Any:
+        if trial.label == "umv2":
+            raise KeyboardInterrupt
+        return submit(pool, function, plan, trial, running)
+
+    monkeypatch.setattr(runner.ThreadPoolExecutor, "submit", interrupted)
+    monkeypatch.setattr(programs.Programs, "end", lambda self: ended.append(self) or end(self))
+    with pytest.raises(KeyboardInterrupt):
+        list(runner.run_trials(plan, plan.trials, jobs=2))
+    assert len(ended) == 1
 
 
 def test_nothing_starts_where_one_of_the_trials_has_other_settings(program: Path) -> None:

@@ -32,7 +32,9 @@ def test_termination_is_passed_on_and_waited_for(tmp_path: Path) -> None:
         "programs.ROOT = pathlib.Path('root')\n"
         "ablate.run()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(programs.ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ, "PYTHONPATH": str(programs.ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
     command = [sys.executable, "-c", tool, "plan.yaml", "--output", "out", "--jobs", "2"]
     ready, saved, last = (
         [trial.directory / name for trial in trials]
@@ -63,10 +65,17 @@ def test_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs.torch.cuda, "device_count", lambda: 5)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert programs._shares(2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
-    with pytest.raises(ValueError, match="--jobs is 3 and a trial has 2 ranks; expected at most 2, because of 5 dev"):
+    with pytest.raises(ValueError, match="--jobs is 3; expected at most 2, because a trial has 2 ranks and this"):
         programs.Programs(3, 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3")
-    assert programs._shares(2, 1) == [{"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+    with pytest.raises(ValueError, match="--jobs is 2; expected 1, because a trial has 8 ranks and this machine 5 dev"):
+        programs.Programs(2, 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", " 7, GPU-1a2b ,3,1,0")
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in programs._shares(2, 2)] == ["7,GPU-1a2b", "3,1"]
+    for named in ("7,3", "0,1,2,3,9,10", "0,1,2,3,", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        if len(named.split(",")) != 5:
+            with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES is {named}, of which 5 can be used; expected "):
+                programs.Programs(2, 1)
 
 
 def test_a_place_is_free_again_after_its_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,6 +97,12 @@ def test_a_number_of_jobs_is_checked(tmp_path: Path) -> None:
     plan_of(tmp_path, common=CONTENT["common"])
     with pytest.raises(ValueError, match="--jobs is 0; expected 1 or more"):
         ablate.main(ablate.parser().parse_args([str(tmp_path / "plan.yaml"), "--output", "out", "--jobs", "0"]))
+    for more in (["--trial", "0"], ["--slurm-array", "x"], ["--report-only"]):
+        with pytest.raises(ValueError, match=f"--jobs is 2 with {more[0]}, which does not run several trials"):
+            ablate.main(ablate.parser().parse_args(["plan.yaml", "--output", "out", "--jobs", "2", *more]))
+    for more in (["--trial", "0"], ["--slurm-array", "x"]):
+        with pytest.raises(ValueError, match=f"--baseline is a with {more[0]}, which writes no report; leave it out"):
+            ablate.main(ablate.parser().parse_args(["plan.yaml", "--output", "out", "--baseline", "a", *more]))
 
 
 @pytest.mark.parametrize("place", ["beside", "environment", "user"])

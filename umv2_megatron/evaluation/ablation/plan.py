@@ -9,7 +9,7 @@
     launcher: torchrun --standalone --nproc-per-node 2  # optional: what stands before pretrain_umv2.py
     ranks:    2                                         # optional: how many ranks that makes
     evaluate: {tasks: fact-recall, num-examples: 64}    # optional: flags of tools/evaluate.py, run after training
-    trend:    [1000, 4000]                              # optional: iterations over which the report fits differences
+    trend:    [200, 600]                                # optional: iterations over which the report fits differences
     slurm:    {partition: gpu, time: "04:00:00"}        # optional: #SBATCH lines of --slurm-array
 
 Every run with every seed is a trial, in a directory of its own: <output>/<run>/seed<seed>.
@@ -87,6 +87,8 @@ class Plan:
     """Flags of tools/evaluate.py; empty where trials are not evaluated."""
     trend: tuple[int, int] | None = None
     """First and last iteration over which the report fits the differences from the baseline."""
+    other_baseline: bool = False
+    """Whether ``baseline`` was given in the place of the plan's."""
     slurm: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,6 +121,7 @@ def read_plan(path: Path, output: Path, smoke: bool = False, baseline: str | Non
     labels = [str(label) for label in content["runs"]]
     if baseline is not None and baseline not in labels:
         raise ValueError(f"--baseline is {baseline}; expected one of {', '.join(labels)}, the runs of {path}")
+    other_baseline = baseline is not None and baseline != str(content.get("baseline"))
     if baseline is None and content.get("baseline") is not None:
         baseline = str(content["baseline"])
         if baseline not in labels:
@@ -135,17 +138,27 @@ def read_plan(path: Path, output: Path, smoke: bool = False, baseline: str | Non
     ]
     evaluate = evaluation_words(_mapping(content, "evaluate", path), path)
     slurm = {} if smoke else _mapping(content, "slurm", path)
-    trend = _trend(content.get("trend"), path)
+    trend = None if smoke else _trend(content.get("trend"), trials, baseline, path)
     if smoke:
-        evaluate, trend = [], None
-    return Plan(path, output, trials, baseline, launcher, ranks, evaluate, trend, slurm)
+        evaluate = []
+    return Plan(path, output, trials, baseline, launcher, ranks, evaluate, trend, other_baseline, slurm)
 
 
-def _trend(given: Any, path: Path) -> tuple[int, int] | None:
+def _trend(given: Any, trials: list[Trial], baseline: str | None, path: Path) -> tuple[int, int] | None:
     match given:
         case None:
             return None
         case [first, last] if type(first) is type(last) is int and 0 < first < last:
+            if baseline is None:
+                raise ValueError(f"{path}: trend is {given!r} without a baseline; expected baseline too")
+            for trial in trials:
+                end, every = trial.run.train_iters, trial.run.training.eval_interval
+                if last > end or not every or last // every - (first - 1) // every < 3:
+                    often = f"every {every}" if every else "never"
+                    raise ValueError(
+                        f"{path}: trend is {given!r}, but run {trial.label!r} of {end} iterations is validated {often};"
+                        " expected iterations among which each run is validated three times or more"
+                    )
             return first, last
     raise ValueError(f"{path}: trend is {given!r}; expected the fit's first and last iteration, such as [1000, 4000]")
 

@@ -25,7 +25,7 @@ def plot_losses(plan: Plan, results: Results) -> Path:
     return _save(figure, axes, plan.output / "losses.png")
 
 
-def plot_differences(plan: Plan, results: Results) -> Path:
+def plot_differences(plan: Plan, results: Results, file: str) -> Path:
     """Mean difference of every run from the baseline."""
     assert plan.baseline is not None
     figure, axes = _figure()
@@ -35,7 +35,7 @@ def plot_differences(plan: Plan, results: Results) -> Path:
             axes.plot(*zip(*difference), **style, markersize=3, label=f"{label} minus {plan.baseline}")
     axes.axhline(0, color="#57606a", linewidth=1)
     axes.set(xlabel="iteration", ylabel="difference (nats per token)", title=f"{plan.path.stem}: below 0 is better")
-    return _save(figure, axes, plan.output / "differences.png")
+    return _save(figure, axes, plan.output / file)
 
 
 def plot_facts(plan: Plan, results: Results) -> list[Path]:

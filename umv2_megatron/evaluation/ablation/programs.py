@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import subprocess
 import sys
 import sysconfig
@@ -51,10 +52,11 @@ class Programs:
         jobs: places, at least 1.
         ranks: processes that the launcher starts for a trial.
 
-    Raises ``ValueError`` when there are several places and the devices do not suffice.
+    Raises ``ValueError`` when there are several places and the devices do not suffice, or cannot be told apart.
     """
 
     def __init__(self, jobs: int, ranks: int):
+        self.jobs = jobs
         self._places: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         for environment in _shares(jobs, ranks):
             self._places.put(environment)
@@ -104,12 +106,17 @@ def _shares(jobs: int, ranks: int) -> list[dict[str, str]]:
     if jobs == 1:
         return [{}]
     if torch.cuda.is_available():
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-        if jobs * ranks > len(devices):
+        count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = [str(number) for number in range(count)] if named is None else re.split(r"\s*,\s*", named.strip())
+        if len(devices) != count:
             raise ValueError(
-                f"--jobs is {jobs} and a trial has {ranks} ranks; expected at most {len(devices) // ranks}, because of "
-                f"{len(devices)} devices"
+                f"CUDA_VISIBLE_DEVICES is {named}, of which {count} can be used; expected the names of devices that "
+                "are there, so that --jobs can deal them out"
+            )
+        if jobs * ranks > count:
+            most = f"at most {count // ranks}" if count // ranks > 1 else "1"
+            raise ValueError(
+                f"--jobs is {jobs}; expected {most}, because a trial has {ranks} ranks and this machine {count} devices"
             )
         return [{"CUDA_VISIBLE_DEVICES": ",".join(devices[at * ranks : (at + 1) * ranks])} for at in range(jobs)]
     if "OMP_NUM_THREADS" in os.environ:

@@ -21,11 +21,21 @@ from umv2_megatron.evaluation.report import size_of
 def write_report(plan: Plan, results: Results, bytes_per_token: float | None) -> Path:
     """Write ``report.md`` with ``losses.png`` (and ``differences.png`` with a baseline) into the plan's output.
 
+    Of another baseline than the plan's, given by --baseline, it is ``report-RUN.md`` with ``differences-RUN.png``.
     ``bytes_per_token``: of the validation text, for bits per byte; None leaves them out. Returns the report's path.
+    Raises ``ValueError`` when no trial of that other baseline is finished.
     """
+    suffix = ""
+    if plan.other_baseline:
+        suffix = f"-{plan.baseline}"
+        if plan.baseline not in results:
+            raise ValueError(
+                f"--baseline is {plan.baseline}, of which no trial is finished in {plan.output}; expected one of "
+                f"{', '.join(results)}"
+            )
     plots = [plot_losses(plan, results)]
     if plan.baseline in results and len(results) > 1:
-        plots.append(plot_differences(plan, results))
+        plots.append(plot_differences(plan, results, f"differences{suffix}.png"))
     plots += plot_facts(plan, results)
     plots += plot_contexts(plan, results, "context_length", "contexts.png") + plot_contexts(
         plan, results, "items", "items.png"
@@ -34,11 +44,13 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
     counts = {r["tokens"] for group in results.values() for r in group}
     tokens = ("up to " if len(counts) > 1 else "") + f"{max(counts, default=0):,}"
     hours = sum(r["seconds"] for group in results.values() for r in group) / 3600
+    beside = max((r.get("jobs", 1) for group in results.values() for r in group), default=1)
     lines = [
         f"# {plan.path.stem}",
         "",
         f"{done} of {len(plan.trials)} trials are done, {tokens} tokens each, {hours:.2f} hours in all (the last start "
-        f"of a resumed trial counts alone), on {_machine()}. Mean over seeds, in brackets lowest to highest. "
+        f"of a resumed trial counts alone{f', up to {beside} trials at a time' if beside > 1 else ''}), on "
+        f"{_machine()}. Mean over seeds, in brackets lowest to highest. "
         "Differences: mean over the seeds that both runs have, ± half of its 95% confidence interval (Student's t). "
         "Loss: nats per token on the validation set.",
         "",
@@ -47,10 +59,11 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
         *trend_table(plan, results),
         *_task_tables(results, plan.baseline),
         *(f"![{plot.stem}]({plot.name})\n" for plot in plots),
-        "How it was made: " + f"`python tools/ablate.py {plan.path}`.",
+        f"How it was made: `python tools/ablate.py {plan.path} --output {plan.output}"
+        + (f" --baseline {plan.baseline}`." if suffix else "`."),
         "",
     ]
-    report = plan.output / "report.md"
+    report = plan.output / f"report{suffix}.md"
     report.write_text("\n".join(lines), encoding="utf-8")
     return report
 

@@ -52,11 +52,14 @@ def run_trials(plan: Plan, trials: Iterable[Trial], jobs: int = 1) -> Iterator[t
     left = [trial for trial in trials if not (trial.directory / RESULT).exists()]
     if left:
         check_evaluation_files(plan.evaluate, plan.path)
-    programs = Programs(jobs, plan.ranks)
     yield from ((trial, "was done") for trial in finished)
+    if not left:
+        return
+    jobs = min(jobs, len(left))
+    programs = Programs(jobs, plan.ranks)
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(_state, plan, trial, programs): trial for trial in left}
         try:
+            running = {pool.submit(_state, plan, trial, programs): trial for trial in left}
             for ended in as_completed(running):
                 yield running[ended], ended.result()
         except BaseException:  # a signal, or nobody asks for more
@@ -68,8 +71,9 @@ def run_trials(plan: Plan, trials: Iterable[Trial], jobs: int = 1) -> Iterator[t
 def _state(plan: Plan, trial: Trial, programs: Programs) -> str:
     try:
         with programs.place() as environment:
-            return _run(plan, trial, partial(programs.call, environment=environment, log=trial.directory / LOG))
-    except TrialFailed as problem:
+            call = partial(programs.call, environment=environment, log=trial.directory / LOG)
+            return _run(plan, trial, call, programs.jobs)
+    except (TrialFailed, OSError, ValueError) as problem:  # of this trial; the others go on
         return f"failed: {problem}"
 
 
@@ -120,8 +124,8 @@ def _compared(text: str) -> tuple[str, Any]:
     return preset, {key: value for key, value in settings.items() if key != "save"}
 
 
-def _run(plan: Plan, trial: Trial, call: Callable[[list[str]], None]) -> str:
-    """Train, evaluate and write the result; returns the state to show.
+def _run(plan: Plan, trial: Trial, call: Callable[[list[str]], None], jobs: int) -> str:
+    """Train, evaluate and write the result, with how many trials ran side by side; returns the state to show.
 
     Training ends with exit code 0, too, when --exit-interval, --exit-duration-in-mins or a signal stops it early.
     """
@@ -140,7 +144,7 @@ def _run(plan: Plan, trial: Trial, call: Callable[[list[str]], None]) -> str:
         output = ["--output", str(trial.directory / EVALUATION), "--label", trial.label]
         tool = [*(plan.launcher or [sys.executable]), str(program_file("tools/evaluate.py", "umv2-evaluate"))]
         call([*tool, "--load", str(trial.settings["save"]), *output, *plan.evaluate])
-    write_json(trial.directory / RESULT, {**summary(trial, seconds), "evaluate": plan.evaluate})
+    write_json(trial.directory / RESULT, {**summary(trial, seconds), "jobs": jobs, "evaluate": plan.evaluate})
     return "done"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umv2_megatron.evaluation.ablation.comparison import Results, curve_differences
-from umv2_megatron.evaluation.ablation.paired import shown
+from umv2_megatron.evaluation.ablation.paired import half_width, shown
 from umv2_megatron.evaluation.ablation.plan import Plan
 
 FURTHEST = 10
@@ -35,8 +35,8 @@ class Line:
 
 
 def fit(points: list[tuple[int, float]]) -> Line | None:
-    """Least squares through (iteration, difference); None for fewer than three points or where one is not finite."""
-    if len(points) < 3 or not all(math.isfinite(value) for _, value in points):
+    """Least squares through (iteration, difference), all of them finite; None for fewer than three points."""
+    if len(points) < 3:
         return None
     end = points[-1][0]
     at = [math.log2(iteration / end) for iteration, _ in points]
@@ -46,15 +46,19 @@ def fit(points: list[tuple[int, float]]) -> Line | None:
     return Line(end, last, slope, scatter)
 
 
-def crossing(last: float, slope: float, iteration: int) -> str:
-    """Where a line that is at ``last`` at ``iteration`` meets the baseline, in words."""
+def outlook(lines: list[Line]) -> str:
+    """Whether the mean line of the seeds is ahead of the baseline (below 0) or behind, and where it is to meet it."""
+    last, slope = (statistics.fmean(getattr(line, name) for line in lines) for name in ("last", "slope"))
+    half = half_width([line.slope for line in lines])
+    side = "ahead" if last < 0 else "behind"
+    if half is not None and abs(slope) <= half:
+        return f"{side}; grows or shrinks, the interval says neither"
     if last * slope >= 0:
-        return "moves away" if slope else "stays"
-    doublings = -last / slope
+        return f"{side}, grows"
+    end, doublings = lines[0].iteration, -last / slope
     if doublings > math.log2(FURTHEST):
-        return f"beyond {FURTHEST * iteration:,}"
-    what = "falls behind" if last < 0 else "overtakes"
-    return f"{what} at {iteration * 2**doublings:,.0f}"
+        return f"{side}, shrinks; level beyond iteration {FURTHEST * end:,}"
+    return f"{side}, shrinks; level at iteration {end * 2**doublings:,.0f}"
 
 
 def trend_table(plan: Plan, results: Results) -> list[str]:
@@ -62,40 +66,35 @@ def trend_table(plan: Plan, results: Results) -> list[str]:
     if plan.trend is None or plan.baseline not in results:
         return []
     first, end = plan.trend
-    rows = []
-    for label, group in results.items():
-        if label == plan.baseline:
-            continue
-        fits = [fit(points) for points in _windows(group, results[plan.baseline], first, end)]
-        lines = [line for line in fits if line is not None]
-        if not lines or len({line.iteration for line in lines}) > 1:
-            rows.append([label, str(len(lines)), "-", "-", "-", "-"])
-            continue
-        last, slope = (statistics.fmean(getattr(line, name) for line in lines) for name in ("last", "slope"))
-        rows.append(
-            [
-                label,
-                str(len(lines)),
-                shown([line.last for line in lines], 4),
-                shown([line.slope for line in lines], 4),
-                f"{statistics.fmean(line.scatter for line in lines):.4f}",
-                crossing(last, slope, lines[0].iteration),
-            ]
-        )
+    rows = [
+        [label, *_row(group, results[plan.baseline], first, end)]
+        for label, group in results.items()
+        if label != plan.baseline
+    ]
     head = ["run", "seeds", "at the end of the fit", "per doubling of tokens", "scatter", f"against {plan.baseline}"]
     return [
         f"Trend: a straight line through the differences from {plan.baseline} over the logarithm of the iterations "
-        f"{first:,} to {end:,}, one for each seed. The last column goes on with that line: a guess.",
+        f"{first:,} to {end:,}, one for each seed. What the last column says of later iterations is a guess.",
         "",
         *("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]),
         "",
     ]
 
 
-def _windows(
-    group: list[dict[str, Any]], baseline: list[dict[str, Any]], first: int, end: int
-) -> list[list[tuple[int, float]]]:
-    return [
+def _row(group: list[dict[str, Any]], baseline: list[dict[str, Any]], first: int, end: int) -> list[str]:
+    seeds = [
         [(iteration, value) for iteration, value in points if first <= iteration <= end]
         for points in curve_differences(group, baseline)
+    ]
+    if any(not math.isfinite(value) for points in seeds for _, value in points):
+        return [str(len(seeds)), "-", "-", "-", "diverged"]
+    lines = [line for points in seeds if (line := fit(points))]
+    if not lines or len(lines) < len(seeds) or len({line.iteration for line in lines}) > 1:
+        return [str(len(seeds)), "-", "-", "-", "not validated at the same iterations" if seeds else "no seed of both"]
+    return [
+        str(len(seeds)),
+        shown([line.last for line in lines], 4),
+        shown([line.slope for line in lines], 4),
+        f"{statistics.fmean(line.scatter for line in lines):.4f}",
+        outlook(lines),
     ]
