@@ -46,7 +46,7 @@ from umv2_megatron.model.context_parallel_attention import ContextParallelAttent
 from umv2_megatron.model.delayed_outputs import DelayedOutputs
 from umv2_megatron.model.ffn_with_memory import FFNWithMemory, FFNWithMemorySubmodules, SharedTables
 from umv2_megatron.model.fused_attention import FusedAttention
-from umv2_megatron.model.one_pass import OnePassAttention, OnePassFFN, OnePassNorm
+from umv2_megatron.model.one_pass import OnePassAttention, OnePassFFN, OnePassNorm, experts_in_one_pass
 from umv2_megatron.model.post_norm import PostNormAttention, ProjectionNorm
 
 MEMORY_CONFIG_VARIABLE = "UMV2_MEMORY_CONFIG"
@@ -189,6 +189,7 @@ class Experts(MoELayer):
         super().__init__(config, *args, **kwargs)
         for parameter in self.experts.parameters():
             parameter.allreduce = False
+        experts_in_one_pass(self.experts)
 
 
 def _experts_spec(config: TransformerConfig, use_engine: bool) -> ModuleSpec:

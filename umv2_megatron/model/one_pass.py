@@ -24,11 +24,11 @@ class OnePassFFN(MLP):
     """mcore's ``MLP``, with SwiGLU in one pass."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **others: Any) -> Any:
-        """[s, b, H] to ([s, b, H], None)."""
-        if per_token_scale is not None or not self._has_plain_swiglu() or not _compiled(hidden_states):
+        """[.., H] to ([.., H], None); an expert gets the weights [..] of its tokens, ``per_token_scale``, too."""
+        if not self._has_plain_swiglu() or not _compiled(hidden_states):
             return super().forward(hidden_states, per_token_scale, **others)
         gates, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(cpu_blocks.swiglu(gates))
+        return self.linear_fc2(cpu_blocks.swiglu(gates, per_token_scale))
 
     def _has_plain_swiglu(self) -> bool:
         config = self.config
@@ -41,6 +41,13 @@ class OnePassFFN(MLP):
             and not config.use_te_activation_func
             and not config.bias_activation_fusion
         )
+
+
+def experts_in_one_pass(experts: nn.Module) -> None:
+    """Make each ``MLP`` of mcore's ``SequentialMLP`` a ``OnePassFFN``; other modules of experts stay as they are."""
+    for each in experts.modules():
+        if type(each) is MLP:
+            each.__class__ = OnePassFFN  # mcore makes them and takes no other class
 
 
 class OnePassRMSNorm(nn.RMSNorm):

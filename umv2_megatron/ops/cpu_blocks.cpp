@@ -24,34 +24,41 @@ using umv2::widen;
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + umv2::exponential(-x)); }
 
-// x [rows, 2 width], the gate first; out [rows, width].
+// x [rows, 2 width], the gate first; scale [rows] or null, which is ones; out [rows, width].
 template <typename T>
-void swiglu(int64_t rows, int64_t width, const T* x, T* out, int64_t threads) {
+void swiglu(int64_t rows, int64_t width, const T* x, const float* scale, T* out, int64_t threads) {
     umv2::in_parallel(threads, rows, ELEMENTS_PER_THREAD / width + 1, [&](int64_t part, int64_t parts) {
         for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
             const T *gate = x + row * 2 * width, *linear = gate + width;
             T* to = out + row * width;
+            const float factor = scale ? scale[row] : 1.0f;
 #pragma omp simd
             for (int64_t j = 0; j < width; ++j) {
                 const float a = widen(gate[j]);
-                narrow(a * sigmoid(a) * widen(linear[j]), to[j]);
+                narrow(a * sigmoid(a) * widen(linear[j]) * factor, to[j]);
             }
         }
     });
 }
 
+// scale_grad [rows], null where scale is.
 template <typename T>
-void swiglu_backward(int64_t rows, int64_t width, const T* grad, const T* x, T* x_grad, int64_t threads) {
+void swiglu_backward(int64_t rows, int64_t width, const T* grad, const T* x, const float* scale, T* x_grad,
+                     float* scale_grad, int64_t threads) {
     umv2::in_parallel(threads, rows, ELEMENTS_PER_THREAD / width + 1, [&](int64_t part, int64_t parts) {
         for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
             const T *gate = x + row * 2 * width, *linear = gate + width, *upstream = grad + row * width;
             T *gate_grad = x_grad + row * 2 * width, *linear_grad = gate_grad + width;
-#pragma omp simd
+            const float factor = scale ? scale[row] : 1.0f;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
             for (int64_t j = 0; j < width; ++j) {
-                const float a = widen(gate[j]), s = sigmoid(a), g = widen(upstream[j]);
-                narrow(g * widen(linear[j]) * s * (1.0f + a * (1.0f - s)), gate_grad[j]);
-                narrow(g * a * s, linear_grad[j]);
+                const float a = widen(gate[j]), b = widen(linear[j]), s = sigmoid(a), g = widen(upstream[j]);
+                sum += g * a * s * b;
+                narrow(g * factor * b * s * (1.0f + a * (1.0f - s)), gate_grad[j]);
+                narrow(g * factor * a * s, linear_grad[j]);
             }
+            if (scale_grad) scale_grad[row] = sum;
         }
     });
 }
@@ -168,13 +175,13 @@ extern "C" {
 
 int64_t umv2_norm_block() { return BLOCK; }
 
-void umv2_swiglu(int half, int64_t threads, int64_t rows, int64_t width, const void* x, void* out) {
-    EITHER(swiglu(rows, width, IN(x), OUT(out), threads))
+void umv2_swiglu(int half, int64_t threads, int64_t rows, int64_t width, const void* x, const float* scale, void* out) {
+    EITHER(swiglu(rows, width, IN(x), scale, OUT(out), threads))
 }
 
 void umv2_swiglu_backward(int half, int64_t threads, int64_t rows, int64_t width, const void* grad, const void* x,
-                          void* x_grad) {
-    EITHER(swiglu_backward(rows, width, IN(grad), IN(x), OUT(x_grad), threads))
+                          const float* scale, void* x_grad, float* scale_grad) {
+    EITHER(swiglu_backward(rows, width, IN(grad), IN(x), scale, OUT(x_grad), scale_grad, threads))
 }
 
 void umv2_rms_norm(int half, int64_t threads, const Rows* rows, int64_t width, double epsilon, const void* x,

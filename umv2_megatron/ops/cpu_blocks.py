@@ -1,6 +1,6 @@
 """What stands between the products of a transformer block, on CPUs, each in one pass (``cpu_blocks.cpp``).
 
-    swiglu     x [.., 2 F], halves a and b        silu(a) b,   silu(a) = a / (1 + e^-a)
+    swiglu     x [.., 2 F], halves a and b, p [..]  silu(a) b p,   silu(a) = a / (1 + e^-a)
     rms_norm   x [.., D], gain [D]                x / sqrt(mean(x^2) + epsilon) gain
     rotate     x [s, .., D], angles [s, .., D]    x cos(angle) + (-x2, x1) sin(angle),   x = (x1, x2), its halves
 
@@ -46,9 +46,10 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """[.., F] of ``x`` [.., 2 F], the gate first."""
-    return _SwiGLU.apply(x)
+def swiglu(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """[.., F] of ``x`` [.., 2 F], the gate first, times ``scale`` [..] where it is given (an expert's weights)."""
+    assert scale is None or scale.shape == x.shape[:-1], (x.shape, scale.shape)
+    return _SwiGLU.apply(x, scale)
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
@@ -91,23 +92,26 @@ def _with_rows(x: Tensor) -> tuple[Tensor, _Rows]:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None) -> Tensor:
         x = x.contiguous()
         width = x.shape[-1] // 2
         out = x.new_empty(*x.shape[:-1], width)
-        _call("umv2_swiglu", x, *map(ctypes.c_int64, (out.numel() // max(1, width), width)), x, out)
-        ctx.save_for_backward(x)
+        factors = None if scale is None else scale.float().contiguous()
+        _call("umv2_swiglu", x, *map(ctypes.c_int64, (out.numel() // max(1, width), width)), x, factors, out)
+        ctx.save_for_backward(x, factors)
+        ctx.scale_dtype = None if scale is None else scale.dtype
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, factors = ctx.saved_tensors
         width = x.shape[-1] // 2
         x_grad, grad = torch.empty_like(x), grads[0].contiguous()
+        scale_grad = None if factors is None else torch.empty_like(factors)
         sizes = map(ctypes.c_int64, (grad.numel() // max(1, width), width))
-        _call("umv2_swiglu_backward", x, *sizes, grad, x, x_grad)
-        return x_grad
+        _call("umv2_swiglu_backward", x, *sizes, grad, x, factors, x_grad, scale_grad)
+        return x_grad, None if scale_grad is None else scale_grad.to(ctx.scale_dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -39,6 +39,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 CASES: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
     "swiglu": (cpu_blocks.swiglu, plain_swiglu, [20 * normal(130, 3, 2 * 37)]),
+    "swiglu of an expert": (
+        cpu_blocks.swiglu,
+        lambda x, scale: plain_swiglu(x) * scale[:, None],
+        [20 * normal(390, 2 * 37), normal(390, seed=1)],
+    ),
     "norm": (lambda x, w: cpu_blocks.rms_norm(x, w, 1e-5), plain_norm, [normal(200, 3, 61), normal(61, seed=1)]),
     # rows of queries among those of keys and values, as mcore cuts them out of one product
     "norm of a part": (
@@ -80,7 +85,8 @@ def test_against_float64(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_bits_on_any_number_of_threads(case: str) -> None:
     ours, _, inputs = CASES[case]
-    inputs = [torch.cat([each] * 9) if each.dim() > 1 and "rotation" not in case else each for each in inputs]
+    first = len(inputs[0])  # the rows of all inputs but gains
+    inputs = [torch.cat([each] * 9) if len(each) == first and "rotation" not in case else each for each in inputs]
     if case == "norm of columns":
         inputs = CASES[case][2]
     before, results = torch.get_num_threads(), []
