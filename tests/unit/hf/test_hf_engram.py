@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, StaticCache
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from tiny_model import tiny_config, tiny_model, tokens  # noqa: E402
 
-from umv2_megatron.hf import UMv2ForCausalLM  # noqa: E402
+from umv2_megatron.config import memory_config  # noqa: E402
+from umv2_megatron.hf import UMv2ForCausalLM, engram_umv2  # noqa: E402
 
 ENGRAM: dict[str, Any] = {
     "memory_scoring": "ngram", "memory_num_heads": 4, "memory_topk": 1, "memory_pre_value_dim": 0,
@@ -42,6 +43,15 @@ def model_of(**changes: Any) -> UMv2ForCausalLM:
             if layer.hashing.conv is not None:
                 torch.nn.init.normal_(layer.hashing.conv)
     return model
+
+
+def test_tables_of_an_export_have_the_sizes_of_training() -> None:
+    """An export's files stand alone, so they hold a copy of the function that training uses. Also where N*N rows have
+    room for fewer primes than heads."""
+    for heads in (1, 2, 3, 4, 16):
+        for keys in (1, 2, 3, 5, 24, 40, 333, 1000):
+            sizes = engram_umv2.hash_sizes(keys * keys, heads)
+            assert sizes == memory_config.hash_sizes(keys * keys, heads), (heads, keys)
 
 
 @torch.no_grad()
