@@ -11,7 +11,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from umv2_megatron.config.option import option
 
@@ -362,8 +362,8 @@ def marks_prefix(prefix: str, key: str) -> str:
     """
     stem = prefix.removesuffix("_document")
     folder, name = os.path.split(stem)
-    parts, own = name.split("_"), _json_key(prefix)
-    if own is not None and name.endswith(f"_{own}"):
+    parts, own = name.split("_"), (read_sidecar(prefix) or {}).get("json_key")
+    if isinstance(own, str) and name.endswith(f"_{own}"):
         beginnings = [name.removesuffix(f"_{own}")]
     else:
         beginnings = ["_".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1)]
@@ -381,13 +381,14 @@ def marks_prefix(prefix: str, key: str) -> str:
     return there[0] if there else found[0]
 
 
-def _json_key(prefix: str) -> Optional[str]:
+def read_sidecar(prefix: str) -> Optional[dict[str, Any]]:
+    """The JSON object in the ``.meta.json`` of a corpus, its entries unchecked; None without a file that holds one."""
     try:
         with open(f"{prefix}.meta.json", encoding="utf-8") as file:
-            found = json.load(file)["json_key"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):  # the last one: of lists in lists, thousands deep
         return None
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, dict) else None
 
 
 def _as_number(value: str) -> Optional[float]:

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, Optional
 
 import numpy as np
 
+from umv2_megatron.config.data_config import read_sidecar
 from umv2_megatron.durable_files import fsync_path
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -225,12 +226,9 @@ def read_meta(prefix: str) -> Optional[dict[str, Any]]:
 
     Raises ``ValueError`` naming the file when it is about these tokens, but its entries are not what was written.
     """
-    try:
-        meta = json.loads(Path(prefix + ".meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    meta = read_sidecar(prefix)
     size = os.path.getsize(prefix + ".bin") if os.path.exists(prefix + ".bin") else -1
-    if not isinstance(meta, dict) or meta.get("bin_bytes") != size:
+    if meta is None or meta.get("bin_bytes") != size:
         return None
     for key, kind, missing in (("tokenizer", dict, {}), ("max_token_id", int, 0)):
         if not isinstance(meta.get(key, missing), kind):

@@ -332,6 +332,13 @@ def test_check_names_the_file(tmp_path):
         check_corpus(prefix, 257)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_sidecar_that_holds_no_json_object_is_none(tmp_path, content):
+    prefix = write_corpus(tmp_path / "p", [[1, 2, 3], [4, 5]])
+    Path(prefix + ".meta.json").write_bytes(content)
+    assert read_meta(prefix) is None and check_corpus(prefix, 257).lengths.tolist() == [3, 2]
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", ["12"])
     prefix = preprocess(Job((str(corpus),), str(tmp_path / "p"), "ByteLevelTokenizer")).prefixes[0]
