@@ -184,7 +184,9 @@ class _Stage:
             self.forward += blocks * taken[0]
             self.backward += blocks * taken[1]
             total += blocks * taken[0]
-            self.exchange += blocks * (again * (taken[0] - computed[0].all) + taken[1] - computed[1].all)
+            # never below 0 but by rounding: the slot's sum has another order
+            exposed = [max(0.0, both - own.all) for both, own in zip(taken, computed)]
+            self.exchange += blocks * (again * exposed[0] + exposed[1])
             busy = (blocks * sent[0].all, blocks * (sent[1].all + (again - 1) * sent[0].all))
             self.busy = (self.busy[0] + busy[0], self.busy[1] + busy[1])
         return total

@@ -60,8 +60,9 @@ def _stated(stated: dict[str, Any] | None) -> list[str]:
             item = stated[name]
             without = name == "total" or not item["embeddings_counted"]
             label = f"{name}, embeddings {'left out' if without else 'once'}"
+            deviation = round(100 * item["deviation"], 1) + 0.0  # + 0.0 makes 0.0 of -0.0
             lines += [f"  {label:<32} {short(item['stated']):>9}  here {short(item['ours']):>9}  "
-                      f"deviation {100 * item['deviation']:+.1f}%"]
+                      f"deviation {deviation:+.1f}%"]
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,14 @@ def test_search_prints_a_table(capsys):
     assert "flags of the first:" in printed and "legal layouts of 4 ranks" in printed
     assert plan_tool.main([*arguments, "--gpu-memory-gib", "4.001"]) == 0
     assert "nothing fits; the least is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", ["umv2-tiny", "umv2-1b-7b", "umv2-3m"])
+def test_no_zero_has_a_minus(preset, figures, capsys):
+    """What rounding leaves of exchanges that are not there, and small deviations from what is stated."""
+    assert plan_tool.main(["--model-preset", preset]) == 0
+    assert not re.search(r"-0(\.0+)?(?![\d.])", capsys.readouterr().out)
+    assert figures("--model-preset", preset)["run"]["step_time"]["exchange"] >= 0
 
 
 def test_list_shows_every_preset(capsys):
