@@ -356,29 +356,26 @@ def parse_split(split: str) -> list[float]:
 def marks_prefix(prefix: str, key: str) -> str:
     """The corpus of the marks of ``prefix`` by --loss-mask-key, named as preprocess_data.py names it by its JSON key.
 
-    Its .meta.json says which key a corpus is of. One without is of any key that its name allows, as keys
-    may have underscores: the marks of P_my_text_document are P_my_KEY_document where that exists, else P_KEY_document.
+    Its .meta.json says which key a corpus is of. One without, or whose name says otherwise, is of the key behind the
+    last ``_`` of P_key: the marks of P_my_text_document are P_my_KEY_document. Whether they are there is not looked at,
+    and no other name is tried: P_KEY_document may hold the marks of P_text_document, another corpus.
     Raises ``ValueError`` naming the flag for a corpus whose name has no key, or this one.
     """
     stem = prefix.removesuffix("_document")
     folder, name = os.path.split(stem)
-    parts, own = name.split("_"), (read_sidecar(prefix) or {}).get("json_key")
-    if isinstance(own, str) and name.endswith(f"_{own}"):
-        beginnings = [name.removesuffix(f"_{own}")]
-    else:
-        beginnings = ["_".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1)]
-    if stem == prefix or not beginnings or not parts[-1]:
+    own = (read_sidecar(prefix) or {}).get("json_key")
+    if not (isinstance(own, str) and own and name.endswith(f"_{own}")):
+        own = name.rpartition("_")[2]
+    if stem == prefix or not own or own == name:
         raise ValueError(
             f"--loss-mask-key {key}: the corpus {prefix} has no key in its name; expected a name like P_text_document, "
             f"with P_{key}_document beside it"
         )
-    found = [os.path.join(folder, f"{each}_{key}_document") for each in beginnings]
-    there = [each for each in found if os.path.isfile(f"{each}.idx") and each != prefix]
-    if not there and prefix in found:
+    if own == key:
         raise ValueError(
             f"--loss-mask-key {key}: {prefix} is the corpus of that key itself; give the key of its marks, such as loss"
         )
-    return there[0] if there else found[0]
+    return os.path.join(folder, f"{name.removesuffix(own)}{key}_document")
 
 
 def read_sidecar(prefix: str) -> Optional[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -146,16 +147,29 @@ def test_marks_that_do_not_fit_are_refused(tmp_path) -> None:
 
 
 def test_marks_of_a_key_with_underscores(tmp_path) -> None:
-    """P_my_text_document may be of the key text, or of my_text."""
-    prefix = str(tmp_path / "a_b" / "p_my_text_document")
-    assert marks_prefix(prefix, "loss") == str(tmp_path / "a_b" / "p_my_loss_document")
+    """P_my_text_document may be of the key text, or of my_text: its sidecar says, and the default is text."""
     (tmp_path / "a_b").mkdir()
-    for made in ("p_loss_document", "p_my_loss_document"):
-        (tmp_path / "a_b" / f"{made}.idx").touch()
-        assert marks_prefix(prefix, "loss") == str(tmp_path / "a_b" / made)
-    Path(f"{prefix}.meta.json").write_text(json.dumps({"json_key": "my_text"}))
-    assert marks_prefix(prefix, "loss") == str(tmp_path / "a_b" / "p_loss_document")
-    assert marks_prefix(prefix, "text") == str(tmp_path / "a_b" / "p_text_document")  # is there later, if at all
+    prefix = str(tmp_path / "a_b" / "p_my_text_document")
+    for own, made in ((None, "p_my_"), ("my_text", "p_"), ("text", "p_my_"), ("content", "p_my_"), (7, "p_my_")):
+        if own is not None:
+            Path(f"{prefix}.meta.json").write_text(json.dumps({"json_key": own}))
+        assert marks_prefix(prefix, "loss") == str(tmp_path / "a_b" / f"{made}loss_document"), own
+
+
+def test_marks_of_another_corpus_are_not_taken(tmp_path) -> None:
+    """p_loss_document fits p_my_text_document in the length of every document, but marks p_text_document."""
+    prefix, _, _ = with_marks(tmp_path)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prefix + suffix, tmp_path / f"p_my_text_document{suffix}")
+    other = str(tmp_path / "p_my_text_document")
+    config = DataConfig(data_path=[other], tokenizer_type="NullTokenizer", vocab_size=30_000, loss_mask_key="loss")
+    with pytest.raises(ValueError, match=r"--loss-mask-key loss: .*p_my_loss_document.idx does not exist"):
+        build_datasets(config, build_tokenizer("NullTokenizer", vocab_size=30_000), LENGTH, 1, (4, 0, 0))
+    argv = ["--model-preset", "umv2-tiny", "--data-path", other, "--tokenizer-type", "NullTokenizer",
+            "--vocab-size", "30000", "--lr", "1e-3", "--train-iters", "1", "--loss-mask-key", "loss"]  # fmt: skip
+    told = r"there is no file .*p_my_loss_document.idx with the marks of .*p_my_text_document"
+    with pytest.raises(UsageError, match=told):
+        check_data(resolve(argv, 1))
 
 
 def test_marks_are_part_of_the_data(tmp_path) -> None:
