@@ -196,6 +196,26 @@ def test_trials_side_by_side(program: Path) -> None:
     assert result["jobs"] == 1  # no more than are left
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_unforeseen_exception_is_of_one_trial(
+    jobs: str, program: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(program)
+    plan_of(program)
+    summary = runner.summary
+
+    def broken(trial: Any, seconds: float) -> dict[str, Any]:
+        return {}["no such key"] if trial.name == "dense seed 1" else summary(trial, seconds)
+
+    monkeypatch.setattr(runner, "summary", broken)
+    with pytest.raises(OSError, match="1 of 4 trials failed; the same command runs them again"):
+        ablate.main(ablate.parser().parse_args(["plan.yaml", "--output", "out", "--jobs", jobs]))
+    printed = capsys.readouterr()
+    assert "dense seed 1: failed: KeyError: 'no such key'\n" in printed.out and 'return {}["no' in printed.err
+    assert all(f"] {name}: done\n" in printed.out for name in ("umv2 seed 1", "dense seed 2", "umv2 seed 2"))
+    assert "report: " in printed.out
+
+
 def test_an_interruption_as_trials_are_started_ends_those_that_run(
     program: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -36,7 +37,8 @@ EVALUATION = "evaluation.json"
 def run_trials(plan: Plan, trials: Iterable[Trial], jobs: int = 1) -> Iterator[tuple[Trial, str]]:
     """Run what is not finished yet, ``jobs`` trials at a time.
 
-    Yields every trial with "done", "was done", "stopped at ..." or "failed: ...", as they end.
+    Yields every trial with "done", "was done", "stopped at ..." or "failed: ...", as they end. The traceback of an
+    exception that no trial is expected to raise goes to stderr.
 
     Raises ``ValueError``, before the first one, when the settings of a trial that has begun differ from the plan's,
     when a file to evaluate on is not there, when any finished trial of the plan was evaluated otherwise, or when
@@ -75,6 +77,9 @@ def _state(plan: Plan, trial: Trial, programs: Programs) -> str:
             return _run(plan, trial, call, programs.jobs)
     except (TrialFailed, OSError, ValueError) as problem:  # of this trial; the others go on
         return f"failed: {problem}"
+    except Exception as problem:  # unforeseen: the traceback says where, and the others still go on
+        traceback.print_exc()
+        return f"failed: {type(problem).__name__}: {problem}"
 
 
 def check_settings(trial: Trial) -> None:
