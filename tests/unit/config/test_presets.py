@@ -19,6 +19,8 @@ REQUIRED = {
     "olmoe-227m-1.2b",
     "umv2-tiny",
     "umv2-8m",
+    "umv2-8m-first",
+    "umv2-3m-first",
     "umv2-227m-1.2b",
     "umv2-430m-5b",
     "umv2-500m-6b",
@@ -64,6 +66,22 @@ def test_the_3m_family_costs_the_same():
             assert count_parameters(model, memory).total == pytest.approx(wanted[1], rel=0.01), name
 
 
+@pytest.mark.parametrize("name", ["umv2-3m", "umv2-8m"])
+def test_rows_in_the_first_block_cost_the_same(name):
+    """FLOPs within 0.1%, parameters and rows within 1%, and as many picks."""
+    models = [PRESETS[each] for each in (name, f"{name}-first")]
+    flops, total, rows, picks = zip(*(
+        (flops_per_token(each.model, memory).blocks, count_parameters(each.model, memory).total,
+         sum(layers) * memory.num_keys**2, sum(layers) * memory.num_heads * memory.topk)
+        for each in models
+        for memory in [each.memory_config()]
+        for layers in [memory.memory_layers(each.model["num_layers"])]
+    ))  # fmt: skip
+    assert flops[1] == pytest.approx(flops[0], rel=1e-3)
+    assert total[1] == pytest.approx(total[0], rel=0.01) and rows[1] == pytest.approx(rows[0], rel=0.01)
+    assert picks[1] == picks[0]
+
+
 def test_published_sizes_are_kept():
     """Table 10 and text of arXiv 2508.18756; N of 1B/7B and 500M/6B is changed, as their descriptions say."""
 
@@ -97,7 +115,8 @@ def test_large_models_can_be_split(name):
 
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items()
-                                  if preset.source == "our choice" and preset.variant == "umv2"])
+                                  if preset.source == "our choice" and preset.variant == "umv2"
+                                  and preset.memory["layer_freq"] == "1"])
 def test_our_choices_keep_memory_near_17_percent_of_the_block(name):
     preset = PRESETS[name]
     share = flops_per_token(preset.model, preset.memory_config()).memory_share
