@@ -180,6 +180,7 @@ class Experts(MoELayer):
 
     mcore marks experts' parameters ``allreduce = False``, which says so, only where an expert-parallel group has
     several ranks. With one, tensor-parallel ranks would each go their own way, as their tokens differ.
+    On a CPU the experts' SwiGLU takes one pass, as a dense FFN's does.
 
     Experts are split over the expert-parallel group, which consists of the same ranks as a memory-parallel group of
     that size, and are whole otherwise (expert tensor size 1): each tensor-parallel rank sends its own tokens.

@@ -1,8 +1,8 @@
 """What stands between the products of a transformer block, on CPUs, each in one pass (``cpu_blocks.cpp``).
 
-    swiglu     x [.., 2 F], halves a and b, p [..]  silu(a) b p,   silu(a) = a / (1 + e^-a)
-    rms_norm   x [.., D], gain [D]                x / sqrt(mean(x^2) + epsilon) gain
-    rotate     x [s, .., D], angles [s, .., D]    x cos(angle) + (-x2, x1) sin(angle),   x = (x1, x2), its halves
+    swiglu     x [.., 2 F], halves a and b, p [..]   silu(a) b p,   silu(a) = a / (1 + e^-a)
+    rms_norm   x [.., D], gain [D]                   x / sqrt(mean(x^2) + epsilon) gain
+    rotate     x [s, .., D], angles [s, .., D]       x cos(angle) + (-x2, x1) sin(angle),   x = (x1, x2), its halves
 
 Each computes in float32 and rounds once; in float32 the results are those of PyTorch's functions to some units in the
 last place. Kept for the backward are inputs, and of the rotation nothing. float32 and bfloat16 (``takes``); none can
