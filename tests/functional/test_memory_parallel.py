@@ -39,12 +39,12 @@ def test_statistics_and_norms_are_those_of_one_rank(mode, one_rank, tmp_path):
     assert all(1 <= skew < 1.5 for skew in skews), "shuffled rows spread over ranks"
 
 
-# Row mode rounds each rank's part of a sum to bfloat16 (2^-9) before they are added; within three steps of three seeds
-# on a CPU with avx512_bf16 that moved a loss by up to 2.4e-3. Dim mode parts no sum but the pre-scores', in float32.
-@pytest.mark.parametrize(("mode", "of_loss", "of_norm"), [("dim", 2e-3, 2e-2), ("row", 6e-3, 3e-2)])
-def test_bfloat16_trains_like_one_rank(mode, of_loss, of_norm, tmp_path):
-    settings = {"bf16": True, "use_distributed_optimizer": True}
+# Row mode rounds each rank's part of a sum to bfloat16 before adding. At the tests' learning rate three steps make
+# more of that than the limit on some CPUs (2.4e-3 of a loss with avx512_bf16); at a tenth of it 0.7e-3 was the most.
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_trains_like_one_rank(mode, tmp_path):
+    settings = {"bf16": True, "use_distributed_optimizer": True, "lr": 1e-4}
     sharded = records(2, tmp_path / mode, memory_parallel_size=2, memory_parallel_mode=mode, **settings)
     whole = records(1, tmp_path / "one", **settings)
-    assert values(sharded, "lm loss") == pytest.approx(values(whole, "lm loss"), rel=of_loss)
-    assert values(sharded, "grad-norm") == pytest.approx(values(whole, "grad-norm"), rel=of_norm)
+    assert values(sharded, "lm loss") == pytest.approx(values(whole, "lm loss"), rel=2e-3)
+    assert values(sharded, "grad-norm") == pytest.approx(values(whole, "grad-norm"), rel=2e-2)
