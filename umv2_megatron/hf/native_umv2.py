@@ -29,13 +29,14 @@ from .block_umv2 import BLOCK
 from .products_umv2 import PRODUCTS
 from .selection_umv2 import SELECTION
 from .tiles_umv2 import TILES
+from .vectors_umv2 import VECTORS
 
 LARGEST_BATCH = 64
 """Rows of a product, and sequences of a step, up to which there are kernels; as in products_umv2."""
 
 _FILES = {
-    "products.h": PRODUCTS, "tiles.h": TILES, "selection.h": SELECTION, "block.h": BLOCK,
-    "attention.h": ATTENTION, "feedforward.h": FEEDFORWARD,
+    "vectors.h": VECTORS, "products.h": PRODUCTS, "tiles.h": TILES, "selection.h": SELECTION,
+    "block.h": BLOCK, "attention.h": ATTENTION, "feedforward.h": FEEDFORWARD,
     "kernels.cpp": '#include "attention.h"\n#include "feedforward.h"\n',
 }  # fmt: skip
 _SUFFIXES = {torch.float32: "", torch.bfloat16: "_bfloat16"}

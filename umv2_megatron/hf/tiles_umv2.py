@@ -14,6 +14,8 @@ TILES = r"""
 
 #pragma once
 
+#include <type_traits>
+
 #include "products.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
@@ -262,7 +264,12 @@ void multiply(const Team& team, int64_t batch, int64_t columns, const float* x, 
         }
     }
 #endif
-    multiply_by_vectors(team, batch, columns, x, packed, segments, count);
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<Real, Half>)
+        if (columns % TwoHalves::COLUMNS == 0)
+            return multiply_by_vectors<TwoHalves>(team, batch, columns, x, packed, segments, count);
+#endif
+    multiply_by_vectors<OneFloat>(team, batch, columns, x, packed, segments, count);
 }
 
 // Vectors take K * (LARGEST_BATCH + 2 * LANES) numbers at most, tiles half a number for each of K rounded up to 32.

@@ -9,6 +9,7 @@ import ctypes
 import pickle
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,15 @@ from transformers import DynamicCache, StaticCache
 from umv2_megatron.hf import UMv2ForCausalLM, build_umv2, linear_umv2, lookup_umv2, native_umv2, step_umv2, tables_umv2
 
 ATTENTION, FEEDFORWARD = "umv2_attention", "umv2_feedforward"
-SHAPES = ((1, 1), (5, 9), (64, 24), (100, 37), (333, 3), (100, 70), (333, 131), (96, 128), (17, 65))
+SHAPES = ((1, 1), (5, 9), (64, 24), (100, 37), (333, 3), (100, 70), (333, 131), (96, 128), (17, 65), (66, 19))
 # Blocks of these variants whose FFN and memory layer no kernel computes.
 BY_MODULES = ("memory-plus", "delayed", "ultramem", "moe")
 ARCHITECTURES = ["native", "x86-64-v3", "x86-64"] if platform.machine() == "x86_64" else ["native"]
+CPU_FLAGS = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split()) if sys.platform == "linux" else set()
+if "avx512vl" in CPU_FLAGS:  # without products of bfloat16 numbers
+    ARCHITECTURES.append("x86-64-v4")
+if {"avx512_bf16", "amx_tile"} <= CPU_FLAGS:  # with those of pairs, without matrix tiles
+    ARCHITECTURES.append("cooperlake")
 
 pytestmark = pytest.mark.skipif(native_umv2.library() is None, reason="there is no C++ compiler")
 
@@ -171,7 +177,7 @@ def test_products(batch: int, architecture: str) -> None:
             assert torch.equal(native_umv2.linear(layer, x), found + layer.bias)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 5, 16, 17, 40, 64])
+@pytest.mark.parametrize("batch", [1, 3, 5, 8, 16, 17, 40, 64])
 def test_products_in_bfloat16(batch: int, architecture: str) -> None:
     for columns, rows in SHAPES:
         torch.manual_seed(columns)
@@ -183,22 +189,32 @@ def test_products_in_bfloat16(batch: int, architecture: str) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 17])
-def test_matrix_tiles_compute_where_the_cpu_has_them(batch: int, architecture: str) -> None:
-    """Numbers below 1e-38 show who computes: to tiles they are 0, to vectors not. Otherwise only time would tell."""
-    layer, x = nn.Linear(64, 64, bias=False).bfloat16(), torch.full((batch, 64), 2.0**20).bfloat16()
-    with torch.no_grad():
-        layer.weight.fill_(2.0**-130)
-        found = native_umv2.linear(layer, x)
-    assert (found == (0 if has_tiles() else 2.0**-104)).all()
+@pytest.mark.parametrize("batch", [1, 7, 17])
+def test_products_of_bfloat16_numbers_where_the_cpu_has_them(batch: int, architecture: str) -> None:
+    """Numbers below 1e-38 show who computes: to matrix tiles and to products of pairs they are 0, to float32 not.
+    Otherwise only time would tell. Tiles need 64 rows of weights, pairs an even number of columns."""
+    for columns, rows in (64, 64), (63, 64), (64, 8), (63, 8):
+        layer, x = nn.Linear(columns, rows, bias=False).bfloat16(), torch.full((batch, columns), 2.0**20).bfloat16()
+        with torch.no_grad():
+            layer.weight.fill_(2.0**-130)
+            found = native_umv2.linear(layer, x)
+            layer.weight.fill_(2.0**-110)
+            normal = native_umv2.linear(layer, x)
+        in_bfloat16 = (rows == 64 and has_tiles()) or (columns == 64 and "__AVX512BF16__" in macros())
+        assert (found == (0 if in_bfloat16 else torch.tensor(columns * 2.0**-110).bfloat16())).all()
+        assert (normal == torch.tensor(columns * 2.0**-90).bfloat16()).all()
+
+
+def macros() -> set[str]:
+    """What the compiler defines for the CPU that it builds for."""
+    command = [build_umv2.find_compiler(), *build_umv2.FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split())
 
 
 def has_tiles() -> bool:
     """Whether the compiler knows matrix tiles for the CPU that it builds for, and Linux gives them to this process."""
-    command = [build_umv2.find_compiler(), *build_umv2.FLAGS, "-dM", "-E", "-x", "c++", "/dev/null"]
-    macros = set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split())
     ask, tile_data = (ctypes.c_long(number) for number in (0x1023, 18))  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    known = {"__AMX_TILE__", "__AMX_BF16__", "__AVX512BW__"} <= macros
+    known = {"__AMX_TILE__", "__AMX_BF16__", "__AVX512BW__"} <= macros()
     return known and ctypes.CDLL(None).syscall(158, ask, tile_data) == 0
 
 
