@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# umv2-8m on two CPU ranks: 1000 iterations of 2048 tokens. Run it again after an interruption and it continues.
+# umv2-8m-first on two CPU ranks: 1000 iterations of 2048 tokens. Run it again after an interruption and it continues.
 #
 #   examples/pretrain_8m_cpu.sh [flags of pretrain_umv2.py]
 #

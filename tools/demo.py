@@ -3,7 +3,7 @@
 1. corpus      the Python standard library's sources and help texts of the running interpreter, as JSONL
 2. tokenizer   SentencePiece, trained on that corpus
 3. tokens      .bin/.idx for megatron-core
-4. training    torchrun pretrain_umv2.py of umv2-8m, killed once with SIGKILL and resumed by the same command
+4. training    torchrun pretrain_umv2.py of umv2-8m-first, killed once with SIGKILL and resumed by the same command
 5. results     a table and a PNG of the losses, and a few lines that the model writes
 
 Everything goes to runs/demo. The commands are printed as they run: they are the ones you would type yourself.
@@ -53,7 +53,7 @@ def training_command(directory: Path, iterations: int) -> list[str]:
     ranks = gpus or min(2, os.cpu_count() or 1)
     batch = 8 * (ranks if ranks > 2 else 1)
     flags = {
-        "model-preset": "umv2-8m",
+        "model-preset": "umv2-8m-first",
         "data-path": f"{directory}/corpus_text_document",
         "tokenizer-type": "SentencePieceTokenizer",
         "tokenizer-model": f"{directory}/tokenizer.model",
@@ -138,9 +138,9 @@ def report(directory: Path, resumed_at: int) -> None:
         print(f"that is {last / 0.6931471805599453 / entropy.bytes_per_token:.3f} bits per byte of text")
     picture = directory / "losses.png"
     plot_losses(
-        {"umv2-8m": records},
+        {"umv2-8m-first": records},
         picture,
-        title="make demo: umv2-8m on the Python standard library",
+        title="make demo: umv2-8m-first on the Python standard library",
         levels={"unigram entropy": level},
         marks=[resumed_at],
     )
