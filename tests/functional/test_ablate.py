@@ -78,7 +78,7 @@ def test_the_smallest_comparison_is_a_plan_that_can_run_and_a_mistake_is_one_sen
     script, plan = tmp_path / "array.sbatch", tmp_path / "plan.yaml"
     made = ["examples/ablations/smallest.yaml", "--output", str(tmp_path), "--slurm-array", str(script)]
     in_process(made, tmp_path)
-    assert "#SBATCH --array=0-2\n" in script.read_text()
+    assert "#SBATCH --array=0-3\n" in script.read_text()
     plan.write_text("runs: {umv2: {model-preset: umv2-4m}}\n")
     done = ablate(str(plan), "--output", str(tmp_path / "out"))
     assert done.returncode == 2 and not (tmp_path / "out").exists()
