@@ -16,7 +16,7 @@ INPUTS_READY := $(VENV)/.inputs-ready
 
 help:
 	@echo "make demo       train a small UltraMemV2 model on this machine, in minutes"
-	@echo "make compare    train umv2, MoE and dense models of equal cost, and write a report (about 10 minutes)"
+	@echo "make compare    train umv2, MoE and dense models of equal cost, and write a report (about 12 minutes)"
 	@echo "make test       lint, types and all quick tests"
 	@echo "make test-thorough  whole runs in many layouts, and other tests that .ci/run runs, too (about 7 minutes)"
 	@echo "make test-flags  every flag of the training program on a tiny model (about a minute)"
