@@ -6,9 +6,9 @@ which reads or writes little; the kernels compute it in two calls (``step_umv2``
 with UMV2_CPU_KERNELS=0 in the environment, PyTorch's operations are used; the results are equal but for rounding.
 
 Kernels read float32 or bfloat16 numbers in host memory, without autograd, and compute in float32 (of products of
-bfloat16 numbers, tiles round the left factor to bfloat16, as PyTorch does). Whatever has a say in how a module computes
-is asked to: where a hook, another forward, an adapter, a quantizer, autocast, a compiler or a mode of PyTorch is at
-work, the modules run as they are.
+bfloat16 numbers, where the CPU has these, with the left factor rounded to bfloat16, as PyTorch does). Whatever has a
+say in how a module computes is asked to: where a hook, another forward, an adapter, a quantizer, autocast, a compiler
+or a mode of PyTorch is at work, the modules run as they are.
 """
 
 from __future__ import annotations

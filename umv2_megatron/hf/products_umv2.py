@@ -9,8 +9,8 @@ packed but x. Kinds of tiles, whichever has the registers for M:
     paired     the same with two columns of x in a vector: for M that fill half of its lanes (AVX-512)
 
 A lane of 32 bits holds a float32 number, or two bfloat16 numbers of neighbouring columns where the CPU multiplies and
-adds up these at once (avx512_bf16: Intel since 2020, AMD since 2022); there a column of tiles is two of W. Other CPUs
-widen bfloat16 weights to float32 first, a tile at a time.
+adds up these at once (avx512_bf16: AMD since Zen 4, Intel with AMX, Cooper Lake); there a column of tiles is two of W.
+Other CPUs widen bfloat16 weights to float32 first, a tile at a time.
 
 It is a text in a Python file because transformers copies only these with a model.
 """

@@ -10,7 +10,8 @@ It is a text in a Python file because transformers copies only these with a mode
 """
 
 TILES = r"""
-// Few rows times a weight [N, K]: by tiles where the CPU and the system have them, by vectors otherwise.
+// Few rows times a weight [N, K]: by tiles where the CPU and the system have them, by vectors otherwise, of bfloat16
+// pairs where the CPU multiplies these.
 
 #pragma once
 
