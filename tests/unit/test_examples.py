@@ -16,6 +16,8 @@ from umv2_megatron.config.option_table import names
 from umv2_megatron.config.presets import PRESETS
 from umv2_megatron.config.resolve import model_values, resolve
 from umv2_megatron.config.run_config import RunConfig
+from umv2_megatron.evaluation.ablation.plan import read_plan
+from umv2_megatron.evaluation.ablation.runner import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = {
@@ -194,3 +196,15 @@ def test_links_lead_somewhere(path):
         link = target[0] or target[1]
         if not link.startswith(("http://", "https://")):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_result_files_are_trials_of_their_plans() -> None:
+    """Settings and evaluation of every one are those that its plan has now, so that a report can be made of them."""
+    folders = [path for path in (ROOT / "docs" / "result-files").iterdir() if path.is_dir()]
+    assert folders
+    for folder in folders:
+        plan = read_plan(ROOT / "examples" / "ablations" / f"{folder.name}.yaml", folder)
+        results = read_results(plan)
+        assert sum(map(len, results.values())) == len(list(folder.glob("*/seed*/result.json"))) > 0
+        for result in (result for group in results.values() for result in group):
+            assert result["devices"] and result["curve"][-1][0] * result["tokens_per_iteration"] == result["tokens"]

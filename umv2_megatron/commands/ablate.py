@@ -80,22 +80,9 @@ def _report(plan: Plan) -> None:
     results = read_results(plan)
     if not results:
         raise ValueError(f"--output is {plan.output}; expected at least one finished trial in it to report on")
-    report = write_report(plan, results, _bytes_per_token(plan))
+    report = write_report(plan, results)
     print("\n" + "\n".join(line for line in report.read_text().splitlines() if line.startswith("|")))
     print(f"\nreport: {report}")
-
-
-def _bytes_per_token(plan: Plan) -> float | None:
-    """Of the one corpus that all trials are validated on; None when there are several, random tokens, or tokens whose
-    loss does not count."""
-    if any(trial.run.data.loss_mask_key or trial.run.data.loss_start_token for trial in plan.trials):
-        return None
-    from umv2_megatron.evaluation.entropy import unigram_entropy
-
-    blends = [trial.run.data.split_blends()[1] or trial.run.data.blend() for trial in plan.trials]
-    paths = {tuple(blend[0]) if blend is not None else () for blend in blends}
-    only = paths.pop() if len(paths) == 1 else ()
-    return unigram_entropy(only[0]).bytes_per_token if len(only) == 1 else None
 
 
 def parser() -> argparse.ArgumentParser:

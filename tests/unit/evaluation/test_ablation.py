@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from small_plan import CONTENT, plan_of
 
 from umv2_megatron.commands import ablate
+from umv2_megatron.data.indexing import IndexWriter
 from umv2_megatron.evaluation.ablation import programs, runner
 from umv2_megatron.evaluation.ablation.plan import read_plan
 from umv2_megatron.evaluation.ablation.report import write_report
@@ -188,7 +191,7 @@ def test_trials_side_by_side(program: Path) -> None:
     states = {trial.name: state for trial, state in runner.run_trials(plan, plan.trials, jobs=2)}
     assert states.pop("umv2 seed 1").startswith("failed: exit code 2: pretrain_umv2.py: error: --lr is odd")
     assert states == {"dense seed 1": "done", "dense seed 2": "done", "umv2 seed 2": "done"}
-    assert "up to 2 trials at a time" in write_report(plan, runner.read_results(plan), None).read_text()
+    assert "up to 2 trials at a time" in write_report(plan, runner.read_results(plan)).read_text()
     (program / "fail").unlink()
     (program / "meet").unlink()
     assert [state for _, state in runner.run_trials(plan, plan.trials, jobs=9)] == ["was done"] * 3 + ["done"]
@@ -308,7 +311,7 @@ def test_a_run_that_diverged_is_not_judged_by_its_last_good_loss(program: Path) 
     file.write_text(json.dumps(runner.summary(plan.trials[1], 1.0)))
     results = runner.read_results(plan)
     assert results["umv2"][0]["curve"] == [[5, 3.5], [10, 3.0], [15, float("inf")]]
-    row = next(line for line in write_report(plan, results, None).read_text().splitlines() if line.startswith("| umv2"))
+    row = next(line for line in write_report(plan, results).read_text().splitlines() if line.startswith("| umv2"))
     assert "| inf |" in row
     metrics.unlink()
     with pytest.raises(runner.TrialFailed, match="it left no metrics"):
@@ -373,3 +376,40 @@ def test_the_plans_compare_models_of_equal_operations(path: Path, tmp_path: Path
     }
     assert plan.baseline in cost
     assert all(operations == pytest.approx(cost[plan.baseline], rel=0.01) for operations in cost.values()), cost
+
+
+def test_results_know_their_devices_and_text_and_are_reported_without_data(program: Path) -> None:
+    """A trial that was resumed on another machine names both; a copy of the results alone makes the same report."""
+    prefixes = [str(program / name) for name in ("text", "other")]
+    for prefix in prefixes:
+        writer = IndexWriter(prefix, np.uint16)
+        writer.add(np.zeros(12, dtype=np.uint16).tobytes(), np.array([12], dtype=np.int32))
+        writer.publish({"text_bytes": 30})
+    common = {**CONTENT["common"], "mock-data": False, "train-data-path": prefixes, "valid-data-path": [prefixes[0]]}
+    plan = plan_of(program, common=common)
+    for trial, devices in zip(plan.trials[:2], (["CPU 1"], ["CPU 2", "CPU 1", "CPU 2"])):
+        save = Path(trial.settings["save"])
+        save.mkdir(parents=True)
+        starts = [{"event": "start", "iteration": 0, "device": device} for device in devices]
+        events = [{"event": "checkpoint", "iteration": 5}, *starts]
+        (save / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert [state for _, state in runner.run_trials(plan, plan.trials[:2])] == ["done", "done"]
+    results = runner.read_results(plan)
+    assert [results[label][0]["devices"] for label in ("dense", "umv2")] == [["CPU 1"], ["CPU 2", "CPU 1"]]
+    text = write_report(plan, results).read_text()
+    assert f"on CPU 1 (dense); CPU 2 and then CPU 1 (umv2), torch {torch.__version__}. Mean" in text
+    assert "| bits per byte |" in text and f"| {3.0 / np.log(2) / 2.5:.4f} |" in text
+
+    kept = program / "kept"
+    for trial in plan.trials[:2]:
+        copy = kept / trial.directory.relative_to(plan.output)
+        copy.mkdir(parents=True)
+        for name in ("settings.yaml", runner.RESULT):
+            (copy / name).write_bytes((trial.directory / name).read_bytes())
+    for path in program.glob("*.idx"):
+        path.unlink()
+    ablate.main(ablate.parser().parse_args([str(plan.path), "--output", str(kept), "--report-only"]))
+    assert (kept / "report.md").read_text().replace(str(kept), str(plan.output)) == text
+
+    mixed = plan_of(program, common={**common, "valid-data-path": prefixes})
+    assert runner.summary(mixed.trials[0], 1.0)["bytes_per_token"] is None

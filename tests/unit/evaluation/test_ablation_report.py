@@ -41,10 +41,10 @@ def test_report_has_means_spreads_differences_and_plots(tmp_path: Path) -> None:
     assert mean_difference(results["umv2"], results["dense"]) == [
         (1, pytest.approx(0.5)), (2, pytest.approx(-0.1)), (3, pytest.approx(-0.3)),
     ]  # fmt: skip
-    text = write_report(plan, results, bytes_per_token=2.0).read_text()
+    text = write_report(plan, results).read_text()
     row = next(line for line in text.splitlines() if line.startswith("| umv2"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[0:2] == ["umv2", "2"] and cells[7:9] == ["-0.3000 ± 2.5412 at iteration 3", "2"]
+    assert cells[0:2] == ["umv2", "2"] and cells[6:8] == ["-0.3000 ± 2.5412 at iteration 3", "2"]
     assert "| facts | trained | seen 4x | 37.5 (25.0 to 50.0) |" in text and "| task | form | size | umv2 |" in text
     assert "| facts | trained | seen 4x | 1.500 (1.500 to 1.500) |" in text
     assert (plan.output / "facts.png").stat().st_size > 10_000
@@ -60,7 +60,7 @@ def test_the_report_of_unequal_and_of_diverged_runs(tmp_path: Path) -> None:
     inf = float("inf")
 
     def told(dense: dict[str, Any], umv2: dict[str, Any]) -> tuple[str, list[str]]:
-        text = write_report(plan, {"dense": [dense], "umv2": [umv2]}, None).read_text()
+        text = write_report(plan, {"dense": [dense], "umv2": [umv2]}).read_text()
         row = next(line for line in text.splitlines() if line.startswith("| umv2"))
         return text, [cell.strip() for cell in row.strip("|").split("|")][5:8]
 
@@ -72,18 +72,36 @@ def test_the_report_of_unequal_and_of_diverged_runs(tmp_path: Path) -> None:
     assert told(result([[1, 4.0], [2, 3.5]]), result([[1, 3.0], [2, 2.0]]))[1] == ["2.0000", "-1.5000", "1"]
 
 
+def test_devices_and_bits_per_byte(tmp_path: Path) -> None:
+    """Earlier versions recorded neither; bits per byte are of one text, which the results agree on."""
+    plan = plan_of(tmp_path)
+    plan.output.mkdir()
+
+    def told(*recorded: dict[str, Any]) -> str:
+        group = [result([[1, 2.0]], seed, **changes) for seed, changes in enumerate(recorded, 1)]
+        return write_report(plan, {"umv2": group}).read_text()
+
+    one = {"devices": ["CPU 1"], "torch": "2.13.0", "bytes_per_token": 4.0}
+    text = told(one, one)
+    assert "on CPU 1, torch 2.13.0. Mean" in text
+    assert "| bits per byte |" in text and f"| {2 / math.log(2) / 4:.4f} (" in text
+    text = told(one, {**one, "devices": ["CPU 2"], "bytes_per_token": 3.0})
+    assert "on CPU 1 (umv2 seed 1); CPU 2 (umv2 seed 2), torch 2.13.0. Mean" in text and "bits per byte" not in text
+    assert "on a device that was not recorded. Mean" in told({}, {})
+
+
 def test_tasks_of_different_difficulty_are_not_averaged(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     plan.output.mkdir()
     needle = {"task": "needle", "form": "trained", "times_seen": None, "context_length": 64}
     scores = [{**needle, "difficulty": d, "exact_match": 1 / d, "answer_nats": None} for d in (1, 4)]
     group = [result([[1, 5.0]], evaluation={"tasks": [*scores, {**task(0.5), "difficulty": None}]})]
-    text = write_report(plan, {"umv2": group}, None).read_text()
+    text = write_report(plan, {"umv2": group}).read_text()
     assert "| task | form | size | difficulty | umv2 |\n| --- | --- | --- | --- | --- |" in text
     assert "| needle | trained | 64 | 1 | 100.0 |\n| needle | trained | 64 | 4 | 25.0 |" in text
     assert "| facts | trained | seen 4x | - | 50.0 |" in text
     group[0]["evaluation"]["tasks"].pop(1)
-    assert "| needle | trained | 64 | 100.0 |" in write_report(plan, {"umv2": group}, None).read_text()
+    assert "| needle | trained | 64 | 100.0 |" in write_report(plan, {"umv2": group}).read_text()
 
 
 def test_numbers_of_items_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +119,7 @@ def test_numbers_of_items_are_not_averaged(tmp_path: Path, monkeypatch: pytest.M
     lines = []
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **more: lines.append((x, y)) or plot(self, x, y, **more))
-    text = write_report(plan, {"umv2": [result([[1, 5.0]], evaluation={"tasks": scores})]}, None).read_text()
+    text = write_report(plan, {"umv2": [result([[1, 5.0]], evaluation={"tasks": scores})]}).read_text()
     assert "| icl | symbols | 64 | 50.0 |\n| icl | symbols | 64, 2 shots | 10.0 |" in text
     assert "![items](items.png)" in text and lines[-2:] == [([64, 128], [50, 100]), ([2, 4], [20, 40])]
 
@@ -122,7 +140,7 @@ def test_differences_of_tasks_are_paired_by_seed(tmp_path: Path) -> None:
         made = [{"tasks": [{**needle, "exact_match": score}]} for score in scores]
         return [result([[1, 2.0]], seed=seed, evaluation=each) for seed, each in enumerate(made)]
 
-    text = write_report(plan, {"dense": group([0.1, 0.5]), "umv2": group([0.2, 0.7, 0.9])}, None).read_text()
+    text = write_report(plan, {"dense": group([0.1, 0.5]), "umv2": group([0.2, 0.7, 0.9])}).read_text()
     assert "| needle | trained | 64 | 30.0 (10.0 to 50.0) | 60.0 (20.0 to 90.0) |" in text
     # 10 and 20 points: mean 15, t(1) sd / sqrt(2) = 12.706 * 7.071 / 1.414
     assert "The same minus that of dense:" in text and "| needle | trained | 64 | +15.0 ± 63.5 |" in text

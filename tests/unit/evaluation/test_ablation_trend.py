@@ -91,13 +91,13 @@ def test_another_baseline_than_the_plans(tmp_path: Path) -> None:
     plan.output.mkdir()
     results: dict[str, Any] = {"dense": [curve((0.0, 0.0), 1)], "umv2": [curve((0.04, -0.02), 1)]}
     row = "| dense | 1 | -0.0400 | +0.0200 | 0.0000 | ahead, shrinks; level at iteration 3,200 |"
-    report = write_report(other, results, None)
+    report = write_report(other, results)
     text = report.read_text()
     assert row in text and report.name == "report-umv2.md"
     assert "--baseline umv2`" in text and "![differences-umv2](differences-umv2.png)" in text
     assert not (plan.output / "report.md").exists() and (plan.output / "differences-umv2.png").exists()
     with pytest.raises(ValueError, match="--baseline is umv2, of which no trial is finished in .*; expected one of d"):
-        write_report(other, {"dense": results["dense"]}, None)
+        write_report(other, {"dense": results["dense"]})
     with pytest.raises(ValueError, match="--baseline is moe; expected one of dense, umv2, the runs of"):
         read_plan(plan.path, plan.output, baseline="moe")
-    assert write_report(read_plan(plan.path, plan.output, baseline="dense"), results, None).name == "report.md"
+    assert write_report(read_plan(plan.path, plan.output, baseline="dense"), results).name == "report.md"

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from umv2_megatron.evaluation.ablation.comparison import Results, mean_difference, seed_differences, task_results
 from umv2_megatron.evaluation.ablation.paired import shown
@@ -18,11 +15,11 @@ from umv2_megatron.evaluation.ablation.trend import trend_table
 from umv2_megatron.evaluation.report import size_of
 
 
-def write_report(plan: Plan, results: Results, bytes_per_token: float | None) -> Path:
+def write_report(plan: Plan, results: Results) -> Path:
     """Write ``report.md`` with ``losses.png`` (and ``differences.png`` with a baseline) into the plan's output.
 
     Of another baseline than the plan's, given by --baseline, it is ``report-RUN.md`` with ``differences-RUN.png``.
-    ``bytes_per_token``: of the validation text, for bits per byte; None leaves them out. Returns the report's path.
+    It needs the results alone, not the data. Returns the report's path.
     Raises ``ValueError`` when no trial of that other baseline is finished.
     """
     suffix = ""
@@ -50,11 +47,11 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
         "",
         f"{done} of {len(plan.trials)} trials are done, {tokens} tokens each, {hours:.2f} hours in all (the last start "
         f"of a resumed trial counts alone{f', up to {beside} trials at a time' if beside > 1 else ''}), on "
-        f"{_machine()}. Mean over seeds, in brackets lowest to highest. "
+        f"{_devices(results)}. Mean over seeds, in brackets lowest to highest. "
         "Differences: mean over the seeds that both runs have, ± half of its 95% confidence interval (Student's t). "
         "Loss: nats per token on the validation set.",
         "",
-        *_main_table(plan, results, bytes_per_token),
+        *_main_table(plan, results),
         "",
         *trend_table(plan, results),
         *_task_tables(results, plan.baseline),
@@ -68,9 +65,28 @@ def write_report(plan: Plan, results: Results, bytes_per_token: float | None) ->
     return report
 
 
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    return f"{device}, torch {torch.__version__}"
+def _devices(results: Results) -> str:
+    """Where the trials were trained, and with which torch; of several devices, which runs on each.
+
+    The same run on two kinds of CPU differs as two seeds' noise does, so a reader has to know.
+    """
+    runs: dict[str, list[str]] = {}
+    for label, group in results.items():
+        for result in group:
+            device = " and then ".join(result.get("devices") or ["a device that was not recorded"])
+            runs.setdefault(device, []).append(label if len(group) == 1 else f"{label} seed {result['seed']}")
+    versions = sorted({result["torch"] for group in results.values() for result in group if "torch" in result})
+    told = "; ".join(f"{device} ({', '.join(labels)})" if len(runs) > 1 else device for device, labels in runs.items())
+    return told + (f", torch {', '.join(versions)}" if versions else "")
+
+
+def _bytes_per_token(plan: Plan, results: Results) -> float | None:
+    """Of the one text that all runs of the plan are validated on; None where there are several."""
+    blends = [trial.run.data.split_blends()[1] or trial.run.data.blend() for trial in plan.trials]
+    if len({tuple(blend[0]) if blend is not None else () for blend in blends}) != 1:
+        return None
+    found = {result.get("bytes_per_token") for group in results.values() for result in group}
+    return found.pop() if len(found) == 1 else None
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
@@ -79,7 +95,8 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
-def _main_table(plan: Plan, results: Results, bytes_per_token: float | None) -> list[str]:
+def _main_table(plan: Plan, results: Results) -> list[str]:
+    bytes_per_token = _bytes_per_token(plan, results)
     head = ["run", "seeds", "activated", "total", "forward MFLOP/token", "validation loss"]
     if bytes_per_token:
         head.append("bits per byte")
@@ -122,10 +139,6 @@ def _against(group: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> lis
     if told != "-" and ends != {last}:
         told += f" at iteration {last}"
     return [told, str(later[0]) if later else "never"]
-
-
-
-
 
 
 def _task_tables(results: Results, baseline: str | None) -> list[str]:

@@ -19,15 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from umv2_megatron.checkpoint.store import CheckpointStore
+from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.evaluation.ablation.evaluation_flags import check_evaluation_files
 from umv2_megatron.evaluation.ablation.plan import Plan, Trial, preset_flag
 from umv2_megatron.evaluation.ablation.programs import Programs, TrialFailed, program_file
+from umv2_megatron.evaluation.entropy import unigram_entropy
 from umv2_megatron.evaluation.report import write_json
+from umv2_megatron.observation.events import read_events
 from umv2_megatron.planning import count_parameters, flops_per_token
 from umv2_megatron.training.metrics import read_metrics
+from umv2_megatron.user_paths import user_path
 
 RESULT = "result.json"
 LOG = "log.txt"
@@ -159,7 +164,8 @@ def summary(trial: Trial, seconds: float) -> dict[str, Any]:
     ``curve``: [iteration, validation loss] pairs, in nats per token, None where it was not finite; ``parameters``,
     ``activated``: counts; ``flops``: of the blocks, per token and forward; ``tokens``: trained on;
     ``tokens_per_second``: of the median iteration; ``seconds``: this start's, so a resumed trial counts its last part
-    alone.
+    alone; ``devices``: on which it was started, in order, each once; ``torch``: version; ``bytes_per_token``: of the
+    validation text, None where that is not one corpus of ordinary text.
     """
     try:
         run, records = trial.run, read_metrics(trial.settings["save"])
@@ -170,6 +176,7 @@ def summary(trial: Trial, seconds: float) -> dict[str, Any]:
     curve = [[r["iteration"], r["lm loss validation"]] for r in records if "lm loss validation" in r]
     times = [record["iteration-time"] for record in records if "iteration-time" in record]
     tokens = run.global_batch_size * run.model.seq_length
+    starts = [event for event in read_events(user_path(trial.settings["save"])) if event["event"] == "start"]
     return {
         "run": trial.label,
         "seed": trial.seed,
@@ -182,7 +189,19 @@ def summary(trial: Trial, seconds: float) -> dict[str, Any]:
         "tokens_per_iteration": tokens,
         "tokens_per_second": tokens / statistics.median(times) if times else None,
         "seconds": seconds,
+        "devices": list(dict.fromkeys(str(event["device"]) for event in starts if "device" in event)),
+        "torch": torch.__version__,
+        "bytes_per_token": _bytes_per_token(run),
     }
+
+
+def _bytes_per_token(run: RunConfig) -> float | None:
+    """Of the one corpus that a run is validated on; None for several, random tokens, or tokens whose loss does not
+    count."""
+    if run.data.loss_mask_key or run.data.loss_start_token:
+        return None
+    blend = run.data.split_blends()[1] or run.data.blend()
+    return unigram_entropy(blend[0][0]).bytes_per_token if blend is not None and len(blend[0]) == 1 else None
 
 
 def read_results(plan: Plan) -> dict[str, list[dict[str, Any]]]:
