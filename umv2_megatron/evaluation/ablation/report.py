@@ -68,7 +68,7 @@ def write_report(plan: Plan, results: Results) -> Path:
 def _devices(results: Results) -> str:
     """Where the trials were trained, and with which torch; of several devices, which runs on each.
 
-    The same run on two kinds of CPU differs as two seeds' noise does, so a reader has to know.
+    The same run differs between two kinds of CPU by more than rounding, so a reader has to know.
     """
     runs: dict[str, list[str]] = {}
     for label, group in results.items():
