@@ -37,6 +37,14 @@ def unigram_entropy(prefix: str) -> UnigramEntropy:
         block[: len(counts)] += counts
         counts = block
     shares = counts[counts > 0] / len(tokens)
+    return UnigramEntropy(float(-(shares * np.log(shares)).sum()), bytes_per_token(prefix))
+
+
+def bytes_per_token(prefix: str) -> Optional[float]:
+    """Bytes of UTF-8 text per token of ``prefix.bin``, end-of-document tokens included; None without a sidecar.
+
+    It reads the index and the sidecar alone. Raises ``ValueError`` as ``unigram_entropy`` does.
+    """
     meta = read_meta(prefix)
     text_bytes = meta.get("text_bytes") if meta is not None else None
-    return UnigramEntropy(float(-(shares * np.log(shares)).sum()), text_bytes / len(tokens) if text_bytes else None)
+    return text_bytes / int(read_index(prefix).lengths.sum(dtype=np.int64)) if text_bytes else None

@@ -27,7 +27,7 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.evaluation.ablation.evaluation_flags import check_evaluation_files
 from umv2_megatron.evaluation.ablation.plan import Plan, Trial, preset_flag
 from umv2_megatron.evaluation.ablation.programs import Programs, TrialFailed, program_file
-from umv2_megatron.evaluation.entropy import unigram_entropy
+from umv2_megatron.evaluation.entropy import bytes_per_token
 from umv2_megatron.evaluation.report import write_json
 from umv2_megatron.observation.events import read_events
 from umv2_megatron.planning import count_parameters, flops_per_token
@@ -201,7 +201,7 @@ def _bytes_per_token(run: RunConfig) -> float | None:
     if run.data.loss_mask_key or run.data.loss_start_token:
         return None
     blend = run.data.split_blends()[1] or run.data.blend()
-    return unigram_entropy(blend[0][0]).bytes_per_token if blend is not None and len(blend[0]) == 1 else None
+    return bytes_per_token(blend[0][0]) if blend is not None and len(blend[0]) == 1 else None
 
 
 def read_results(plan: Plan) -> dict[str, list[dict[str, Any]]]:
