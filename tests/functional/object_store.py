@@ -39,7 +39,7 @@ class Server:
         }
 
     def fail(self, pattern: str | None, status: int = 403) -> None:
-        """Answer requests ``METHOD /path?query`` that match with an error from now on; None: no more."""
+        """Answer requests ``METHOD /path?query range`` that match with an error from now on; None: no more."""
         temporary = self._failing.with_suffix(".new")
         temporary.write_text(json.dumps([pattern, status]) if pattern else "")
         os.replace(temporary, self._failing)
@@ -112,8 +112,8 @@ def _serve(folder: Path) -> None:
     @Request.application
     def noted(request: Request) -> Any:
         query = request.query_string.decode()
-        line = f"{request.method} {request.path}{'?' if query else ''}{query}"
-        log.write(f"{line} {request.headers.get('Range', '')}\n")
+        line = f"{request.method} {request.path}{'?' if query else ''}{query} {request.headers.get('Range', '')}"
+        log.write(line + "\n")
         told = (folder / "failing").read_text()
         pattern, status = json.loads(told) if told else (None, 0)
         if pattern and re.search(pattern, line):

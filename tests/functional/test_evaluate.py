@@ -108,7 +108,8 @@ def test_an_export_gives_the_numbers_of_its_checkpoint(checkpoint, alone, tmp_pa
 def test_an_export_with_experts_gives_the_numbers_of_its_checkpoint(tmp_path):
     """Trained on two ranks that share the experts, evaluated on one, and exported."""
     save, export = tmp_path / "run", tmp_path / "export"
-    experts = {"ffn_variant": "moe", "num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+    experts = {"ffn_variant": "moe", "num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 48,
+               "memory_num_keys": None}  # fmt: skip
     train(2, tiny_run(**{**MODEL, **experts, "expert_model_parallel_size": 2, "save": save}), tmp_path / "train")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     alone = evaluated(1, save, tmp_path)
