@@ -198,6 +198,17 @@ def test_links_lead_somewhere(path):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_plan_makes_the_directories_of_its_data(path: Path) -> None:
+    """In a new clone nothing is there that its first lines write into; ablate.py makes its own."""
+    head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    made = set(re.findall(r"mkdir -p (\S+)", head))
+    commands = head.replace("\\\n#", " ")
+    written = re.findall(r"(?:> |--output(?:-prefix)?\s+)(runs/\S+)/", re.sub(r"ablate\.py.*", "", commands))
+    written = {directory for directory in written if "$" not in directory}
+    assert written <= made, f"expected mkdir -p {' '.join(sorted(written - made))}"
+
+
 def test_result_files_are_trials_of_their_plans() -> None:
     """Settings and evaluation of every one are those that its plan has now, so that a report can be made of them."""
     folders = [path for path in (ROOT / "docs" / "result-files").iterdir() if path.is_dir()]

@@ -27,8 +27,17 @@ if TYPE_CHECKING:
 
 def main(arguments: argparse.Namespace) -> None:
     """Run, then report."""
-    if arguments.slurm_array and arguments.smoke:
-        raise ValueError("--smoke is given with --slurm-array; expected only one of them")
+    if arguments.slurm_array:
+        others = {
+            "--smoke": arguments.smoke,
+            "--report-only": arguments.report_only,
+            "--trial": arguments.trial is not None,
+        }
+        for flag in (flag for flag, given in others.items() if given):
+            raise ValueError(f"{flag} is given with --slurm-array; expected only one of them")
+        file = Path(arguments.slurm_array)
+        if file.is_dir() or not file.parent.is_dir():
+            raise ValueError(f"--slurm-array is {file}; expected the name of a file in a directory that exists")
     if arguments.report_only and arguments.trial is not None:
         raise ValueError(f"--trial is {arguments.trial} with --report-only; expected only one of them")
     if arguments.jobs < 1:

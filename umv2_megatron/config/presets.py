@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 from umv2_megatron.config.memory_config import MemoryConfig
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.config.variants import has_memory, variant_defaults
+from umv2_megatron.config.yaml_text import parse_yaml
 
 DIRECTORY = Path(__file__).parent / "preset_files"
 FAMILIES = ("umv2", "bytes_3m", "paper_227m")
@@ -198,22 +199,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
 
 
 def _read_yaml(path: Path) -> Any:
-    import yaml  # not for --help
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_text(encoding="utf-8"))
     try:
-        tree = loader.get_single_node()
-        _refuse_repeated_keys(tree, str(path))
-        return None if tree is None else loader.construct_document(tree)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _refuse_repeated_keys(node: Any, where: str) -> None:
-    """Raises ``UsageError`` if a mapping of a YAML tree has a key twice, of which YAML would take the last."""
-    if node is not None and node.id == "mapping":
-        names = [key.value for key, _ in node.value]
-        for name, (_, value) in zip(names, node.value):
-            if names.count(name) > 1:
-                raise UsageError(f"{where}: {name} is there twice; expected every key once")
-            _refuse_repeated_keys(value, f"{where}: {name}")
+        return parse_yaml(path.read_text(encoding="utf-8"), fast=True)
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error

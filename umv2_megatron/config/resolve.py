@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from umv2_megatron.config.checks import check
 from umv2_megatron.config.engram_config import EngramConfig
 from umv2_megatron.config.flags import parse_flags, read_mapping
@@ -31,6 +29,7 @@ from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.training_config import TrainingConfig
 from umv2_megatron.config.usage import UsageError
 from umv2_megatron.config.variants import NO_ENGRAM, variant_defaults
+from umv2_megatron.config.yaml_text import parse_yaml
 
 
 def resolve(
@@ -184,10 +183,10 @@ def _with_variant_defaults(
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config is {path!r}; expected a readable YAML file ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a text, a date or a nesting that cannot be
+    except ValueError as error:
         raise UsageError(f"--config is {path!r}; not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--config is {path!r}; expected a mapping of flag names to values")

@@ -22,7 +22,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -39,6 +38,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from umv2_megatron.config.flags import read_mapping
 from umv2_megatron.config.memory_config import MemoryConfig
+from umv2_megatron.config.yaml_text import parse_yaml
 from umv2_megatron.memory.engram import EngramLayer
 from umv2_megatron.memory.layer import MemoryLayer
 from umv2_megatron.model.bf16_attention import Bf16Attention
@@ -227,9 +227,9 @@ def read_memory_config(text: str | None = None) -> MemoryConfig:
         except (OSError, UnicodeError) as error:
             raise ValueError(f"{variable} is {text!r}; expected a readable YAML or JSON file ({error})") from error
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: no such date, nested too deeply
-        raise ValueError(f"{where}: expected YAML or JSON; {' '.join(str(error).split())}") from error
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected YAML or JSON; {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping of field names to values, not {content!r}")
     known = {field.name for field in dataclasses.fields(MemoryConfig)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -66,7 +67,9 @@ def test_trials_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> No
         ({"common": {**CONTENT["common"], "load": "x"}}, "load is set; expected finetune: true too"),
         ({"common": {**CONTENT["common"], "memory-topkk": 3}}, "unknown key 'memory_topkk'; did you mean"),
         ({"common": {**CONTENT["common"], "memory-num-cores": 5}}, "run 'umv2': --memory-value-dim is"),
-        ({"ranks": 2}, "ranks is 2; expected the number of ranks that launcher starts"),
+        ({"ranks": 2}, "ranks is 2 without a launcher; expected launcher too, such as torchrun"),
+        ({"ranks": 0}, "ranks is 0; expected the number of ranks that launcher starts"),
+        ({"common": {**CONTENT["common"], "model-presett": "x"}}, "unknown key 'model_presett'; did you mean model-p"),
         ({"launcher": ["torchrun"]}, "launcher is ['torchrun']; expected the words of a command, in one string"),
         ({"launcher": "torchrun 'x"}, "expected the words of a command"),
         ({"baseline": ["dense"]}, "baseline is ['dense']; expected one of dense, umv2"),
@@ -104,6 +107,42 @@ def test_a_plan_that_cannot_work_is_refused_before_anything_runs(
     with pytest.raises(ValueError, match="plan.yaml") as refused:
         plan_of(tmp_path, **changes)
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("runs: {umv2: {}, umv2: {lr: 1}}\n", "runs: umv2 is there twice, again in line 1; expected every key once"),
+        ("common:\n  lr: 1\n  lr: 2\nruns: {umv2: {}}\n", "common: lr is there twice, again in line 3"),
+        ("rnus: {umv2: {}}\n", "unknown key 'rnus'; expected one of common, seeds"),
+    ],
+)
+def test_what_a_plan_says_twice_or_otherwise_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="plan.yaml") as refused:
+        read_plan(path, tmp_path / "out")
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--output", "plan.yaml"], "plan.yaml, which is a file; expected a directory"),
+        (["--output", "out", "--slurm-array", "a.sh", "--report-only"], "--report-only is given with --slurm-array"),
+        (["--output", "out", "--slurm-array", "a.sh", "--trial", "0"], "--trial is given with --slurm-array"),
+        (["--output", "out", "--slurm-array", "none/a.sh"], "--slurm-array is none/a.sh; expected the name of a file"),
+        (["--output", "out", "--slurm-array", "."], "--slurm-array is .; expected the name of a file"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], sentence: str
+) -> None:
+    plan_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        ablate.main(ablate.parser().parse_args(["plan.yaml", *words]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml"]
 
 
 @pytest.fixture
@@ -300,6 +339,43 @@ def test_results_of_different_evaluations_never_meet(program: Path) -> None:
     del earlier["evaluate"]
     file.write_text(json.dumps(earlier))
     assert len(runner.read_results(changed)["dense"]) == 1
+
+
+def test_copied_results_are_those_of_their_trials(program: Path) -> None:
+    plan = plan_of(program, evaluate={"tasks": "needle"})
+    list(runner.run_trials(plan, plan.trials[:2]))
+    first, other = plan.trials[0], plan.trials[1]
+    file = first.directory / runner.RESULT
+    right = file.read_text()
+    for text, sentence in (
+        (right[:90], "result.json: expected a readable JSON file"),
+        ("[]", "result.json: expected a JSON object"),
+        ((other.directory / runner.RESULT).read_text(), "result.json is of umv2 seed 1; expected the result of dense"),
+    ):
+        file.write_text(text)
+        for read in (lambda: runner.read_results(plan), lambda: list(runner.run_trials(plan, plan.trials))):
+            with pytest.raises(ValueError, match=sentence):
+                read()
+    file.write_text(right)
+    for name, sentence in ((runner.EVALUATION, "though dense seed 1 was evaluated"), ("settings.yaml", "beside res")):
+        missing = first.directory / name
+        text = missing.read_text()
+        missing.unlink()
+        with pytest.raises(ValueError, match=sentence) as refused:
+            runner.read_results(plan)
+        assert str(missing) in str(refused.value)
+        missing.write_text(text)
+    (first.directory / runner.EVALUATION).write_text('{"tasks": [')
+    with pytest.raises(ValueError, match="evaluation.json: expected a readable JSON file"):
+        runner.read_results(plan)
+
+
+def test_smoke_beside_whole_trials_is_refused(program: Path) -> None:
+    plan = plan_of(program, evaluate={"tasks": "needle"})
+    list(runner.run_trials(plan, plan.trials[:1]))
+    smoke = plan_of(program, smoke=True, evaluate={"tasks": "needle"})
+    with pytest.raises(ValueError, match="--smoke is given, but .*dense/seed1 is of a whole trial"):
+        list(runner.run_trials(smoke, smoke.trials))
 
 
 def test_a_run_that_diverged_is_not_judged_by_its_last_good_loss(program: Path) -> None:

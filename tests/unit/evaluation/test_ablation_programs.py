@@ -49,6 +49,34 @@ def test_termination_is_passed_on_and_waited_for(tmp_path: Path) -> None:
     assert all(map(Path.exists, saved)) and not any(map(Path.exists, last))
 
 
+def test_a_killed_runner_leaves_no_trial_behind(tmp_path: Path) -> None:
+    """SIGKILL, on which nothing can be passed on: the training gets the SIGTERM from the kernel, and saves."""
+    command = [sys.executable, "-c", "import signal, sys, time\n"
+               "signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w').close(), sys.exit(0)))\n"
+               "open('ready', 'w').close(); time.sleep(100)"]  # fmt: skip
+    runner = (
+        "import pathlib, threading\n"
+        "from umv2_megatron.evaluation.ablation.programs import Programs\n"
+        f"call = lambda: Programs(1, 1).call({command!r}, environment={{}}, log=pathlib.Path('log'))\n"
+        "threading.Thread(target=call).start()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(programs.ROOT)}
+    with subprocess.Popen([sys.executable, "-c", runner], cwd=tmp_path, env=environment) as process:
+        wait_until = time.monotonic() + 120
+        while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < wait_until:
+            time.sleep(0.05)
+        process.kill()
+    wait_until = time.monotonic() + 30
+    while not (tmp_path / "saved").exists() and time.monotonic() < wait_until:
+        time.sleep(0.05)
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_launcher_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(programs.TrialFailed, match="error: no-such-launcher cannot be started: No such file"):
+        programs.Programs(1, 1).call(["no-such-launcher"], environment={}, log=tmp_path / "log")
+
+
 def test_cores_are_shared_out_unless_the_user_has_done_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))

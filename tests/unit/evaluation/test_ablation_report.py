@@ -90,6 +90,15 @@ def test_devices_and_bits_per_byte(tmp_path: Path) -> None:
     assert "on a device that was not recorded. Mean" in told({}, {})
 
 
+def test_a_baseline_without_a_finished_trial_is_told(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    plan.output.mkdir()
+    both = {"dense": [result([[1, 5.0]])], "umv2": [result([[1, 4.0]])]}
+    sentence = "No trial of the baseline dense is finished: no differences."
+    assert sentence in write_report(plan, {"umv2": both["umv2"]}).read_text()
+    assert sentence not in write_report(plan, both).read_text()
+
+
 def test_tasks_of_different_difficulty_are_not_averaged(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     plan.output.mkdir()

@@ -60,6 +60,10 @@ def test_where_a_line_meets_the_baseline(last: float, slope: float, told: str) -
     near, far = ([Line(100, last, slope - d, 0.0), Line(100, last, slope + d, 0.0)] for d in (1e-5, 2e-3))
     assert outlook(near) == told
     assert outlook(far).endswith("; grows or shrinks, the interval says neither")
+    apart = [[Line(100, last + d, slope + e, 0.0) for d, e in ((-0.5, -each), (0.5, each))] for each in (1e-5, 2e-3)]
+    assert [outlook(lines) for lines in apart] == [
+        f"level within the interval; {'falls' if slope < 0 else 'rises'}", "level within the interval",
+    ]  # fmt: skip
 
 
 def test_the_table_fits_each_seed_and_gives_the_interval_over_them(tmp_path: Path) -> None:
@@ -68,7 +72,7 @@ def test_the_table_fits_each_seed_and_gives_the_interval_over_them(tmp_path: Pat
     umv2 = [curve((0.04, -0.029), 1, base=1), curve((0.06, -0.031), 2, base=2), curve((5.0, 5.0), 3)]
     text = "\n".join(trend_table(plan, {"dense": dense, "umv2": umv2}))
     # means of 0.04 and 0.06, -0.029 and -0.031; t(1) sd / sqrt(2) = 12.706 * 0.01 and 0.001; 800 * 2 ** (0.05 / 0.03)
-    told = "| umv2 | 2 | +0.0500 ± 0.1271 | -0.0300 ± 0.0127 | 0.0000 | behind, shrinks; level at iteration 2,540 |"
+    told = "| umv2 | 2 | +0.0500 ± 0.1271 | -0.0300 ± 0.0127 | 0.0000 | level within the interval; falls |"
     assert told in text and "iterations 100 to 800" in text and "| dense |" not in text
     assert "| umv2 | 0 | - | - | - | no seed of both |" in trend_table(plan, {"dense": dense, "umv2": umv2[2:]})
     assert trend_table(plan, {"umv2": umv2}) == []

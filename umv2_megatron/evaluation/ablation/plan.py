@@ -18,6 +18,7 @@ Every run with every seed is a trial, in a directory of its own: <output>/<run>/
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 import shlex
 import tempfile
@@ -30,6 +31,7 @@ import yaml
 from umv2_megatron.config.resolve import resolve
 from umv2_megatron.config.run_config import RunConfig
 from umv2_megatron.config.usage import UsageError
+from umv2_megatron.config.yaml_text import parse_yaml
 from umv2_megatron.evaluation.ablation.evaluation_flags import evaluation_words
 
 KEYS = ("common", "seeds", "baseline", "runs", "launcher", "ranks", "evaluate", "trend", "slurm")
@@ -90,6 +92,8 @@ class Plan:
     other_baseline: bool = False
     """Whether ``baseline`` was given in the place of the plan's."""
     slurm: dict[str, Any] = field(default_factory=dict)
+    smoke: bool = False
+    """Whether the trials are two steps on random tokens."""
 
     @property
     def labels(self) -> list[str]:
@@ -104,15 +108,17 @@ def read_plan(path: Path, output: Path, smoke: bool = False, baseline: str | Non
     ``ValueError`` naming the file and the key that cannot work; writes nothing.
     """
     output = output.resolve()  # an array job and the command line may name the same directory differently
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output is {output}, which is a file; expected a directory, or a new name")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a readable YAML file; {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
-        raise ValueError(f"{path}: expected a mapping with the key runs, itself a mapping of names to settings")
-    for key in content:
+    for key in content if isinstance(content, dict) else ():
         if key not in KEYS:
             raise ValueError(f"{path}: unknown key {key!r}; expected one of {', '.join(KEYS)}")
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
+        raise ValueError(f"{path}: expected a mapping with the key runs, itself a mapping of names to settings")
     seeds = content.get("seeds", [1234])
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise ValueError(f"{path}: seeds is {seeds!r}; expected a list of integers such as [1, 2]")
@@ -129,8 +135,13 @@ def read_plan(path: Path, output: Path, smoke: bool = False, baseline: str | Non
     common = _mapping(content, "common", path)
     launcher = [] if smoke else _launcher(content.get("launcher"), path)
     ranks = 1 if smoke else content.get("ranks", 1)
-    if type(ranks) is not int or ranks < 1 or (ranks > 1 and not launcher):
+    if type(ranks) is not int or ranks < 1:
         raise ValueError(f"{path}: ranks is {ranks!r}; expected the number of ranks that launcher starts")
+    if ranks > 1 and not launcher:
+        raise ValueError(
+            f"{path}: ranks is {ranks} without a launcher; expected launcher too, such as "
+            f"torchrun --standalone --nproc-per-node {ranks}"
+        )
     trials = [
         _trial(path, output, label, {**common, **_mapping(content["runs"], label, path)}, seed, ranks, smoke)
         for seed in seeds
@@ -141,7 +152,7 @@ def read_plan(path: Path, output: Path, smoke: bool = False, baseline: str | Non
     trend = None if smoke else _trend(content.get("trend"), trials, baseline, path)
     if smoke:
         evaluate = []
-    return Plan(path, output, trials, baseline, launcher, ranks, evaluate, trend, other_baseline, slurm)
+    return Plan(path, output, trials, baseline, launcher, ranks, evaluate, trend, other_baseline, slurm, smoke)
 
 
 def _trend(given: Any, trials: list[Trial], baseline: str | None, path: Path) -> tuple[int, int] | None:
@@ -185,6 +196,8 @@ def _trial(path: Path, output: Path, label: str, given: dict[str, Any], seed: in
         given = {key: value for key, value in given.items() if key.replace("_", "-") not in SMOKE}
         given.update({key: value for key, value in SMOKE.items() if value is not None})
     named = {key.replace("-", "_"): value for key, value in given.items()}
+    for key in difflib.get_close_matches("model_preset", named.keys() - {"model_preset"}, cutoff=0.85):
+        raise ValueError(f"{where}: unknown key {key!r}; did you mean model-preset?")  # no key of --config files
     preset = named.pop("model_preset", None)
     if smoke:
         for key in ("load", "finetune"):

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from umv2_megatron.evaluation.ablation.comparison import Results, mean_curve, mean_difference, task_results
+from umv2_megatron.evaluation.ablation.comparison import (
+    Results,
+    mean_curve,
+    mean_difference,
+    seed_differences,
+    task_results,
+)
 from umv2_megatron.evaluation.ablation.plan import Plan
 from umv2_megatron.evaluation.curves import COLOURS, styles
 from umv2_megatron.evaluation.tasks.context_tasks import COUNTED
@@ -19,20 +25,22 @@ def plot_losses(plan: Plan, results: Results) -> Path:
         if curve:
             iterations = [iteration for iteration, _ in curve]
             axes.plot(iterations, [sum(v) / len(v) for _, v in curve], **style, markersize=3, label=label)
-            lowest, highest = zip(*((min(v), max(v)) for _, v in curve))
-            axes.fill_between(iterations, lowest, highest, color=style["color"], alpha=0.2, linewidth=0)
+            _band(axes, iterations, [v for _, v in curve], style)
     axes.set(xlabel="iteration", ylabel="validation loss (nats per token)", title=plan.path.stem)
     return _save(figure, axes, plan.output / "losses.png")
 
 
 def plot_differences(plan: Plan, results: Results, file: str) -> Path:
-    """Mean difference of every run from the baseline."""
+    """Mean difference of every run from the baseline, paired by seed, with the range of its seeds."""
     assert plan.baseline is not None
     figure, axes = _figure()
     for style, (label, group) in zip(styles(), results.items()):
         difference = mean_difference(group, results[plan.baseline])
         if label != plan.baseline and difference:
             axes.plot(*zip(*difference), **style, markersize=3, label=f"{label} minus {plan.baseline}")
+            iterations = [iteration for iteration, _ in difference]
+            seeds = [seed_differences(group, results[plan.baseline], iteration) for iteration in iterations]
+            _band(axes, iterations, seeds, style)
     axes.axhline(0, color="#57606a", linewidth=1)
     axes.set(xlabel="iteration", ylabel="difference (nats per token)", title=f"{plan.path.stem}: below 0 is better")
     return _save(figure, axes, plan.output / file)
@@ -59,12 +67,15 @@ def plot_facts(plan: Plan, results: Results) -> list[Path]:
                     at = sorted(points)
                     heights = [sum(points[x]) / len(points[x]) for x in at]
                     place.plot(at, heights, **style, markersize=3, label=label)
+                    _band(place, at, [points[x] for x in at], style)
             ticks = sorted({task["times_seen"] for _, task in found})
             place.set_xscale("symlog", base=2, linthresh=1)
             place.set_xticks(ticks, [str(tick) for tick in ticks])
             place.set_xlim(-0.3, 1.15 * max(ticks[-1], 1))
             place.minorticks_off()
             place.set(xlabel="times a fact stands in the training documents", ylabel=what, title=f"facts, {form} form")
+            if name == "exact_match":
+                place.set_ylim(-3, 103)
     return [_save(figure, axes, plan.output / "facts.png")]
 
 
@@ -95,11 +106,16 @@ def plot_contexts(plan: Plan, results: Results, axis: str, file: str) -> list[Pa
             if points:
                 at = sorted(points)
                 place.plot(at, [sum(points[x]) / len(points[x]) for x in at], **style, markersize=3, label=label)
-                lowest, highest = zip(*((min(points[x]), max(points[x])) for x in at))
-                place.fill_between(at, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
+                _band(place, at, [points[x] for x in at], style)
         what = f"{COUNTED[name]} in a context of {longest} tokens" if axis == "items" else "tokens of context"
         place.set(xlabel=what, ylabel="exact match (%)", title=f"{name}, {form}", ylim=(-3, 103))
     return [_save(figure, axes, plan.output / file)]
+
+
+def _band(place: Any, at: list[int], seeds: list[list[float]], style: dict[str, str]) -> None:
+    """From the lowest to the highest seed at each place."""
+    lowest, highest = [min(values) for values in seeds], [max(values) for values in seeds]
+    place.fill_between(at, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _figure(rows: int = 1, columns: int = 1) -> tuple[Any, Any]:

@@ -18,6 +18,21 @@ import torch
 ROOT = Path(__file__).resolve().parents[3]
 
 
+# Becomes the command after it has asked for a SIGTERM, on which training saves and stops, when the process that started
+# it is gone: killed, that one can end nothing, and a trial that went on would be in the way of the next start.
+_WITH_PARENT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the process that started this one is gone")
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"launcher: error: {sys.argv[2]} cannot be started: {error.strerror}")
+"""
+
+
 class TrialFailed(Exception):
     """A trial's program ended with an error; the message is the program's own last words."""
 
@@ -82,8 +97,9 @@ class Programs:
                 if self._ended:
                     raise TrialFailed("it was not started, because this program was told to end")
                 process = subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-                )
+                    [sys.executable, "-ISc", _WITH_PARENT, str(os.getpid()), *command],
+                    stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment},
+                )  # fmt: skip
                 self._running.add(process)
             code = process.wait()
             with self._lock:

@@ -37,6 +37,7 @@ def write_report(plan: Plan, results: Results) -> Path:
     plots += plot_contexts(plan, results, "context_length", "contexts.png") + plot_contexts(
         plan, results, "items", "items.png"
     )
+    alone = plan.baseline is not None and plan.baseline not in results
     done = sum(map(len, results.values()))
     counts = {r["tokens"] for group in results.values() for r in group}
     tokens = ("up to " if len(counts) > 1 else "") + f"{max(counts, default=0):,}"
@@ -49,7 +50,8 @@ def write_report(plan: Plan, results: Results) -> Path:
         f"of a resumed trial counts alone{f', up to {beside} trials at a time' if beside > 1 else ''}), on "
         f"{_devices(results)}. Mean over seeds, in brackets lowest to highest. "
         "Differences: mean over the seeds that both runs have, ± half of its 95% confidence interval (Student's t). "
-        "Loss: nats per token on the validation set.",
+        "Loss: nats per token on the validation set. Bands of the plots: from the lowest seed to the highest."
+        + (f" No trial of the baseline {plan.baseline} is finished: no differences." if alone else ""),
         "",
         *_main_table(plan, results),
         "",

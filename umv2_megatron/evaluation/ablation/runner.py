@@ -50,6 +50,11 @@ def run_trials(plan: Plan, trials: Iterable[Trial], jobs: int = 1) -> Iterator[t
     there are too few devices. Whoever interrupts or terminates this process terminates the trials, and waits for them.
     """
     trials = list(trials)
+    for trial in plan.trials if plan.smoke else ():
+        if _begun(trial) and _other_settings(trial):
+            raise ValueError(
+                f"--smoke is given, but {trial.directory} is of a whole trial; expected an --output of its own"
+            )
     for trial in plan.trials:
         if (trial.directory / RESULT).exists():
             _read_result(plan, trial)
@@ -93,16 +98,16 @@ def check_settings(trial: Trial) -> None:
     A program that stopped before it trained, say at a setting that cannot be, leaves nothing that a mended plan could
     be mixed up with.
     """
-    file = trial.settings_file
-    if (
-        _begun(trial)
-        and file.exists()
-        and _compared(file.read_text(encoding="utf-8")) != _compared(trial.settings_text())
-    ):
+    if _begun(trial) and _other_settings(trial):
         raise ValueError(
-            f"{file} has other settings than the plan gives {trial.name} now; expected the same, because results of "
-            "different settings cannot be told apart; use another --output, or remove that directory"
+            f"{trial.settings_file} has other settings than the plan gives {trial.name} now; expected the same, "
+            "because results of different settings cannot be told apart; use another --output, or remove that directory"
         )
+
+
+def _other_settings(trial: Trial) -> bool:
+    file = trial.settings_file
+    return file.exists() and _compared(file.read_text(encoding="utf-8")) != _compared(trial.settings_text())
 
 
 def _begun(trial: Trial) -> bool:
@@ -214,21 +219,38 @@ def read_results(plan: Plan) -> dict[str, list[dict[str, Any]]]:
         file = trial.directory / RESULT
         if not file.exists():
             continue
+        if not trial.settings_file.exists():
+            raise ValueError(
+                f"{trial.settings_file} is not there; expected it beside {file.name}, because without it nothing says "
+                "that the result is of this plan; copy it too"
+            )
         check_settings(trial)
         result = _read_result(plan, trial)
         # A run that diverged is worse than any other, and must not be judged by its last good loss.
         result["curve"] = [[step, math.inf if loss is None else loss] for step, loss in result["curve"]]
         evaluation = trial.directory / EVALUATION
         if evaluation.exists():
-            result["evaluation"] = json.loads(evaluation.read_text(encoding="utf-8"))
+            result["evaluation"] = _read_json(evaluation)
+        elif result.get("evaluate"):
+            raise ValueError(
+                f"{evaluation} is not there, though {trial.name} was evaluated; copy it too, or remove {file} to "
+                "evaluate that trial again"
+            )
         found.setdefault(trial.label, []).append(result)
     return found
 
 
 def _read_result(plan: Plan, trial: Trial) -> dict[str, Any]:
-    """result.json of a finished trial. Raises ``ValueError`` when it was evaluated with other flags than the plan's."""
+    """result.json of a finished trial.
+
+    Raises ``ValueError`` when it cannot be read, is of another trial, or was evaluated with other flags than the
+    plan's.
+    """
     file = trial.directory / RESULT
-    result = json.loads(file.read_text(encoding="utf-8"))
+    result = _read_json(file)
+    told = [result.get("run", trial.label), result.get("seed", trial.seed)]
+    if told != [trial.label, trial.seed]:
+        raise ValueError(f"{file} is of {told[0]} seed {told[1]}; expected the result of {trial.name}; copy it anew")
     flags = result.get("evaluate", plan.evaluate)  # earlier versions did not write them
     if _by_flag(flags) != _by_flag(plan.evaluate):
         raise ValueError(
@@ -237,6 +259,16 @@ def _read_result(plan: Plan, trial: Trial) -> dict[str, Any]:
             f"evaluations cannot be averaged; use another --output, or remove {file} to evaluate that trial again"
         )
     return result
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: expected a readable JSON file ({error}); copy it anew, or remove it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object, as tools/ablate.py writes it; copy it anew, or remove it")
+    return found
 
 
 def _by_flag(words: list[str]) -> list[str]:

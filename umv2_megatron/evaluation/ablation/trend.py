@@ -49,9 +49,12 @@ def fit(points: list[tuple[int, float]]) -> Line | None:
 def outlook(lines: list[Line]) -> str:
     """Whether the mean line of the seeds is ahead of the baseline (below 0) or behind, and where it is to meet it."""
     last, slope = (statistics.fmean(getattr(line, name) for line in lines) for name in ("last", "slope"))
-    half = half_width([line.slope for line in lines])
+    of_last, of_slope = (half_width([getattr(line, name) for line in lines]) for name in ("last", "slope"))
+    steady = of_slope is not None and abs(slope) <= of_slope
+    if of_last is not None and abs(last) <= of_last:
+        return "level within the interval" + ("" if steady else "; falls" if slope < 0 else "; rises")
     side = "ahead" if last < 0 else "behind"
-    if half is not None and abs(slope) <= half:
+    if steady:
         return f"{side}; grows or shrinks, the interval says neither"
     if last * slope >= 0:
         return f"{side}, grows"
