@@ -117,7 +117,8 @@ def test_as_many_items_as_asked_for_fill_the_context(name, symbols):
                 assert found == (len(found) * found[-count:])[-len(found) :], "the same items in turn"
     for form in FORMS:
         assert mixture.questions(name, form, 1, 1, 1, BYTES, 900, 8)[0].details[COUNTED[name]] == 8
-    with pytest.raises(ValueError, match=f"holds 32; the smallest example of {name} with 90 {COUNTED[name]} takes"):
+    sentence = f"holds 32; the smallest example of {name} with 90 {COUNTED[name]}, symbols form, takes"
+    with pytest.raises(ValueError, match=sentence):
         mixture.questions(name, SYMBOLS, 1, 1, 1, symbols, 32, 90)
     with pytest.raises(ValueError, match=f"--num-{COUNTED[name]} holds 1; {name} of --difficulty 3 takes"):
         mixture.questions(name, SYMBOLS, 1, 1, 3, symbols, 64, 1)

@@ -131,7 +131,7 @@ class ContextTask:
             return offer(rng_of(), situation.context + query.prompt, query, situation.details)
 
         name = self.name if count is None else f"{self.name} with {count} {self.counted}"
-        return largest(made, lambda example: longest_tokens(example, tokens_of), budget, name)
+        return largest(made, lambda example: longest_tokens(example, tokens_of), budget, f"{name}, {form} form,")
 
     def document(
         self,
