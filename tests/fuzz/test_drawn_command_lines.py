@@ -127,6 +127,7 @@ TEXTS = st.one_of(
 @example(data=b"lr: " + b"[" * 3000)
 @example(data=b"? [a]\n: b")
 @example(data=b"lr: 1\nlr: 2")
+@example(data=b"\0")
 def test_drawn_config_files(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(data)

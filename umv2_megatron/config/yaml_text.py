@@ -16,17 +16,19 @@ def parse_yaml(text: str, fast: bool = False) -> Any:
     """
     import yaml  # not for --help
 
-    loader = (getattr(yaml, "CSafeLoader", yaml.SafeLoader) if fast else yaml.SafeLoader)(text)
+    kind = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if fast else yaml.SafeLoader
     try:
-        tree = loader.get_single_node()
-        if tree is None:
-            return None
-        _refuse_repeated_keys(tree, "", set())
-        return loader.construct_document(tree)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a text, a date or a nesting that cannot be
+        loader = kind(text)  # reads the first characters, and refuses those that YAML does not have
+        try:
+            tree = loader.get_single_node()
+            if tree is None:
+                return None
+            _refuse_repeated_keys(tree, "", set())
+            return loader.construct_document(tree)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a character, a date or a nesting that cannot be
         raise ValueError(" ".join(str(error).split())) from error
-    finally:
-        loader.dispose()
 
 
 def _refuse_repeated_keys(node: Any, where: str, seen: set[int]) -> None:
